@@ -1,0 +1,99 @@
+"""CalibrationCallback: learns from measured steps how long groups really take, for the plans to come."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import TrainerState, TrainingArguments
+
+from hf_hetero.callbacks.step_report import StepReportCallback
+from hf_hetero.cost_model import CostModel
+from hf_hetero.plan import StepReport
+
+
+class CalibrationCallback(StepReportCallback):
+    """Refits the times of the cost model; memory stays as it is. Plans may change, what is learned cannot.
+
+    Each group of each measured step is one observation of
+
+        seconds = attention * A + linear * B + exchange * C + fixed * D
+
+    where A..D are what the cost model charges today. The four factors are found by least squares of the relative error,
+    pulled towards one common factor so that what a run never varies is not made up.
+
+    A run that resumes from a checkpoint starts from the cost model it was given and refits anew.
+
+    Args:
+        skip_steps: first steps to ignore, when kernels and memory are still warming up.
+        every_steps: refit after as many steps.
+        pull: strength of the pull, in observations.
+    """
+
+    def __init__(self, skip_steps: int = 3, every_steps: int = 20, pull: float = 2.0) -> None:
+        self._skip_steps, self._every_steps, self._pull = skip_steps, every_steps, pull
+        self._num_seen = 0
+        self._reports: list[StepReport] = []
+
+    def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
+        """Keep the step for the next fit."""
+        self._num_seen += 1
+        if self._num_seen > self._skip_steps:
+            self._reports.append(report)
+
+    def recalibrated(self, cost: CostModel) -> CostModel | None:
+        """A refitted cost model once enough steps were seen since the last one."""
+        if len(self._reports) < self._every_steps:
+            return None
+        reports, self._reports = self._reports, []
+        charged, measured = observations(cost, reports)
+        return scaled(cost, fit(charged, measured, self._pull)) if len(measured) else None
+
+
+Floats = NDArray[np.float64]
+
+
+def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Floats]:
+    """What the model charges for each group, shape (num_groups, 4), and what was measured, shape (num_groups,)."""
+    charged: list[list[float]] = []
+    measured: list[float] = []
+    for report in reports:
+        for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
+            for group in micro_batch.groups:
+                tokens = [report.lengths[sample] for sample in group.samples]
+                seconds = max(busy_s[rank] for rank in group.ranks)
+                if not tokens or seconds <= 0:
+                    continue
+                degree = group.degree
+                attention = cost.attention_s_per_token2 * sum(s * s for s in tokens) / degree
+                linear = cost.linear_s_per_token * sum(tokens) / degree
+                exchange = (cost.linear_s(degree) - cost.linear_s_per_token) * sum(tokens) / degree
+                charged.append([attention, linear, exchange, cost.fixed_s(degree)])
+                measured.append(seconds)
+    return np.array(charged), np.array(measured)
+
+
+def fit(charged: Floats, measured: Floats, pull: float) -> Floats:
+    """Factors of attention, linear, exchange and fixed time; each at least a tenth of the common factor."""
+    common = float(np.median(measured / charged.sum(axis=1)))
+    relative = charged / measured[:, None]
+    ridge = np.sqrt(pull) * np.diag(relative.mean(axis=0) + 1e-12)
+    left = np.vstack([relative, ridge])
+    right = np.concatenate([np.ones(len(measured)), ridge @ np.full(4, common)])
+    factors, *_ = np.linalg.lstsq(left, right, rcond=None)
+    return np.maximum(factors, 0.1 * common)
+
+
+def scaled(cost: CostModel, factors: Floats) -> CostModel:
+    """The cost model with its times multiplied: attention, linear, exchange, fixed."""
+    attention, linear, exchange, fixed = map(float, factors)
+    return replace(
+        cost,
+        attention_s_per_token2=cost.attention_s_per_token2 * attention,
+        linear_s_per_token=cost.linear_s_per_token * linear,
+        all_to_all_bytes_per_s={d: v / exchange for d, v in cost.all_to_all_bytes_per_s.items()},
+        all_to_all_latency_s={d: v * fixed for d, v in cost.all_to_all_latency_s.items()},
+        micro_batch_s=cost.micro_batch_s * fixed,
+        source=f"{cost.source}; times refitted to measured steps",
+    )

@@ -1,0 +1,140 @@
+"""PackedCollator: samples of any length into one rank's tensors, without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_hetero.attention.interface import planned_mask
+from hf_hetero.errors import BadSample
+from hf_hetero.layout import Span
+from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
+from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
+
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample, ready to be packed: tokens and, for each of them, what it has to predict. Shape (num_tokens,)."""
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass
+class PackedCollator:
+    """Packs samples, shifts labels inside each of them, and keeps this rank's spans.
+
+    Given a step's examples it returns this rank's tensors. Given a plain list of examples, as in evaluation, it is an
+    ordinary collator: one padded batch with `input_ids`, `attention_mask` and `labels`.
+
+    Args:
+        example_collator: turns a list with one example into a batch with one row, for those who bring their own way of
+            making labels (`DataCollatorForLanguageModeling`, for one). Without it, an example's `labels` are used, or
+            its `input_ids` where it has none.
+        pad_token_id: fills the rows of an ordinary batch.
+    """
+
+    example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
+    pad_token_id: int = 0
+
+    def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
+        """Tensors of a step, or of an ordinary batch.
+
+        Raises:
+            BadSample: no `input_ids`, no tokens, labels of another length, or not the tokens that were planned for.
+        """
+        return self._step(batch) if isinstance(batch, StepExamples) else self._padded(batch)
+
+    def _step(self, batch: StepExamples) -> StepBatch:
+        share = batch.share
+        samples = {
+            position: self._sample(example, f"row {share.step.rows[position]}", share.step.lengths[position])
+            for position, example in batch.examples.items()
+        }
+        micro_batches: list[RankMicroBatch] = []
+        for group in share.groups:
+            layout = share.layout(group)
+            spans = layout.spans[group.ranks.index(share.rank)]
+            inputs = pack_spans(spans, [samples.get(position) for position in group.samples])
+            micro_batches.append(RankMicroBatch(group, layout, inputs))
+        total = sum(num_targets(m.inputs["shift_labels"]) for m in micro_batches)
+        return StepBatch(share, tuple(micro_batches), total)
+
+    def _sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
+        if "input_ids" not in example:
+            raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
+        if self.example_collator is not None:
+            example = {key: value[0] for key, value in self.example_collator([dict(example)]).items()}
+        input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        labels = example.get("labels")
+        labels = input_ids if labels is None else torch.as_tensor(labels, dtype=torch.long)
+        if labels.shape != input_ids.shape:
+            raise BadSample(
+                f"{name} has {input_ids.numel()} input_ids but {labels.numel()} labels. Give every token a label; "
+                f"{IGNORE_INDEX} marks those not to learn from."
+            )
+        if (mask := example.get("attention_mask")) is not None:
+            kept = torch.as_tensor(mask).bool()
+            input_ids, labels = input_ids[kept], labels[kept]
+        if planned_tokens is not None and input_ids.numel() != planned_tokens:
+            raise BadSample(
+                f"{name} has {input_ids.numel()} tokens but was planned with {planned_tokens}. "
+                "Remove the dataset's length column, or make it count what is trained on."
+            )
+        if not input_ids.numel():
+            raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
+        return Sample(input_ids, shift_labels(labels))
+
+    def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for position, example in enumerate(examples):
+            sample = self._sample(example, f"sample {position} of the batch")
+            # the model shifts labels itself here, so they are shifted back
+            rows.append((sample.input_ids, torch.cat([sample.targets.new_tensor([IGNORE_INDEX]), sample.targets[:-1]])))
+
+        def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+        return {
+            "input_ids": pad([ids for ids, _ in rows], self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], 0),
+            "labels": pad([labels for _, labels in rows], IGNORE_INDEX),
+        }
+
+
+def pack_spans(spans: Sequence[Span], samples: Sequence[Sample | None]) -> dict[str, torch.Tensor]:
+    """Model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
+
+    Positions count within each sample. Labels are passed shifted (`shift_labels`), and once more as `labels` because
+    models compute a loss only when they are given some. A rank without tokens runs one token that has no target and
+    that attention leaves out: its gradient is zero, and the rank joins every collective.
+
+    Args:
+        spans: of one rank, in memory order.
+        samples: of the pack; None where this rank holds nothing of them.
+    """
+    ids: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+    positions: list[torch.Tensor] = []
+    for span in spans:
+        sample = samples[span.sample]
+        assert sample is not None
+        ids.append(sample.input_ids[span.start : span.end])
+        targets.append(sample.targets[span.start : span.end])
+        positions.append(torch.arange(span.start, span.end))
+    num_tokens = sum(span.num_tokens for span in spans)
+    if not num_tokens:
+        ids, targets, positions = [torch.tensor([0])], [torch.tensor([IGNORE_INDEX])], [torch.tensor([0])]
+    shifted = torch.cat(targets).unsqueeze(0)
+    return {
+        "input_ids": torch.cat(ids).unsqueeze(0),
+        "position_ids": torch.cat(positions).unsqueeze(0),
+        "labels": shifted,
+        "shift_labels": shifted,
+        "attention_mask": planned_mask(num_tokens, shifted.shape[1]),
+    }

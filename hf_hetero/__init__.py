@@ -1,0 +1,59 @@
+"""hf_hetero: a Hugging Face Trainer that chooses, every step, how many ranks share each sample.
+
+Names are imported when first used, so that planning and the command line need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_hetero.config import HeteroConfig
+    from hf_hetero.cost_model import CostModel
+    from hf_hetero.errors import HeteroError, InfeasibleBatch, UnsupportedModel
+    from hf_hetero.plan import Group, MicroBatch, Plan
+    from hf_hetero.planner import Planner
+    from hf_hetero.topology import Topology
+    from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+
+__all__ = [
+    "CostModel",
+    "Group",
+    "HeteroConfig",
+    "HeteroError",
+    "HeteroTrainer",
+    "HeteroTrainerMixin",
+    "InfeasibleBatch",
+    "MicroBatch",
+    "Plan",
+    "Planner",
+    "Topology",
+    "UnsupportedModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    homes = {
+        "HeteroConfig": "config",
+        "CostModel": "cost_model",
+        "HeteroError": "errors",
+        "InfeasibleBatch": "errors",
+        "UnsupportedModel": "errors",
+        "Group": "plan",
+        "MicroBatch": "plan",
+        "Plan": "plan",
+        "Planner": "planner",
+        "Topology": "topology",
+        "HeteroTrainer": "trainer",
+        "HeteroTrainerMixin": "trainer",
+    }
+    if name not in homes:
+        raise AttributeError(f"module 'hf_hetero' has no attribute {name!r}")
+    return getattr(import_module(f"hf_hetero.{homes[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,113 @@
+"""The function that transformers calls as attention "hf_hetero": the only place that knows its signature.
+
+Under a plan it finds its `AttentionContext` in the model's keywords. Without one (evaluation, generation) it is stock
+scaled-dot-product attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.kernels import Scores, weigh
+from hf_hetero.attention.ulysses import ulysses
+from hf_hetero.errors import UnsupportedModel
+
+# must hold neither "flash" nor "sdpa": transformers treats such names in ways of its own
+ATTENTION_NAME = "hf_hetero"
+
+
+def planned_mask(num_tokens: int, local_tokens: int) -> torch.Tensor:
+    """A 4-D mask, which models hand through untouched: no mask is built, and attention can tell it from a real one.
+
+    Args:
+        num_tokens: tokens of this rank that belong to a sample.
+        local_tokens: tokens of this rank, one at least.
+
+    Returns:
+        Bool, shape (1, 1, 1, local_tokens): True for tokens of samples.
+    """
+    return (torch.arange(local_tokens) < num_tokens).view(1, 1, 1, local_tokens)
+
+
+@torch.compiler.disable
+def hetero_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    hetero: AttentionContext | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention across the group of the current micro-batch.
+
+    Args:
+        query: shape (1, num_heads, local_tokens, head_dim); key and value: the same with num_kv_heads.
+        hetero: the micro-batch; None outside a plan.
+
+    Returns:
+        Shape (1, local_tokens, num_heads, head_dim), and None for the weights.
+
+    Raises:
+        UnsupportedModel: the model lost the context on its way here.
+    """
+    scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
+    if hetero is None:
+        return _without_plan(module, query, key, value, attention_mask, dropout, scores, kwargs), None
+    layer = getattr(module, "layer_idx", None) or 0
+    hetero.reached.add(layer)
+    # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
+    q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
+    out = ulysses(q, k, v, hetero, scores, layer)
+    # the token that stands in on a rank without any gets zeros
+    out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
+    return out.unsqueeze(0), None
+
+
+def _without_plan(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scores: Scores,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    if attention_mask is not None and attention_mask.shape[-2] != query.shape[-2]:
+        raise UnsupportedModel(
+            f"{type(module).__name__} does not hand its keyword arguments to attention, so a layer cannot learn which "
+            "ranks share its tokens. Use a model of transformers itself, or plain Trainer."
+        )
+    if scores.softcap is None and scores.sinks is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scores.scaling, **kwargs
+        )
+        return out
+    repeats = query.shape[1] // key.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
+    if attention_mask is None:
+        num_q, num_k = query.shape[2], key.shape[2]
+        hidden = torch.ones(num_q, num_k, dtype=torch.bool, device=query.device).triu(num_k - num_q + 1)
+    else:
+        hidden = ~attention_mask
+    return weigh(q, k, v, hidden, scores)
+
+
+def register() -> None:
+    """Make "hf_hetero" known to transformers; calling it again changes nothing."""
+    AttentionInterface.register(ATTENTION_NAME, hetero_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)

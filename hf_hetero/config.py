@@ -1,0 +1,57 @@
+"""HeteroConfig: what a user may set. Every default is right for most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from hf_hetero.errors import ConfigError
+
+METHODS = ("ulysses",)
+SOLVERS = ("auto", "fast", "mip")
+
+
+@dataclass
+class HeteroConfig:
+    """Settings of `HeteroTrainer`; `HfArgumentParser` reads it beside `TrainingArguments`.
+
+    Raises:
+        ConfigError: a value out of range, with the values allowed.
+    """
+
+    cost_model: str | None = field(
+        default=None,
+        metadata={"help": "Path of a cost model (hf-hetero-cost/1). Without one, an analytic estimate is used."},
+    )
+    max_degree: int | None = field(
+        default=None, metadata={"help": "Most ranks that may share one sample. Default: all of them."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS), metadata={"help": "Attention exchanges the planner may choose from."}
+    )
+    solver: str = field(default="auto", metadata={"help": "Planner: auto, fast or mip."})
+    plan_ahead_steps: int = field(default=4, metadata={"help": "Plans kept ready before their step."})
+    max_tokens_per_rank: int | None = field(
+        default=None, metadata={"help": "Tokens one rank can hold in a micro-batch; overrides the cost model's memory."}
+    )
+    length_column: str = field(
+        default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
+    )
+    group_timeout_s: float = field(
+        default=600.0, metadata={"help": "Seconds a group operation may wait for its slowest rank."}
+    )
+    num_ranks: int | None = field(
+        default=None, metadata={"help": "Ranks this run was written for; another number is refused."}
+    )
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_degree", 1), ("max_tokens_per_rank", 1), ("num_ranks", 1), ("plan_ahead_steps", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"HeteroConfig.{name}={value}: it must be at least {least}.")
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"HeteroConfig.solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise ConfigError(f"HeteroConfig.methods={self.methods!r}: choose from {', '.join(METHODS)}.")
+        if not self.group_timeout_s > 0:
+            raise ConfigError(f"HeteroConfig.group_timeout_s={self.group_timeout_s}: it must be above 0 seconds.")

@@ -1,0 +1,42 @@
+"""Everything hf_hetero raises on purpose.
+
+    HeteroError                     catches all of them
+    |-- ConfigError                 a setting or a file that cannot be what was meant   (also a ValueError)
+    |-- BadSample                   a sample that cannot be trained on                  (also a ValueError)
+    |-- InfeasibleBatch             a sample that no group of ranks can hold            (also a ValueError)
+    |-- UnsupportedModel            a model or option whose learning the plan would change
+    |-- PlanMismatch                ranks that hold different plans for one step
+    `-- CollectiveFailed            a group operation that failed or waited too long
+
+Every message names the offending value and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class HeteroError(Exception):
+    """Base of all errors of hf_hetero."""
+
+
+class ConfigError(HeteroError, ValueError):
+    """A setting or a file that cannot be what was meant."""
+
+
+class BadSample(HeteroError, ValueError):
+    """A sample that cannot be trained on: no tokens, or labels that do not match them."""
+
+
+class InfeasibleBatch(HeteroError, ValueError):
+    """A sample that no group of ranks can hold."""
+
+
+class UnsupportedModel(HeteroError):
+    """A model, or a training option, under which the plan would change the learning."""
+
+
+class PlanMismatch(HeteroError):
+    """Ranks hold different plans for the same step."""
+
+
+class CollectiveFailed(HeteroError):
+    """An operation of a group of ranks failed, or waited longer than its timeout."""

@@ -1,0 +1,218 @@
+"""A first cost model without a measurement: floating-point operations and bytes of the model, speed of the device.
+
+It only has to rank plans, so what matters is the ratio of quadratic to linear work and of compute to exchange, and that
+the memory of a token is not too small. Everything assumed is written into the cost model's `source`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_hetero.cost_model import CostModel
+from hf_hetero.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Speed of one rank's device.
+
+    Args:
+        flops: dense operations a second in the training type.
+        link_bytes_per_s: what one rank sends in an all-to-all inside a node.
+        network_bytes_per_s: the same across nodes, for each rank.
+        latency_s: fixed time of one exchange.
+    """
+
+    name: str
+    flops: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float = 6e9
+    latency_s: float = 3e-5
+
+
+# Peak dense bf16 (fp16 for V100 and T4) operations a second: NVIDIA's data sheets of each product.
+# Links: a fifth of NVLink's two-way figure, which is what FlexSP measured on A100 (600 GB/s -> 100-120 GB/s,
+# arXiv:2412.01523, released solver); 12 GB/s where there is only PCIe.
+KNOWN_DEVICES = (
+    Device("B200", 2250e12, 360e9),
+    Device("H200", 989e12, 180e9),
+    Device("H100 PCIe", 756e12, 12e9),
+    Device("H100", 989e12, 180e9),
+    Device("A100", 312e12, 110e9),
+    Device("L40S", 362e12, 12e9),
+    Device("L4", 121e12, 12e9),
+    Device("A10", 125e12, 12e9),
+    Device("RTX 4090", 165e12, 12e9),
+    Device("RTX 3090", 71e12, 12e9),
+    Device("V100", 125e12, 50e9),
+    Device("T4", 65e12, 8e9),
+)
+UTILISATION = 0.45  # share of the peak that training of dense models reaches in practice
+ATTENTION_UTILISATION = 0.35  # flash kernels reach less of it, backward included
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What of a model decides its cost.
+
+    Args:
+        num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: of the config.
+        num_params: all weights; a mixture of experts counts those that a token uses in `active_params`.
+        trainable_params: weights that get a gradient.
+        window: None, or the mean number of tokens a token sees.
+        element_bytes: of an activation.
+        state_bytes_per_trainable: gradient, and optimizer state.
+        checkpointing: whether layers are recomputed in backward.
+    """
+
+    num_layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    num_params: int
+    active_params: int
+    trainable_params: int
+    param_bytes: int
+    element_bytes: int
+    checkpointing: bool
+
+
+def shape_of(model: torch.nn.Module, config: Any, element_bytes: int, checkpointing: bool) -> ModelShape:
+    """Read a model's shape from its config and its weights."""
+    heads = config.num_attention_heads
+    params = list(model.parameters())
+    num_params = sum(p.numel() for p in params)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    active = num_params
+    if experts:
+        used = getattr(config, "num_experts_per_tok", experts)
+        active -= 3 * config.hidden_size * intermediate * config.num_hidden_layers * (experts - used)
+        intermediate *= used
+    return ModelShape(
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        intermediate=intermediate,
+        vocab=config.vocab_size,
+        num_params=num_params,
+        active_params=max(active, 1),
+        trainable_params=sum(p.numel() for p in params if p.requires_grad),
+        param_bytes=sum(p.numel() * p.element_size() for p in params),
+        element_bytes=element_bytes,
+        checkpointing=checkpointing,
+    )
+
+
+def linear_flops(shape: ModelShape) -> float:
+    """Operations of a token outside attention scores, forward and backward.
+
+    2 a weight forward, 2 backward for activations, 2 for each trainable weight's gradient, 2 more for recompute.
+    """
+    recompute = 2 * shape.active_params if shape.checkpointing else 0
+    trainable = min(shape.trainable_params, shape.active_params)
+    return 4 * shape.active_params + 2 * trainable + recompute
+
+
+def attention_flops(shape: ModelShape) -> float:
+    """Operations of causal attention scores, for each squared token: 2 H D a layer forward, 2.5 times that backward."""
+    passes = 3.5 + (1 if shape.checkpointing else 0)
+    return passes * 2 * shape.heads * shape.head_dim * shape.num_layers
+
+
+def exchange_bytes(shape: ModelShape) -> float:
+    """Bytes a token moves: queries, keys, values and outputs of every layer, forward, backward and recomputed."""
+    passes = 3 if shape.checkpointing else 2
+    return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
+
+
+def activation_bytes(shape: ModelShape) -> float:
+    """Memory of a token: activations that wait for backward, and the logits.
+
+    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, and
+    one layer in full. The logits exist three times: once in the training type, twice in fp32.
+    """
+    kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
+    kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
+    kept_by_mlp = 4 * shape.intermediate + shape.hidden
+    layer = (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
+    boundary = shape.hidden * shape.element_bytes
+    layers = shape.num_layers * boundary + layer if shape.checkpointing else shape.num_layers * layer
+    return layers + shape.vocab * (shape.element_bytes + 8)
+
+
+def model_state_bytes(shape: ModelShape) -> float:
+    """Weights, their gradients, and two fp32 moments of Adam for the trainable ones."""
+    per_trainable = shape.param_bytes / shape.num_params + 8
+    return shape.param_bytes + shape.trainable_params * per_trainable
+
+
+def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
+    """The table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
+    name = torch.cuda.get_device_name(device)
+    found = next((known for known in KNOWN_DEVICES if known.name in name), Device(name, 312e12, 12e9))
+    slower = 16 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 1
+    return Device(name, found.flops * UTILISATION / slower, found.link_bytes_per_s)
+
+
+def cpu_device(dtype: torch.dtype) -> Device:
+    """This machine's speed: the best of a few timed matrix products; gloo over loopback as measured elsewhere."""
+    size, seconds = 384, math.inf
+    a = torch.randn(size, size).to(dtype)
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        seconds = min(seconds, time.perf_counter() - start)
+    return Device("CPU", 2 * size**3 / seconds, 1e9, 1e9, latency_s=2e-3)
+
+
+def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
+    """Nine tenths of what one rank may use: the GPU's memory, or its part of the host's free memory."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(0.9 * free / max(ranks_on_node, 1))
+
+
+def estimate_cost_model(shape: ModelShape, device: Device, topology: Topology, degrees: tuple[int, ...]) -> CostModel:
+    """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known."""
+    assert topology.memory_bytes is not None
+    exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
+    bandwidth = {
+        d: device.network_bytes_per_s if topology.crosses_nodes(d) else device.link_bytes_per_s
+        for d in degrees
+        if d > 1
+    }
+    linear_s = linear_flops(shape) / device.flops
+    return CostModel(
+        name="estimate",
+        source=(
+            f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
+            f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}; "
+            f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s, {device.link_bytes_per_s / 1e9:.3g} GB/s in a node, "
+            f"{device.network_bytes_per_s / 1e9:.3g} GB/s across; {activation_bytes(shape) / 2**20:.3g} MiB a token, "
+            f"{topology.memory_bytes / 2**30:.3g} GiB a rank"
+        ),
+        ranks_per_node=topology.ranks_per_node,
+        attention_s_per_token2=attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION),
+        linear_s_per_token=linear_s,
+        # launching kernels and stepping through layers: as long as 200 tokens, and 20 us a layer at least
+        micro_batch_s=max(200 * linear_s, 2e-5 * shape.num_layers),
+        all_to_all_bytes_per_token=exchange_bytes(shape),
+        all_to_all_bytes_per_s=bandwidth,
+        all_to_all_latency_s=dict.fromkeys(bandwidth, exchanges * device.latency_s),
+        activation_bytes_per_token=activation_bytes(shape),
+        model_state_bytes_per_rank=model_state_bytes(shape),
+        memory_bytes_per_rank=topology.memory_bytes,
+    )

@@ -1,0 +1,154 @@
+"""What is refused at construction, and why: models and options under which a plan would change the learning.
+
+Nothing here is approximated in silence. Each refusal says what was found, why it is not exact, and what to do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_hetero.errors import ConfigError, UnsupportedModel
+
+logger = logging.getLogger(__name__)
+
+# model types whose gradients are compared with a plain Trainer's in tests/end_to_end
+TESTED_MODEL_TYPES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
+)
+EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
+
+def base_model(model: torch.nn.Module | None) -> Any:
+    """The transformers model inside a peft one, or the model itself."""
+    assert model is not None
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "peft_config") else wrapped
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse training arguments that would not do what they say.
+
+    Raises:
+        UnsupportedModel: with every reason found.
+    """
+    _raise_all("These training arguments", _argument_problems(args))
+
+
+def check_model(trainer: Trainer) -> None:
+    """Refuse models and trainer options that are not exact.
+
+    Raises:
+        UnsupportedModel: with every reason found.
+    """
+    model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
+    _raise_all(type(base_model(model)).__name__, [*_model_problems(model), *_trainer_problems(trainer)])
+    config: Any = base_model(model).config
+    if config.model_type not in TESTED_MODEL_TYPES:
+        logger.warning(
+            "Model type %r is not among those tested for exact gradients (%s).",
+            config.model_type,
+            ", ".join(sorted(TESTED_MODEL_TYPES)),
+        )
+    if dropouts := sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}):
+        logger.warning(
+            "The model has dropout (p = %s): its noise is drawn on each rank, so two plans see different noise of the "
+            "same distribution.",
+            ", ".join(map(str, dropouts)),
+        )
+
+
+def has_experts(model: torch.nn.Module | None) -> bool:
+    """Whether a micro-batch may leave some weights unused: a mixture of experts."""
+    return any(
+        getattr(base_model(model).config, name, None)
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
+
+
+def check_num_ranks(expected: int | None, found: int) -> None:
+    """Refuse to start with another number of ranks than the run was written for.
+
+    Raises:
+        ConfigError: with the usual cause.
+    """
+    if expected is not None and expected != found:
+        raise ConfigError(
+            f"This run was written for {expected} ranks (HeteroConfig.num_ranks) and has {found}. Start it with "
+            "`accelerate launch --config_file ...` or `torchrun --nproc-per-node ...`, or change num_ranks."
+        )
+
+
+def _raise_all(what: str, problems: Iterator[str] | list[str]) -> None:
+    if found := list(problems):
+        raise UnsupportedModel(f"{what} cannot be trained exactly under changing plans: {' '.join(found)}")
+
+
+def _argument_problems(args: TrainingArguments) -> Iterator[str]:
+    accelerator = args.accelerator_config
+    options: dict[str, Any] = accelerator if isinstance(accelerator, dict) else vars(accelerator or object)
+    if not args.average_tokens_across_devices:
+        yield "average_tokens_across_devices=False weighs ranks instead of tokens; leave it True."
+    if args.label_smoothing_factor:
+        yield f"label_smoothing_factor={args.label_smoothing_factor} shifts labels on its own; set it to 0."
+    if args.neftune_noise_alpha is not None:
+        yield f"neftune_noise_alpha={args.neftune_noise_alpha} scales noise by the batch's shape; unset it."
+    if args.auto_find_batch_size:
+        yield "auto_find_batch_size=True changes the global batch; the planner already fits memory, so unset it."
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        yield f"train_sampling_strategy={args.train_sampling_strategy!r}: the planner balances lengths; use 'random'."
+    if args.fsdp or args.deepspeed:
+        yield "FSDP and DeepSpeed are not supported yet; use DDP (an accelerate config without them)."
+    for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
+        if options.get(name):
+            yield f"accelerator_config.{name} does not apply to planned steps; unset it."
+    if (options.get("gradient_accumulation_kwargs") or {}).get("num_steps"):
+        yield "accelerator_config.gradient_accumulation_kwargs.num_steps: set gradient_accumulation_steps instead."
+    if args.n_gpu > 1:
+        yield f"one process with {args.n_gpu} GPUs would use DataParallel; start one a GPU with accelerate launch."
+
+
+def _trainer_problems(trainer: Trainer) -> Iterator[str]:
+    if trainer.compute_loss_func is not None:
+        yield "compute_loss_func would get labels that are already shifted; leave it None."
+    if not trainer.model_accepts_loss_kwargs:
+        yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("cp_size", "sp_size", "tp_size"):
+        if parallel is not None and getattr(parallel, name, 1) > 1:
+            yield f"{name}={getattr(parallel, name)} splits every sample the same way; leave it 1 and let the planner."
+    if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
+        yield "streaming datasets are not supported yet; use a map-style dataset."
+    if trainer.is_model_parallel:
+        yield "device_map spreads the model over several devices; load it without."
+
+
+def _model_problems(model: torch.nn.Module) -> Iterator[str]:
+    base = base_model(model)
+    if not isinstance(base, PreTrainedModel):
+        yield "it is not a transformers model."
+        return
+    config: Any = base.config
+    adapters = getattr(model, "peft_config", {})
+    for name, adapter in adapters.items():
+        if getattr(adapter, "num_virtual_tokens", None):
+            yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
+    if config.is_encoder_decoder or not type(base).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        yield "only decoder-only language models are supported."
+    if not getattr(config, "is_causal", True):
+        yield "config.is_causal=False: only causal attention is supported."
+    if not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
+        yield "it does not use transformers' attention interface, so samples cannot be shared among ranks."
+    if other := sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYER_TYPES):
+        yield f"layers of type {', '.join(other)} carry state along a sample that ranks would have to pass on."
+    if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
+        yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
+    if dropout := getattr(config, "attention_dropout", 0.0):
+        yield f"attention_dropout={dropout} draws another mask for every layout; set config.attention_dropout = 0.0."
+    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
+        yield "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False."

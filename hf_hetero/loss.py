@@ -1,0 +1,59 @@
+"""The loss that no plan can change: a sum over tokens, divided once by the target tokens of the whole step.
+
+    loss = sum(cross_entropy(logits[t], target[t]) for every target t of every rank) / num_targets
+
+A plan only regroups the terms of that sum. Each rank adds its own terms, the data-parallel average divides by the
+number of ranks, and `Trainer.compute_loss` multiplies by it: the gradients are those of the sum above.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Targets of one sample: token t is to predict label t + 1, the last token nothing. Shape (num_tokens,)."""
+    return F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
+
+
+def num_targets(targets: torch.Tensor) -> int:
+    """Tokens that have something to predict."""
+    return int((targets != IGNORE_INDEX).sum())
+
+
+def token_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    shift_labels: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """Transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
+
+    Args:
+        logits: shape (batch, num_tokens, vocab_size).
+        labels: shape (batch, num_tokens), not shifted; read only when `shift_labels` is None.
+        vocab_size: classes.
+        num_items_in_batch: divides the sum; None means the mean over this call's targets.
+        ignore_index: the label of a token without a target.
+        shift_labels: shape (batch, num_tokens): the target of each position.
+
+    Returns:
+        A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`.
+    """
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    logits = logits.to(dtype).view(-1, vocab_size)
+    targets = shift_labels.reshape(-1).to(logits.device)
+    if num_items_in_batch is None:
+        return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch

@@ -1,0 +1,219 @@
+"""What a step does: Plan > MicroBatch > Group, and the report of how it went. Standard library only.
+
+A plan is made once, on one rank, and read by everyone: the sampler, the collator, the trainer, the callbacks, the
+command line. Its laws are checked here, when it is made, so that no reader checks them again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_hetero.errors import HeteroError
+
+PLAN_FORMAT = "hf-hetero-plan/1"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks that share samples in one micro-batch.
+
+    Args:
+        ranks: global ranks, ascending and contiguous, starting at a multiple of their number.
+        samples: positions in the global batch, in the order they are packed; may be empty.
+        method: how attention crosses the ranks ("ulysses").
+    """
+
+    ranks: tuple[int, ...]
+    samples: tuple[int, ...]
+    method: str = "ulysses"
+
+    def __post_init__(self) -> None:
+        if not self.ranks:
+            raise HeteroError("A group has no ranks.")
+        first, degree = self.ranks[0], len(self.ranks)
+        if self.ranks != tuple(range(first, first + degree)) or first % degree:
+            raise HeteroError(
+                f"Group of ranks {list(self.ranks)}: ranks must be contiguous and start at a multiple of {degree}."
+            )
+
+    @property
+    def degree(self) -> int:
+        """Number of ranks."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What all ranks compute at once, between two accumulations: its groups partition the ranks."""
+
+    groups: tuple[Group, ...]
+
+    def group_of(self, rank: int) -> Group:
+        """The group that this rank belongs to."""
+        return next(group for group in self.groups if rank in group.ranks)
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees of the groups, largest first."""
+        return tuple(sorted((group.degree for group in self.groups), reverse=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything the ranks must agree on for one optimizer step.
+
+    Args:
+        num_ranks: ranks of the run; every micro-batch partitions `range(num_ranks)`.
+        micro_batches: run one after the other.
+        seconds: predicted duration of the step, in seconds.
+        lower_bound_s: no plan of these samples is faster, in seconds.
+        solver: who found it ("fast", "homogeneous", "mip").
+        planning_s: wall time spent to find it, in seconds.
+
+    Raises:
+        HeteroError: the groups of a micro-batch do not partition the ranks, or the samples of the plan are not exactly
+            0, 1, 2, ... each once.
+    """
+
+    num_ranks: int
+    micro_batches: tuple[MicroBatch, ...]
+    seconds: float = 0.0
+    lower_bound_s: float = 0.0
+    solver: str = "fast"
+    planning_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for index, micro_batch in enumerate(self.micro_batches):
+            ranks = sorted(rank for group in micro_batch.groups for rank in group.ranks)
+            if ranks != list(range(self.num_ranks)):
+                raise HeteroError(
+                    f"Micro-batch {index} uses ranks {ranks}: its groups must partition the {self.num_ranks} ranks."
+                )
+        samples = sorted(sample for group in self.groups for sample in group.samples)
+        if samples != list(range(len(samples))):
+            wrong = next(s for i, s in enumerate(samples) if s != i)
+            raise HeteroError(f"The plan does not hold each sample exactly once: look at sample {wrong}.")
+
+    @property
+    def groups(self) -> Iterable[Group]:
+        """All groups of all micro-batches."""
+        return (group for micro_batch in self.micro_batches for group in micro_batch.groups)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the step."""
+        return sum(len(group.samples) for group in self.groups)
+
+    @property
+    def gap(self) -> float:
+        """How far above the bound the plan may be, as a share: 0.02 is 'within 2 % of optimal'."""
+        return self.seconds / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
+
+    def share(self, rank: int) -> tuple[Group, ...]:
+        """This rank's group in each micro-batch."""
+        return tuple(micro_batch.group_of(rank) for micro_batch in self.micro_batches)
+
+    def digest(self) -> int:
+        """63-bit fingerprint of what is trained and how; equal on all ranks or the step must not start."""
+        decisions = [[(g.ranks, g.samples, g.method) for g in m.groups] for m in self.micro_batches]
+        hashed = hashlib.sha256(json.dumps([self.num_ranks, decisions]).encode()).digest()
+        return int.from_bytes(hashed[:8], "big") >> 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form (format hf-hetero-plan/1)."""
+        return {
+            "format": PLAN_FORMAT,
+            "num_ranks": self.num_ranks,
+            "micro_batches": [
+                {"groups": [{"ranks": list(g.ranks), "samples": list(g.samples), "method": g.method} for g in m.groups]}
+                for m in self.micro_batches
+            ],
+            "seconds": self.seconds,
+            "lower_bound_s": self.lower_bound_s,
+            "solver": self.solver,
+            "planning_s": self.planning_s,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Inverse of `to_dict`.
+
+        Raises:
+            HeteroError: another format, or a plan that breaks a law of this module.
+        """
+        if data.get("format") != PLAN_FORMAT:
+            raise HeteroError(f"Plan format {data.get('format')!r} is unknown: expected {PLAN_FORMAT!r}.")
+        micro_batches = tuple(
+            MicroBatch(
+                tuple(Group(tuple(g["ranks"]), tuple(g["samples"]), g.get("method", "ulysses")) for g in m["groups"])
+            )
+            for m in data["micro_batches"]
+        )
+        numbers = {name: data[name] for name in ("seconds", "lower_bound_s", "solver", "planning_s") if name in data}
+        return cls(num_ranks=data["num_ranks"], micro_batches=micro_batches, **numbers)
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """How one step went, as seen by every rank after it.
+
+    Args:
+        step: optimizer steps finished, this one included.
+        plan: what was planned.
+        lengths: tokens of each sample of the global batch.
+        num_targets: tokens that had a label, over all samples.
+        seconds: measured wall time of the step's forward and backward passes, in seconds.
+        busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
+        wait_s: time the step waited for its plan and its data, in seconds.
+        peak_bytes: peak memory of the fullest rank, in bytes; 0 where it is not measured.
+    """
+
+    step: int
+    plan: Plan
+    lengths: tuple[int, ...]
+    num_targets: int
+    seconds: float
+    busy_s: tuple[tuple[float, ...], ...]
+    wait_s: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(self.lengths)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second, over all ranks, waiting included."""
+        total = self.seconds + self.wait_s
+        return self.num_tokens / total if total > 0 else 0.0
+
+    @property
+    def idle_share(self) -> float:
+        """Share of rank-seconds spent waiting for the slowest group of each micro-batch."""
+        return idle_share(self.busy_s)
+
+
+def idle_share(busy_s: Sequence[Sequence[float]]) -> float:
+    """Share of rank-seconds that is idle when each micro-batch (outer) lasts as long as its slowest rank (inner)."""
+    total = sum(len(ranks) * max(ranks, default=0.0) for ranks in busy_s)
+    return 1 - sum(map(sum, busy_s)) / total if total > 0 else 0.0
+
+
+def describe_degrees(plan: Plan) -> str:
+    """The groups of each micro-batch in one line.
+
+    >>> describe_degrees(Plan(4, (MicroBatch((Group((0, 1), (0,)), Group((2,), (1,)), Group((3,), (2,)))),)))
+    '[2 1x2]'
+    """
+    words = []
+    for micro_batch in plan.micro_batches:
+        counts: dict[int, int] = {}
+        for degree in micro_batch.degrees:
+            counts[degree] = counts.get(degree, 0) + 1
+        words.append(" ".join(f"{d}x{n}" if n > 1 else f"{d}" for d, n in counts.items()))
+    return " ".join(f"[{word}]" for word in words)

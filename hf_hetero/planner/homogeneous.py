@@ -1,0 +1,84 @@
+"""The best plan with one degree: what a run with a fixed degree would do, so that a plan is never worse than static."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from hf_hetero.planner.draft import Draft, DraftGroup, draft_seconds, tiling
+from hf_hetero.planner.problem import Problem
+
+
+def best_homogeneous(problem: Problem) -> Draft:
+    """The fastest plan whose groups all have one degree (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1).
+
+    Where the degree does not divide the ranks, the ranks left over form smaller groups.
+    """
+    longest = problem.lengths[0]
+    drafts: list[Draft] = []
+    for degree in problem.degrees:
+        if problem.capacity * degree >= longest:
+            drafts += [_best_fit(problem, degree), _balanced(problem, degree)]
+    return min(drafts, key=lambda draft: draft_seconds(problem, draft))
+
+
+def _best_fit(problem: Problem, degree: int) -> Draft:
+    """Best-fit decreasing into groups of this degree; the fullest groups run together."""
+    tiles = tiling(problem.num_ranks, degree, problem.degrees)
+    groups: list[DraftGroup] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, group), ascending
+    for sample, length in enumerate(problem.lengths):
+        found = bisect_left(rooms, (length, -1))
+        while found == len(rooms):
+            opened = tiles[len(groups) % len(tiles)]
+            insort(rooms, (problem.capacity * opened, len(groups)))
+            groups.append((opened, []))
+            found = bisect_left(rooms, (length, -1))
+        room, group = rooms.pop(found)
+        groups[group][1].append(sample)
+        insort(rooms, (room - length, group))
+    return _stack(problem, groups)
+
+
+def _balanced(problem: Problem, degree: int) -> Draft:
+    """Longest first onto the group that would end earliest, with as few micro-batches as hold the samples."""
+    tiles = tiling(problem.num_ranks, degree, problem.degrees)
+    if len(set(tiles)) > 1:
+        return _best_fit(problem, degree)
+    num_micro_batches = problem.fewest_micro_batches
+    while True:
+        rooms = [problem.capacity * degree] * (len(tiles) * num_micro_batches)
+        groups = _longest_first(problem, degree, rooms)
+        if groups is not None:
+            return _stack(problem, groups)
+        num_micro_batches += 1 + num_micro_batches // 8
+
+
+def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[DraftGroup] | None:
+    """Longest processing time first with memory, or None where a sample finds no room."""
+    loads: list[tuple[float, int]] = [(0.0, group) for group in range(len(rooms))]
+    groups: list[DraftGroup] = [(degree, []) for _ in rooms]
+    for sample, length in enumerate(problem.lengths):
+        found = next((i for i, (_, group) in enumerate(loads) if rooms[group] >= length), None)
+        if found is None:
+            return None
+        load, group = loads.pop(found)
+        groups[group][1].append(sample)
+        rooms[group] -= length
+        insort(loads, (load + problem.cost.work(length, degree), group))
+    return groups
+
+
+def _stack(problem: Problem, groups: list[DraftGroup]) -> Draft:
+    """Slow groups into the same micro-batches, each with as many groups of a degree as a tiling has."""
+    largest = max(degree for degree, _ in groups)
+    tiles = tiling(problem.num_ranks, largest, problem.degrees)
+    draft: Draft = []
+    for degree in sorted(set(tiles)):
+        held = [group for group in groups if group[0] == degree and group[1]]
+        held.sort(key=lambda group: -problem.group_seconds(degree, group[1]))
+        width = tiles.count(degree)
+        for number, start in enumerate(range(0, len(held), width)):
+            if number == len(draft):
+                draft.append([])
+            draft[number] += held[start : start + width]
+    return draft

@@ -1,0 +1,111 @@
+"""One global batch, ready to be planned: checked lengths in descending order, and the cost model as small tables."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+
+from hf_hetero.cost_model import CostModel
+from hf_hetero.errors import BadSample, InfeasibleBatch
+
+MAX_TOKENS = 1 << 40
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What every search of this room reads.
+
+    Samples are named by their position in `lengths`, which descends: 0 is the longest. Degrees are named by their
+    index in `degrees`.
+
+    Args:
+        cost: seconds and tokens that a group may hold.
+        num_ranks: ranks of the run; every micro-batch partitions them.
+        degrees: usable degrees, ascending; groups of these degrees, placed largest first, are always aligned.
+        lengths: tokens of each sample, descending.
+        order: position of each of them in the caller's batch.
+    """
+
+    cost: CostModel
+    num_ranks: int
+    degrees: tuple[int, ...]
+    lengths: tuple[int, ...]
+    order: tuple[int, ...]
+    capacity: int = field(init=False)
+    linear_s: tuple[float, ...] = field(init=False)
+    fixed_s: tuple[float, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        set_field = object.__setattr__  # the documented way to derive a field of a frozen dataclass
+        set_field(self, "capacity", self.cost.capacity_tokens)
+        set_field(self, "linear_s", tuple(self.cost.linear_s(d) for d in self.degrees))
+        set_field(self, "fixed_s", tuple(self.cost.fixed_s(d) for d in self.degrees))
+
+    @cached_property
+    def tokens_before(self) -> tuple[int, ...]:
+        """Tokens of the longest 0, 1, 2, ... samples."""
+        return tuple(accumulate(self.lengths, initial=0))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch."""
+        return self.tokens_before[-1]
+
+    @property
+    def fewest_micro_batches(self) -> int:
+        """Micro-batches that memory asks for at least."""
+        return -(-self.num_tokens // (self.num_ranks * self.capacity))
+
+    def group_seconds(self, degree: int, samples: Sequence[int]) -> float:
+        """Seconds of a group of this degree (not index) that holds these samples."""
+        return self.cost.seconds((self.lengths[sample] for sample in samples), degree)
+
+
+def usable_degrees(cost: CostModel, num_ranks: int, max_degree: int | None = None) -> tuple[int, ...]:
+    """Degrees of the cost model that tile the ranks when placed largest first: powers of two, and all ranks together.
+
+    A group then starts at a sum of larger powers of two, so at a multiple of its own degree.
+    """
+    limit = num_ranks if max_degree is None else min(max_degree, num_ranks)
+    return tuple(d for d in cost.degrees(num_ranks) if d <= limit and (d & (d - 1) == 0 or d == num_ranks))
+
+
+def make_problem(cost: CostModel, num_ranks: int, max_degree: int | None, lengths: Sequence[int]) -> Problem:
+    """Check a batch and sort it.
+
+    Raises:
+        BadSample: a length that is not an integer of at least 1 and at most 2**40.
+        InfeasibleBatch: a sample that no usable degree can hold.
+    """
+    checked = [checked_length(sample, length) for sample, length in enumerate(lengths)]
+    degrees = usable_degrees(cost, num_ranks, max_degree)
+    order = sorted(range(len(checked)), key=lambda sample: -checked[sample])
+    problem = Problem(cost, num_ranks, degrees, tuple(checked[sample] for sample in order), tuple(order))
+    if checked and problem.lengths[0] > problem.capacity * degrees[-1]:
+        raise InfeasibleBatch(
+            f"sample {order[0]} has {problem.lengths[0]} tokens; even degree {degrees[-1]} holds "
+            f"{problem.capacity * degrees[-1]} ({problem.capacity} tokens a rank). "
+            "Lower the maximum length, add ranks, or raise the memory limit."
+        )
+    return problem
+
+
+def checked_length(sample: int, length: object) -> int:
+    """The length as a Python int, so that its square cannot overflow.
+
+    Raises:
+        BadSample: not an integer of at least 1 and at most 2**40.
+    """
+    try:
+        tokens = -1 if isinstance(length, bool) else operator.index(length)  # type: ignore[arg-type]
+    except TypeError:
+        tokens = -1
+    if not 1 <= tokens <= MAX_TOKENS:
+        raise BadSample(
+            f"sample {sample} has length {length!r}; a length is a whole number of tokens from 1 to {MAX_TOKENS}. "
+            "Drop the sample, or count its tokens again."
+        )
+    return tokens

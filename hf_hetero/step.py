@@ -1,0 +1,116 @@
+"""One optimizer step on its way through a rank: Step -> StepShare -> StepExamples -> StepBatch.
+
+Step           what all ranks agree on: which rows of the dataset, their lengths, the plan
+StepShare      the same, seen by one rank: its groups, their layouts, the samples it must read
+StepExamples   the samples it has read
+StepBatch      its tensors, one micro-batch after the other
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_hetero.layout import Layout, contiguous
+from hf_hetero.plan import Group, Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all ranks agree on.
+
+    Args:
+        epoch: epoch of the dataset, from 0.
+        index: step within the epoch, from 0.
+        rows: dataset rows of the global batch; a plan's sample is a position in it.
+        lengths: tokens of each of them.
+        plan: who computes what.
+        wait_s: how long the planning rank waited for the plan, in seconds.
+    """
+
+    epoch: int
+    index: int
+    rows: tuple[int, ...]
+    lengths: tuple[int, ...]
+    plan: Plan
+    wait_s: float = 0.0
+
+    def digest(self) -> int:
+        """63-bit fingerprint of everything that must be the same on all ranks."""
+        content = repr((self.epoch, self.index, self.rows, self.lengths, self.plan.digest()))
+        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepShare:
+    """A step as one rank sees it."""
+
+    step: Step
+    rank: int
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """This rank's group in each micro-batch."""
+        return self.step.plan.share(self.rank)
+
+    def layout(self, group: Group) -> Layout:
+        """Which tokens each rank of a group holds."""
+        return contiguous([self.step.lengths[sample] for sample in group.samples], group.degree)
+
+    def samples(self) -> tuple[int, ...]:
+        """Positions in the global batch of the samples this rank holds tokens of, ascending."""
+        needed: set[int] = set()
+        for group in self.groups:
+            spans = self.layout(group).spans[group.ranks.index(self.rank)]
+            needed.update(group.samples[span.sample] for span in spans)
+        return tuple(sorted(needed))
+
+
+@dataclass(frozen=True, slots=True)
+class StepExamples:
+    """The samples of a share, by position in the global batch."""
+
+    share: StepShare
+    examples: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class RankMicroBatch:
+    """One micro-batch on one rank.
+
+    Args:
+        group: the ranks that share it.
+        layout: which tokens each of them holds.
+        inputs: keywords of the model's forward, tensors of shape (1, num_tokens).
+    """
+
+    group: Group
+    layout: Layout
+    inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """All micro-batches of one rank.
+
+    Args:
+        share: what they were made from.
+        micro_batches: as many as the plan has, on every rank.
+        num_targets: tokens of this rank that have something to predict.
+    """
+
+    share: StepShare
+    micro_batches: tuple[RankMicroBatch, ...]
+    num_targets: int
+
+    def pin_memory(self) -> StepBatch:
+        """A copy in page-locked memory; torch's DataLoader calls this when asked to pin."""
+        pinned = tuple(
+            replace(m, inputs={name: tensor.pin_memory() for name, tensor in m.inputs.items()})
+            for m in self.micro_batches
+        )
+        return replace(self, micro_batches=pinned)

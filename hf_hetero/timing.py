@@ -1,0 +1,63 @@
+"""Seconds that a rank computes, as opposed to the seconds it waits for the other groups."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class StepClock:
+    """Times each micro-batch of a step, up to the moment its last gradient is there.
+
+    The backward pass of the last micro-batch also waits for the gradients of all other ranks. So the clock stops not at
+    its end but when the parameter nearest to the input has its gradient, which is the last to come. On CUDA the
+    moments are events in the stream, read once when the step is over.
+
+    Args:
+        model: its first trainable parameter is watched.
+        device: where it computes.
+    """
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._last_gradient: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        first = next((p for p in model.parameters() if p.requires_grad), None)
+        self._hook = None if first is None else first.register_post_accumulate_grad_hook(self._note)
+
+    def _note(self, _: torch.Tensor) -> None:
+        self._last_gradient = self._now()
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Time what is done inside."""
+        self._last_gradient = None
+        start = self._now()
+        yield
+        self._spans.append((start, self._last_gradient or self._now()))
+
+    def read(self) -> list[float]:
+        """Seconds of each micro-batch since the last reading; waits for the device."""
+        if self._device.type != "cuda":
+            seconds = [end - start for start, end in self._spans]
+        else:
+            torch.cuda.synchronize(self._device)
+            seconds = [start.elapsed_time(end) / 1000 for start, end in self._spans]
+        self._spans = []
+        return seconds
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._hook is not None:
+            self._hook.remove()

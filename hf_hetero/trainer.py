@@ -1,0 +1,327 @@
+"""HeteroTrainer: a transformers Trainer whose steps are planned.
+
+One item of the DataLoader is one optimizer step: transformers fixes the number of batches of a step, a plan does not.
+So transformers sees an accumulation of 1, and `training_step` runs as many micro-batches as the plan has.
+
+The methods of `Trainer` that are overridden, and why:
+
+    __init__                        set the model's attention, make the groups, refuse what is not exact
+    get_total_train_batch_size      the user's gradient_accumulation_steps still counts
+    get_train_dataloader            items are planned steps
+    get_batch_samples               all ranks confirm the step before it starts
+    training_step                   the loop over micro-batches
+    floating_point_ops, _track_num_input_tokens     an item is a step, not a dict of tensors
+    log                             add the callbacks' numbers
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_hetero import exactness
+from hf_hetero.agreement import broadcast, confirm_step, gather
+from hf_hetero.attention import interface, kernels
+from hf_hetero.attention.context import AttentionContext, make_context
+from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
+from hf_hetero.collators import PackedCollator
+from hf_hetero.config import HeteroConfig
+from hf_hetero.cost_model import CostModel
+from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.groups import GroupPool
+from hf_hetero.lengths import read_lengths
+from hf_hetero.loss import token_loss
+from hf_hetero.machine import Machine, set_up
+from hf_hetero.plan import StepReport
+from hf_hetero.plan_ahead import PlanAhead
+from hf_hetero.planner import Planner
+from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero.step import RankMicroBatch, StepBatch
+from hf_hetero.timing import StepClock
+
+logger = logging.getLogger(__name__)
+
+
+class HeteroTrainerMixin(Trainer):
+    """Put it before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
+
+    Args:
+        model, args, and all others: as for the Trainer below it. `args` is copied, not changed.
+        hetero: settings; every default is right for most.
+
+    Raises:
+        UnsupportedModel: the model or an option under which plans would change the learning.
+        ConfigError: a setting or a cost model that cannot be what was meant.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        hetero: HeteroConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.hetero = hetero or HeteroConfig()
+        self._accumulation = 1
+        if args is not None:
+            exactness.check_arguments(args)
+            self._accumulation = args.gradient_accumulation_steps
+            args = copy.copy(args)
+            args.gradient_accumulation_steps = 1
+        super().__init__(model, args, *others, **kwargs)
+        exactness.check_arguments(self.args)
+        exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
+        exactness.check_model(self)
+        if self.args.ddp_find_unused_parameters is None and not exactness.has_experts(self.model):
+            # every weight of a dense decoder is used by every token, so looking for unused ones is wasted
+            self.args.ddp_find_unused_parameters = False
+
+        self._packer = self._make_packer()
+        self._kernel = self._set_attention()
+        self._machine: Machine | None = None
+        self.cost_model: CostModel | None = None
+        self._plan_ahead: PlanAhead | None = None
+        self._clock: StepClock | None = None
+        self._fetch_s = 0.0
+        if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
+            self.add_callback(PlanMetricsCallback())
+
+    # ------------------------------------------------------------------------------------------------ set up
+
+    def _make_packer(self) -> PackedCollator:
+        collator: Any = self.data_collator
+        if isinstance(collator, PackedCollator):
+            return collator
+        if collator is default_data_collator or type(collator) is DataCollatorWithPadding:
+            pad = getattr(self.processing_class, "pad_token_id", None)
+            self.data_collator = PackedCollator(pad_token_id=pad if pad is not None else 0)
+            return self.data_collator
+        # theirs keeps serving evaluation; in training it makes the labels of one sample at a time
+        return PackedCollator(example_collator=collator)
+
+    def _set_attention(self) -> kernels.Kernel:
+        base: Any = exactness.base_model(self.model)
+        kernel = kernels.choose_kernel(
+            self.args.device.type,
+            self._compute_dtype(),
+            kernels.features_of(base.config),
+            base.config._attn_implementation,
+        )
+        interface.register()
+        base.set_attn_implementation(interface.ATTENTION_NAME)
+        if base.loss_function is ForCausalLMLoss:
+            base.loss_function = token_loss
+        logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
+        return kernel
+
+    def _compute_dtype(self) -> torch.dtype:
+        if self.args.bf16 or self.args.fp16:
+            return torch.bfloat16 if self.args.bf16 else torch.float16
+        return next(exactness.base_model(self.model).parameters()).dtype
+
+    def _set_up_planning(self) -> Machine:
+        """Made when training first starts, kept for later runs."""
+        if self._machine is None:
+            assert isinstance(self.model, torch.nn.Module)
+            self._machine = set_up(self.model, self.args, self.hetero, self._compute_dtype())
+            self.cost_model = self._machine.cost_model
+        return self._machine
+
+    @property
+    def groups(self) -> GroupPool:
+        """Process groups of the run."""
+        return self._set_up_planning().groups
+
+    # -------------------------------------------------------------------------------------------------- data
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples of a step: per device x accumulation x ranks, as without plans."""
+        return super().get_total_train_batch_size(args) * self._accumulation
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Items are planned steps. Not prepared by accelerate, which would deal them out among the ranks.
+
+        Raises:
+            BadSample: the dataset has no tokens, or an empty sample.
+        """
+        dataset: Any = self.train_dataset
+        if dataset is None:
+            raise HeteroError("Training needs a train_dataset.")
+        control, args = self._set_up_planning().groups.control, self.args
+        # rank 0 plans, so it alone needs the lengths; the others hear of a bad dataset
+        lengths: Any = None
+
+        def count() -> int:
+            nonlocal lengths
+            lengths = read_lengths(dataset, self.hetero.length_column)
+            return len(lengths)
+
+        batches = GlobalBatches(
+            num_samples=broadcast(count, control),
+            batch_size=self.get_total_train_batch_size(args),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        if self._plan_ahead is not None:
+            self._plan_ahead.close()
+        self._plan_ahead = PlanAhead(
+            plan=lambda lengths: self._planner(self.hetero.solver).plan(lengths),
+            fallback=lambda lengths: self._planner("fast").plan(lengths),
+            rows=batches.rows,
+            lengths=lengths,
+            steps_per_epoch=max(len(batches), 1),
+            num_ahead=self.hetero.plan_ahead_steps,
+            control=control,
+        )
+        sampler = StepSampler(
+            batches,
+            self._plan_ahead.step,
+            args.process_index,
+            # `Trainer` skips these when it resumes within an epoch
+            num_trained=lambda: 0 if args.ignore_data_skip else self.state.global_step % max(len(batches), 1),
+        )
+        return DataLoader(
+            StepDataset(self._needed_columns(dataset)),
+            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
+            collate_fn=self._packer,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+
+    def _planner(self, solver: Any) -> Planner:
+        """The planner for the cost model of now, which callbacks may refit."""
+        assert self.cost_model is not None
+        return Planner(self.cost_model, num_ranks=self.args.world_size, solver=solver)
+
+    def _needed_columns(self, dataset: Any) -> Any:
+        import datasets
+
+        return self._remove_unused_columns(dataset, "training") if isinstance(dataset, datasets.Dataset) else dataset
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """One step, confirmed by all ranks, and its target tokens over all of them.
+
+        Raises:
+            HeteroError: a bad sample, or another plan, on any rank; raised on all.
+        """
+        error: Exception | None = None
+        step: StepBatch | None = None
+        start = time.perf_counter()
+        try:
+            step = next(epoch_iterator, None)
+        except Exception as raised:  # told to the other ranks first, then raised on all of them
+            error = raised
+        self._fetch_s = time.perf_counter() - start
+        if step is None and error is None:
+            return [], None
+        digest, targets = (step.share.step.digest(), step.num_targets) if step is not None else (0, 0)
+        total = confirm_step(self.state.global_step + 1, digest, targets, error, self.groups.control)
+        return [step], torch.tensor(max(total, 1), device=device)
+
+    # ------------------------------------------------------------------------------------------------- step
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of all micro-batches of a step; gradients are synchronised by the last one.
+
+        Returns:
+            This rank's part of the step's loss, times the number of ranks.
+        """
+        step: StepBatch = inputs
+        clock = self._clock = self._clock or StepClock(self.model, self.args.device)  # pyright: ignore
+        start = time.perf_counter()
+        total = torch.zeros((), device=self.args.device)
+        for index, micro_batch in enumerate(step.micro_batches):
+            context = self._context(micro_batch, index)
+            with self._synchronising(model, index == len(step.micro_batches) - 1), clock.micro_batch():
+                loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
+            total += loss
+            if not context.reached:
+                raise UnsupportedModel(
+                    f"{type(exactness.base_model(self.model)).__name__} never called its attention through "  # pyright: ignore
+                    "transformers' interface, so samples cannot be shared among ranks. Use plain Trainer."
+                )
+        busy_s = clock.read()
+        self._report(step, time.perf_counter() - start, busy_s, num_items_in_batch)
+        return total
+
+    def _context(self, micro_batch: RankMicroBatch, index: int) -> AttentionContext:
+        group = micro_batch.group
+        return make_context(
+            micro_batch.layout,
+            group.ranks,
+            self.args.process_index if self.args.world_size > 1 else 0,
+            self.groups.get(group.ranks),
+            group.method,
+            self._kernel,
+            self.args.device,
+            step=self.state.global_step + 1,
+            micro_batch=index,
+        )
+
+    def _synchronising(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if is_last else self.accelerator.no_sync(model=model)
+
+    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
+        assert self.cost_model is not None
+        peak = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
+        mine = [peak, *(round(1e9 * s) for s in busy_s)]
+        rows = gather(mine, self.groups.control)
+        report = StepReport(
+            step=self.state.global_step + 1,
+            plan=batch.share.step.plan,
+            lengths=batch.share.step.lengths,
+            num_targets=int(num_targets),
+            seconds=seconds,
+            busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
+            wait_s=self._fetch_s,
+            peak_bytes=max(row[0] for row in rows),
+        )
+        for callback in self._step_callbacks():
+            callback.on_step_report(self.args, self.state, report)
+            if (cost := callback.recalibrated(self.cost_model)) is not None:
+                self.cost_model = cost
+
+    def _step_callbacks(self) -> list[StepReportCallback]:
+        return [c for c in self.callback_handler.callbacks if isinstance(c, StepReportCallback)]
+
+    # ------------------------------------------------------------------------------------------- accounting
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Operations of this rank's part of a step."""
+        if not isinstance(inputs, StepBatch):
+            return super().floating_point_ops(inputs)
+        return sum(super(HeteroTrainerMixin, self).floating_point_ops(m.inputs) for m in inputs.micro_batches)
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        if not isinstance(inputs, StepBatch):
+            super()._track_num_input_tokens(inputs)
+        elif self.args.include_num_input_tokens_seen != "no":
+            self.state.num_input_tokens_seen += sum(inputs.share.step.lengths)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs also carry what the step callbacks counted."""
+        if "loss" in logs:
+            for callback in self._step_callbacks():
+                logs.update(callback.metrics())
+        super().log(logs, start_time)
+
+
+class HeteroTrainer(HeteroTrainerMixin):
+    """`transformers.Trainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""

@@ -1,0 +1,323 @@
+"""What the tests share: ranks in processes of their own, tiny models, long-tailed batches, an independent reference."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing as mp
+import os
+import queue
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_hetero import Group, HeteroConfig, HeteroTrainer, MicroBatch, Plan
+
+IGNORE = -100
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- ranks
+
+
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 240, expect_errors: bool = False
+) -> list[Any]:
+    """Call `function(*args)` on so many gloo ranks, one thread each; return the results in the order of the ranks.
+
+    With `expect_errors` a rank's exception is its result, and a rank that dies gives None.
+    """
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["helpers"])
+    results: Any = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank, args=(function, rank, num_ranks, port, args, results), daemon=True)
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        deadline = timeout_s
+        while len(found) < num_ranks:
+            try:
+                rank, ok, data = results.get(timeout=1)
+                value = torch.load(io.BytesIO(data), weights_only=False)
+            except queue.Empty:
+                deadline -= 1
+                dead = [r for r, p in enumerate(processes) if p.exitcode is not None and r not in found]
+                if expect_errors and dead and results.empty():
+                    found.update(dict.fromkeys(dead))
+                    continue
+                assert not dead or not results.empty(), f"ranks {dead} died: {[processes[r].exitcode for r in dead]}"
+                assert deadline > 0, f"only ranks {sorted(found)} of {num_ranks} gave a result in {timeout_s} s"
+                continue
+            if not ok and not expect_errors:
+                raise AssertionError(f"rank {rank} failed:\n{value[1]}")
+            found[rank] = value if ok else value[0]
+    finally:
+        for process in processes:
+            process.join(timeout=10 if len(found) == num_ranks else 0)
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(num_ranks)]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        value, ok = function(*args), True
+    except BaseException as error:
+        value, ok = (error, traceback.format_exc()), False
+    buffer = io.BytesIO()
+    torch.save(value, buffer)  # tensors by value: the process is about to end
+    results.put((rank, ok, buffer.getvalue()))
+    results.close()
+    results.join_thread()
+    os._exit(0 if ok else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------- models
+
+
+def tiny_model(
+    family: str = "llama", attention: str = "sdpa", dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
+    """A two-layer model with random weights, the same for the same arguments."""
+    torch.manual_seed(0)
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }[family]
+    config = config_class(**{**TINY, **changes}, attn_implementation=attention)
+    model = model_class(config).to(torch.float32)
+    return keep_float64(model.to(dtype)) if dtype == torch.float64 else model.to(dtype)
+
+
+def keep_float64(model: torch.nn.Module) -> torch.nn.Module:
+    """Replace norms that compute in fp32 whatever they are given."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
+                norm.weight.data.copy_(child.weight.data)
+                setattr(parent, name, norm)
+    return model
+
+
+def with_lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def samples(lengths: Sequence[int], seed: int = 0, vocab: int = 97) -> list[dict[str, list[int]]]:
+    """Random samples; labels masked in part. A sample of 5 tokens has no target at all."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for length in lengths:
+        ids = torch.randint(3, vocab, (length,), generator=generator)
+        labels = ids.clone()
+        hidden = length if length == 5 else int(torch.randint(0, max(1, length // 2), (1,), generator=generator))
+        labels[:hidden] = IGNORE
+        found.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    return found
+
+
+# long tail; with a one-token sample, and one without targets (5)
+LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
+
+
+# -------------------------------------------------------------------------------------------------------- training
+
+SHAPES = {
+    1: [[(0,)]],
+    2: [[(0, 1)], [(0,), (1,)]],
+    4: [[(0, 1), (2,), (3,)], [(0, 1, 2, 3)], [(0,), (1,), (2, 3)], [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)]],
+}
+
+
+class ScriptedPlanner:
+    """Plans that no cost model would choose: mixed degrees, 1 to 4 micro-batches, groups without samples."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        key = sum(lengths)
+        num_micro_batches = 1 + key % 4
+        micro_batches = []
+        for m in range(num_micro_batches):
+            chunk = list(range(m, len(lengths), num_micro_batches))
+            shape = SHAPES[self.num_ranks][(m + key) % len(SHAPES[self.num_ranks])]
+            filled = shape[: max(1, len(shape) - m % 2)]  # every second micro-batch leaves a group empty
+            groups = [Group(r, tuple(chunk[n :: len(filled)]) if r in filled else ()) for n, r in enumerate(shape)]
+            micro_batches.append(MicroBatch(tuple(groups)))
+        return Plan(self.num_ranks, tuple(micro_batches), seconds=1.0, lower_bound_s=1.0)
+
+
+class ScriptedTrainer(HeteroTrainer):
+    def _planner(self, solver: str) -> Any:
+        return ScriptedPlanner(self.args.world_size)
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Keeps the gradients of each step, before clipping has changed them when clipping is off."""
+
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append(gradients_of(model))
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("module."): p.grad.detach().clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
+def arguments(output: str, world: int, global_batch: int = 12, **changes: Any) -> TrainingArguments:
+    """Settings under which a step is as bare as possible: SGD, no clipping, no schedule."""
+    options: dict[str, Any] = {
+        "output_dir": output,
+        "use_cpu": True,
+        "per_device_train_batch_size": global_batch // world,
+        "max_steps": 4,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": 7,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(**{**options, **changes})
+
+
+def trained(
+    model: Any,
+    data: Any,
+    trainer_class: Any = ScriptedTrainer,
+    hetero: HeteroConfig | None = None,
+    resume: str | None = None,
+    callbacks: Sequence[Any] = (),
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train on the ranks of this process group; gradients of each step, weights, logs."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    recorder = Recorder()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"output_dir": folder, **changes}
+        extra = {"hetero": hetero} if issubclass(trainer_class, HeteroTrainer) else {}
+        trainer = trainer_class(
+            model=model,
+            args=arguments(options.pop("output_dir"), world, **options),
+            train_dataset=data,
+            callbacks=[recorder, *callbacks],
+            **extra,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+    weights = {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
+    return {
+        "gradients": recorder.gradients,
+        "weights": weights,
+        "logs": trainer.state.log_history,
+        "state": {"tokens": trainer.state.num_input_tokens_seen, "epoch": trainer.state.epoch},
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
+
+
+def reference_steps(model: Any, data: Any, steps: Sequence[Sequence[int]], rate: float = 0.05) -> dict[str, Any]:
+    """Independent of the package: each sample alone, token losses summed, divided once, plain gradient descent."""
+    gradients = []
+    losses = []
+    model.train()
+    for rows in steps:
+        model.zero_grad()
+        count = sum(label != IGNORE for row in rows for label in data[row]["labels"][1:])
+        loss_sum = 0.0
+        for row in rows:
+            ids, labels = (torch.tensor(data[row][key]) for key in ("input_ids", "labels"))
+            logits = model(input_ids=ids[None], use_cache=False).logits[0]
+            loss = F.cross_entropy(logits[:-1], labels[1:], ignore_index=IGNORE, reduction="sum") / count
+            (loss + 0 * logits.sum()).backward()
+            loss_sum += loss.item()
+        gradients.append(gradients_of(model))
+        losses.append(loss_sum)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= rate * p.grad
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {"gradients": gradients, "weights": weights, "losses": losses}
+
+
+def trainer_order(num_samples: int, batch: int, seed: int, num_steps: int) -> list[list[int]]:
+    """The rows of each step as accelerate's SeedableRandomSampler deals them, epoch after epoch."""
+    steps: list[list[int]] = []
+    for epoch in range(num_steps):
+        order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        steps += [order[start : start + batch] for start in range(0, num_samples, batch)]
+    return steps[:num_steps]
+
+
+def largest_difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest absolute difference, relative to the largest expected entry of all tensors."""
+    assert found.keys() == expected.keys()
+    scale = max(float(x.abs().max()) for x in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in expected) / scale
