@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_hetero import Group, HeteroConfig, HeteroTrainer, MicroBatch, Plan
+from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 
 IGNORE = -100
 TINY = {
@@ -47,6 +47,14 @@ TINY = {
 # ----------------------------------------------------------------------------------------------------------- ranks
 
 
+PRELOAD = [  # imported once, so that starting a rank takes a fork
+    "hf_hetero.trainer",
+    "peft",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3.modeling_qwen3",
+]
+
+
 def run_ranks(
     function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 240, expect_errors: bool = False
 ) -> list[Any]:
@@ -55,11 +63,11 @@ def run_ranks(
     With `expect_errors` a rank's exception is its result, and a rank that dies gives None.
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["helpers"])
+    context.set_forkserver_preload(PRELOAD)
     results: Any = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=_rank, args=(function, rank, num_ranks, port, args, results), daemon=True)
+        context.Process(target=_rank, args=(function, rank, num_ranks, port, args, results))
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -99,6 +107,7 @@ def free_port() -> int:
 
 def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, ...], results: Any) -> None:
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # a rank's own children start as they would in a user's script
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -111,7 +120,9 @@ def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, 
         dist.init_process_group("gloo", timeout=timedelta(seconds=120))
         value, ok = function(*args), True
     except BaseException as error:
-        value, ok = (error, traceback.format_exc()), False
+        # exceptions of other packages need not survive pickling
+        kept = error if isinstance(error, HeteroError) else RuntimeError(repr(error))
+        value, ok = (kept, traceback.format_exc()), False
     buffer = io.BytesIO()
     torch.save(value, buffer)  # tensors by value: the process is about to end
     results.put((rank, ok, buffer.getvalue()))

@@ -1,0 +1,316 @@
+"""Pictures of plans and runs: one step as PNG or SVG, a run as one self-contained HTML page.
+
+Needs matplotlib (`pip install hf-hetero[report]`), which is imported when the first picture is drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from hf_hetero.cost_model import CostModel
+from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.plan import Group, Plan, describe_degrees, idle_share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+BusySeconds = Sequence[Sequence[float]]
+
+LENGTH_COLOURS = ("#dbe9f1", "#97c3d8", "#3f82aa", "#3d4a86", "#a63a50")  # short to long
+DEGREE_COLOURS = ("#a9cbdb", "#4a90b5", "#1f5683", "#0b2545", "#e3a66b", "#c8693a", "#7d3528")  # degree 1, 2, 4, ...
+IDLE, FIXED, INK, ACCENT = "#ececea", "#c4c2bc", "#2b2f33", "#d9772b"
+STYLE: dict[Any, Any] = {
+    "axes.edgecolor": "#9a9a98",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "font.size": 9,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "hf-hetero",  # the same picture gives the same file
+}
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Steps of a run, in order, from its `plans.jsonl` or the folder that holds it.
+
+    A run resumed from a checkpoint may have trained a step twice; the last one counts.
+
+    Raises:
+        ConfigError: no such file, a line that is no step's record, or no line at all.
+    """
+    file = Path(path) / "plans.jsonl" if Path(path).is_dir() else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"Cannot read {str(file)!r}: {error.strerror}.") from error
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            wanted = {name: record[name] for name in ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{file}, line {number} is not a step's record: {error!r}.") from error
+        steps[wanted["step"]] = wanted
+    if not steps:
+        raise ConfigError(f"{file} holds no step. Train with PlanMetricsCallback(record=True).")
+    return [steps[step] for step in sorted(steps)]
+
+
+def most_mixed(records: Sequence[Record]) -> Record:
+    """The step that shows most: most different degrees, then most samples outside the commonest one."""
+
+    def variety(record: Record) -> tuple[int, int]:
+        counts = [len(lengths) for lengths in _lengths_by_degree([record]).values()]
+        return len(counts), sum(counts) - max(counts, default=0)
+
+    return max(records, key=variety)
+
+
+def summarise(records: Sequence[Record]) -> dict[str, str]:
+    """A run in numbers, each under its name: sums and means over the steps."""
+    steps, plans, degrees = len(records), [Plan.from_dict(r["plan"]) for r in records], _lengths_by_degree(records)
+    samples, tokens = sum(len(r["lengths"]) for r in records), sum(sum(r["lengths"]) for r in records)
+    seconds = sum(r["seconds"] + r["wait_s"] for r in records)
+    return {
+        "steps": f"{steps:,}",
+        "samples": f"{samples:,}",
+        "tokens": f"{tokens:,}",
+        "seconds, waits included": f"{seconds:,.1f}",
+        "tokens a second": f"{tokens / seconds:,.0f}",
+        **{f"samples at degree {degree}": f"{len(found) / samples:.0%}" for degree, found in degrees.items()},
+        "micro-batches a step": f"{sum(len(plan.micro_batches) for plan in plans) / steps:.1f}",
+        "idle share of the rank-seconds": f"{sum(idle_share(r['busy_s']) for r in records) / steps:.0%}",
+        "measured over planned seconds, median": f"{_measured_to_planned(records):.2f}",
+        "planning a step, in the background": f"{1000 * sum(plan.planning_s for plan in plans) / steps:.1f} ms",
+        "waited for plans and data": f"{sum(r['wait_s'] for r in records):.2f} s",
+    }
+
+
+def _measured_to_planned(records: Sequence[Record]) -> float:
+    return median([r["seconds"] / r["plan"]["seconds"] for r in records if r["plan"]["seconds"] > 0] or [0.0])
+
+
+def _lengths_by_degree(records: Sequence[Record]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for record in records:
+        for group in Plan.from_dict(record["plan"]).groups:
+            if group.samples:
+                found.setdefault(group.degree, []).extend(record["lengths"][sample] for sample in group.samples)
+    return dict(sorted(found.items()))
+
+
+# -------------------------------------------------------------------------------------------------- a plan's picture
+
+
+def draw_plan(
+    plan: Plan,
+    lengths: Sequence[int],
+    cost_model: CostModel | None,
+    path: str | Path,
+    busy_s: BusySeconds | None = None,
+) -> None:
+    """One step: ranks as rows, time from left to right, a bar for each sample, light grey where a rank waits.
+
+    Args:
+        plan: of the step.
+        lengths: tokens of each of its samples.
+        cost_model: predicts the seconds of each group, and each sample's part in them.
+        path: a .png or .svg file. In an SVG a sample's bar has the id `sample-<position in the global batch>`.
+        busy_s: measured seconds of each micro-batch (outer) on each rank (inner); drawn instead of predicted ones.
+
+    Raises:
+        HeteroError: neither a cost model nor measured seconds, another kind of file, or no matplotlib.
+    """
+    suffix = Path(path).suffix
+    if suffix not in (".png", ".svg"):
+        raise HeteroError(f"{path}: a plan is drawn as .png or .svg.")
+    if busy_s is None and cost_model is None:
+        raise HeteroError("A plan is drawn from a cost model's seconds or from measured ones; neither was given.")
+    Path(path).write_bytes(_rendered(lambda: _plan_figure(plan, lengths, cost_model, busy_s), suffix[1:]))
+
+
+def _plan_figure(
+    plan: Plan, lengths: Sequence[int], cost_model: CostModel | None, busy_s: BusySeconds | None = None
+) -> Figure:
+    if busy_s is not None:
+        cost_model, words = None, ["measured {:.3g} s", "idle {:.0%}"]
+    else:
+        assert cost_model is not None
+        words = ["predicted {:.3g} s", "idle {:.0%}", f"within {plan.gap:.1%} of optimal" if plan.lower_bound_s else ""]
+        busy_s = [
+            [cost_model.group_seconds(micro_batch.group_of(rank), lengths) for rank in range(plan.num_ranks)]
+            for micro_batch in plan.micro_batches
+        ]
+    total = sum(map(max, busy_s))
+    figure, axes = _figure(10, 1.4 + min(max(0.36 * plan.num_ranks, 1.4), 9))
+    colours = _length_colours(figure, axes, lengths)
+    start = 0.0
+    for micro_batch, seconds in zip(plan.micro_batches, busy_s, strict=True):
+        axes.broken_barh([(start, max(seconds))], (-0.5, plan.num_ranks), facecolors=IDLE)
+        for group in micro_batch.groups:
+            parts = _parts(group, lengths, cost_model, max(seconds[rank] for rank in group.ranks))
+            _draw_group(axes, group, parts, lengths, start, total, colours)
+        start += max(seconds)
+        axes.axvline(start, color=INK, linewidth=0.8)
+    axes.set(xlim=(0, total or 1), ylim=(plan.num_ranks - 0.5, -0.5), ylabel="rank")
+    axes.set_yticks(range(0, plan.num_ranks, max(1, plan.num_ranks // 16)))
+    axes.set_xlabel(
+        "seconds.  Corner of a group: its degree, the ranks that share its samples.  Light grey: waiting; darker: fixed cost."
+    )
+    axes.set_title("     ".join(words).format(total, idle_share(busy_s)), loc="left", fontweight="bold")
+    return figure
+
+
+def _parts(group: Group, lengths: Sequence[int], cost_model: CostModel | None, seconds: float) -> list[float]:
+    """Seconds before the first sample, then of each sample, of a group that takes `seconds`."""
+    tokens = [lengths[sample] for sample in group.samples]
+    if cost_model is None:
+        return [0.0, *(seconds * length / sum(tokens) for length in tokens)]
+    return [cost_model.fixed_s(group.degree), *(cost_model.work(n, group.degree) / group.degree for n in tokens)]
+
+
+def _draw_group(
+    axes: Axes, group: Group, parts: list[float], lengths: Sequence[int], start: float, total: float, colours: Any
+) -> None:
+    first, degree, left = group.ranks[0] - 0.5, group.degree, start + parts[0]
+    axes.broken_barh([(start, parts[0])], (first, degree), facecolors=FIXED)
+    # the longest first, where the eye begins
+    for sample, seconds in sorted(zip(group.samples, parts[1:], strict=True), key=lambda item: -lengths[item[0]]):
+        face = colours.to_rgba(lengths[sample])
+        bar = axes.barh(first + degree / 2, seconds, degree, left, color=face, edgecolor="white", linewidth=0.6)[0]
+        bar.set_gid(f"sample-{sample}")
+        if seconds > 0.06 * total:
+            ink = "white" if sum(face[:3]) < 1.7 else INK
+            axes.text(
+                left + seconds / 2, first + degree / 2, _short(lengths[sample]), color=ink, ha="center", va="center"
+            )
+        left += seconds
+    axes.broken_barh([(start, left - start)], (first, degree), facecolors="none", edgecolors="white", linewidth=2)
+    chip = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
+    place = (start + 0.006 * total, first + 0.12)
+    axes.text(*place, str(degree), va="top", fontsize=7, color=INK, bbox=chip)
+
+
+def _length_colours(figure: Figure, axes: Axes, lengths: Sequence[int]) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    least, most = min(lengths, default=1), max(lengths, default=1)
+    norm = LogNorm(least, max(most, least + 1))
+    colours = ScalarMappable(norm, LinearSegmentedColormap.from_list("lengths", LENGTH_COLOURS))
+    bar = figure.colorbar(colours, ax=axes, pad=0.01, aspect=25, label="tokens of a sample")
+    ticks = sorted({least, most} | {4**k for k in range(16) if 1.6 * least < 4**k < 0.7 * most})
+    bar.ax.set_yticks(ticks, [_short(tick) for tick in ticks])
+    bar.ax.minorticks_off()
+    return colours
+
+
+def _short(tokens: int) -> str:
+    """1536 -> 1.5K: thousands of 1024."""
+    return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)
+
+
+# --------------------------------------------------------------------------------------------------- a run's pictures
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>hf-hetero: a run</title><style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #2b2f33; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .4rem; } img { width: 100%; }
+table { border-collapse: collapse; } td { padding: .15rem 2rem .15rem 0; border-bottom: 1px solid #e4e4e2; }
+td + td { text-align: right; font-variant-numeric: tabular-nums; }
+</style></head><body>
+<h1>hf-hetero: a run</h1>
+"""
+
+
+def write_report(records: Sequence[Record], path: str | Path, cost_model: CostModel | None = None) -> None:
+    """A run as one HTML page that loads nothing from elsewhere.
+
+    Args:
+        records: from `read_records`.
+        path: of the page to write.
+        cost_model: draws a step also as it was predicted; without one, only as it was measured.
+
+    Raises:
+        HeteroError: no matplotlib.
+    """
+    step = most_mixed(records)
+    plan, lengths = Plan.from_dict(step["plan"]), step["lengths"]
+    pictures: dict[str, Callable[[], Figure]] = {
+        "Seconds of each step": lambda: _seconds_figure(records),
+        "Lengths, by the degree that trained them": lambda: _lengths_figure(records),
+    }
+    title = f"Step {step['step']} as {{}}: {describe_degrees(plan)}"
+    if cost_model is not None:
+        pictures[title.format("planned")] = lambda: _plan_figure(plan, lengths, cost_model)
+    pictures[title.format("measured")] = lambda: _plan_figure(plan, lengths, None, step["busy_s"])
+    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>\n" for name, value in summarise(records).items())
+    page = [PAGE, f"<table>\n{rows}</table>\n"]
+    for title, make in pictures.items():
+        data = base64.b64encode(_rendered(make, "svg")).decode()
+        page.append(f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n')
+    Path(path).write_text("".join([*page, "</body></html>\n"]), encoding="utf-8")
+
+
+def _seconds_figure(records: Sequence[Record]) -> Figure:
+    """Planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
+    figure, over = _figure(10, 2.8, (1, 2), width_ratios=(2, 1))
+    against = figure.axes[1]
+    steps, planned = [r["step"] for r in records], [r["plan"]["seconds"] for r in records]
+    measured, ratio = [r["seconds"] for r in records], _measured_to_planned(records)
+    over.plot(steps, measured, color=INK, label="measured")
+    over.plot(steps, planned, color=ACCENT, label="planned")
+    over.set(xlabel="step", ylabel="seconds", ylim=(0, 1.25 * max(*measured, *planned)))
+    over.legend(loc="upper right", ncols=2)
+    against.scatter(planned, measured, s=12, color=INK, alpha=0.6, linewidths=0)
+    against.axline((0, 0), slope=ratio, color=ACCENT, linewidth=1, label=f"x {ratio:.2f}, the median")
+    against.set(xlabel="planned seconds", ylabel="measured seconds", xlim=(0, None), ylim=(0, None))
+    against.legend(loc="lower right")
+    return figure
+
+
+def _lengths_figure(records: Sequence[Record]) -> Figure:
+    by_degree = _lengths_by_degree(records)
+    least, most = min(map(min, by_degree.values())), max(map(max, by_degree.values()))
+    figure, axes = _figure(10, 2.6)
+    colours = [DEGREE_COLOURS[min(degree.bit_length() - 1, len(DEGREE_COLOURS) - 1)] for degree in by_degree]
+    bins = [2 ** (k / 2) for k in range(2 * (least.bit_length() - 1), 2 * most.bit_length() + 1)]
+    names = [f"degree {degree}" for degree in by_degree]
+    axes.hist(list(by_degree.values()), bins, stacked=True, color=colours, label=names, edgecolor="white")
+    ticks = [2**k for k in range(least.bit_length() - 1, most.bit_length() + 1)]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    axes.set(xlabel="tokens of a sample", ylabel="samples", xlim=(ticks[0], ticks[-1]))
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **options: Any) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    figure.subplots(*grid, **options)
+    return figure, figure.axes[0]
+
+
+def _rendered(make: Callable[[], Figure], file_format: str) -> bytes:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise HeteroError("Pictures need matplotlib: pip install hf-hetero[report]") from error
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        make().savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+    return buffer.getvalue()

@@ -1,0 +1,59 @@
+"""What a step did is told in one line, in the log, in a file, and in a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_hetero import Group, MicroBatch, Plan
+from hf_hetero.callbacks import PlanMetricsCallback
+from hf_hetero.callbacks.plan_metrics import step_line
+from hf_hetero.plan import StepReport
+
+PLAN = Plan(2, (MicroBatch((Group((0, 1), (1,)),)), MicroBatch((Group((0,), (0,)), Group((1,), (2,))))), seconds=1.5)
+REPORT = StepReport(7, PLAN, (100, 800, 100), 900, seconds=2.0, busy_s=((1.0, 1.0), (1.0, 0.5)), wait_s=0.0)
+RANK_0: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
+RANK_1: Any = SimpleNamespace(is_world_process_zero=False, global_step=0)
+
+
+def test_line() -> None:
+    """Degrees, planned and measured seconds, tokens a second, idle share."""
+    line = step_line(REPORT)
+    for words in ("step    7", "[2] [1x2]", "planned   1.500 s", "measured   2.000 s", "500 tokens/s", "idle  12%"):
+        assert words in line, line
+
+
+def test_metrics_since_the_last_log(tmp_path: Path) -> None:
+    """The trainer's log gets means over the steps since the last one, and nothing twice."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_step_report(args, RANK_0, REPORT)  # pyright: ignore
+    callback.on_step_report(args, RANK_0, REPORT)  # pyright: ignore
+    metrics = callback.metrics()
+    assert metrics["hetero/tokens_per_s"] == pytest.approx(500)
+    assert metrics["hetero/idle_share"] == pytest.approx(0.125)
+    assert metrics["hetero/micro_batches"] == 2
+    assert callback.metrics() == {}
+
+
+def test_record_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 alone writes the record; it holds the plan in its own format; the summary counts samples by degree."""
+    args: Any = SimpleNamespace(output_dir=str(tmp_path))
+    for state in (RANK_0, RANK_1):
+        callback = PlanMetricsCallback(lines=True, record=True)
+        callback.on_train_begin(args, state, SimpleNamespace())  # pyright: ignore
+        callback.on_step_report(args, state, REPORT)
+        callback.on_train_end(args, state, SimpleNamespace())  # pyright: ignore
+        if state is RANK_0:
+            lines = (tmp_path / "plans.jsonl").read_text().splitlines()
+    record = json.loads((tmp_path / "plans.jsonl").read_text())
+    assert len(lines) == 1
+    assert Plan.from_dict(record["plan"]) == PLAN
+    assert (record["step"], record["lengths"], record["busy_s"]) == (7, [100, 800, 100], [[1.0, 1.0], [1.0, 0.5]])
+    printed = capsys.readouterr().out
+    assert printed.count("step    7") == 1
+    assert "67% at degree 1, 33% at degree 2" in printed
+    assert "1 steps, 3 samples, 1,000 tokens in 2.0 s: 500 tokens/s" in printed

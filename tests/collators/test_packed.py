@@ -1,0 +1,125 @@
+"""Packing loses no token, shifts labels inside each sample, and serves as an ordinary collator, too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import LENGTHS, ScriptedPlanner, samples
+from tokenizers import Tokenizer, models
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+from hf_hetero.collators import PackedCollator
+from hf_hetero.errors import BadSample
+from hf_hetero.step import Step, StepBatch, StepExamples, StepShare
+
+
+def step_of(data: list[Any], lengths: list[int]) -> Step:
+    return Step(0, 0, tuple(range(100, 100 + len(data))), tuple(lengths), ScriptedPlanner(4).plan(lengths))
+
+
+def collate(step: Step, data: list[Any], rank: int, collator: PackedCollator | None = None) -> StepBatch:
+    share = StepShare(step, rank)
+    result = (collator or PackedCollator())(StepExamples(share, {p: data[p] for p in share.samples()}))
+    assert isinstance(result, StepBatch)
+    return result
+
+
+def test_every_token_with_its_target_once() -> None:
+    """Over the ranks, each (sample, position) appears once, with its token and the label after it."""
+    data = samples(LENGTHS)
+    step = step_of(data, LENGTHS)
+    seen: dict[tuple[int, int], tuple[int, int]] = {}
+    for rank in range(4):
+        for m in collate(step, data, rank).micro_batches:
+            spans = m.layout.spans[m.group.ranks.index(rank)]
+            places = [(m.group.samples[s.sample], t) for s in spans for t in range(s.start, s.end)]
+            real = m.inputs["attention_mask"].view(-1)
+            rows = [m.inputs[k].view(-1)[real].tolist() for k in ("input_ids", "shift_labels", "position_ids")]
+            for place, token, target, position in zip(places, *rows, strict=True):
+                assert place not in seen
+                assert position == place[1]
+                seen[place] = (token, target)
+            assert torch.equal(m.inputs["labels"], m.inputs["shift_labels"])
+    for sample, row in enumerate(data):
+        targets = [*row["labels"][1:], -100]
+        for position, pair in enumerate(zip(row["input_ids"], targets, strict=True)):
+            assert seen.pop((sample, position)) == pair
+    assert not seen
+
+
+def test_targets_are_counted_once() -> None:
+    """The ranks' targets add up to those of the samples."""
+    data = samples(LENGTHS)
+    total = sum(collate(step_of(data, LENGTHS), data, rank).num_targets for rank in range(4))
+    assert total == sum(label != -100 for row in data for label in row["labels"][1:])
+
+
+def test_rank_without_tokens_runs_one_that_does_not_count() -> None:
+    """It has one masked token without a target."""
+    data = samples([1])
+    batches = [collate(step_of(data, [1]), data, rank) for rank in range(4)]
+    empty = [m.inputs for b in batches for m in b.micro_batches if not m.inputs["attention_mask"].any()]
+    assert empty
+    for inputs in empty:
+        assert inputs["input_ids"].shape == (1, 1)
+        assert inputs["shift_labels"].tolist() == [[-100]]
+
+
+def test_labels_default_to_input_ids() -> None:
+    """A sample without labels is learnt whole."""
+    data = [{"input_ids": [4, 5, 6]}]
+    share = StepShare(Step(0, 0, (0,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    batch = PackedCollator()(StepExamples(share, {0: data[0]}))
+    assert isinstance(batch, StepBatch)
+    assert batch.micro_batches[0].inputs["shift_labels"].tolist() == [[5, 6, -100]]
+
+
+def test_a_users_collator_makes_the_labels() -> None:
+    """With DataCollatorForLanguageModeling, labels are what it makes of each sample: its pad token is not learnt."""
+    words = Tokenizer(models.WordLevel({"<pad>": 3, "a": 4}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    theirs = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    data = [{"input_ids": [4, 3, 6, 7]}]
+    share = StepShare(Step(0, 0, (0,), (4,), ScriptedPlanner(1).plan([4])), 0)
+    batch = PackedCollator(example_collator=theirs)(StepExamples(share, {0: data[0]}))
+    assert isinstance(batch, StepBatch)
+    assert batch.micro_batches[0].inputs["shift_labels"].tolist() == [[-100, 6, 7, -100]]
+
+
+def test_padding_of_the_dataset_is_taken_off() -> None:
+    """Tokens outside the attention mask are not trained on."""
+    data = [{"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}]
+    share = StepShare(Step(0, 0, (0,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    batch = PackedCollator()(StepExamples(share, {0: data[0]}))
+    assert isinstance(batch, StepBatch)
+    assert batch.micro_batches[0].inputs["input_ids"].tolist() == [[5, 6, 7]]
+
+
+def test_ordinary_collator() -> None:
+    """Plain examples give one padded batch, with labels that the model shifts itself."""
+    batch: Any = PackedCollator(pad_token_id=9)(
+        [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [4, 5]}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]  # the first label has nothing to predict it
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"text": "x"}, r"has no input_ids, only \['text'\]"),
+        ({"input_ids": [], "labels": []}, "was planned with 3"),
+        ({"input_ids": [1, 2, 3], "labels": [1]}, "has 3 input_ids but 1 labels"),
+        ({"input_ids": [1, 2]}, "has 2 tokens but was planned with 3"),
+    ],
+)
+def test_bad_samples_are_named_by_row(example: dict[str, Any], message: str) -> None:
+    """The dataset's row is in the message."""
+    share = StepShare(Step(0, 0, (77,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    with pytest.raises(BadSample, match=f"row 77 {message}|row 77 has 0 tokens but {message}"):
+        PackedCollator()(StepExamples(share, {0: example}))
+    with pytest.raises(BadSample, match="sample 0 of the batch has no tokens"):
+        PackedCollator()([{"input_ids": []}])

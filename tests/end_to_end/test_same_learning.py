@@ -1,0 +1,181 @@
+"""The plan never changes the learning: gradients and weights under plans of mixed degrees, against references.
+
+The first reference is independent of the package: one process, each sample alone, losses summed and divided once. The
+second is transformers' own Trainer on one process. Plans mix degrees 1, 2 and 4, 1 to 4 micro-batches, and leave some
+groups without a sample; the data has labels masked in part, a sample without targets, and samples of one token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    LENGTHS,
+    ScriptedTrainer,
+    arguments,
+    largest_difference,
+    reference_steps,
+    run_ranks,
+    samples,
+    tiny_model,
+    trained,
+    trainer_order,
+    with_lora,
+)
+from transformers import Trainer
+
+from hf_hetero.collators import PackedCollator
+
+STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def model_of(case: dict[str, Any]) -> Any:
+    model = tiny_model(case.get("family", "llama"), dtype=case["dtype"], **case.get("config", {}))
+    return with_lora(model) if case.get("lora") else model
+
+
+def train_case(case: dict[str, Any]) -> dict[str, Any]:
+    return trained(model_of(case), samples(LENGTHS), **case.get("args", {}))
+
+
+def check_case(case: dict[str, Any], num_ranks: int = 4) -> None:
+    found = run_ranks(train_case, num_ranks, case)
+    expected = reference_steps(model_of(case), samples(LENGTHS), STEPS)
+    tolerance = TOLERANCE[case["dtype"]]
+    for rank in found:
+        assert rank["wrapper"] == "DistributedDataParallel"
+        assert len(rank["gradients"]) == len(STEPS)
+        for step, gradients in enumerate(expected["gradients"]):
+            assert largest_difference(rank["gradients"][step], gradients) <= tolerance
+        assert largest_difference(rank["weights"], expected["weights"]) <= tolerance
+    logged = [entry["loss"] for entry in found[0]["logs"] if "loss" in entry]
+    assert logged == pytest.approx(expected["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_equal_the_reference(family: str, dtype: torch.dtype) -> None:
+    """Gradients of each step, and the weights after four, equal the per-sample reference."""
+    check_case({"family": family, "dtype": dtype})
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_gradients_with_checkpointing(reentrant: bool) -> None:
+    """Recompute in backward finds the right micro-batch, whichever kind of checkpointing."""
+    args = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    check_case({"family": "qwen3", "dtype": torch.float64, "args": args})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_gradients_with_lora(dtype: torch.dtype) -> None:
+    """Adapters learn the same, too."""
+    check_case({"dtype": dtype, "lora": True})
+
+
+def test_gradients_with_lora_and_checkpointing() -> None:
+    """Frozen embeddings and recompute together: the usual way to run adapters."""
+    args = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
+    check_case({"dtype": torch.float64, "lora": True, "args": args})
+
+
+def test_gradients_on_two_ranks() -> None:
+    """The same on two ranks."""
+    check_case({"dtype": torch.float64}, num_ranks=2)
+
+
+def test_gradients_with_uneven_heads() -> None:
+    """Heads that no degree divides (6 query, 3 key-value heads on 4 ranks) are still exact."""
+    config = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}
+    check_case({"dtype": torch.float64, "config": config})
+
+
+def test_gradients_with_dataloader_workers() -> None:
+    """Reading samples in two worker processes changes nothing."""
+    check_case({"dtype": torch.float64, "args": {"dataloader_num_workers": 2}})
+
+
+def test_gradients_with_accumulation() -> None:
+    """The user's gradient_accumulation_steps counts in the size of the global batch, and nowhere else."""
+    args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
+    check_case({"dtype": torch.float64, "args": args})
+
+
+def plain_trainer(folder: str, **changes: Any) -> Any:
+    """Transformers' Trainer on one process, as a user would run it, on the same global batches."""
+    model = tiny_model("llama")
+    collator = PackedCollator()
+    changes = {"per_device_train_batch_size": 12, **changes}
+    trainer = Trainer(model, arguments(folder, 1, **changes), train_dataset=samples(LENGTHS), data_collator=collator)
+    trainer.train()
+    return {name: p.detach() for name, p in model.named_parameters()}, trainer.state
+
+
+def train_plainly_configured(changes: dict[str, Any]) -> dict[str, Any]:
+    return trained(tiny_model("llama"), samples(LENGTHS), **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_grad_norm": 0.1, "lr_scheduler_type": "linear", "warmup_steps": 1, "weight_decay": 0.1},
+        {"train_sampling_strategy": "sequential"},
+        {"max_steps": -1, "num_train_epochs": 2},
+    ],
+    ids=["bare", "clipping-schedule-decay", "sequential", "epochs"],
+)
+def test_weights_equal_the_plain_trainer(changes: dict[str, Any], tmp_path: Any) -> None:
+    """After four optimizer steps the weights equal those of `Trainer` on one process, in its own order of samples."""
+    changes = {"include_num_input_tokens_seen": "all", **changes}
+    weights, state = plain_trainer(str(tmp_path), **changes)
+    found = run_ranks(train_plainly_configured, 4, changes)
+    assert largest_difference(found[0]["weights"], weights) <= 1e-6
+    ours = [entry for entry in found[0]["logs"] if "loss" in entry]
+    theirs = [entry for entry in state.log_history if "loss" in entry]
+    for mine, other in zip(ours, theirs, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate", "epoch", "step"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-5), key
+    assert found[0]["state"]["epoch"] == state.epoch
+    assert found[0]["state"]["tokens"] == sum(LENGTHS) * 2  # Trainer counts padding as well, so it says more
+
+
+# ---------------------------------------------------------------------------------------------- negative controls
+
+
+class NoGlobalCount(ScriptedTrainer):
+    """Wrong on purpose: each rank divides by its own targets."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        return batches, torch.tensor(max(batches[0].num_targets, 1)) if batches else count
+
+
+class NoWorldFactor(ScriptedTrainer):
+    """Wrong on purpose: the average over ranks is not undone."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) / self.args.world_size
+
+
+class CountedTwice(ScriptedTrainer):
+    """Wrong on purpose: the count of all ranks is gathered once more."""
+
+    def get_batch_samples(self, *args: Any) -> Any:
+        batches, count = super().get_batch_samples(*args)
+        return batches, count * self.args.world_size if batches else count
+
+
+def train_wrongly(trainer_class: Any) -> dict[str, Any]:
+    return trained(tiny_model("llama"), samples(LENGTHS), trainer_class=trainer_class)
+
+
+@pytest.mark.parametrize("trainer_class", [NoGlobalCount, NoWorldFactor, CountedTwice])
+def test_wrong_normalisation_is_caught(trainer_class: Any) -> None:
+    """The comparison above can fail: three usual mistakes are far outside its tolerance."""
+    found = run_ranks(train_wrongly, 4, trainer_class)
+    expected = reference_steps(tiny_model("llama"), samples(LENGTHS), STEPS)
+    worst = max(largest_difference(a, b) for a, b in zip(found[0]["gradients"], expected["gradients"], strict=True))
+    assert worst > 1e-2

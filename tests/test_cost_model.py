@@ -1,0 +1,126 @@
+"""The cost model is the documented formula, the file is its JSON, and a wrong file is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_hetero import CostModel, Group, HeteroError, MicroBatch, Plan
+from hf_hetero.errors import ConfigError
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def a_cost_model(**changes: Any) -> CostModel:
+    options: dict[str, Any] = {
+        "attention_s_per_token2": 1e-6,
+        "linear_s_per_token": 1e-3,
+        "micro_batch_s": 0.5,
+        "all_to_all_bytes_per_token": 1000,
+        "all_to_all_bytes_per_s": {2: 1e6, 4: 5e5},
+        "all_to_all_latency_s": {4: 0.25},
+        "activation_bytes_per_token": 10,
+        "model_state_bytes_per_rank": 100,
+        "memory_bytes_per_rank": 1105,
+    }
+    return CostModel(**{**options, **changes})
+
+
+def test_formula() -> None:
+    """Seconds and bytes as the docstring has them, computed here by hand."""
+    cost = a_cost_model()
+    assert cost.seconds([100, 200], 1) == pytest.approx(0.5 + 1e-6 * (100**2 + 200**2) + 1e-3 * 300)
+    two = 0.5 + (1e-6 * 50000 + 1e-3 * 300) / 2 + 1000 * 300 / 2 / 1e6
+    assert cost.seconds([100, 200], 2) == pytest.approx(two)
+    assert cost.seconds([], 4) == pytest.approx(0.75)
+    assert cost.num_bytes([30, 10], 4) == pytest.approx(100 + 10 * 40 / 4)
+    assert cost.capacity_tokens == 100
+
+
+def test_degrees() -> None:
+    """1 is always offered; others are those with a bandwidth."""
+    assert a_cost_model().degrees(3) == (1, 2)
+    assert a_cost_model().degrees(4) == (1, 2, 4)
+    assert a_cost_model().with_degrees(d for d in (1, 2, 4) if d > 2).degrees(8) == (1, 4)
+
+
+def test_capacity_is_exact() -> None:
+    """A limit in tokens gives that many tokens, whatever the bytes of a token."""
+    for tokens in (1, 7, 4096, 99991):
+        assert a_cost_model(activation_bytes_per_token=10.7).with_capacity(tokens).capacity_tokens == tokens
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    """Save and load give the same model; the file has the documented format and string degrees."""
+    cost = a_cost_model(name="n", source="s", ranks_per_node=8)
+    cost.save(tmp_path / "cost.json")
+    data = json.loads((tmp_path / "cost.json").read_text())
+    assert data["format"] == "hf-hetero-cost/1"
+    assert data["all_to_all_bytes_per_s"] == {"2": 1e6, "4": 5e5}
+    assert CostModel.load(tmp_path / "cost.json") == cost
+
+
+def test_missing_latency_is_none() -> None:
+    """A file without the optional fields means no latency."""
+    data = a_cost_model().to_dict()
+    del data["all_to_all_latency_s"]
+    assert CostModel.from_dict(data).seconds([], 4) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "hf-hetero-cost/7"}, "hf-hetero-cost/7"),
+        ({"linear_s_per_token": -1}, "linear_s_per_token is -1"),
+        ({"micro_batch_s": float("nan")}, "micro_batch_s is nan"),
+        ({"all_to_all_bytes_per_s": {"2": 0}}, "all_to_all_bytes_per_s must be above 0"),
+        ({"all_to_all_bytes_per_s": {"two": 1}}, "two"),
+        ({"memory_bytes_per_rank": 100}, "holds no token"),
+        ({"activation_bytes_per_token": 0}, "activation_bytes_per_token must be above 0"),
+    ],
+)
+def test_wrong_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """A value that cannot be is named, and so is its file."""
+    path = tmp_path / "wrong.json"
+    path.write_text(json.dumps({**a_cost_model().to_dict(), **changes}))
+    with pytest.raises(ConfigError, match=message) as caught:
+        CostModel.load(path)
+    assert "wrong.json" in str(caught.value)
+    assert isinstance(caught.value, HeteroError)
+
+
+def test_missing_field_and_no_json(tmp_path: Path) -> None:
+    """So are a missing field, broken JSON and a missing file."""
+    data = a_cost_model().to_dict()
+    del data["micro_batch_s"]
+    with pytest.raises(ConfigError, match="micro_batch_s"):
+        CostModel.from_dict(data)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"broken\.json is not JSON"):
+        CostModel.load(tmp_path / "broken.json")
+    with pytest.raises(ConfigError, match="No such file"):
+        CostModel.load(tmp_path / "absent.json")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared cost models and judge")
+def test_agrees_with_the_independent_judge() -> None:
+    """Every shared cost model: the judge's seconds, capacity and degrees are ours."""
+    spec = importlib.util.spec_from_file_location("score_plan", SHARED / "tools" / "score_plan.py")
+    assert spec
+    assert spec.loader
+    judge = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(judge)
+    lengths = [812, 33, 7000, 1, 2048]
+    for path in sorted((SHARED / "data" / "costs").glob("*.json")):
+        ours, theirs = CostModel.load(path), judge.Cost(json.loads(path.read_text()))
+        assert ours.capacity_tokens == theirs.capacity
+        assert list(ours.degrees(64)) == theirs.degrees(64)
+        for degree in ours.degrees(64):
+            assert ours.seconds(lengths, degree) == pytest.approx(theirs.seconds(lengths, degree), rel=1e-12)
+        groups = (Group((0, 1), (0, 2)), Group((2,), (1, 3)), Group((3,), (4,)))
+        plan = Plan(4, (MicroBatch(groups),))
+        assert ours.plan_seconds(plan, lengths) == pytest.approx(judge.plan_seconds(plan.to_dict(), lengths, theirs))

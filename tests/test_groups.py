@@ -1,0 +1,109 @@
+"""Groups exist for every aligned block; what fails in a group, or on one rank, is named on all."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks
+
+from hf_hetero import HeteroError
+from hf_hetero.agreement import broadcast, confirm_step, gather
+from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
+from hf_hetero.groups import GroupPool, named
+
+
+def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+    """Sum of the ranks of each group, computed by the group."""
+    pool = GroupPool(degrees, timeout_s=20, control_timeout_s=20)
+    rank, found = dist.get_rank(), {}
+    for degree in sorted(set(degrees) - {1}):
+        ranks = tuple(range(rank // degree * degree, (rank // degree + 1) * degree))
+        if ranks[-1] >= dist.get_world_size():
+            continue
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total, group=pool.get(ranks))
+        found[ranks] = float(total)
+    assert pool.get((rank,)) is None
+    pool.close()
+    return found
+
+
+@pytest.mark.parametrize(("num_ranks", "degrees"), [(4, (1, 2, 4)), (3, (1, 2, 3))])
+def test_every_group_works(num_ranks: int, degrees: tuple[int, ...]) -> None:
+    """Each rank reaches the group of each degree, also where the number of ranks is no power of two."""
+    for rank, sums in enumerate(run_ranks(sums_of_groups, num_ranks, degrees)):
+        assert all(rank in ranks and total == sum(ranks) for ranks, total in sums.items())
+        assert max(map(len, sums)) == num_ranks
+
+
+def test_single_process_has_no_groups() -> None:
+    """Without torch.distributed there is nothing to make, and control messages stay at home."""
+    pool = GroupPool((1, 2), 1, 1)
+    assert pool.control is None
+    assert broadcast(lambda: 5, pool.control) == 5
+    assert gather([1, 2], pool.control) == [[1, 2]]
+    assert confirm_step(1, 99, 7, None, pool.control) == 7
+
+
+def late_for_a_group() -> float:
+    pool = GroupPool((2,), timeout_s=3, control_timeout_s=60)
+    if dist.get_rank() == 1:
+        time.sleep(12)
+        return 0.0
+    start = time.monotonic()
+    words = r"The test's sum failed or waited too long at step 3: .*group_timeout_s"
+    with pytest.raises(CollectiveFailed, match=words), named("The test's sum", "step 3"):
+        dist.all_reduce(torch.zeros(1), group=pool.get((0, 1)))
+    return time.monotonic() - start
+
+
+def test_timeout_reaches_the_group() -> None:
+    """A group's own timeout counts, not the default of the process group, and the failure is named."""
+    assert run_ranks(late_for_a_group, 2, timeout_s=60)[0] < 10
+
+
+def control_messages(case: str) -> Any:
+    pool = GroupPool((), 20, 20)
+    rank = dist.get_rank()
+    if case == "broadcast":
+        return broadcast(lambda: {"from": rank}, pool.control)
+    if case == "broadcast error":
+
+        def fail() -> None:
+            raise BadSample("row 3 is bad")
+
+        return broadcast(fail, pool.control)
+    if case == "broadcast bug":
+        return broadcast(lambda: 1 // 0, pool.control)
+    if case == "confirm":
+        return confirm_step(4, 123, 10 + rank, None, pool.control)
+    if case == "mismatch":
+        return confirm_step(4, 123 + (rank == 2), 10, None, pool.control)
+    return confirm_step(4, 123, 10, BadSample("row 8 is bad") if rank == 1 else None, pool.control)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("broadcast", {"from": 0}),
+        ("broadcast error", (BadSample, "row 3 is bad")),
+        ("broadcast bug", (HeteroError, "Rank 0: ZeroDivisionError")),
+        ("confirm", 10 + 11 + 12),
+        ("mismatch", (PlanMismatch, r"Step 4: ranks \[2\] hold another plan")),
+        ("one bad rank", (BadSample, "Rank 1: row 8 is bad")),
+    ],
+)
+def test_control_messages(case: str, expected: Any) -> None:
+    """What rank 0 makes reaches all; what goes wrong on one rank is raised on all, in the same words."""
+    found = run_ranks(control_messages, 3, case, expect_errors=True)
+    if not isinstance(expected, tuple):
+        assert found == [expected] * 3
+        return
+    for error in found:
+        assert type(error) is expected[0]
+        assert re.search(expected[1], str(error)), str(error)

@@ -1,0 +1,60 @@
+"""Tokens are counted right, whatever the dataset looks like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import pytest
+
+from hf_hetero.errors import BadSample
+from hf_hetero.lengths import read_lengths
+
+ROWS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+
+
+def test_column_is_taken_as_it_is() -> None:
+    """A length column is believed; nothing is counted."""
+    dataset = datasets.Dataset.from_dict({"input_ids": ROWS, "length": [9, 8, 7, 6], "tokens": [1, 2, 3, 4]})
+    assert read_lengths(dataset, "length").tolist() == [9, 8, 7, 6]
+    assert read_lengths(dataset, "tokens").tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", ["table", "shuffled", "sliced", "torch", "list"])
+def test_counted(form: str) -> None:
+    """Without a column, input_ids are counted: in tables, views of tables, formatted tables, and plain lists."""
+    dataset: Any = datasets.Dataset.from_dict({"input_ids": ROWS})
+    expected = [3, 1, 2, 4]
+    if form == "shuffled":
+        dataset, expected = dataset.select([2, 0, 3]), [2, 3, 4]
+    if form == "sliced":
+        dataset, expected = dataset.select(range(1, 3)), [1, 2]
+    if form == "torch":
+        dataset = dataset.with_format("torch")
+    if form == "list":
+        dataset = [{"input_ids": row} for row in ROWS]
+    assert read_lengths(dataset, "length").tolist() == expected
+
+
+@pytest.mark.parametrize("as_table", [True, False])
+def test_padding_does_not_count(as_table: bool) -> None:
+    """Where rows are padded, the attention mask tells what is trained on."""
+    rows: Any = {"input_ids": [[1, 2, 0], [3, 0, 0]], "attention_mask": [[1, 1, 0], [1, 0, 0]]}
+    table = datasets.Dataset.from_dict(rows)
+    assert read_lengths(table if as_table else table.to_list(), "length").tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("as_table", [True, False])
+def test_bad_rows_are_named(as_table: bool) -> None:
+    """An empty sample, or a dataset without tokens, is refused with its row or columns."""
+    table = datasets.Dataset.from_dict({"input_ids": [[1], [], [2]]})
+    with pytest.raises(BadSample, match="Row 1 has 0 tokens"):
+        read_lengths(table if as_table else table.to_list(), "length")
+    text = datasets.Dataset.from_dict({"text": ["a"]})
+    with pytest.raises(BadSample, match="no input_ids"):
+        read_lengths(text if as_table else text.to_list(), "length")
+
+
+def test_empty_dataset() -> None:
+    """No rows, no lengths."""
+    assert read_lengths([], "length").tolist() == []
