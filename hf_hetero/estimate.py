@@ -27,6 +27,7 @@ class Device:
         link_bytes_per_s: what one rank sends in an all-to-all inside a node.
         network_bytes_per_s: the same across nodes, for each rank.
         latency_s: fixed time of one exchange.
+        layer_s: fixed time of a layer's forward and backward pass, whatever it holds.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Device:
     link_bytes_per_s: float
     network_bytes_per_s: float = 6e9
     latency_s: float = 3e-5
+    layer_s: float = 2e-4
 
 
 # Peak dense bf16 (fp16 for V100 and T4) operations a second: NVIDIA's data sheets of each product.
@@ -174,7 +176,7 @@ def cpu_device(dtype: torch.dtype) -> Device:
         start = time.perf_counter()
         torch.mm(a, a)
         seconds = min(seconds, time.perf_counter() - start)
-    return Device("CPU", 2 * size**3 / seconds, 1e9, 1e9, latency_s=2e-3)
+    return Device("CPU", 2 * size**3 / seconds, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
@@ -194,7 +196,6 @@ def estimate_cost_model(shape: ModelShape, device: Device, topology: Topology, d
         for d in degrees
         if d > 1
     }
-    linear_s = linear_flops(shape) / device.flops
     return CostModel(
         name="estimate",
         source=(
@@ -206,9 +207,8 @@ def estimate_cost_model(shape: ModelShape, device: Device, topology: Topology, d
         ),
         ranks_per_node=topology.ranks_per_node,
         attention_s_per_token2=attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION),
-        linear_s_per_token=linear_s,
-        # launching kernels and stepping through layers: as long as 200 tokens, and 20 us a layer at least
-        micro_batch_s=max(200 * linear_s, 2e-5 * shape.num_layers),
+        linear_s_per_token=linear_flops(shape) / device.flops,
+        micro_batch_s=device.layer_s * shape.num_layers,
         all_to_all_bytes_per_token=exchange_bytes(shape),
         all_to_all_bytes_per_s=bandwidth,
         all_to_all_latency_s=dict.fromkeys(bandwidth, exchanges * device.latency_s),

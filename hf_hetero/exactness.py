@@ -63,14 +63,6 @@ def check_model(trainer: Trainer) -> None:
         )
 
 
-def has_experts(model: torch.nn.Module | None) -> bool:
-    """Whether a micro-batch may leave some weights unused: a mixture of experts."""
-    return any(
-        getattr(base_model(model).config, name, None)
-        for name in ("num_experts", "num_local_experts", "n_routed_experts")
-    )
-
-
 def check_num_ranks(expected: int | None, found: int) -> None:
     """Refuse to start with another number of ranks than the run was written for.
 

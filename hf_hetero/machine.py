@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hetero import estimate
 from hf_hetero.agreement import broadcast
@@ -20,6 +24,8 @@ from hf_hetero.groups import GroupPool
 from hf_hetero.topology import Topology
 
 logger = logging.getLogger(__name__)
+
+KEPT_COST_MODEL = "hetero_cost_model.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +41,17 @@ class Machine:
     groups: GroupPool
 
 
-def set_up(model: torch.nn.Module, args: TrainingArguments, hetero: HeteroConfig, dtype: torch.dtype) -> Machine:
+def set_up(
+    model: torch.nn.Module,
+    args: TrainingArguments,
+    hetero: HeteroConfig,
+    dtype: torch.dtype,
+    checkpoint: str | None = None,
+) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
+
+    The cost model is the user's file; without one, that of the checkpoint, if it was made on as many ranks; else an
+    estimate.
 
     Raises:
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
@@ -51,6 +66,8 @@ def set_up(model: torch.nn.Module, args: TrainingArguments, hetero: HeteroConfig
     def make() -> CostModel:
         if speed is None:
             return restricted(CostModel.load(hetero.cost_model or ""), hetero, world, heads)
+        if (kept := kept_cost_model(checkpoint, world)) is not None:
+            return restricted(kept, hetero, world, heads)
         shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, bool(args.activation_checkpointing))
         return restricted(estimate.estimate_cost_model(shape, speed, topology, topology.degrees), hetero, world, heads)
 
@@ -66,6 +83,29 @@ def set_up(model: torch.nn.Module, args: TrainingArguments, hetero: HeteroConfig
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
             logger.warning("%d heads do not divide by degree %s: some ranks will compute more.", heads, uneven)
     return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
+
+
+class KeepCostModel(TrainerCallback):
+    """Puts the cost model of now into each checkpoint."""
+
+    def __init__(self, cost_model: Callable[[], CostModel | None]) -> None:
+        self._cost_model = cost_model
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write it beside the trainer's state, with the number of ranks it is for."""
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        cost = self._cost_model()
+        if state.is_world_process_zero and cost is not None and folder.is_dir():
+            data = {**cost.to_dict(), "num_ranks": args.world_size}
+            (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
+    """The cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+    if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return CostModel.from_dict(data, where=str(path)) if data.get("num_ranks") == num_ranks else None
 
 
 def restricted(cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int) -> CostModel:

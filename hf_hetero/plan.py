@@ -204,16 +204,17 @@ def idle_share(busy_s: Sequence[Sequence[float]]) -> float:
     return 1 - sum(map(sum, busy_s)) / total if total > 0 else 0.0
 
 
+def describe_groups(micro_batch: MicroBatch) -> str:
+    """Degrees of a micro-batch's groups, largest first: '4 2x2' is one group of 4 ranks and two of 2."""
+    degrees = micro_batch.degrees
+    counts = {degree: degrees.count(degree) for degree in degrees}
+    return " ".join(f"{degree}x{count}" if count > 1 else f"{degree}" for degree, count in counts.items())
+
+
 def describe_degrees(plan: Plan) -> str:
     """The groups of each micro-batch in one line.
 
     >>> describe_degrees(Plan(4, (MicroBatch((Group((0, 1), (0,)), Group((2,), (1,)), Group((3,), (2,)))),)))
     '[2 1x2]'
     """
-    words = []
-    for micro_batch in plan.micro_batches:
-        counts: dict[int, int] = {}
-        for degree in micro_batch.degrees:
-            counts[degree] = counts.get(degree, 0) + 1
-        words.append(" ".join(f"{d}x{n}" if n > 1 else f"{d}" for d, n in counts.items()))
-    return " ".join(f"[{word}]" for word in words)
+    return " ".join(f"[{describe_groups(micro_batch)}]" for micro_batch in plan.micro_batches)

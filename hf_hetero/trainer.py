@@ -27,9 +27,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_hetero import exactness
-from hf_hetero.agreement import broadcast, confirm_step, gather
+from hf_hetero.agreement import confirm_step, gather
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext, make_context
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
@@ -38,13 +39,12 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.groups import GroupPool
-from hf_hetero.lengths import read_lengths
+from hf_hetero.loader import Planning, step_loader
 from hf_hetero.loss import token_loss
-from hf_hetero.machine import Machine, set_up
+from hf_hetero.machine import KeepCostModel, Machine, set_up
 from hf_hetero.plan import StepReport
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planner import Planner
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.timing import StepClock
 
@@ -82,9 +82,6 @@ class HeteroTrainerMixin(Trainer):
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
-        if self.args.ddp_find_unused_parameters is None and not exactness.has_experts(self.model):
-            # every weight of a dense decoder is used by every token, so looking for unused ones is wasted
-            self.args.ddp_find_unused_parameters = False
 
         self._packer = self._make_packer()
         self._kernel = self._set_attention()
@@ -92,9 +89,11 @@ class HeteroTrainerMixin(Trainer):
         self.cost_model: CostModel | None = None
         self._plan_ahead: PlanAhead | None = None
         self._clock: StepClock | None = None
+        self._resumed_from: str | None = None
         self._fetch_s = 0.0
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
+        self.add_callback(KeepCostModel(lambda: self.cost_model))
 
     # ------------------------------------------------------------------------------------------------ set up
 
@@ -133,7 +132,7 @@ class HeteroTrainerMixin(Trainer):
         """Made when training first starts, kept for later runs."""
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
-            self._machine = set_up(self.model, self.args, self.hetero, self._compute_dtype())
+            self._machine = set_up(self.model, self.args, self.hetero, self._compute_dtype(), self._resumed_from)
             self.cost_model = self._machine.cost_model
         return self._machine
 
@@ -141,6 +140,12 @@ class HeteroTrainerMixin(Trainer):
     def groups(self) -> GroupPool:
         """Process groups of the run."""
         return self._set_up_planning().groups
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; a checkpoint also brings its cost model, so that plans go on as they were."""
+        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
+        self._resumed_from = found or None
+        return super().train(resume_from_checkpoint, *others, **kwargs)
 
     # -------------------------------------------------------------------------------------------------- data
 
@@ -154,62 +159,32 @@ class HeteroTrainerMixin(Trainer):
         Raises:
             BadSample: the dataset has no tokens, or an empty sample.
         """
-        dataset: Any = self.train_dataset
-        if dataset is None:
+        if self.train_dataset is None:
             raise HeteroError("Training needs a train_dataset.")
-        control, args = self._set_up_planning().groups.control, self.args
-        # rank 0 plans, so it alone needs the lengths; the others hear of a bad dataset
-        lengths: Any = None
-
-        def count() -> int:
-            nonlocal lengths
-            lengths = read_lengths(dataset, self.hetero.length_column)
-            return len(lengths)
-
-        batches = GlobalBatches(
-            num_samples=broadcast(count, control),
-            batch_size=self.get_total_train_batch_size(args),
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            shuffle=args.train_sampling_strategy == "random",
-            drop_last=args.dataloader_drop_last,
+        planning = Planning(
+            plan=lambda lengths: self._planner(self.hetero.solver).plan(lengths),
+            fallback=lambda lengths: self._planner("fast").plan(lengths),
+            num_ahead=self.hetero.plan_ahead_steps,
+            length_column=self.hetero.length_column,
+            control=self.groups.control,
         )
         if self._plan_ahead is not None:
             self._plan_ahead.close()
-        self._plan_ahead = PlanAhead(
-            plan=lambda lengths: self._planner(self.hetero.solver).plan(lengths),
-            fallback=lambda lengths: self._planner("fast").plan(lengths),
-            rows=batches.rows,
-            lengths=lengths,
-            steps_per_epoch=max(len(batches), 1),
-            num_ahead=self.hetero.plan_ahead_steps,
-            control=control,
+        loader, self._plan_ahead = step_loader(
+            self.train_dataset,
+            columns=lambda dataset: self._remove_unused_columns(dataset, "training"),
+            collate=self._packer,
+            args=self.args,
+            batch_size=self.get_total_train_batch_size(self.args),
+            planning=planning,
+            global_step=lambda: self.state.global_step,
         )
-        sampler = StepSampler(
-            batches,
-            self._plan_ahead.step,
-            args.process_index,
-            # `Trainer` skips these when it resumes within an epoch
-            num_trained=lambda: 0 if args.ignore_data_skip else self.state.global_step % max(len(batches), 1),
-        )
-        return DataLoader(
-            StepDataset(self._needed_columns(dataset)),
-            batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
-            collate_fn=self._packer,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
+        return loader
 
     def _planner(self, solver: Any) -> Planner:
         """The planner for the cost model of now, which callbacks may refit."""
         assert self.cost_model is not None
         return Planner(self.cost_model, num_ranks=self.args.world_size, solver=solver)
-
-    def _needed_columns(self, dataset: Any) -> Any:
-        import datasets
-
-        return self._remove_unused_columns(dataset, "training") if isinstance(dataset, datasets.Dataset) else dataset
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device

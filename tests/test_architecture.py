@@ -15,7 +15,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"cost_model", "layout", "groups", "loss", "timing"},
     {"agreement", "attention", "planner", "step"},
     {"estimate", "exactness", "lengths", "plan_ahead", "profile", "report", "sampler", "collators", "callbacks"},
-    {"machine"},
+    {"loader", "machine"},
     {"trainer"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
@@ -25,7 +25,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.kernels"},
     "mip": {"planner.milp"},
     "matplotlib": {"report"},
-    "datasets": {"lengths", "trainer"},
+    "datasets": {"lengths", "loader"},
     "transformers": {
         "attention.interface",
         "attention.kernels",
@@ -33,6 +33,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.plan_metrics",
         "callbacks.step_report",
         "exactness",
+        "loader",
         "machine",
         "trainer",
     },

@@ -1,55 +1,50 @@
-"""The fast search: cut the sorted samples into micro-batches, then give each the shortest duration that holds them."""
+"""The fast search: guess how long each micro-batch lasts, pack the samples into that, then squeeze."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from statistics import median
 
-from hf_hetero.planner.draft import Draft, DraftMicroBatch, draft_seconds, micro_batch_seconds
-from hf_hetero.planner.packing import pack
+from hf_hetero.planner.cuts import Guess, guesses, slowest_full_group
+from hf_hetero.planner.descent import Trial, Tries, descend, kick, scale
+from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
 
-EXTRA_MICRO_BATCHES = 4
-BISECTIONS = 12
+MOST_TRIES = 56
+FEWEST_TRIES = 14
+TRIED_SAMPLES = 600_000
+TRIES_A_GUESS = 5
+TRIES_WHEN_FULL = 12
+WORTH_TRYING = 1.03
+MUCH_LONGER = 1.25
 
 
 def fast_draft(problem: Problem) -> Draft | None:
-    """The best of a few numbers of micro-batches, or None where none of them holds the samples."""
-    fewest = problem.fewest_micro_batches
-    drafts = [_with_micro_batches(problem, fewest + extra) for extra in range(EXTRA_MICRO_BATCHES)]
-    found = [draft for draft in drafts if draft is not None]
-    return min(found, key=lambda draft: draft_seconds(problem, draft), default=None)
+    """The best plan that a fixed number of packings finds, or None where none of them holds the samples."""
+    num_tries = TRIED_SAMPLES // (len(problem.lengths) + problem.num_ranks)
+    tries = Tries(problem, max(FEWEST_TRIES, min(MOST_TRIES, num_tries)))
+    found = guesses(problem)
+    best = _full(tries) if all(len(guess.durations) > problem.fewest_micro_batches for guess in found) else None
+    for guess in [*(_levelled(guess) for guess in found[:1]), *found]:
+        limit_s = best.seconds * WORTH_TRYING if best else float("inf")
+        if guess.seconds <= limit_s:
+            trial = scale(tries, guess.durations, limit_s, TRIES_A_GUESS)
+            if trial is not None and (best is None or trial.seconds < best.seconds):
+                best = trial
+    if best is None:
+        return None
+    return kick(tries, descend(tries, best)).packing.draft(problem)
 
 
-def _with_micro_batches(problem: Problem, num_micro_batches: int) -> Draft | None:
-    """Consecutive chunks of equal tokens, longest samples first (FlexSP's "blaster", arXiv:2412.01523, section 4.2)."""
-    before = problem.tokens_before
-    cuts = [bisect_left(before, before[-1] * part // num_micro_batches) for part in range(num_micro_batches + 1)]
-    draft: Draft = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
-        if first < last:
-            groups = _shortest(problem, range(first, last))
-            if groups is None:
-                return None
-            draft.append(groups)
-    return draft
+def _full(tries: Tries) -> Trial | None:
+    """As few micro-batches as memory allows, of any duration: too full for a fluid, they may still hold the samples."""
+    problem = tries.problem
+    trial = tries.pack([slowest_full_group(problem)] * problem.fewest_micro_batches)
+    return trial and descend(tries, trial, most=TRIES_WHEN_FULL)
 
 
-def _shortest(problem: Problem, samples: range) -> DraftMicroBatch | None:
-    """One micro-batch of these samples, as short as bisection finds."""
-    best: DraftMicroBatch | None = None
-    work = sum(problem.cost.work(problem.lengths[sample], 1) for sample in samples)
-    least = problem.fixed_s[0] + work / problem.num_ranks
-    low, high = least, 64 * least
-    for floor in range(len(problem.degrees)):
-        floor_low, floor_high = low, high
-        for _ in range(BISECTIONS):
-            middle = (floor_low * floor_high) ** 0.5
-            groups = pack(problem, samples, middle, floor)
-            if groups is None:
-                floor_low = middle
-                continue
-            seconds = micro_batch_seconds(problem, groups)
-            floor_high = min(middle, seconds)
-            if seconds < high:
-                best, high = groups, seconds
-    return best
+def _levelled(guess: Guess) -> Guess:
+    """Micro-batches that are not much longer than most last equally long: short samples will fill the ends of all."""
+    limit_s = median(guess.durations) * MUCH_LONGER
+    short = [seconds for seconds in guess.durations if seconds <= limit_s]
+    level = sum(short) / len(short)
+    return Guess(guess.seconds, tuple(seconds if seconds > limit_s else level for seconds in guess.durations))

@@ -8,17 +8,36 @@ from hf_hetero.planner.draft import Draft, DraftGroup, draft_seconds, tiling
 from hf_hetero.planner.problem import Problem
 
 
-def best_homogeneous(problem: Problem) -> Draft:
+def best_homogeneous(problem: Problem, below_s: float = float("inf")) -> Draft | None:
     """The fastest plan whose groups all have one degree (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1).
 
     Where the degree does not divide the ranks, the ranks left over form smaller groups.
+
+    Args:
+        below_s: a plan is of interest only when it takes fewer seconds; degrees that cannot are left aside.
+
+    Returns:
+        The plan, or None where none is below.
     """
-    longest = problem.lengths[0]
-    drafts: list[Draft] = []
-    for degree in problem.degrees:
-        if problem.capacity * degree >= longest:
-            drafts += [_best_fit(problem, degree), _balanced(problem, degree)]
-    return min(drafts, key=lambda draft: draft_seconds(problem, draft))
+    best: Draft | None = None
+    for index, degree in enumerate(problem.degrees):
+        if problem.capacity * degree >= problem.lengths[0] and _least_seconds(problem, index) < below_s:
+            for draft in (_best_fit(problem, degree), _balanced(problem, degree)):
+                seconds = draft_seconds(problem, draft)
+                if seconds < below_s:
+                    best, below_s = draft, seconds
+    return best
+
+
+def _least_seconds(problem: Problem, index: int) -> float:
+    """No plan with groups of this degree, or smaller ones in the ranks left over, is faster; in seconds."""
+    linear_s = min(problem.linear_s[: index + 1])
+    fixed_s = min(problem.fixed_s[: index + 1])
+    if problem.num_ranks % problem.degrees[index] == 0:
+        linear_s, fixed_s = problem.linear_s[index], problem.fixed_s[index]
+    squares = sum(length * length for length in problem.lengths)
+    work = problem.cost.attention_s_per_token2 * squares + linear_s * problem.num_tokens
+    return (problem.fewest_micro_batches * fixed_s + work / problem.num_ranks) * (1 - 1e-9)
 
 
 def _best_fit(problem: Problem, degree: int) -> Draft:

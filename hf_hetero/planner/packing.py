@@ -1,56 +1,200 @@
-"""Do these samples fit into micro-batches of given durations? Best-fit decreasing with memory and time."""
+"""Do these samples fit into micro-batches of given durations? Best-fit decreasing over memory and time at once."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 
-from hf_hetero.planner.draft import DraftGroup, DraftMicroBatch
+from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
 
+ROUNDING = 1 + 1e-12  # the makespan of a packing, given back as a duration, must hold the same packing
+LARGEST_MERGE = 8
 
-def pack(problem: Problem, samples: Sequence[int], duration_s: float, floor: int) -> DraftMicroBatch | None:
-    """Groups of one micro-batch that lasts no longer than this, or None where a sample finds no room.
+
+@dataclass(slots=True)
+class Packing:
+    """Groups in the making. Lists are indexed by group; a group that was merged away has no samples.
 
     Args:
-        samples: positions in the batch, longest first.
-        floor: index of the smallest degree that is opened.
+        durations: seconds of each micro-batch.
+        micro_batch: which micro-batch the group is in.
+        degree: index of its degree.
+        tokens: tokens it still has memory for.
+        work: rank-seconds it still has time for.
+        samples: what it holds.
+        free: ranks of each micro-batch that no group has.
+        rooms: `longest sample that still fits << shift | group`, ascending; groups with no room are left out.
+        shift: bits that hold a group's number.
+        spare_tokens: tokens of memory that may still be lost in groups without room.
+        spare_work: rank-seconds that may still be lost there.
     """
-    lengths, degrees, capacity = problem.lengths, problem.degrees, problem.capacity
-    attention = problem.cost.attention_s_per_token2
-    groups: list[DraftGroup] = []
-    state: list[tuple[int, int, float]] = []  # degree index, tokens left, rank-seconds left
-    rooms: list[tuple[int, int]] = []  # (longest sample that still fits, group), ascending
-    free = problem.num_ranks
-    budgets = [d * (duration_s - problem.fixed_s[x]) * (1 + 1e-12) for x, d in enumerate(degrees)]
-    longest = [_room(problem, x, capacity * d, budgets[x]) for x, d in enumerate(degrees)]
-    for sample in samples:
-        length = lengths[sample]
-        found = bisect_left(rooms, (length, -1))
+
+    durations: list[float]
+    micro_batch: list[int]
+    degree: list[int]
+    tokens: list[int]
+    work: list[float]
+    samples: list[list[int]]
+    free: list[int]
+    rooms: list[int]
+    shift: int
+    spare_tokens: int
+    spare_work: float
+
+    def draft(self, problem: Problem) -> Draft:
+        """The groups that hold samples, by micro-batch."""
+        draft: Draft = [[] for _ in self.durations]
+        for group, samples in enumerate(self.samples):
+            if samples:
+                draft[self.micro_batch[group]].append((problem.degrees[self.degree[group]], samples))
+        return [groups for groups in draft if groups]
+
+    def makespans(self, problem: Problem) -> tuple[float, ...]:
+        """Seconds that each micro-batch really takes; those without samples are left out."""
+        spans = [0.0] * len(self.durations)
+        for group, samples in enumerate(self.samples):
+            if samples:
+                index = self.micro_batch[group]
+                seconds = self.durations[index] - self.work[group] / problem.degrees[self.degree[group]]
+                spans[index] = max(spans[index], seconds, problem.fixed_s[0])
+        return tuple(seconds for seconds in spans if seconds > 0)
+
+
+def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
+    """All samples, longest first, into the group that they fill best; None where one finds no room.
+
+    Args:
+        durations: seconds of each micro-batch, descending: long samples go where they need few ranks.
+    """
+    attention, linear_s, smallest = problem.cost.attention_s_per_token2, problem.linear_s, problem.lengths[-1]
+    packing = _empty(problem, durations)
+    rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
+    degree, tokens, work, samples = packing.degree, packing.tokens, packing.work, packing.samples
+    longest = [[longest_sample(problem, x, s) for x in range(len(problem.degrees))] for s in durations]
+    for sample, length in enumerate(problem.lengths):
+        found = bisect_left(rooms, length << shift)
         if found < len(rooms):
-            group = rooms.pop(found)[1]
-            index, memory, time = state[group]
+            group = rooms.pop(found) & mask
         else:
-            index = next((x for x in range(floor, len(degrees)) if longest[x] >= length and degrees[x] <= free), -1)
-            if index < 0:
+            group = _open(problem, packing, longest, length)
+            if group < 0:
+                group = _merge(problem, packing, length)
+            if group < 0:
                 return None
-            group, memory, time = len(groups), capacity * degrees[index], budgets[index]
-            free -= degrees[index]
-            groups.append((degrees[index], []))
-            state.append((index, memory, time))
-        groups[group][1].append(sample)
-        memory -= length
-        time -= (attention * length + problem.linear_s[index]) * length
-        state[group] = (index, memory, time)
-        insort(rooms, (_room(problem, index, memory, time), group))
-    return groups
+        linear = linear_s[degree[group]]
+        memory = tokens[group] = tokens[group] - length
+        time = work[group] = work[group] - (attention * length + linear) * length
+        samples[group].append(sample)
+        if (attention * memory + linear) * memory <= time:
+            room = memory
+        else:
+            room = int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time))) if time > 0 else 0
+        if room >= smallest:
+            insort(rooms, room << shift | group)
+        else:
+            packing.spare_tokens -= memory
+            packing.spare_work -= time
+            if packing.spare_tokens < 0 or packing.spare_work < 0:
+                return None
+    return packing
+
+
+def _empty(problem: Problem, durations: Sequence[float]) -> Packing:
+    """Micro-batches without groups."""
+    shift = (len(durations) * problem.num_ranks).bit_length()
+    free = [problem.num_ranks] * len(durations)
+    tokens = problem.capacity * sum(free) - problem.num_tokens
+    fixed_s = min(problem.fixed_s)
+    time = sum(max(0.0, seconds - fixed_s) for seconds in durations) * problem.num_ranks
+    work = time * (1 + 1e-9) - problem.least_work
+    return Packing(list(durations), [], [], [], [], [], free, [], shift, tokens, work)
+
+
+def longest_sample(problem: Problem, index: int, duration_s: float) -> int:
+    """Tokens of the longest sample that a group of this degree index holds within this duration; -1 for none."""
+    degree = problem.degrees[index]
+    time = degree * (duration_s - problem.fixed_s[index]) * ROUNDING
+    return _room(problem, index, problem.capacity * degree, time)
 
 
 def _room(problem: Problem, index: int, memory: int, time: float) -> int:
-    """Longest sample that fits into this many tokens and rank-seconds; -1 where nothing does."""
-    if time <= 0 or memory <= 0:
+    """Longest sample that fits into this many tokens and rank-seconds; -1 where none does."""
+    attention, linear = problem.cost.attention_s_per_token2, problem.linear_s[index]
+    if time <= 0:
         return -1
-    linear = problem.linear_s[index]
-    slope = linear + sqrt(linear * linear + 4 * problem.cost.attention_s_per_token2 * time)
-    return memory if 2 * time >= slope * memory else int(2 * time / slope)
+    if (attention * memory + linear) * memory <= time:
+        return memory
+    return int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time)))
+
+
+def _open(problem: Problem, packing: Packing, longest: list[list[int]], length: int) -> int:
+    """A new group in the first micro-batch with enough free ranks, which is where it needs fewest; -1 without one."""
+    for micro_batch, free in enumerate(packing.free):
+        if not free:
+            continue
+        for index, degree in enumerate(problem.degrees):
+            if degree > free:
+                break
+            if longest[micro_batch][index] >= length:
+                packing.free[micro_batch] -= degree
+                packing.micro_batch.append(micro_batch)
+                packing.degree.append(index)
+                packing.tokens.append(problem.capacity * degree)
+                time = packing.durations[micro_batch] - problem.fixed_s[index]
+                packing.work.append(degree * time * ROUNDING)
+                packing.samples.append([])
+                return len(packing.degree) - 1
+    return -1
+
+
+def _merge(problem: Problem, packing: Packing, length: int) -> int:
+    """Make room for a sample by joining 2, 4 or 8 equal groups whose rooms together hold it; -1 where that fails.
+
+    Memory that is lost at the ends of small groups is won back this way, for the price of an exchange.
+    """
+    rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
+    alike: dict[tuple[int, int], list[int]] = {}
+    best: tuple[float, int, float, list[int]] | None = None
+    for key in reversed(rooms):
+        if (key >> shift) * LARGEST_MERGE < length:
+            break  # from here on, rooms are too small to help
+        group = key & mask
+        keys = alike.setdefault((packing.micro_batch[group], packing.degree[group]), [])
+        if len(keys) == LARGEST_MERGE:
+            continue
+        keys.append(key)
+        if len(keys) in (2, 4, 8):
+            join = _join(problem, packing, [key & mask for key in keys], length)
+            if join is not None and (best is None or join < best):
+                best = *join, keys[:]
+                if problem.linear_s[join[1]] <= problem.cheap_exchange_s:
+                    break
+    if best is None:
+        return -1
+    _, large, work, keys = best
+    for key in keys:
+        del rooms[bisect_left(rooms, key)]
+    kept, *gone = (key & mask for key in keys)
+    for group in gone:
+        packing.samples[kept] += packing.samples[group]
+        packing.tokens[kept] += packing.tokens[group]
+        packing.samples[group] = []
+    packing.degree[kept], packing.work[kept] = large, work
+    return kept
+
+
+def _join(problem: Problem, packing: Packing, groups: list[int], length: int) -> tuple[float, int, float] | None:
+    """Rank-seconds lost, degree index and rank-seconds left of these groups joined; None where the sample stays out."""
+    small, tokens = packing.degree[groups[0]], sum(packing.tokens[group] for group in groups)
+    degree = problem.degrees[small] * len(groups)
+    if tokens < length or degree not in problem.degrees:
+        return None
+    large = problem.degrees.index(degree)
+    moved = problem.capacity * degree - tokens
+    dearer = (problem.linear_s[large] - problem.linear_s[small]) * moved
+    fixed = (problem.fixed_s[large] - problem.fixed_s[small]) * degree
+    work = sum(packing.work[group] for group in groups) - dearer - fixed
+    return (dearer, large, work) if _room(problem, large, tokens, work) >= length else None

@@ -82,7 +82,10 @@ class Planner:
         if not problem.lengths:
             return Plan(problem.num_ranks, ())
         bound = lower_bound(problem)
-        static, mixed = best_homogeneous(problem), fast_draft(problem)
-        if mixed is None or draft_seconds(problem, static) <= draft_seconds(problem, mixed):
+        mixed = fast_draft(problem)
+        below_s = draft_seconds(problem, mixed) if mixed is not None else float("inf")
+        static = best_homogeneous(problem, below_s)
+        if static is not None:
             return to_plan(problem, static, "homogeneous", bound)
+        assert mixed is not None  # some degree holds every sample, so that one of them exists
         return to_plan(problem, mixed, "fast", bound)

@@ -54,6 +54,17 @@ class Problem:
         """Tokens of the batch."""
         return self.tokens_before[-1]
 
+    @cached_property
+    def least_work(self) -> float:
+        """Rank-seconds of the batch if every token were as cheap as at the cheapest degree."""
+        squares = sum(length * length for length in self.lengths)
+        return self.cost.attention_s_per_token2 * squares + min(self.linear_s) * self.num_tokens
+
+    @cached_property
+    def cheap_exchange_s(self) -> float:
+        """Rank-seconds of a token below which a degree above 1 counts as cheap: about the cheapest of them."""
+        return 1.05 * min(self.linear_s[1:], default=0.0)
+
     @property
     def fewest_micro_batches(self) -> int:
         """Micro-batches that memory asks for at least."""

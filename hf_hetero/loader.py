@@ -1,0 +1,105 @@
+"""The DataLoader of a planned run: batches, plans, ranks' shares and tensors joined into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+
+from hf_hetero.agreement import broadcast
+from hf_hetero.lengths import read_lengths
+from hf_hetero.plan_ahead import PlanAhead, PlanFunction
+from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """How a run plans its steps.
+
+    Args:
+        plan: lengths of a global batch -> Plan.
+        fallback: the same, for when `plan` breaks.
+        num_ahead: plans kept ready.
+        length_column: column with each sample's tokens.
+        control: group that carries the plans; None for a single process.
+    """
+
+    plan: PlanFunction
+    fallback: PlanFunction
+    num_ahead: int
+    length_column: str
+    control: dist.ProcessGroup | None
+
+
+def step_loader(
+    dataset: Any,
+    columns: Callable[[Any], Any],
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    batch_size: int,
+    planning: Planning,
+    global_step: Callable[[], int],
+) -> tuple[DataLoader[Any], PlanAhead]:
+    """A loader whose items are planned steps, and the source of its plans, to be closed after use.
+
+    It must not be prepared by accelerate, which would deal its items out among the ranks.
+
+    Args:
+        dataset: map-style.
+        columns: removes the columns that the model does not need.
+        collate: a step's examples -> this rank's tensors.
+        args: seed, workers, and how the last batch is treated.
+        batch_size: samples of a step, over all ranks.
+        planning: where plans come from.
+        global_step: optimizer steps done when the first epoch starts.
+
+    Raises:
+        BadSample: rows without tokens, on every rank.
+    """
+    counted: list[Any] = []
+
+    def count() -> int:
+        counted.append(read_lengths(dataset, planning.length_column))
+        return len(counted[0])
+
+    # rank 0 plans, so it alone needs the lengths; the others hear how many there are, or what is wrong with them
+    num_samples = broadcast(count, planning.control)
+    batches = GlobalBatches(
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.train_sampling_strategy == "random",
+        drop_last=args.dataloader_drop_last,
+    )
+    num_steps = max(len(batches), 1)
+    source = PlanAhead(
+        planning.plan,
+        planning.fallback,
+        batches.rows,
+        counted[0] if counted else None,
+        num_steps,
+        planning.num_ahead,
+        planning.control,
+    )
+    # `Trainer` skips these when it resumes within an epoch
+    sampler: Any = StepSampler(
+        batches,
+        source.step,
+        args.process_index if planning.control is not None else 0,
+        num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
+    )
+    loader: DataLoader[Any] = DataLoader(
+        StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    return loader, source

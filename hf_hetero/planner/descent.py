@@ -1,0 +1,122 @@
+"""Make micro-batches shorter, one at a time, as long as all samples still fit.
+
+The only thing that is searched are the durations: which sample goes where is for `packing.pack` to find, again and
+again. A count of tries ends the search, never a clock, so that every machine finds the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hf_hetero.planner.packing import Packing, pack
+from hf_hetero.planner.problem import Problem
+
+FIRST_STEP = 0.06
+KICKED_STEP = 0.03
+LAST_GAIN = 1e-3
+KICKS = (0.015, 0.03, 0.008, 0.05)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A packing that worked.
+
+    Args:
+        seconds: of the step.
+        durations: seconds of each micro-batch, as packed.
+        packing: who is where.
+    """
+
+    seconds: float
+    durations: tuple[float, ...]
+    packing: Packing
+
+
+@dataclass(slots=True)
+class Tries:
+    """How many packings may still be tried for one batch."""
+
+    problem: Problem
+    left: int
+
+    def pack(self, durations: Sequence[float]) -> Trial | None:
+        """Pack into micro-batches that last no longer than this, in any order; None where samples are left out."""
+        self.left -= 1
+        packing = pack(self.problem, sorted(durations, reverse=True))
+        if packing is None:
+            return None
+        spans = packing.makespans(self.problem)
+        return Trial(sum(spans), spans, packing)
+
+
+def stretched(problem: Problem, durations: Sequence[float], factor: float) -> list[float]:
+    """Durations whose part beyond the fixed cost of a micro-batch is scaled."""
+    fixed_s = problem.fixed_s[0]
+    return [fixed_s + (seconds - fixed_s) * factor for seconds in durations]
+
+
+def scale(tries: Tries, durations: Sequence[float], limit_s: float, most: int) -> Trial | None:
+    """Stretch or shrink a guess until its samples just fit; None where they do not within the limit, in seconds."""
+    problem, fixed_s = tries.problem, tries.problem.fixed_s[0]
+    variable = sum(durations) - fixed_s * len(durations)
+    best: Trial | None = None
+    factor, growth, fails, fits = 1.0, 1.03, 0.0, 0.0
+    for _ in range(most):
+        target = stretched(problem, durations, factor)
+        if best is None and sum(target) > limit_s:
+            return None
+        trial = tries.pack(target)
+        if trial is None:
+            fails = factor
+            if fits:
+                factor = (fails + fits) / 2
+            else:
+                factor, growth = factor * growth, 1 + (growth - 1) * 1.6
+            continue
+        if best is None or trial.seconds < best.seconds:
+            best = trial
+        if trial.seconds > limit_s:
+            return best
+        fits = min(factor, (trial.seconds - fixed_s * len(trial.durations)) / variable) if variable > 0 else 0.0
+        if fits - fails < 0.006:
+            return best
+        factor = (fails + fits) / 2 if fails else fits * 0.98
+    return best
+
+
+def descend(tries: Tries, trial: Trial, first_step: float = FIRST_STEP, most: int | None = None) -> Trial:
+    """Shorten the micro-batch that has most to give; a step that fails is tried three times smaller next time."""
+    stop = 0 if most is None else max(0, tries.left - most)
+    fixed_s = tries.problem.fixed_s[0]
+    steps = [first_step] * len(trial.durations)
+    while tries.left > stop:
+        gains = [step * (seconds - fixed_s) for step, seconds in zip(steps, trial.durations, strict=True)]
+        chosen = max(range(len(gains)), key=gains.__getitem__)
+        if gains[chosen] < LAST_GAIN * trial.seconds / len(gains):
+            break
+        target = list(trial.durations)
+        target[chosen] -= gains[chosen]
+        shorter = tries.pack(target)
+        if shorter is None or shorter.seconds >= trial.seconds * (1 - 1e-9):
+            steps[chosen] /= 3
+            continue
+        if len(shorter.durations) == len(steps):
+            steps = [steps[i] for i in sorted(range(len(steps)), key=lambda i: -target[i])]
+        else:
+            steps = [first_step] * len(shorter.durations)
+        trial = shorter
+    return trial
+
+
+def kick(tries: Tries, trial: Trial) -> Trial:
+    """Lengthen all micro-batches a little and descend again: packings change, and some are better."""
+    for share in KICKS:
+        if tries.left <= 0:
+            break
+        kicked = tries.pack(stretched(tries.problem, trial.durations, 1 + share))
+        if kicked is not None:
+            kicked = descend(tries, kicked, KICKED_STEP)
+            if kicked.seconds < trial.seconds * (1 - 1e-9):
+                trial = kicked
+    return trial
