@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
 )
+ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -140,7 +141,8 @@ def _model_problems(model: torch.nn.Module) -> Iterator[str]:
         yield f"layers of type {', '.join(other)} carry state along a sample that ranks would have to pass on."
     if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
-    if dropout := getattr(config, "attention_dropout", 0.0):
-        yield f"attention_dropout={dropout} draws another mask for every layout; set config.attention_dropout = 0.0."
+    for name in ATTENTION_DROPOUTS:
+        if dropout := getattr(config, name, 0.0):
+            yield f"{name}={dropout} draws another mask for every layout; set config.{name} = 0.0."
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
         yield "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False."

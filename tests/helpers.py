@@ -16,15 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch.nn import functional as F
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 
@@ -41,6 +35,24 @@ TINY = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+MIXED_LAYERS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+FAMILIES: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # name of the transformers classes, and what makes the family itself
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3-windows": ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "mistral": ("Mistral", {"sliding_window": 8}),
+    "gemma2": ("Gemma2", {**MIXED_LAYERS, "attn_logit_softcapping": 5.0}),
+    "gemma3": ("Gemma3Text", {**MIXED_LAYERS, "final_logit_softcapping": 10.0}),
+    "granite": ("Granite", {}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {}),
+    "qwen3-moe": ("Qwen3Moe", {**MOE, "num_experts": 4, "decoder_sparse_step": 1}),
+    "gpt-oss": ("GptOss", {**MIXED_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}),
 }
 
 
@@ -139,12 +151,9 @@ def tiny_model(
 ) -> Any:
     """A two-layer model with random weights, the same for the same arguments."""
     torch.manual_seed(0)
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[family]
-    config = config_class(**{**TINY, **changes}, attn_implementation=attention)
-    model = model_class(config).to(torch.float32)
+    name, special = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(**{**TINY, **special, **changes}, attn_implementation=attention)
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).to(torch.float32)
     return keep_float64(model.to(dtype)) if dtype == torch.float64 else model.to(dtype)
 
 

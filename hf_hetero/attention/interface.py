@@ -66,6 +66,11 @@ def hetero_attention(
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     if hetero is None:
         return _without_plan(module, query, key, value, attention_mask, dropout, scores, kwargs), None
+    if dropout:
+        raise UnsupportedModel(
+            f"{type(module).__name__} asks for attention dropout of {dropout}, which draws another mask for every "
+            "layout. Set the model's attention dropout to 0."
+        )
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)
     # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in

@@ -19,6 +19,8 @@ MOST_CUTS = 1024
 LONGEST_APART = 128
 LONGEST_ALONE = 16
 PATIENCE = 2
+MOST_EXTRA = 16
+TINY = 1e-30  # keeps quotients finite where a cost is 0
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]
@@ -47,7 +49,7 @@ def guesses(problem: Problem) -> list[Guess]:
     index, ranks = _demand(problem, durations)
     impossible = (index == len(problem.degrees)).sum(axis=1)  # these are the longest samples
     index = np.minimum(index, len(problem.degrees) - 1)
-    lost = 1 - problem.linear_s[0] / np.maximum(problem.linear_s, 1e-300)
+    lost = 1 - problem.linear_s[0] / np.maximum(problem.linear_s, TINY)
     careful = ranks + lost[index] * (np.array(problem.degrees, dtype=np.float64)[index] - ranks)
     found = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:2]
     return found + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
@@ -85,14 +87,14 @@ def _demand(problem: Problem, durations: Floats) -> tuple[Positions, Floats]:
     time = np.maximum(durations[:, None] - np.array(problem.fixed_s), 0.0)
     work = degrees * time
     slope = linear_s + np.sqrt(linear_s * linear_s + 4 * attention * work)
-    by_time = np.where(work > 0, 2 * work / np.maximum(slope, 1e-300), -1.0)
+    by_time = np.where(work > 0, 2 * work / np.maximum(slope, TINY), -1.0)
     longest = np.maximum.accumulate(np.minimum(by_time, problem.capacity * degrees), axis=1)
     index = np.zeros((len(durations), len(lengths)), dtype=np.intp)
     for column in range(len(degrees)):
         index += lengths > longest[:, column, None]
     known = np.minimum(index, len(degrees) - 1)
     work = (attention * lengths + linear_s[known]) * lengths
-    time = np.maximum(durations[:, None] - np.array(problem.fixed_s)[known], 1e-300)
+    time = np.maximum(durations[:, None] - np.array(problem.fixed_s)[known], TINY)
     return index, np.minimum(np.maximum(work / time, lengths / problem.capacity), degrees[known])
 
 
@@ -137,7 +139,8 @@ def _shortest_paths(problem: Problem, durations: Floats, reach: Positions, patie
             if seconds[-1] < np.inf:
                 found.append(_walk_back(durations, reach, choices))
             best = min(range(len(found)), key=lambda i: found[i].seconds, default=-1)
-            if (found and len(found) - 1 - best >= patience) or (not found and patience == 0):
+            patient = len(found) - 1 - best < patience and len(choices) < problem.fewest_micro_batches + MOST_EXTRA
+            if not patient and (found or patience == 0):
                 break
     return sorted(found, key=lambda guess: guess.seconds)
 

@@ -93,7 +93,7 @@ def descend(tries: Tries, trial: Trial, first_step: float = FIRST_STEP, most: in
     while tries.left > stop:
         gains = [step * (seconds - fixed_s) for step, seconds in zip(steps, trial.durations, strict=True)]
         chosen = max(range(len(gains)), key=gains.__getitem__)
-        if gains[chosen] < LAST_GAIN * trial.seconds / len(gains):
+        if gains[chosen] <= LAST_GAIN * trial.seconds / len(gains):
             break
         target = list(trial.durations)
         target[chosen] -= gains[chosen]

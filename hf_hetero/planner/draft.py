@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner.problem import Problem
@@ -30,12 +31,21 @@ def to_plan(problem: Problem, draft: Draft, solver: str, lower_bound_s: float) -
         HeteroError: the draft breaks a law of `Plan`.
     """
     slowest_first = sorted(draft, key=lambda groups: (-micro_batch_seconds(problem, groups), groups))
-    micro_batches = tuple(_named(problem, groups) for groups in slowest_first)
-    plan = Plan(problem.num_ranks, micro_batches, lower_bound_s=lower_bound_s, solver=solver)
+    plan = Plan(problem.num_ranks, tuple(_named(problem, groups) for groups in slowest_first))
     lengths = [0] * len(problem.order)
     for position, sample in enumerate(problem.order):
         lengths[sample] = problem.lengths[position]
-    return Plan(problem.num_ranks, micro_batches, problem.cost.plan_seconds(plan, lengths), lower_bound_s, solver)
+    return replace(plan, seconds=problem.cost.plan_seconds(plan, lengths), lower_bound_s=lower_bound_s, solver=solver)
+
+
+def from_plan(problem: Problem, plan: Plan) -> Draft:
+    """Inverse of `to_plan`: the groups that hold samples."""
+    position = {sample: position for position, sample in enumerate(problem.order)}
+    draft = [
+        [(group.degree, sorted(position[s] for s in group.samples)) for group in micro_batch.groups if group.samples]
+        for micro_batch in plan.micro_batches
+    ]
+    return [groups for groups in draft if groups]
 
 
 def _named(problem: Problem, groups: DraftMicroBatch) -> MicroBatch:

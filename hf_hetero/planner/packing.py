@@ -54,13 +54,13 @@ class Packing:
 
     def makespans(self, problem: Problem) -> tuple[float, ...]:
         """Seconds that each micro-batch really takes; those without samples are left out."""
-        spans = [0.0] * len(self.durations)
+        spans = [-1.0] * len(self.durations)
         for group, samples in enumerate(self.samples):
             if samples:
                 index = self.micro_batch[group]
                 seconds = self.durations[index] - self.work[group] / problem.degrees[self.degree[group]]
                 spans[index] = max(spans[index], seconds, problem.fixed_s[0])
-        return tuple(seconds for seconds in spans if seconds > 0)
+        return tuple(seconds for seconds in spans if seconds >= 0)
 
 
 def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:

@@ -11,7 +11,7 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import Plan
 from hf_hetero.planner.bound import lower_bound
-from hf_hetero.planner.draft import draft_seconds, to_plan
+from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
 from hf_hetero.planner.homogeneous import best_homogeneous
 from hf_hetero.planner.problem import Problem, make_problem
@@ -65,27 +65,51 @@ class Planner:
         """
         started = time.perf_counter()
         problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
-        plan = self._fast(problem)
+        if not problem.lengths:
+            return Plan(problem.num_ranks, ())
+        draft, found_by = _fast(problem)
+        if self.solver == "mip":
+            draft, found_by = _mip(problem, draft, found_by, self.mip_time_limit_s)
+        plan = to_plan(problem, draft, found_by, lower_bound(problem))
         return replace(plan, planning_s=time.perf_counter() - started)
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """The better of a plan and what the integer program finds within its limit.
+        """The better of a plan of these lengths and what the integer program makes of it within its limit.
 
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
+            ConfigError: the plan is for other samples or ranks.
         """
-        make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
-        return plan
-
-    def _fast(self, problem: Problem) -> Plan:
-        """The better of the fast search and the best plan with one degree."""
+        started = time.perf_counter()
+        problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
+        if (plan.num_ranks, plan.num_samples) != (self.num_ranks, len(problem.lengths)):
+            raise ConfigError(
+                f"The plan is for {plan.num_samples} samples on {plan.num_ranks} ranks; "
+                f"it cannot be improved for {len(problem.lengths)} samples on {self.num_ranks}."
+            )
         if not problem.lengths:
-            return Plan(problem.num_ranks, ())
-        bound = lower_bound(problem)
-        mixed = fast_draft(problem)
-        below_s = draft_seconds(problem, mixed) if mixed is not None else float("inf")
-        static = best_homogeneous(problem, below_s)
-        if static is not None:
-            return to_plan(problem, static, "homogeneous", bound)
-        assert mixed is not None  # some degree holds every sample, so that one of them exists
-        return to_plan(problem, mixed, "fast", bound)
+            return plan
+        draft, found_by = _mip(problem, from_plan(problem, plan), plan.solver, self.mip_time_limit_s)
+        if found_by == plan.solver:
+            return plan
+        better = to_plan(problem, draft, found_by, plan.lower_bound_s)
+        return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
+
+
+def _fast(problem: Problem) -> tuple[Draft, str]:
+    """The better of the fast search and the best plan with one degree, and who found it."""
+    mixed = fast_draft(problem)
+    below_s = draft_seconds(problem, mixed) if mixed is not None else float("inf")
+    static = best_homogeneous(problem, below_s)
+    if static is not None:
+        return static, "homogeneous"
+    assert mixed is not None  # the largest degree holds every sample, so that one of them exists
+    return mixed, "fast"
+
+
+def _mip(problem: Problem, draft: Draft, found_by: str, time_limit_s: float) -> tuple[Draft, str]:
+    """A draft, or what the integer program makes of it, and who found it."""
+    from hf_hetero.planner.milp import improved
+
+    better = improved(problem, draft, time_limit_s)
+    return (better, "mip") if draft_seconds(problem, better) < draft_seconds(problem, draft) else (draft, found_by)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    FAMILIES,
     LENGTHS,
     ScriptedTrainer,
     arguments,
@@ -33,7 +34,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 
 def model_of(case: dict[str, Any]) -> Any:
-    model = tiny_model(case.get("family", "llama"), dtype=case["dtype"], **case.get("config", {}))
+    attention = case.get("attention", "sdpa")
+    model = tiny_model(case.get("family", "llama"), attention, case["dtype"], **case.get("config", {}))
     return with_lora(model) if case.get("lora") else model
 
 
@@ -60,6 +62,12 @@ def check_case(case: dict[str, Any], num_ranks: int = 4) -> None:
 def test_gradients_equal_the_reference(family: str, dtype: torch.dtype) -> None:
     """Gradients of each step, and the weights after four, equal the per-sample reference."""
     check_case({"family": family, "dtype": dtype})
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("llama", "qwen3")])
+def test_families(family: str) -> None:
+    """Windows, softcap, attention sinks, experts: each family learns as under transformers' eager attention."""
+    check_case({"family": family, "dtype": torch.float32, "attention": "eager"})
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])

@@ -1,0 +1,72 @@
+"""On a GPU: kernels against the definition, and what the whole attention call keeps of the raw kernel's speed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hf_hetero.attention.kernels import PLAIN, Pack, Scores, choose_kernel
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [1, 700, 33, 2048, 5, 512]
+
+
+def on_cuda(lengths: list[int]) -> Pack:
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
+    return Pack(tuple(lengths), bounds, max(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("window", [None, 128])
+def test_error_is_the_types_own(dtype: torch.dtype, kv_heads: int, window: int | None) -> None:
+    """Against fp64, the chosen kernel errs no more than 1.5 times what plain attention errs in the same type."""
+    torch.manual_seed(0)
+    total, scores, pack = sum(LENGTHS), Scores(1 / math.sqrt(64), window), on_cuda(LENGTHS)
+    exact = [torch.randn(total, h, 64, device="cuda", dtype=torch.float64) for h in (8, kv_heads, kv_heads)]
+    weights = torch.randn(total, 8, 64, device="cuda", dtype=torch.float64)
+    kernel = choose_kernel("cuda", dtype, scores.features)
+    results: list[list[torch.Tensor]] = []
+    for attend, kind in ((PLAIN, torch.float64), (PLAIN, dtype), (kernel, dtype)):
+        leaves = [x.to(kind).requires_grad_() for x in exact]
+        out = attend(leaves[0], leaves[1], leaves[2], pack, scores)
+        grads = torch.autograd.grad((out * weights.to(kind)).sum(), leaves)
+        results.append([out.detach(), *grads])
+    for reference, plain, ours in zip(*results, strict=True):
+        allowed = 1.5 * (plain.double() - reference).abs().max() + 1e-6
+        assert (ours.double() - reference).abs().max() <= allowed
+
+
+def test_no_host_sync_in_attention() -> None:
+    """At degree 1 a layer's attention never makes the host wait for the device."""
+    from hf_hetero.attention.context import make_context
+    from hf_hetero.attention.interface import hetero_attention
+    from hf_hetero.layout import contiguous
+
+    kernel = choose_kernel("cuda", torch.bfloat16)
+    context = make_context(contiguous(LENGTHS, 1), (0,), 0, None, "ulysses", kernel, torch.device("cuda"))
+    q, k, v = (torch.randn(1, h, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
+    module = torch.nn.Identity()
+    hetero_attention(module, q, k, v, None, hetero=context)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hetero_attention(module, q, k, v, None, hetero=context)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_one_rank_trains_on_a_gpu(tmp_path: object) -> None:
+    """HeteroTrainer on one GPU in bf16: the loss is near that of the plain Trainer's fp32 run on the CPU."""
+    from helpers import LENGTHS as TEXT
+    from helpers import arguments, samples, tiny_model
+
+    from hf_hetero import HeteroTrainer
+
+    losses: list[float] = []
+    for changes in ({"use_cpu": False, "bf16": True}, {"use_cpu": True}):
+        trainer = HeteroTrainer(tiny_model(), arguments(str(tmp_path), 1, **changes), train_dataset=samples(TEXT))
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)

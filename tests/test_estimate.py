@@ -1,0 +1,113 @@
+"""The estimate's operations and bytes are those of the model, and its plans respect the user's limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny_model, with_lora
+
+from hf_hetero import HeteroConfig, Planner, Topology
+from hf_hetero.estimate import (
+    Device,
+    ModelShape,
+    activation_bytes,
+    attention_flops,
+    cpu_device,
+    estimate_cost_model,
+    exchange_bytes,
+    free_memory_bytes,
+    linear_flops,
+    shape_of,
+)
+from hf_hetero.machine import restricted
+
+DEVICE = Device("test", 1e12, 1e10, network_bytes_per_s=1e9)
+
+
+def shape(checkpointing: bool = False, lora: bool = False) -> ModelShape:
+    model = tiny_model()
+    return shape_of(with_lora(model) if lora else model, model.config, 4, checkpointing)
+
+
+def test_linear_flops_are_six_a_weight() -> None:
+    """6 N D for full training, 8 N D with recompute, about 4 N D with adapters."""
+    num = sum(p.numel() for p in tiny_model().parameters())
+    assert linear_flops(shape()) == 6 * num
+    assert linear_flops(shape(checkpointing=True)) == 8 * num
+    assert 4 * num < linear_flops(shape(lora=True)) < 4.5 * num
+
+
+def test_attention_flops_match_a_count() -> None:
+    """The quadratic part equals what torch counts for the two products of causal attention, halved and 3.5-fold."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    s, layers, heads, dim = 64, 2, 4, 8
+    q = torch.randn(1, heads, s, dim)
+    with FlopCounterMode(display=False) as counter:
+        (q @ q.transpose(-1, -2)) @ q
+    assert attention_flops(shape()) * s * s == pytest.approx(3.5 * layers * counter.get_total_flops() / 2)
+
+
+def test_exchange_bytes() -> None:
+    """Queries, keys, values and outputs of two layers, in fp32, forward and backward."""
+    assert exchange_bytes(shape()) == 2 * (4 + 2 + 2 + 4) * 8 * 2 * 4
+
+
+def test_checkpointing_saves_memory_and_costs_time() -> None:
+    """Recompute trades activations for operations."""
+    assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())
+    assert linear_flops(shape(checkpointing=True)) > linear_flops(shape())
+
+
+def test_activation_bytes_against_torch() -> None:
+    """The memory of a token is within a factor of two of what autograd really keeps, logits left out."""
+    model, tokens = tiny_model(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=11), 256
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if (pointer := x.untyped_storage().data_ptr()) not in weights:
+            kept[pointer] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = model.model(input_ids=torch.randint(0, 11, (1, tokens)), use_cache=False).last_hidden_state
+    found = shape_of(model, model.config, 4, False)
+    estimated = (activation_bytes(found) - found.vocab * 12) * tokens
+    assert 0.5 < estimated / sum(kept.values()) < 2
+    assert out.requires_grad
+
+
+def test_says_what_it_assumed() -> None:
+    """The source names sizes, speeds and memory, and that nothing was measured."""
+    cost = estimate_cost_model(shape(), DEVICE, Topology(8, 4, 2**30), (1, 2, 4, 8))
+    for words in ("not measured", "checkpointing off", "TFLOP/s", "GB/s", "GiB a rank"):
+        assert words in cost.source
+    assert cost.all_to_all_bytes_per_s == {2: 1e10, 4: 1e10, 8: 1e9}
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8, 12])
+def test_every_rank_count_can_be_planned(num_ranks: int) -> None:
+    """On any number of ranks the estimate gives valid plans, up to a sample that needs all of them."""
+    topology = Topology(num_ranks, None, 2**30)
+    cost = estimate_cost_model(shape(), DEVICE, topology, topology.degrees)
+    cost = restricted(cost, HeteroConfig(max_tokens_per_rank=100), num_ranks, num_heads=16)
+    lengths = [100 * num_ranks, 3, 50, 99, 100, 1, 20]
+    plan = Planner(cost, num_ranks=num_ranks).plan(lengths)
+    assert plan.num_samples == len(lengths)
+    for group in plan.groups:
+        assert sum(lengths[s] for s in group.samples) <= 100 * group.degree
+
+
+def test_limits() -> None:
+    """max_degree, the number of heads and max_tokens_per_rank bind."""
+    cost = estimate_cost_model(shape(), DEVICE, Topology(8, None, 2**30), (1, 2, 4, 8))
+    assert restricted(cost, HeteroConfig(max_degree=2), 8, num_heads=32).degrees(8) == (1, 2)
+    assert restricted(cost, HeteroConfig(), 8, num_heads=4).degrees(8) == (1, 2, 4)
+    assert restricted(cost, HeteroConfig(max_tokens_per_rank=77), 8, 32).capacity_tokens == 77
+
+
+def test_this_machine() -> None:
+    """The CPU's speed and free memory are measured, and plausible."""
+    assert 1e8 < cpu_device(torch.float32).flops < 1e14
+    assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45

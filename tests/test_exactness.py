@@ -1,0 +1,129 @@
+"""What is not exact is refused at construction, with what was found and what to do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from helpers import LENGTHS, arguments, samples, tiny_model
+
+from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero.errors import ConfigError
+
+SIZE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def make(folder: Path, model: Any = None, hetero: HeteroConfig | None = None, data: Any = None, **changes: Any) -> Any:
+    options = {key: changes.pop(key) for key in ("compute_loss_func",) if key in changes}
+    return HeteroTrainer(
+        model or tiny_model(),
+        arguments(str(folder), 1, **changes),
+        train_dataset=data or samples(LENGTHS),
+        hetero=hetero,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 shifts labels"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'"),
+        ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches"),
+        ({"compute_loss_func": lambda *_: 0}, "compute_loss_func"),
+    ],
+)
+def test_refused_options(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """Each option is named with its value."""
+    with pytest.raises(UnsupportedModel, match=message):
+        make(tmp_path, **changes)
+
+
+def refused_models() -> dict[str, tuple[Any, str]]:
+    gpt2 = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)
+    t5 = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
+    bert = transformers.BertConfig(**SIZE, intermediate_size=48)
+    mamba = transformers.Mamba2Config(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1
+    )
+    moe = transformers.Qwen3MoeConfig(
+        **SIZE, intermediate_size=48, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16
+    )
+    moe.output_router_logits = True
+    return {
+        "dropout": (tiny_model(attention_dropout=0.1), "attention_dropout=0.1"),
+        "gpt2 dropout": (transformers.GPT2LMHeadModel(gpt2), "attn_pdrop=0.1"),
+        "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "only decoder-only"),
+        "encoder": (transformers.BertForMaskedLM(bert), "only decoder-only"),
+        "state space": (transformers.Mamba2ForCausalLM(mamba), "attention interface|carry state"),
+        "router loss": (transformers.Qwen3MoeForCausalLM(moe), "auxiliary loss"),
+        "no transformer": (torch.nn.Linear(2, 2), "not a transformers model"),
+    }
+
+
+@pytest.mark.parametrize("name", list(refused_models()))
+def test_refused_models(tmp_path: Path, name: str) -> None:
+    """Models that no plan can share exactly are refused with the reason."""
+    model, message = refused_models()[name]
+    with pytest.raises(UnsupportedModel, match=message):
+        make(tmp_path, model)
+
+
+def test_refused_adapter(tmp_path: Path) -> None:
+    """Virtual tokens would belong to every sample; LoRA is the remedy named."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    model = get_peft_model(tiny_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModel, match="virtual tokens to every sample; use LoRA"):
+        make(tmp_path, model)
+
+
+def test_refused_stream(tmp_path: Path) -> None:
+    """A dataset without an index is refused in words."""
+    import datasets
+
+    stream = datasets.Dataset.from_list(samples(LENGTHS)).to_iterable_dataset()
+    with pytest.raises(UnsupportedModel, match="streaming datasets are not supported"):
+        make(tmp_path, data=stream)
+
+
+def test_all_reasons_at_once(tmp_path: Path) -> None:
+    """A user who must change two things hears of both."""
+    with pytest.raises(UnsupportedModel) as caught:
+        make(tmp_path, label_smoothing_factor=0.1, neftune_noise_alpha=5.0)
+    assert "label_smoothing_factor" in str(caught.value)
+    assert "neftune_noise_alpha" in str(caught.value)
+
+
+def test_sharded_training_is_refused() -> None:
+    """FSDP and DeepSpeed are named as not supported, before anything is built."""
+    from hf_hetero.exactness import check_arguments
+
+    args: Any = SimpleNamespace(**{**vars(arguments("unused", 1)), "fsdp": True})
+    args.train_sampling_strategy, args.n_gpu = "random", 0
+    with pytest.raises(UnsupportedModel, match="use DDP"):
+        check_arguments(args)
+
+
+def test_number_of_ranks(tmp_path: Path) -> None:
+    """A run written for 8 ranks does not start on 1 without a word."""
+    with pytest.raises(ConfigError, match=r"written for 8 ranks .* has 1"):
+        make(tmp_path, hetero=HeteroConfig(num_ranks=8))
+
+
+def test_untested_family_and_dropout_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is exact by construction but not tested, or random by nature, is said and allowed."""
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.05)
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, transformers.GPT2LMHeadModel(config))
+    assert "'gpt2' is not among those tested" in caplog.text
+    assert "dropout (p = 0.05, 0.1)" in caplog.text

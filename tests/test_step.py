@@ -1,0 +1,36 @@
+"""A step's fingerprint covers all that ranks must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from helpers import ScriptedPlanner
+
+from hf_hetero.step import Step, StepShare
+
+LENGTHS = (5, 9, 2, 7)
+STEP = Step(1, 3, (10, 11, 12, 13), LENGTHS, ScriptedPlanner(4).plan(LENGTHS))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epoch": 2},
+        {"index": 4},
+        {"rows": (10, 11, 13, 12)},
+        {"lengths": (5, 9, 7, 2)},
+        {"plan": ScriptedPlanner(4).plan((5, 9, 2, 8))},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_digest_covers(change: dict[str, object]) -> None:
+    """Another epoch, step, row, length or plan is another fingerprint; how long one waited is not."""
+    assert replace(STEP, **change).digest() != STEP.digest()  # pyright: ignore
+    assert replace(STEP, wait_s=3.0).digest() == STEP.digest()
+    assert 0 <= STEP.digest() < 2**63
+
+
+def test_shares_cover_the_step() -> None:
+    """Every sample is held by some rank."""
+    assert set().union(*(StepShare(STEP, rank).samples() for rank in range(4))) == {0, 1, 2, 3}
