@@ -126,5 +126,5 @@ class _Totals:
             f"{self.num_micro_batches / self.num_steps:.1f} micro-batches a step, "
             f"idle {self.idle_share / self.num_steps:.0%}, "
             f"planning {1000 * self.planning_s / self.num_steps:.1f} ms a step in the background, "
-            f"waited {self.wait_s:.2f} s for plans"
+            f"waited {self.wait_s:.2f} s for plans and data"
         )

@@ -94,7 +94,8 @@ def shape_of(model: torch.nn.Module, config: Any, element_bytes: int, checkpoint
     params = list(model.parameters())
     num_params = sum(p.numel() for p in params)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    intermediate = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    intermediate = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    intermediate = intermediate or 4 * config.hidden_size
     active = num_params
     if experts:
         used = getattr(config, "num_experts_per_tok", experts)

@@ -6,6 +6,7 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+SHARDING_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -95,7 +97,8 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
         yield "auto_find_batch_size=True changes the global batch; the planner already fits memory, so unset it."
     if args.train_sampling_strategy not in ("random", "sequential"):
         yield f"train_sampling_strategy={args.train_sampling_strategy!r}: the planner balances lengths; use 'random'."
-    if args.fsdp or args.deepspeed:
+    launched_sharded = [name for name in SHARDING_SWITCHES if os.environ.get(name, "").lower() == "true"]
+    if args.fsdp or args.deepspeed or launched_sharded:
         yield "FSDP and DeepSpeed are not supported yet; use DDP (an accelerate config without them)."
     for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
         if options.get(name):

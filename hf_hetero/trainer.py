@@ -32,7 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_hetero import exactness
 from hf_hetero.agreement import confirm_step, gather
 from hf_hetero.attention import interface, kernels
-from hf_hetero.attention.context import AttentionContext, make_context
+from hf_hetero.attention.context import AttentionContext
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
@@ -238,7 +238,7 @@ class HeteroTrainerMixin(Trainer):
 
     def _context(self, micro_batch: RankMicroBatch, index: int) -> AttentionContext:
         group = micro_batch.group
-        return make_context(
+        return AttentionContext(
             micro_batch.layout,
             group.ranks,
             self.args.process_index if self.args.world_size > 1 else 0,

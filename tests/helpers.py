@@ -38,6 +38,7 @@ TINY = {
 }
 MIXED_LAYERS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[
     str, tuple[str, dict[str, Any]]
 ] = {  # name of the transformers classes, and what makes the family itself

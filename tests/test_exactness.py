@@ -114,6 +114,13 @@ def test_sharded_training_is_refused() -> None:
         check_arguments(args)
 
 
+def test_sharding_by_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is FSDP that an accelerate file asks for, which on a CPU nobody else would notice."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UnsupportedModel, match="use DDP"):
+        make(tmp_path)
+
+
 def test_number_of_ranks(tmp_path: Path) -> None:
     """A run written for 8 ranks does not start on 1 without a word."""
     with pytest.raises(ConfigError, match=r"written for 8 ranks .* has 1"):

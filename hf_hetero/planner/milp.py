@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import Any
+from typing import Any, cast
 
 from hf_hetero.planner.draft import Draft, DraftMicroBatch, draft_seconds, micro_batch_seconds
 from hf_hetero.planner.problem import Problem
@@ -111,8 +111,9 @@ def _solve(problem: Problem, slots: list[Slot], free: list[int], below_s: float,
     Args:
         below_s: seconds of these micro-batches that are known to be possible.
     """
-    import mip  # here, so that the planner works where the solver is not installed
+    import mip as untyped  # here, so that the planner works where the solver is not installed
 
+    mip = cast("Any", untyped)  # its hints ask for `Real`, which int and float are not to a type checker
     lengths = sorted({problem.lengths[sample] for sample in free}, reverse=True)
     model = mip.Model(sense=mip.MINIMIZE, solver_name=mip.CBC)
     model.verbose, model.threads, model.seed = 0, 1, 0

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_model
 
 from hf_hetero.attention import interface
-from hf_hetero.attention.context import AttentionContext, make_context
+from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels import CPU
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.layout import contiguous
@@ -23,7 +23,7 @@ def hetero_model(**changes: Any) -> Any:
 
 
 def context_of(lengths: list[int]) -> AttentionContext:
-    return make_context(contiguous(lengths, 1), (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
+    return AttentionContext(contiguous(lengths, 1), (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
 
 
 def packed(lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from helpers import run_ranks
 
-from hf_hetero.attention.context import make_context
+from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels import CPU, Pack, Scores
 from hf_hetero.attention.ulysses import share_heads, ulysses
 from hf_hetero.groups import GroupPool
@@ -66,7 +66,7 @@ def on_ranks(cases: list[tuple[str, str, str]]) -> list[list[torch.Tensor]]:
         mine = slice(start, start + layout.rank_tokens[me])
         leaves = [x[mine].clone().requires_grad_() for x in qkv]
         sinks.requires_grad_()
-        context = make_context(layout, ranks, me, pool.get(ranks), "ulysses", CPU, torch.device("cpu"))
+        context = AttentionContext(layout, ranks, me, pool.get(ranks), "ulysses", CPU, torch.device("cpu"))
         out = ulysses(leaves[0], leaves[1], leaves[2], context, scores_of(FEATURES[features], sinks), layer=0)
         grads = torch.autograd.grad((out * weights[mine]).sum(), [*leaves, sinks], allow_unused=True)
         found.append([out.detach(), *(torch.zeros(len(sinks)) if g is None else g for g in grads)])

@@ -42,12 +42,12 @@ def test_error_is_the_types_own(dtype: torch.dtype, kv_heads: int, window: int |
 
 def test_no_host_sync_in_attention() -> None:
     """At degree 1 a layer's attention never makes the host wait for the device."""
-    from hf_hetero.attention.context import make_context
+    from hf_hetero.attention.context import AttentionContext
     from hf_hetero.attention.interface import hetero_attention
     from hf_hetero.layout import contiguous
 
     kernel = choose_kernel("cuda", torch.bfloat16)
-    context = make_context(contiguous(LENGTHS, 1), (0,), 0, None, "ulysses", kernel, torch.device("cuda"))
+    context = AttentionContext(contiguous(LENGTHS, 1), (0,), 0, None, "ulysses", kernel, torch.device("cuda"))
     q, k, v = (torch.randn(1, h, sum(LENGTHS), 64, device="cuda", dtype=torch.bfloat16) for h in (8, 2, 2))
     module = torch.nn.Identity()
     hetero_attention(module, q, k, v, None, hetero=context)
