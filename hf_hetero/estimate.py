@@ -6,7 +6,6 @@ the memory of a token is not too small. Everything assumed is written into the c
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from dataclasses import dataclass
@@ -169,15 +168,20 @@ def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
     return Device(name, found.flops * UTILISATION / slower, found.link_bytes_per_s)
 
 
-def cpu_device(dtype: torch.dtype) -> Device:
-    """This machine's speed: the best of a few timed matrix products; gloo over loopback as measured elsewhere."""
-    size, seconds = 384, math.inf
-    a = torch.randn(size, size).to(dtype)
-    for _ in range(5):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        seconds = min(seconds, time.perf_counter() - start)
-    return Device("CPU", 2 * size**3 / seconds, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
+def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> Device:
+    """This machine's speed: matrix products of the model's own sizes, timed on all ranks at once, as training will run.
+
+    The exchange is gloo over loopback: about 1 GB/s and 2 ms, assumed.
+    """
+    tokens, products = 512, 0
+    x = torch.randn(tokens, shape.hidden).to(dtype)
+    up = torch.randn(shape.hidden, shape.intermediate).to(dtype)
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < timed_s:
+        torch.nn.functional.silu(x @ up)
+        products += 1
+    flops = products * 2 * tokens * shape.hidden * shape.intermediate / elapsed
+    return Device("CPU", flops * UTILISATION, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:

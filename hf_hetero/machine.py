@@ -61,14 +61,14 @@ def set_up(
     topology = Topology(world, ranks_per_node, estimate.free_memory_bytes(args.device, ranks_per_node or world))
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
-    speed = None if hetero.cost_model else _speed(args.device, dtype)
+    shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, bool(args.activation_checkpointing))
+    speed = _speed(shape, args.device, dtype)
 
     def make() -> CostModel:
-        if speed is None:
-            return restricted(CostModel.load(hetero.cost_model or ""), hetero, world, heads)
+        if hetero.cost_model:
+            return restricted(CostModel.load(hetero.cost_model), hetero, world, heads)
         if (kept := kept_cost_model(checkpoint, world)) is not None:
             return restricted(kept, hetero, world, heads)
-        shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, bool(args.activation_checkpointing))
         return restricted(estimate.estimate_cost_model(shape, speed, topology, topology.degrees), hetero, world, heads)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
@@ -115,8 +115,8 @@ def restricted(cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads:
     return cost.with_capacity(hetero.max_tokens_per_rank) if hetero.max_tokens_per_rank else cost
 
 
-def _speed(device: torch.device, dtype: torch.dtype) -> estimate.Device:
-    return estimate.cuda_device(device, dtype) if device.type == "cuda" else estimate.cpu_device(dtype)
+def _speed(shape: estimate.ModelShape, device: torch.device, dtype: torch.dtype) -> estimate.Device:
+    return estimate.cuda_device(device, dtype) if device.type == "cuda" else estimate.cpu_device(shape, dtype)
 
 
 def _text_config(model: torch.nn.Module) -> Any:

@@ -166,9 +166,8 @@ def _plan_figure(
         axes.axvline(start, color=INK, linewidth=0.8)
     axes.set(xlim=(0, total or 1), ylim=(plan.num_ranks - 0.5, -0.5), ylabel="rank")
     axes.set_yticks(range(0, plan.num_ranks, max(1, plan.num_ranks // 16)))
-    axes.set_xlabel(
-        "seconds.  Corner of a group: its degree, the ranks that share its samples.  Light grey: waiting; darker: fixed cost."
-    )
+    grey = "Light grey: waiting." if cost_model is None else "Light grey: waiting; darker: fixed cost."
+    axes.set_xlabel(f"seconds.   In a group's corner: its degree, the ranks that share its samples.   {grey}")
     axes.set_title("     ".join(words).format(total, idle_share(busy_s)), loc="left", fontweight="bold")
     return figure
 
@@ -276,7 +275,9 @@ def _seconds_figure(records: Sequence[Record]) -> Figure:
     over.legend(loc="upper right", ncols=2)
     against.scatter(planned, measured, s=12, color=INK, alpha=0.6, linewidths=0)
     against.axline((0, 0), slope=ratio, color=ACCENT, linewidth=1, label=f"x {ratio:.2f}, the median")
-    against.set(xlabel="planned seconds", ylabel="measured seconds", xlim=(0, None), ylim=(0, None))
+    against.set(
+        xlabel="planned seconds", ylabel="measured seconds", xlim=(0, 1.1 * max(planned)), ylim=(0, 1.1 * max(measured))
+    )
     against.legend(loc="lower right")
     return figure
 

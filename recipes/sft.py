@@ -1,6 +1,6 @@
 """Fine-tune a causal language model on samples of any length.
 
-    accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/sft.py --config recipes/quickstart_cpu/train.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml recipes/sft.py --config my.yaml
     python recipes/sft.py --config my.yaml --learning_rate 1e-5
 
 The file gives values to the fields of `RecipeArguments`, `transformers.TrainingArguments` and `hf_hetero.HeteroConfig`;
@@ -17,7 +17,9 @@ import os
 import platform
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +39,7 @@ from transformers import (
 )
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan
-from hf_hetero.callbacks import PlanMetricsCallback
+from hf_hetero.callbacks import CalibrationCallback, PlanMetricsCallback
 from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
 
 END = "<|endoftext|>"
@@ -48,37 +50,41 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv"
 class RecipeArguments:
     """What to train, and on what."""
 
-    config: str | None = field(default=None, metadata={"help": "YAML file with values for any of these fields."})
-    model: str | None = field(default=None, metadata={"help": "Local folder or hub name."})
+    config: str | None = field(default=None, metadata={"help": "YAML file with values for any of these fields"})
+    model: str | None = field(default=None, metadata={"help": "Local folder or hub name"})
     model_config: dict | str | None = field(
-        default=None, metadata={"help": "Instead of a model: a config to train from scratch, {model_type: llama, ...}."}
+        default=None, metadata={"help": "Config to train from scratch: {model_type: llama, ..}"}
     )
-    dtype: str = field(default="float32", metadata={"help": "Type of the loaded weights; `bf16` computes in bf16."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Type of the loaded weights; `bf16: true` computes in bf16"}
+    )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder, hub name, or 'train': make one of the dataset. Default: the model's."}
+        default=None, metadata={"help": "Folder, hub name, or 'train' to make one; else the model's"}
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer made by `tokenizer: train`."})
+    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer that is made"})
     dataset: str = field(
-        default="python-stdlib",
-        metadata={"help": "'python-stdlib', a folder of save_to_disk, json/parquet/csv/txt files, or a hub name."},
+        default="python-stdlib", metadata={"help": "Hub name, save_to_disk folder, json/parquet/csv/txt files"}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
-    text_column: str = field(default="text", metadata={"help": "Column of plain text."})
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Learn only what the assistant says; the chat template must mark it."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample. Default: no limit."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset"})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on"})
+    text_column: str = field(default="text", metadata={"help": "Column of plain text"})
+    assistant_only_loss: bool = field(default=False, metadata={"help": "Chats: learn only what the assistant says"})
+    max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample"})
     max_length_policy: Literal["error", "truncate"] = field(
-        default="error", metadata={"help": "A longer sample stops the run, or is cut and counted."}
+        default="error", metadata={"help": "What to do about longer samples"}
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise."})
-    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters. Default: train all weights."})
-    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise"})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of LoRA adapters; all weights are trained without"}
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters"})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get adapters."}
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get adapters"}
     )
-    save_model: bool = field(default=True, metadata={"help": "Save the trained model under output_dir."})
+    calibrate: bool = field(
+        default=False, metadata={"help": "Refit the cost model to measured steps as the run goes on"}
+    )
+    save_model: bool = field(default=True, metadata={"help": "Save the trained model under output_dir"})
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -213,9 +219,8 @@ def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) 
                 "Raise max_length, or cut them: max_length_policy: truncate."
             )
     lengths = sorted(data["length"][:])
-    say(
-        f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {lengths[len(lengths) // 2]:,}, most {lengths[-1]:,}"
-    )
+    middle = lengths[len(lengths) // 2]
+    say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {middle:,}, longest {lengths[-1]:,}")
     return data
 
 
@@ -223,28 +228,29 @@ def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) 
 
 
 def load_tokenizer(args: RecipeArguments, data: datasets.Dataset) -> Any:
-    """The tokenizer named, or one made of the dataset's text and kept in the user's cache."""
+    """The tokenizer named, or one made of the dataset's text and kept in the user's cache; None if none is needed."""
     if args.tokenizer != "train":
-        if (name := args.tokenizer or args.model) is None:
-            raise HeteroError(
-                "Name a tokenizer (a folder or a hub name), or make one of the dataset: tokenizer: train."
-            )
-        return AutoTokenizer.from_pretrained(name)
+        if (name := args.tokenizer or args.model) is not None:
+            return AutoTokenizer.from_pretrained(name)
+        if "input_ids" in data.column_names:
+            return None
+        raise HeteroError("Name a tokenizer (a folder or a hub name), or make one of the dataset: tokenizer: train.")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "hf_hetero"
     folder = cache / f"tokenizer-{args.vocab_size}-{args.text_column}-{data._fingerprint}"
-    if not (folder / "tokenizer.json").exists():  # saved last among its files
+    if not folder.exists():
+        say(f"Making a tokenizer of {args.vocab_size} entries, once.")
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=args.vocab_size,
-            special_tokens=[END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
+            vocab_size=args.vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
-        say(f"Training a tokenizer of {args.vocab_size} entries, once.")
         made.train_from_iterator((row[args.text_column] for row in data), trainer)
-        PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END).save_pretrained(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as new, suppress(OSError):
+            PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END).save_pretrained(f"{new}/whole")
+            os.rename(f"{new}/whole", folder)  # fails if another run was faster, which is as good
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -256,21 +262,15 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
     else:
         shape = json.loads(args.model_config) if isinstance(args.model_config, str) else dict(args.model_config)
-        tokens = {"vocab_size": len(tokenizer)}
-        tokens |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**tokens, **shape}), dtype=args.dtype)
+        if tokenizer is not None:
+            ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            shape = {"vocab_size": len(tokenizer), **ids, **shape}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=args.dtype)
     if args.lora_r is None:
         return model
-    targets = args.lora_target_modules
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    targets = "all-linear" if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
+    lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
 
 
 # ------------------------------------------------------------------------------------------------------------- run
@@ -285,12 +285,13 @@ def main(argv: Sequence[str]) -> None:
         data = load_data(args)
         tokenizer = load_tokenizer(args, data)
         data = prepare_data(args, data, tokenizer)
+    callbacks = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
     trainer = HeteroTrainer(
         model=load_model(args, tokenizer),
         args=training_args,
         train_dataset=data,
         processing_class=tokenizer,
-        callbacks=[PlanMetricsCallback(lines=True, record=True)],
+        callbacks=callbacks,
         hetero=hetero,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -109,5 +109,5 @@ def test_limits() -> None:
 
 def test_this_machine() -> None:
     """The CPU's speed and free memory are measured, and plausible."""
-    assert 1e8 < cpu_device(torch.float32).flops < 1e14
+    assert 1e8 < cpu_device(shape(), torch.float32).flops < 1e14
     assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45

@@ -8,10 +8,11 @@ from hf_hetero.planner.cuts import Guess, guesses, slowest_full_group
 from hf_hetero.planner.descent import Trial, Tries, descend, kick, scale
 from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.shards import num_parts, plan_in_parts
 
 MOST_TRIES = 56
 FEWEST_TRIES = 14
-TRIED_SAMPLES = 3_000_000
+TRIED_SAMPLES = 600_000
 TRIES_A_GUESS = 5
 TRIES_WHEN_FULL = 12
 WORTH_TRYING = 1.03
@@ -20,6 +21,12 @@ MUCH_LONGER = 1.25
 
 def fast_draft(problem: Problem) -> Draft | None:
     """The best plan that a fixed number of packings finds, or None where none of them holds the samples."""
+    parts = num_parts(problem)
+    return (plan_in_parts(problem, parts, _search) if parts > 1 else None) or _search(problem)
+
+
+def _search(problem: Problem) -> Draft | None:
+    """Try a few guesses, and squeeze the best of them."""
     num_tries = TRIED_SAMPLES // (len(problem.lengths) + problem.num_ranks)
     tries = Tries(problem, max(FEWEST_TRIES, min(MOST_TRIES, num_tries)))
     found = guesses(problem)

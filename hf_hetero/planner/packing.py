@@ -45,12 +45,16 @@ class Packing:
     spare_work: float
 
     def draft(self, problem: Problem) -> Draft:
-        """The groups that hold samples, by micro-batch."""
+        """The micro-batches that hold samples."""
+        return [groups for groups in self.listed(problem) if groups]
+
+    def listed(self, problem: Problem) -> Draft:
+        """The groups that hold samples, by micro-batch, in the order of the durations."""
         draft: Draft = [[] for _ in self.durations]
         for group, samples in enumerate(self.samples):
             if samples:
                 draft[self.micro_batch[group]].append((problem.degrees[self.degree[group]], samples))
-        return [groups for groups in draft if groups]
+        return draft
 
     def makespans(self, problem: Problem) -> tuple[float, ...]:
         """Seconds that each micro-batch really takes; those without samples are left out."""
