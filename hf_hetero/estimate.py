@@ -181,7 +181,7 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> D
         torch.nn.functional.silu(x @ up)
         products += 1
     flops = products * 2 * tokens * shape.hidden * shape.intermediate / elapsed
-    return Device("CPU", flops * UTILISATION, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
+    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:

@@ -27,16 +27,9 @@ BusySeconds = Sequence[Sequence[float]]
 LENGTH_COLOURS = ("#dbe9f1", "#97c3d8", "#3f82aa", "#3d4a86", "#a63a50")  # short to long
 DEGREE_COLOURS = ("#a9cbdb", "#4a90b5", "#1f5683", "#0b2545", "#e3a66b", "#c8693a", "#7d3528")  # degree 1, 2, 4, ...
 IDLE, FIXED, INK, ACCENT = "#ececea", "#c4c2bc", "#2b2f33", "#d9772b"
-STYLE: dict[Any, Any] = {
-    "axes.edgecolor": "#9a9a98",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 10,
-    "font.size": 9,
-    "legend.frameon": False,
-    "savefig.dpi": 160,
-    "svg.hashsalt": "hf-hetero",  # the same picture gives the same file
-}
+# with a fixed salt, the same picture gives the same file
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": "#9a9a98", "legend.frameon": False, "svg.hashsalt": "1"}
+COLUMNS = ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")
 
 
 # --------------------------------------------------------------------------------------------------------- records
@@ -59,10 +52,9 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            wanted = {name: record[name] for name in ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")}
+            steps[record["step"]] = {name: record[name] for name in COLUMNS}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{file}, line {number} is not a step's record: {error!r}.") from error
-        steps[wanted["step"]] = wanted
     if not steps:
         raise ConfigError(f"{file} holds no step. Train with PlanMetricsCallback(record=True).")
     return [steps[step] for step in sorted(steps)]
@@ -133,8 +125,7 @@ def draw_plan(
     Raises:
         HeteroError: neither a cost model nor measured seconds, another kind of file, or no matplotlib.
     """
-    suffix = Path(path).suffix
-    if suffix not in (".png", ".svg"):
+    if (suffix := Path(path).suffix) not in (".png", ".svg"):
         raise HeteroError(f"{path}: a plan is drawn as .png or .svg.")
     if busy_s is None and cost_model is None:
         raise HeteroError("A plan is drawn from a cost model's seconds or from measured ones; neither was given.")
@@ -148,7 +139,8 @@ def _plan_figure(
         cost_model, words = None, ["measured {:.3g} s", "idle {:.0%}"]
     else:
         assert cost_model is not None
-        words = ["predicted {:.3g} s", "idle {:.0%}", f"within {plan.gap:.1%} of optimal" if plan.lower_bound_s else ""]
+        bound = [f"within {100 * plan.gap:.1f} % of optimal"] if plan.lower_bound_s > 0 else []
+        words = ["predicted {:.3g} s", "idle {:.0%}", *bound]
         busy_s = [
             [cost_model.group_seconds(micro_batch.group_of(rank), lengths) for rank in range(plan.num_ranks)]
             for micro_batch in plan.micro_batches
@@ -168,7 +160,8 @@ def _plan_figure(
     axes.set_yticks(range(0, plan.num_ranks, max(1, plan.num_ranks // 16)))
     grey = "Light grey: waiting." if cost_model is None else "Light grey: waiting; darker: fixed cost."
     axes.set_xlabel(f"seconds.   In a group's corner: its degree, the ranks that share its samples.   {grey}")
-    axes.set_title("     ".join(words).format(total, idle_share(busy_s)), loc="left", fontweight="bold")
+    title = "     ".join(words).format(total, idle_share(busy_s))
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
     return figure
 
 
@@ -192,14 +185,12 @@ def _draw_group(
         bar.set_gid(f"sample-{sample}")
         if seconds > 0.06 * total:
             ink = "white" if sum(face[:3]) < 1.7 else INK
-            axes.text(
-                left + seconds / 2, first + degree / 2, _short(lengths[sample]), color=ink, ha="center", va="center"
-            )
+            middle = (left + seconds / 2, first + degree / 2)
+            axes.text(*middle, _short(lengths[sample]), color=ink, ha="center", va="center")
         left += seconds
     axes.broken_barh([(start, left - start)], (first, degree), facecolors="none", edgecolors="white", linewidth=2)
     chip = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
-    place = (start + 0.006 * total, first + 0.12)
-    axes.text(*place, str(degree), va="top", fontsize=7, color=INK, bbox=chip)
+    axes.text(start + 0.006 * total, first + 0.12, str(degree), va="top", fontsize=7, color=INK, bbox=chip)
 
 
 def _length_colours(figure: Figure, axes: Axes, lengths: Sequence[int]) -> Any:
@@ -229,18 +220,14 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #2b2f33; max-width: 62rem; m
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .4rem; } img { width: 100%; }
 table { border-collapse: collapse; } td { padding: .15rem 2rem .15rem 0; border-bottom: 1px solid #e4e4e2; }
 td + td { text-align: right; font-variant-numeric: tabular-nums; }
-</style></head><body>
-<h1>hf-hetero: a run</h1>
+</style></head><body><h1>hf-hetero: a run</h1>
 """
 
 
 def write_report(records: Sequence[Record], path: str | Path, cost_model: CostModel | None = None) -> None:
-    """A run as one HTML page that loads nothing from elsewhere.
+    """A run, from `read_records`, as one HTML page that loads nothing from elsewhere.
 
-    Args:
-        records: from `read_records`.
-        path: of the page to write.
-        cost_model: draws a step also as it was predicted; without one, only as it was measured.
+    One step is drawn as it was measured and, with a cost model, as it was predicted.
 
     Raises:
         HeteroError: no matplotlib.
@@ -256,36 +243,36 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
         pictures[title.format("planned")] = lambda: _plan_figure(plan, lengths, cost_model)
     pictures[title.format("measured")] = lambda: _plan_figure(plan, lengths, None, step["busy_s"])
     rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>\n" for name, value in summarise(records).items())
-    page = [PAGE, f"<table>\n{rows}</table>\n"]
+    page = PAGE + f"<table>\n{rows}</table>\n"
     for title, make in pictures.items():
         data = base64.b64encode(_rendered(make, "svg")).decode()
-        page.append(f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n')
-    Path(path).write_text("".join([*page, "</body></html>\n"]), encoding="utf-8")
+        page += f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'
+    Path(path).write_text(page + "</body></html>\n", encoding="utf-8")
 
 
 def _seconds_figure(records: Sequence[Record]) -> Figure:
     """Planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
     figure, over = _figure(10, 2.8, (1, 2), width_ratios=(2, 1))
     against = figure.axes[1]
-    steps, planned = [r["step"] for r in records], [r["plan"]["seconds"] for r in records]
+    steps, planned = [str(r["step"]) for r in records], [r["plan"]["seconds"] for r in records]
     measured, ratio = [r["seconds"] for r in records], _measured_to_planned(records)
     over.plot(steps, measured, color=INK, label="measured")
     over.plot(steps, planned, color=ACCENT, label="planned")
     over.set(xlabel="step", ylabel="seconds", ylim=(0, 1.25 * max(*measured, *planned)))
+    over.set_xticks(range(0, len(steps), max(1, len(steps) // 10)))
     over.legend(loc="upper right", ncols=2)
     against.scatter(planned, measured, s=12, color=INK, alpha=0.6, linewidths=0)
     against.axline((0, 0), slope=ratio, color=ACCENT, linewidth=1, label=f"x {ratio:.2f}, the median")
-    against.set(
-        xlabel="planned seconds", ylabel="measured seconds", xlim=(0, 1.1 * max(planned)), ylim=(0, 1.1 * max(measured))
-    )
+    against.set(xlim=(0, 1.1 * max(planned) or 1), ylim=(0, 1.1 * max(measured)))
+    against.set(xlabel="planned seconds", ylabel="measured seconds")
     against.legend(loc="lower right")
     return figure
 
 
 def _lengths_figure(records: Sequence[Record]) -> Figure:
+    figure, axes = _figure(10, 2.6)
     by_degree = _lengths_by_degree(records)
     least, most = min(map(min, by_degree.values())), max(map(max, by_degree.values()))
-    figure, axes = _figure(10, 2.6)
     colours = [DEGREE_COLOURS[min(degree.bit_length() - 1, len(DEGREE_COLOURS) - 1)] for degree in by_degree]
     bins = [2 ** (k / 2) for k in range(2 * (least.bit_length() - 1), 2 * most.bit_length() + 1)]
     names = [f"degree {degree}" for degree in by_degree]
@@ -302,7 +289,8 @@ def _figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **optio
     from matplotlib.figure import Figure
 
     figure = Figure((width, height), layout="constrained")
-    figure.subplots(*grid, **options)
+    for axes in figure.subplots(*grid, squeeze=False, **options).flat:
+        axes.spines[["top", "right"]].set_visible(False)
     return figure, figure.axes[0]
 
 
@@ -313,5 +301,5 @@ def _rendered(make: Callable[[], Figure], file_format: str) -> bytes:
         raise HeteroError("Pictures need matplotlib: pip install hf-hetero[report]") from error
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        make().savefig(buffer, format=file_format, metadata={"Date": None} if file_format == "svg" else None)
+        make().savefig(buffer, format=file_format, dpi=160, metadata={"Date": None} if file_format == "svg" else None)
     return buffer.getvalue()

@@ -52,38 +52,22 @@ class RecipeArguments:
 
     config: str | None = field(default=None, metadata={"help": "YAML file with values for any of these fields"})
     model: str | None = field(default=None, metadata={"help": "Local folder or hub name"})
-    model_config: dict | str | None = field(
-        default=None, metadata={"help": "Config to train from scratch: {model_type: llama, ..}"}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "Type of the loaded weights; `bf16: true` computes in bf16"}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder, hub name, or 'train' to make one; else the model's"}
-    )
-    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer that is made"})
-    dataset: str = field(
-        default="python-stdlib", metadata={"help": "Hub name, save_to_disk folder, json/parquet/csv/txt files"}
-    )
+    model_config: dict | str | None = field(default=None, metadata={"help": "Instead: a config to train from scratch"})
+    dtype: str = field(default="float32", metadata={"help": "Type of the weights; `bf16: true` computes in bf16"})
+    tokenizer: str | None = field(default=None, metadata={"help": "Folder, hub name, 'train'; default: the model's"})
+    vocab_size: int = field(default=4096, metadata={"help": "Entries of a tokenizer that is trained"})
+    dataset: str = field(default="python-stdlib", metadata={"help": "Hub name, saved folder, json/parquet/csv/txt"})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset"})
     dataset_split: str = field(default="train", metadata={"help": "Split to train on"})
     text_column: str = field(default="text", metadata={"help": "Column of plain text"})
     assistant_only_loss: bool = field(default=False, metadata={"help": "Chats: learn only what the assistant says"})
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample"})
-    max_length_policy: Literal["error", "truncate"] = field(
-        default="error", metadata={"help": "What to do about longer samples"}
-    )
+    max_length_policy: Literal["error", "truncate"] = field(default="error", metadata={"help": "For longer samples"})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise"})
-    lora_r: int | None = field(
-        default=None, metadata={"help": "Rank of LoRA adapters; all weights are trained without"}
-    )
+    lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters; without it, all weights train"})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters"})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Layers that get adapters"}
-    )
-    calibrate: bool = field(
-        default=False, metadata={"help": "Refit the cost model to measured steps as the run goes on"}
-    )
+    lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers"})
+    calibrate: bool = field(default=False, metadata={"help": "Refit the cost model to measured steps on the way"})
     save_model: bool = field(default=True, metadata={"help": "Save the trained model under output_dir"})
 
 
@@ -105,10 +89,8 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments, Hete
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         refuse_unknown(path, values, known)
         parser.set_defaults(**values)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        list(argv), return_remaining_strings=True, look_for_args_file=False
-    )
-    refuse_unknown("the command line", [word.lstrip("-") for word in unknown], known)
+    *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
+    refuse_unknown("the command line", [word.lstrip("-").split("=")[0] for word in unknown], known)
     return tuple(parsed)
 
 
@@ -268,7 +250,7 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=args.dtype)
     if args.lora_r is None:
         return model
-    targets = "all-linear" if args.lora_target_modules == ["all-linear"] else args.lora_target_modules
+    targets = args.lora_target_modules or "all-linear"
     lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 

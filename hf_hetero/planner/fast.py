@@ -10,11 +10,12 @@ from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.shards import num_parts, plan_in_parts
 
-MOST_TRIES = 56
+MOST_TRIES = 64
 FEWEST_TRIES = 14
 TRIED_SAMPLES = 600_000
 TRIES_A_GUESS = 5
-TRIES_WHEN_FULL = 12
+TRIES_WHEN_FULL = 24
+FULL_STEP = 0.2
 WORTH_TRYING = 1.03
 MUCH_LONGER = 1.25
 
@@ -30,7 +31,7 @@ def _search(problem: Problem) -> Draft | None:
     num_tries = TRIED_SAMPLES // (len(problem.lengths) + problem.num_ranks)
     tries = Tries(problem, max(FEWEST_TRIES, min(MOST_TRIES, num_tries)))
     found = guesses(problem)
-    best = _full(tries) if all(len(guess.durations) > problem.fewest_micro_batches for guess in found) else None
+    best = _full(tries)
     for guess in [*(_levelled(guess) for guess in found[:1]), *found]:
         limit_s = best.seconds * WORTH_TRYING if best else float("inf")
         if guess.seconds <= limit_s:
@@ -46,7 +47,7 @@ def _full(tries: Tries) -> Trial | None:
     """As few micro-batches as memory allows, of any duration: too full for a fluid, they may still hold the samples."""
     problem = tries.problem
     trial = tries.pack([slowest_full_group(problem)] * problem.fewest_micro_batches)
-    return trial and descend(tries, trial, most=TRIES_WHEN_FULL)
+    return trial and descend(tries, trial, FULL_STEP, TRIES_WHEN_FULL)
 
 
 def _levelled(guess: Guess) -> Guess:
