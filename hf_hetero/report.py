@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Record = Mapping[str, Any]
-BusySeconds = Sequence[Sequence[float]]
+Busy = Sequence[Sequence[float]]
 
 LENGTH_COLOURS = ("#dbe9f1", "#97c3d8", "#3f82aa", "#3d4a86", "#a63a50")  # short to long
 DEGREE_COLOURS = ("#a9cbdb", "#4a90b5", "#1f5683", "#0b2545", "#e3a66b", "#c8693a", "#7d3528")  # degree 1, 2, 4, ...
@@ -30,9 +30,6 @@ IDLE, FIXED, INK, ACCENT = "#ececea", "#c4c2bc", "#2b2f33", "#d9772b"
 # with a fixed salt, the same picture gives the same file
 STYLE: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": "#9a9a98", "legend.frameon": False, "svg.hashsalt": "1"}
 COLUMNS = ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")
-
-
-# --------------------------------------------------------------------------------------------------------- records
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
@@ -111,13 +108,12 @@ def draw_plan(
     lengths: Sequence[int],
     cost_model: CostModel | None,
     path: str | Path,
-    busy_s: BusySeconds | None = None,
+    busy_s: Busy | None = None,
 ) -> None:
     """One step: ranks as rows, time from left to right, a bar for each sample, light grey where a rank waits.
 
     Args:
-        plan: of the step.
-        lengths: tokens of each of its samples.
+        plan, lengths: of the step, and the tokens of each of its samples.
         cost_model: predicts the seconds of each group, and each sample's part in them.
         path: a .png or .svg file. In an SVG a sample's bar has the id `sample-<position in the global batch>`.
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner); drawn instead of predicted ones.
@@ -132,17 +128,15 @@ def draw_plan(
     Path(path).write_bytes(_rendered(lambda: _plan_figure(plan, lengths, cost_model, busy_s), suffix[1:]))
 
 
-def _plan_figure(
-    plan: Plan, lengths: Sequence[int], cost_model: CostModel | None, busy_s: BusySeconds | None = None
-) -> Figure:
+def _plan_figure(plan: Plan, lengths: Sequence[int], cost: CostModel | None, busy_s: Busy | None = None) -> Figure:
     if busy_s is not None:
-        cost_model, words = None, ["measured {:.3g} s", "idle {:.0%}"]
+        cost, words = None, ["measured {:.3g} s", "idle {:.0%}"]
     else:
-        assert cost_model is not None
+        assert cost is not None
         bound = [f"within {100 * plan.gap:.1f} % of optimal"] if plan.lower_bound_s > 0 else []
         words = ["predicted {:.3g} s", "idle {:.0%}", *bound]
         busy_s = [
-            [cost_model.group_seconds(micro_batch.group_of(rank), lengths) for rank in range(plan.num_ranks)]
+            [cost.group_seconds(micro_batch.group_of(rank), lengths) for rank in range(plan.num_ranks)]
             for micro_batch in plan.micro_batches
         ]
     total = sum(map(max, busy_s))
@@ -152,13 +146,13 @@ def _plan_figure(
     for micro_batch, seconds in zip(plan.micro_batches, busy_s, strict=True):
         axes.broken_barh([(start, max(seconds))], (-0.5, plan.num_ranks), facecolors=IDLE)
         for group in micro_batch.groups:
-            parts = _parts(group, lengths, cost_model, max(seconds[rank] for rank in group.ranks))
+            parts = _parts(group, lengths, cost, max(seconds[rank] for rank in group.ranks))
             _draw_group(axes, group, parts, lengths, start, total, colours)
         start += max(seconds)
         axes.axvline(start, color=INK, linewidth=0.8)
-    axes.set(xlim=(0, total or 1), ylim=(plan.num_ranks - 0.5, -0.5), ylabel="rank")
-    axes.set_yticks(range(0, plan.num_ranks, max(1, plan.num_ranks // 16)))
-    grey = "Light grey: waiting." if cost_model is None else "Light grey: waiting; darker: fixed cost."
+    rows = range(0, plan.num_ranks, max(1, plan.num_ranks // 16))
+    axes.set(xlim=(0, total or 1), ylim=(plan.num_ranks - 0.5, -0.5), ylabel="rank", yticks=rows)
+    grey = "Light grey: waiting." if cost is None else "Light grey: waiting; darker: fixed cost."
     axes.set_xlabel(f"seconds.   In a group's corner: its degree, the ranks that share its samples.   {grey}")
     title = "     ".join(words).format(total, idle_share(busy_s))
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
@@ -194,12 +188,11 @@ def _draw_group(
 
 
 def _length_colours(figure: Figure, axes: Axes, lengths: Sequence[int]) -> Any:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib import cm, colors
 
     least, most = min(lengths, default=1), max(lengths, default=1)
-    norm = LogNorm(least, max(most, least + 1))
-    colours = ScalarMappable(norm, LinearSegmentedColormap.from_list("lengths", LENGTH_COLOURS))
+    norm = colors.LogNorm(least, max(most, least + 1))
+    colours = cm.ScalarMappable(norm, colors.LinearSegmentedColormap.from_list("lengths", LENGTH_COLOURS))
     bar = figure.colorbar(colours, ax=axes, pad=0.01, aspect=25, label="tokens of a sample")
     ticks = sorted({least, most} | {4**k for k in range(16) if 1.6 * least < 4**k < 0.7 * most})
     bar.ax.set_yticks(ticks, [_short(tick) for tick in ticks])
@@ -219,7 +212,7 @@ PAGE = """<!DOCTYPE html>
 body { font: 15px/1.5 system-ui, sans-serif; color: #2b2f33; max-width: 62rem; margin: 2.5rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .4rem; } img { width: 100%; }
 table { border-collapse: collapse; } td { padding: .15rem 2rem .15rem 0; border-bottom: 1px solid #e4e4e2; }
-td + td { text-align: right; font-variant-numeric: tabular-nums; }
+td + td { text-align: right; }
 </style></head><body><h1>hf-hetero: a run</h1>
 """
 
@@ -234,10 +227,8 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
     """
     step = most_mixed(records)
     plan, lengths = Plan.from_dict(step["plan"]), step["lengths"]
-    pictures: dict[str, Callable[[], Figure]] = {
-        "Seconds of each step": lambda: _seconds_figure(records),
-        "Lengths, by the degree that trained them": lambda: _lengths_figure(records),
-    }
+    pictures: dict[str, Callable[[], Figure]] = {"Seconds of each step": lambda: _seconds_figure(records)}
+    pictures["Lengths, by the degree that trained them"] = lambda: _lengths_figure(records)
     title = f"Step {step['step']} as {{}}: {describe_degrees(plan)}"
     if cost_model is not None:
         pictures[title.format("planned")] = lambda: _plan_figure(plan, lengths, cost_model)
@@ -252,15 +243,17 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
 
 def _seconds_figure(records: Sequence[Record]) -> Figure:
     """Planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, over = _figure(10, 2.8, (1, 2), width_ratios=(2, 1))
     against = figure.axes[1]
-    steps, planned = [str(r["step"]) for r in records], [r["plan"]["seconds"] for r in records]
-    measured, ratio = [r["seconds"] for r in records], _measured_to_planned(records)
+    steps, measured, planned = zip(*((r["step"], r["seconds"], r["plan"]["seconds"]) for r in records), strict=True)
     over.plot(steps, measured, color=INK, label="measured")
     over.plot(steps, planned, color=ACCENT, label="planned")
     over.set(xlabel="step", ylabel="seconds", ylim=(0, 1.25 * max(*measured, *planned)))
-    over.set_xticks(range(0, len(steps), max(1, len(steps) // 10)))
+    over.xaxis.set_major_locator(MaxNLocator(integer=True))
     over.legend(loc="upper right", ncols=2)
+    ratio = _measured_to_planned(records)
     against.scatter(planned, measured, s=12, color=INK, alpha=0.6, linewidths=0)
     against.axline((0, 0), slope=ratio, color=ACCENT, linewidth=1, label=f"x {ratio:.2f}, the median")
     against.set(xlim=(0, 1.1 * max(planned) or 1), ylim=(0, 1.1 * max(measured)))

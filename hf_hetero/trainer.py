@@ -163,7 +163,7 @@ class HeteroTrainerMixin(Trainer):
             raise HeteroError("Training needs a train_dataset.")
         planning = Planning(
             plan=lambda lengths: self._planner(self.hetero.solver).plan(lengths),
-            fallback=lambda lengths: self._planner("fast").plan(lengths),
+            fallback=lambda lengths: self._planner("fast").static(lengths),
             num_ahead=self.hetero.plan_ahead_steps,
             length_column=self.hetero.length_column,
             control=self.groups.control,

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median_low as median
 from typing import Any, Literal
 
 import datasets
@@ -120,7 +121,7 @@ def load_data(args: RecipeArguments) -> datasets.Dataset:
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
     if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
         found = datasets.load_from_disk(args.dataset)
-        return found[args.dataset_split] if isinstance(found, datasets.DatasetDict) else found
+        return found[args.dataset_split] if isinstance(found, dict) else found
     if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
         if not (files := sorted(glob.glob(args.dataset))):
             raise HeteroError(f"dataset={args.dataset!r}: there is no such file.")
@@ -150,9 +151,8 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any, text_column: str, assistant
         columns = [name for name in ("input_ids", "labels") if name in row]
         found = {name: [x for x, keep in zip(row[name], kept, strict=True) if keep] for name in columns}
     elif "messages" in row:
-        encoded = tokenizer.apply_chat_template(
-            row["messages"], return_dict=True, return_assistant_tokens_mask=assistant_only
-        )
+        masked = {"return_dict": True, "return_assistant_tokens_mask": assistant_only}
+        encoded = tokenizer.apply_chat_template(row["messages"], **masked)
         found = {"input_ids": encoded["input_ids"]}
         if assistant_only:
             said = zip(found["input_ids"], encoded["assistant_masks"], strict=True)
@@ -165,9 +165,8 @@ def tokenise(row: Mapping[str, Any], tokenizer: Any, text_column: str, assistant
 
 
 def truncate(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """The first `limit` tokens of a sample."""
-    cut = {name: row[name][:limit] for name in ("input_ids", "labels") if name in row}
-    return {**cut, "length": len(cut["input_ids"])}
+    """The first `limit` tokens of a sample, and its length."""
+    return {name: min(value, limit) if name == "length" else value[:limit] for name, value in row.items()}
 
 
 def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) -> datasets.Dataset:
@@ -200,9 +199,8 @@ def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) 
                 f"{what}; the longest, row {lengths.index(max(lengths))}, has {max(lengths)}. "
                 "Raise max_length, or cut them: max_length_policy: truncate."
             )
-    lengths = sorted(data["length"][:])
-    middle = lengths[len(lengths) // 2]
-    say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {middle:,}, longest {lengths[-1]:,}")
+    lengths = data["length"][:]
+    say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {median(lengths):,}, longest {max(lengths):,}")
     return data
 
 
@@ -262,18 +260,18 @@ def main(argv: Sequence[str]) -> None:
     """Load, train, save, draw."""
     args, training_args, hetero = parse(argv)
     set_seed(training_args.seed)
-    # the first rank downloads, tokenises and fills the caches; the others then read them
+    # the first rank downloads and fills the caches, which the others then read
     with training_args.main_process_first(desc="data"):
         data = load_data(args)
         tokenizer = load_tokenizer(args, data)
         data = prepare_data(args, data, tokenizer)
-    callbacks = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
+    watching = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
     trainer = HeteroTrainer(
         model=load_model(args, tokenizer),
         args=training_args,
         train_dataset=data,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=watching,
         hetero=hetero,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

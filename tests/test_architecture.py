@@ -14,7 +14,18 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"plan"},
     {"cost_model", "layout", "groups", "loss", "timing"},
     {"agreement", "attention", "planner", "step"},
-    {"estimate", "exactness", "lengths", "plan_ahead", "profile", "report", "sampler", "collators", "callbacks"},
+    {
+        "estimate",
+        "exactness",
+        "lengths",
+        "plan_ahead",
+        "profile",
+        "report",
+        "sampler",
+        "simulate",
+        "collators",
+        "callbacks",
+    },
     {"loader", "machine"},
     {"trainer"},
     {""},  # hf_hetero/__init__.py, the catalogue
@@ -38,7 +49,19 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer",
     },
 }
-WITHOUT_TORCH = {"errors", "config", "topology", "plan", "cost_model", "layout", "planner", "report", "cli", ""}
+WITHOUT_TORCH = {
+    "errors",
+    "config",
+    "topology",
+    "plan",
+    "cost_model",
+    "layout",
+    "planner",
+    "report",
+    "simulate",
+    "cli",
+    "",
+}
 
 
 def modules() -> dict[str, Path]:

@@ -17,7 +17,7 @@ from hf_hetero.planner.problem import Problem
 NUM_DURATIONS = 48
 MOST_CUTS = 1024
 LONGEST_APART = 128
-LONGEST_ALONE = 16
+LONGEST_ALONE = 8
 PATIENCE = 2
 MOST_EXTRA = 16
 TINY = 1e-30  # keeps quotients finite where a cost is 0

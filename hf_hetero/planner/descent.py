@@ -14,7 +14,7 @@ from hf_hetero.planner.problem import Problem
 
 FIRST_STEP = 0.06
 KICKED_STEP = 0.03
-LAST_GAIN = 1e-3
+LAST_GAIN = 2e-3
 KICKS = (0.015, 0.03, 0.008, 0.05)
 
 

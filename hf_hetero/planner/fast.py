@@ -7,14 +7,14 @@ from statistics import median
 from hf_hetero.planner.cuts import Guess, guesses, slowest_full_group
 from hf_hetero.planner.descent import Trial, Tries, descend, kick, scale
 from hf_hetero.planner.draft import Draft
+from hf_hetero.planner.parts import num_parts, plan_in_parts
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.shards import num_parts, plan_in_parts
 
-MOST_TRIES = 64
+MOST_TRIES = 52
 FEWEST_TRIES = 14
 TRIED_SAMPLES = 600_000
 TRIES_A_GUESS = 5
-TRIES_WHEN_FULL = 24
+TRIES_WHEN_FULL = 16
 FULL_STEP = 0.2
 WORTH_TRYING = 1.03
 MUCH_LONGER = 1.25

@@ -22,11 +22,17 @@ def best_homogeneous(problem: Problem, below_s: float = float("inf")) -> Draft |
     best: Draft | None = None
     for index, degree in enumerate(problem.degrees):
         if problem.capacity * degree >= problem.lengths[0] and _least_seconds(problem, index) < below_s:
-            for draft in (_best_fit(problem, degree), _balanced(problem, degree)):
-                seconds = draft_seconds(problem, draft)
-                if seconds < below_s:
-                    best, below_s = draft, seconds
+            draft = homogeneous(problem, degree)
+            if draft is not None and (seconds := draft_seconds(problem, draft)) < below_s:
+                best, below_s = draft, seconds
     return best
+
+
+def homogeneous(problem: Problem, degree: int) -> Draft | None:
+    """The faster of two packings with groups of this degree; None where it does not hold the longest sample."""
+    if degree not in problem.degrees or problem.capacity * degree < problem.lengths[0]:
+        return None
+    return min((_best_fit(problem, degree), _balanced(problem, degree)), key=lambda d: draft_seconds(problem, d))
 
 
 def _least_seconds(problem: Problem, index: int) -> float:
@@ -73,7 +79,7 @@ def _balanced(problem: Problem, degree: int) -> Draft:
 
 
 def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[DraftGroup] | None:
-    """Longest processing time first with memory, or None where a sample finds no room."""
+    """Longest processing time first (Graham, 1969) with memory, or None where a sample finds no room."""
     loads: list[tuple[float, int]] = [(0.0, group) for group in range(len(rooms))]
     groups: list[DraftGroup] = [(degree, []) for _ in rooms]
     for sample, length in enumerate(problem.lengths):

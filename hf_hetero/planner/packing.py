@@ -1,4 +1,9 @@
-"""Do these samples fit into micro-batches of given durations? Best-fit decreasing over memory and time at once."""
+"""Do these samples fit into micro-batches of given durations? Best-fit decreasing over memory and time at once.
+
+To find short schedules by packing into bins as long as the schedule may last is MULTIFIT (Coffman, Garey and Johnson,
+SIAM J. Comput. 7, 1978); best-fit decreasing is Johnson's (J. Comput. Syst. Sci. 8, 1974). Here a group's room is the
+longest sample that its memory and its time both leave, so that one sorted list of rooms serves all groups.
+"""
 
 from __future__ import annotations
 
@@ -73,11 +78,12 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
     Args:
         durations: seconds of each micro-batch, descending: long samples go where they need few ranks.
     """
-    attention, linear_s, smallest = problem.cost.attention_s_per_token2, problem.linear_s, problem.lengths[-1]
+    attention, linear_s = problem.cost.attention_s_per_token2, problem.linear_s
+    useful = -(-problem.lengths[-1] // LARGEST_MERGE)  # smaller rooms hold no sample, not even joined
     packing = _empty(problem, durations)
     rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
     degree, tokens, work, samples = packing.degree, packing.tokens, packing.work, packing.samples
-    longest = [[longest_sample(problem, x, s) for x in range(len(problem.degrees))] for s in durations]
+    longest = [longest_samples(problem, seconds) for seconds in durations]
     for sample, length in enumerate(problem.lengths):
         found = bisect_left(rooms, length << shift)
         if found < len(rooms):
@@ -96,7 +102,7 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
             room = memory
         else:
             room = int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time))) if time > 0 else 0
-        if room >= smallest:
+        if room >= useful:
             insort(rooms, room << shift | group)
         else:
             packing.spare_tokens -= memory
@@ -117,33 +123,39 @@ def _empty(problem: Problem, durations: Sequence[float]) -> Packing:
     return Packing(list(durations), [], [], [], [], [], free, [], shift, tokens, work)
 
 
-def longest_sample(problem: Problem, index: int, duration_s: float) -> int:
-    """Tokens of the longest sample that a group of this degree index holds within this duration; -1 for none."""
-    degree = problem.degrees[index]
-    time = degree * (duration_s - problem.fixed_s[index]) * ROUNDING
-    return _room(problem, index, problem.capacity * degree, time)
+def longest_samples(problem: Problem, duration_s: float) -> list[int]:
+    """Tokens of the longest sample that a group of each degree, or of a smaller one, holds within this duration.
+
+    Ascending, so that the smallest degree that holds a sample is found by bisection; -1 where none is held.
+    """
+    limits: list[int] = []
+    longest = -1
+    for index, degree in enumerate(problem.degrees):
+        time = degree * (duration_s - problem.fixed_s[index]) * ROUNDING
+        longest = max(longest, _room(problem, index, problem.capacity * degree, time))
+        limits.append(longest)
+    return limits
 
 
 def _room(problem: Problem, index: int, memory: int, time: float) -> int:
     """Longest sample that fits into this many tokens and rank-seconds; -1 where none does."""
     attention, linear = problem.cost.attention_s_per_token2, problem.linear_s[index]
-    if time <= 0:
-        return -1
     if (attention * memory + linear) * memory <= time:
         return memory
+    if time <= 0:
+        return -1
     return int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time)))
 
 
 def _open(problem: Problem, packing: Packing, longest: list[list[int]], length: int) -> int:
     """A new group in the first micro-batch with enough free ranks, which is where it needs fewest; -1 without one."""
+    degrees = problem.degrees
     for micro_batch, free in enumerate(packing.free):
-        if not free:
-            continue
-        for index, degree in enumerate(problem.degrees):
-            if degree > free:
-                break
-            if longest[micro_batch][index] >= length:
-                packing.free[micro_batch] -= degree
+        if free:
+            index = bisect_left(longest[micro_batch], length)
+            if index < len(degrees) and degrees[index] <= free:
+                degree = degrees[index]
+                packing.free[micro_batch] = free - degree
                 packing.micro_batch.append(micro_batch)
                 packing.degree.append(index)
                 packing.tokens.append(problem.capacity * degree)

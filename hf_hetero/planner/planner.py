@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from hf_hetero.cost_model import CostModel
-from hf_hetero.errors import ConfigError
+from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
-from hf_hetero.planner.homogeneous import best_homogeneous
-from hf_hetero.planner.problem import Problem, make_problem
+from hf_hetero.planner.homogeneous import best_homogeneous, homogeneous
+from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
 
 Solver = Literal["auto", "fast", "mip"]
 
@@ -71,6 +71,31 @@ class Planner:
         if self.solver == "mip":
             draft, found_by = _mip(problem, draft, found_by, self.mip_time_limit_s)
         plan = to_plan(problem, draft, found_by, lower_bound(problem))
+        return replace(plan, planning_s=time.perf_counter() - started)
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Degrees that plans may use, ascending."""
+        return usable_degrees(self.cost_model, self.num_ranks, self.max_degree)
+
+    def static(self, lengths: Sequence[int], degree: int | None = None) -> Plan:
+        """The plan of a run with one degree: this one, or the best for these samples.
+
+        Raises:
+            BadSample: as `plan`.
+            InfeasibleBatch: a sample that no degree, or not this one, can hold.
+        """
+        started = time.perf_counter()
+        problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
+        if not problem.lengths:
+            return Plan(problem.num_ranks, ())
+        draft = best_homogeneous(problem) if degree is None else homogeneous(problem, degree)
+        if draft is None:
+            raise InfeasibleBatch(
+                f"Degree {degree} holds {problem.capacity * (degree or 1)} tokens a group; the longest sample has "
+                f"{problem.lengths[0]}. Choose a larger degree."
+            )
+        plan = to_plan(problem, draft, "homogeneous", lower_bound(problem))
         return replace(plan, planning_s=time.perf_counter() - started)
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:

@@ -23,7 +23,7 @@ def num_parts(problem: Problem) -> int:
         parts += 1
     part_ranks = problem.num_ranks // parts
     fits = all(part_ranks % degree == 0 for degree in problem.degrees)
-    return parts if fits and len(problem.lengths) >= part_ranks else 1
+    return parts if fits and len(problem.lengths) >= max(part_ranks, 4 * parts) else 1
 
 
 def plan_in_parts(problem: Problem, parts: int, search: Callable[[Problem], Draft | None]) -> Draft | None:

@@ -1,0 +1,343 @@
+"""Recipes do what they say: every file parses, every kind of data becomes the right tokens, the script trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_hetero import HeteroError
+from hf_hetero.report import read_records
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*/train.yaml"))
+TEXTS = [
+    "def f(x):\n    return x\n",
+    "import os\n",
+    "class A:\n    def g(self):\n        return [1, 2, 3]\n" * 3,
+    "x = 1\n",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+CHAT = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "x = 1"}]
+
+
+@pytest.fixture(scope="module")
+def sft() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sft"] = module  # dataclasses look their types up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache" / "datasets")
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", tmp_path / "cache" / "downloads")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="<end>", pad_token="<end>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="module")
+def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_every_recipe_parses(sft: ModuleType, path: Path, tmp_path: Path) -> None:
+    """A train.yaml holds only keys that the real dataclasses have, with values that they take."""
+    args, training_args, hetero = sft.parse(["--config", str(path), "--output_dir", str(tmp_path)])
+    parsed = {**vars(args), **vars(training_args), **vars(hetero)}
+    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if key not in {"output_dir", "report_to", "save_strategy", "lr_scheduler_type"}:  # turned into other types
+            assert parsed[key] == value
+
+
+def test_every_recipe_is_complete() -> None:
+    """A recipe is a folder with train.yaml and README.md, without Python, and a row in the table."""
+    table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+    assert RECIPES
+    for path in RECIPES:
+        assert sorted(p.name for p in path.parent.iterdir()) == ["README.md", "train.yaml"]
+        assert f"({path.parent.name}/" in table
+
+
+def test_launch_files_start_as_many_ranks_as_they_say() -> None:
+    """Accelerate reads them; the CPU one goes through torchrun and fits the quickstart's num_ranks."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    num_ranks = {}
+    for path in (ROOT / "recipes" / "accelerate").glob("*.yaml"):
+        config = load_config_from_file(str(path))
+        assert config.distributed_type == "MULTI_GPU"
+        assert not config.use_cpu
+        num_ranks[path.stem] = config.num_processes
+    quickstart = yaml.safe_load((ROOT / "recipes/quickstart_cpu/train.yaml").read_text(encoding="utf-8"))
+    assert num_ranks == {"cpu": quickstart["num_ranks"], "ddp": 8}
+
+
+def test_an_unknown_key_is_named(sft: ModuleType, tmp_path: Path) -> None:
+    """The message has the file, the key, and the key that was probably meant; so it is on the command line."""
+    path = tmp_path / "my.yaml"
+    path.write_text("learning_rat: 1e-3\n", encoding="utf-8")
+    with pytest.raises(HeteroError, match=r"my\.yaml: unknown key 'learning_rat'. Did you mean 'learning_rate'"):
+        sft.parse(["--config", str(path)])
+    with pytest.raises(HeteroError, match=r"command line: unknown key 'max_lenght'\. Did you mean 'max_length'"):
+        sft.parse(["--use_cpu", "true", "--max_lenght=3"])
+
+
+def test_the_command_line_overrides_the_file(sft: ModuleType, tmp_path: Path) -> None:
+    """File first, then command line; a number that YAML reads as text (1e-3) is a number all the same."""
+    path = tmp_path / "my.yaml"
+    path.write_text("learning_rate: 1e-3\nmax_steps: 7\nuse_cpu: true\nmodel_config: {model_type: llama}\n")
+    args, training_args, hetero = sft.parse(["--config", str(path), "--max_steps", "9", "--max_degree", "2"])
+    assert (training_args.learning_rate, training_args.max_steps, hetero.max_degree) == (1e-3, 9, 2)
+    assert args.model_config == {"model_type": "llama"}
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+def prepared(sft: ModuleType, tokenizer: Any, dataset: Path, **options: Any) -> datasets.Dataset:
+    args = sft.RecipeArguments(dataset=str(dataset), **options)
+    return sft.prepare_data(args, sft.load_data(args), tokenizer)
+
+
+def expected(tokenizer: Any, text: str) -> list[int]:
+    return [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    "kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet", "part-*.jsonl", "saved", "dict"]
+)
+def test_text_becomes_tokens_and_an_end(sft: ModuleType, tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    """Plain text gives its tokens and one end token, from whatever file it comes; `length` counts them."""
+    data = datasets.Dataset.from_dict({"text": TEXTS, "note": ["x"] * len(TEXTS)})
+    source = tmp_path / kind
+    match kind:
+        case "rows.csv":
+            data.to_csv(source, index=False)
+        case "rows.parquet":
+            data.to_parquet(source)
+        case "part-*.jsonl":
+            write_lines(tmp_path / "part-1.jsonl", [{"text": text} for text in TEXTS[:2]])
+            write_lines(tmp_path / "part-2.jsonl", [{"text": text} for text in TEXTS[2:]])
+        case "saved":
+            data.save_to_disk(source)
+        case "dict":
+            datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(source)
+        case _:
+            data.to_json(source)
+    found = prepared(sft, tokenizer, source)
+    assert found["input_ids"][:] == [expected(tokenizer, text) for text in TEXTS]
+    assert found["length"][:] == [len(expected(tokenizer, text)) for text in TEXTS]
+    assert set(found.column_names) == {"input_ids", "length"}
+
+
+def test_a_text_file_is_one_sample(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """A .txt file is not cut into lines."""
+    (tmp_path / "a.txt").write_text(TEXTS[2], encoding="utf-8")
+    assert prepared(sft, tokenizer, tmp_path / "a.txt")["input_ids"][0] == expected(tokenizer, TEXTS[2])
+
+
+def test_chats_go_through_the_template(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """A `messages` column gives what the tokenizer's chat template gives; on request only the assistant is learned."""
+    source = write_lines(tmp_path / "chats.jsonl", [{"messages": CHAT}])
+    asked, said = tokenizer("import os")["input_ids"], expected(tokenizer, "x = 1")
+    whole = prepared(sft, tokenizer, source)
+    assert whole["input_ids"][0] == asked + said
+    assert "labels" not in whole.column_names
+    masked = prepared(sft, tokenizer, source, assistant_only_loss=True)
+    assert masked["input_ids"][0] == asked + said
+    assert masked["labels"][0] == [-100] * len(asked) + said
+
+
+def test_tokens_are_kept(sft: ModuleType, tmp_path: Path) -> None:
+    """A pre-tokenised sample keeps its tokens and labels, less its padding, and needs no tokenizer."""
+    rows = [
+        {"input_ids": [5, 6, 7, 0], "labels": [-100, 6, 7, -100], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [8, 9, 1, 2], "labels": [8, 9, 1, 2], "attention_mask": [1, 1, 1, 1]},
+    ]
+    found = prepared(sft, None, write_lines(tmp_path / "tokens.jsonl", rows))
+    assert found["input_ids"][:] == [[5, 6, 7], [8, 9, 1, 2]]
+    assert found["labels"][:] == [[-100, 6, 7], [8, 9, 1, 2]]
+    assert found["length"][:] == [3, 4]
+    args = sft.RecipeArguments(dataset="tokens", model_config={})
+    assert sft.load_tokenizer(args, datasets.Dataset.from_list(rows)) is None
+
+
+def test_a_missing_column_or_file_is_named(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """What was looked for, and what is there."""
+    source = write_lines(tmp_path / "rows.jsonl", [{"body": "x"}])
+    with pytest.raises(HeteroError, match=r"no 'input_ids', 'messages' or 'text' column, only \['body'\]"):
+        prepared(sft, tokenizer, source)
+    assert prepared(sft, tokenizer, source, text_column="body")["input_ids"][0] == expected(tokenizer, "x")
+    with pytest.raises(HeteroError, match="no such file"):
+        prepared(sft, tokenizer, tmp_path / "nowhere.jsonl")
+
+
+def test_longer_samples_are_refused_or_cut_as_asked(
+    sft: ModuleType, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default a sample longer than max_length stops the run; cutting is a choice, and what is cut is counted."""
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7, 8], "labels": [4, 5, 6, 7, 8]}]
+    source = write_lines(tmp_path / "tokens.jsonl", rows)
+    with pytest.raises(HeteroError, match=r"1 of 2 samples have more than max_length=3.*row 1, has 5"):
+        prepared(sft, tokenizer, source, max_length=3)
+    found = prepared(sft, tokenizer, source, max_length=3, max_length_policy="truncate")
+    assert found["input_ids"][:] == found["labels"][:] == [[1, 2, 3], [4, 5, 6]]
+    assert found["length"][:] == [3, 3]
+    assert "2 tokens are cut off" in capsys.readouterr().out
+    assert prepared(sft, tokenizer, source, max_length=5)["length"][:] == [3, 5]
+
+
+def test_the_built_in_corpus(
+    sft: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sources of the standard library in a fixed order, without tests; long files are left out, and that is said.
+
+    The tokenizer is made of them once.
+    """
+    library = tmp_path / "lib"
+    for name, text in (
+        ("b.py", TEXTS[0]),
+        ("a/c.py", TEXTS[2]),
+        ("test/d.py", "no"),
+        ("a/tests/e.py", "no"),
+        ("z.py", ""),
+    ):
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sft.sysconfig, "get_paths", lambda: {"stdlib": str(library)})
+    args = sft.RecipeArguments(tokenizer="train", vocab_size=280, max_length=25)
+    data = sft.load_data(args)
+    assert data["text"][:] == [TEXTS[2], TEXTS[0]]
+    made, again = sft.load_tokenizer(args, data), sft.load_tokenizer(args, data)
+    assert capsys.readouterr().out.count("Making a tokenizer") == 1
+    assert len(made) == 280
+    assert made(TEXTS[2])["input_ids"] == again(TEXTS[2])["input_ids"]
+    assert made.decode(made(TEXTS[2])["input_ids"]) == TEXTS[2]
+    found = sft.prepare_data(args, data, made)
+    assert found["input_ids"][:] == [expected(made, TEXTS[0])]
+    assert "1 of 2 samples have more than max_length=25 tokens and are left out" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------------- run
+
+
+def test_a_new_model_fits_its_tokenizer(sft: ModuleType, tokenizer: Any) -> None:
+    """From `model_config`: vocabulary and special tokens are the tokenizer's; JSON text serves as well as a mapping."""
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape["num_attention_heads"] = 2
+    for given in (shape, json.dumps(shape)):
+        model = sft.load_model(sft.RecipeArguments(model_config=given), tokenizer)
+        assert model.config.vocab_size == len(tokenizer)
+        assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_adapters_alone_are_trained(sft: ModuleType, tokenizer: Any, model_folder: Path) -> None:
+    """With `lora_r`, only adapter weights ask for a gradient."""
+    model = sft.load_model(sft.RecipeArguments(model=str(model_folder), lora_r=2), tokenizer)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+
+
+def test_exactly_one_model(sft: ModuleType, tokenizer: Any) -> None:
+    """No model, or two, is an error that names both fields."""
+    for options in ({}, {"model": "a", "model_config": {}}):
+        with pytest.raises(HeteroError, match=r"`model` .* `model_config`"):
+            sft.load_model(sft.RecipeArguments(**options), tokenizer)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_r", "2"]], ids=["full", "lora"])
+def test_the_script_trains(
+    sft: ModuleType, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: list[str]
+) -> None:
+    """Three steps from a local model and a local file: a record of each step, a page, pictures, a saved model."""
+    source = write_lines(tmp_path / "rows.jsonl", [{"text": text} for text in TEXTS * 2])
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        f"model: {model_folder}\ndataset: {source}\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\nmax_steps: 3\n"
+        "per_device_train_batch_size: 3\nreport_to: none\ndataloader_pin_memory: false\nlearning_rate: 1e-3\n"
+        "save_strategy: 'no'\ndisable_tqdm: true\nlogging_steps: 1\ncalibrate: true\n",
+        encoding="utf-8",
+    )
+    sft.main(["--config", str(config), *lora])
+    out = tmp_path / "out"
+    assert [len(record["lengths"]) for record in read_records(out)] == [3, 3, 2]
+    assert {"report.html", "step.png", "step.svg", "tokenizer.json"} <= {path.name for path in out.iterdir()}
+    assert (out / ("adapter_model.safetensors" if lora else "model.safetensors")).exists()
+    printed = capsys.readouterr().out
+    assert "8 samples" in printed
+    assert f"Wrote {out / 'report.html'}" in printed
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_on_four_ranks(tmp_path: Path) -> None:
+    """The command of its README, cut to two steps: four ranks plan, train and report, and nothing warns."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+    script = ["recipes/sft.py", "--config", "recipes/quickstart_cpu/train.yaml"]
+    short = ["--max_steps", "2", "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        [*launch, *script, *short], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in (done.stdout + done.stderr).lower(), done.stderr
+    records = read_records(tmp_path / "out")
+    assert [len(record["lengths"]) for record in records] == [16, 16]
+    assert all(record["plan"]["num_ranks"] == 4 for record in records)
+    assert (tmp_path / "out" / "report.html").exists()
