@@ -93,4 +93,4 @@ def _raise_together(error: Exception | None, control: dist.ProcessGroup) -> None
     dist.all_gather_object(messages, None if error is None else (type(error), str(error)), group=control)
     rank, (kind, text) = next((rank, message) for rank, message in enumerate(messages) if message is not None)
     kind = kind if issubclass(kind, HeteroError) else HeteroError
-    raise kind(f"Rank {rank}: {text}") from error
+    raise kind(text if text.startswith("Rank ") else f"Rank {rank}: {text}") from error

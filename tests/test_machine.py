@@ -1,0 +1,68 @@
+"""A run finds its cost model: the user's file, else the checkpoint's, else an estimate; all ranks have the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import arguments, run_ranks, tiny_model
+from test_cost_model import a_cost_model
+
+from hf_hetero import CostModel, HeteroConfig
+from hf_hetero.machine import KEPT_COST_MODEL, KeepCostModel, kept_cost_model, set_up
+
+
+def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
+    world = torch.distributed.get_world_size()
+    machine = set_up(tiny_model(), arguments(folder, world), HeteroConfig(**config), torch.float32, checkpoint)
+    ranks = tuple(range(world))
+    found = {"cost": machine.cost_model.to_dict(), "has_group": machine.groups.get(ranks) is not None}
+    machine.groups.close()
+    return found
+
+
+def checkpoint_of(folder: Path, num_ranks: int, cost: CostModel) -> str:
+    """A checkpoint as a run on so many ranks leaves it."""
+    (folder / "checkpoint-3").mkdir()
+    state: Any = SimpleNamespace(global_step=3, is_world_process_zero=True)
+    args: Any = SimpleNamespace(output_dir=str(folder), world_size=num_ranks)
+    KeepCostModel(lambda: cost).on_save(args, state, None)  # pyright: ignore
+    return str(folder / "checkpoint-3")
+
+
+def test_the_users_file_comes_first(tmp_path: Path) -> None:
+    """Given a file, all ranks have it, under the user's limits, whatever the checkpoint says."""
+    a_cost_model(name="mine").save(tmp_path / "cost.json")
+    checkpoint = checkpoint_of(tmp_path, 2, a_cost_model(name="kept"))
+    config = {"cost_model": str(tmp_path / "cost.json"), "max_tokens_per_rank": 50}
+    first, second = run_ranks(set_up_here, 2, str(tmp_path), config, checkpoint)
+    assert first == second
+    assert first["cost"]["name"] == "mine"
+    assert CostModel.from_dict(first["cost"]).capacity_tokens == 50
+    assert first["has_group"]
+
+
+@pytest.mark.parametrize(("kept_on", "name"), [(2, "kept"), (4, "estimate")])
+def test_the_checkpoints_comes_next(tmp_path: Path, kept_on: int, name: str) -> None:
+    """A resumed run goes on with its own cost model; on another number of ranks it is estimated anew."""
+    checkpoint = checkpoint_of(tmp_path, kept_on, a_cost_model(name="kept"))
+    found = run_ranks(set_up_here, 2, str(tmp_path), {}, checkpoint)
+    assert found[0]["cost"]["name"] == name
+    assert found[0] == found[1]
+
+
+def test_keeping(tmp_path: Path) -> None:
+    """What is kept has the documented format and the number of ranks; a folder that is not there is not made."""
+    checkpoint = Path(checkpoint_of(tmp_path, 2, a_cost_model()))
+    data = json.loads((checkpoint / KEPT_COST_MODEL).read_text())
+    assert (data["format"], data["num_ranks"]) == ("hf-hetero-cost/1", 2)
+    assert kept_cost_model(str(checkpoint), 2) == a_cost_model()
+    assert kept_cost_model(None, 2) is None
+    state: Any = SimpleNamespace(global_step=9, is_world_process_zero=True)
+    args: Any = SimpleNamespace(output_dir=str(tmp_path), world_size=2)
+    KeepCostModel(a_cost_model).on_save(args, state, None)  # pyright: ignore
+    assert not (tmp_path / "checkpoint-9").exists()
