@@ -69,7 +69,8 @@ class PackedCollator:
         if "input_ids" not in example:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
         if self.example_collator is not None:
-            example = {key: value[0] for key, value in self.example_collator([dict(example)]).items()}
+            row = self.example_collator([dict(example)])
+            example = {name: row[name][0] for name in ("input_ids", "labels", "attention_mask") if name in row}
         input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
         labels = example.get("labels")
         labels = input_ids if labels is None else torch.as_tensor(labels, dtype=torch.long)

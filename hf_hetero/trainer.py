@@ -6,6 +6,7 @@ So transformers sees an accumulation of 1, and `training_step` runs as many micr
 The methods of `Trainer` that are overridden, and why:
 
     __init__                        set the model's attention, make the groups, refuse what is not exact
+    train                           a checkpoint brings its cost model
     get_total_train_batch_size      the user's gradient_accumulation_steps still counts
     get_train_dataloader            items are planned steps
     get_batch_samples               all ranks confirm the step before it starts
@@ -126,7 +127,7 @@ class HeteroTrainerMixin(Trainer):
     def _compute_dtype(self) -> torch.dtype:
         if self.args.bf16 or self.args.fp16:
             return torch.bfloat16 if self.args.bf16 else torch.float16
-        return next(exactness.base_model(self.model).parameters()).dtype
+        return exactness.base_model(self.model).dtype
 
     def _set_up_planning(self) -> Machine:
         """Made when training first starts, kept for later runs."""

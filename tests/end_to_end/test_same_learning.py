@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     FAMILIES,
     LENGTHS,
@@ -27,6 +28,7 @@ from helpers import (
 )
 from transformers import Trainer
 
+from hf_hetero import HeteroConfig, HeteroTrainer
 from hf_hetero.collators import PackedCollator
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
@@ -92,6 +94,26 @@ def test_gradients_with_lora_and_checkpointing() -> None:
 def test_gradients_on_two_ranks() -> None:
     """The same on two ranks."""
     check_case({"dtype": torch.float64}, num_ranks=2)
+
+
+def train_as_planned(room: int) -> dict[str, Any]:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    hetero, model = HeteroConfig(max_tokens_per_rank=room), tiny_model(dtype=torch.float64)
+    share = len(LENGTHS) // world
+    return trained(model, samples(LENGTHS), HeteroTrainer, hetero, per_device_train_batch_size=share)
+
+
+@pytest.mark.parametrize(
+    "num_ranks", [1, 3, pytest.param(6, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_gradients_on_any_number_of_ranks(num_ranks: int) -> None:
+    """With the planner's own plans, under a memory limit that the longest sample exceeds wherever there is a choice."""
+    room = 24 if num_ranks > 1 else 64
+    found = run_ranks(train_as_planned, num_ranks, room)[0] if num_ranks > 1 else train_as_planned(room)
+    steps = trainer_order(len(LENGTHS), len(LENGTHS), 7, 4)
+    expected = reference_steps(tiny_model(dtype=torch.float64), samples(LENGTHS), steps)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert largest_difference(ours, theirs) <= 1e-12
 
 
 def test_gradients_with_uneven_heads() -> None:
