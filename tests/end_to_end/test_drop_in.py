@@ -48,5 +48,6 @@ def test_two_changed_lines(tmp_path: Any) -> None:
             assert abs(mine["loss"] - theirs["loss"]) < 1e-5
             assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-4
     assert largest_difference(ours["weights"], plain["weights"]) < 1e-6
-    # four ranks of stock evaluation weigh their own batches, which hold different numbers of tokens
-    assert abs(ours["eval"] - plain["eval"]) < 0.1
+    # evaluation is stock: it is Trainer's own on as many ranks, which is not quite its own on one
+    same_ranks = run_ranks(script, 4, str(tmp_path / "ranks"), Trainer)[0]
+    assert abs(ours["eval"] - same_ranks["eval"]) < 1e-2
