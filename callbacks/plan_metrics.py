@@ -12,6 +12,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_hetero.callbacks.step_report import StepReportCallback
 from hf_hetero.plan import StepReport, describe_degrees
 
+LATE_S = 0.1  # a shorter wait is not worth a word
+
 
 class PlanMetricsCallback(StepReportCallback):
     """Says what each step did: degrees of its groups, planned and measured seconds, tokens a second, idle share.
@@ -77,10 +79,11 @@ def record_path(args: TrainingArguments) -> Path:
 
 
 def step_line(report: StepReport) -> str:
-    """One step in one line."""
+    """One step in one line; a plan that was late is said."""
+    late = f"  waited {report.plan_wait_s:.2f} s for its plan" if report.plan_wait_s >= LATE_S else ""
     return (
         f"step {report.step:>4}  {describe_degrees(report.plan):<28}  planned {report.plan.seconds:7.3f} s  "
-        f"measured {report.seconds:7.3f} s  {report.tokens_per_s:9,.0f} tokens/s  idle {report.idle_share:4.0%}"
+        f"measured {report.seconds:7.3f} s  {report.tokens_per_s:9,.0f} tokens/s  idle {report.idle_share:4.0%}{late}"
     )
 
 

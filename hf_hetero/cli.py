@@ -80,8 +80,9 @@ def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
 def _report(args: argparse.Namespace) -> None:
     from hf_hetero.report import read_records, write_report
 
-    write_report(read_records(args.records), args.output)
-    print(f"Wrote {args.output}")
+    output = args.output or str(Path(args.records).with_name("report.html"))
+    write_report(read_records(args.records), output)
+    print(f"Wrote {output}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
-    report.add_argument("-o", "--output", default="report.html")
+    report.add_argument("-o", "--output", help="default: report.html beside the records")
     report.set_defaults(run=_report)
     return parser
 

@@ -169,6 +169,7 @@ class StepReport:
         seconds: measured wall time of the step's forward and backward passes, in seconds.
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
         wait_s: time the step waited for its plan and its data, in seconds.
+        plan_wait_s: the part of it that its plan was late, in seconds.
         peak_bytes: peak memory of the fullest rank, in bytes; 0 where it is not measured.
     """
 
@@ -179,6 +180,7 @@ class StepReport:
     seconds: float
     busy_s: tuple[tuple[float, ...], ...]
     wait_s: float = 0.0
+    plan_wait_s: float = 0.0
     peak_bytes: int = 0
 
     @property

@@ -267,6 +267,7 @@ class HeteroTrainerMixin(Trainer):
             seconds=seconds,
             busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
             wait_s=self._fetch_s,
+            plan_wait_s=batch.share.step.wait_s,
             peak_bytes=max(row[0] for row in rows),
         )
         for callback in self._step_callbacks():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,12 @@ def test_line() -> None:
     line = step_line(REPORT)
     for words in ("step    7", "[2] [1x2]", "planned   1.500 s", "measured   2.000 s", "500 tokens/s", "idle  12%"):
         assert words in line, line
+
+
+def test_a_late_plan_is_said() -> None:
+    """Only when it is worth a word."""
+    assert "waited" not in step_line(REPORT)
+    assert "waited 1.25 s for its plan" in step_line(replace(REPORT, wait_s=1.5, plan_wait_s=1.25))
 
 
 def test_metrics_since_the_last_log(tmp_path: Path) -> None:
