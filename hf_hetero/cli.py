@@ -1,21 +1,25 @@
 """hf-hetero: the command line. One function a verb; it only formats what the library returns.
 
-hf-hetero plan LENGTHS --cost COST.json --ranks N [--json] [--plot OUT.svg]    plan one global batch
-hf-hetero report plans.jsonl -o report.html                                    picture of a finished run
+hf-hetero plan LENGTHS --cost COST.json --ranks N           plan one global batch: table, --json, --plot
+hf-hetero simulate LENGTHS --cost COST.json --ranks N --batch-size K [--steps T]    compare ways to share many
+hf-hetero report plans.jsonl                                picture of a finished run
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import BadSample, HeteroError
 from hf_hetero.plan import Plan, describe_groups
 from hf_hetero.planner import Planner
+from hf_hetero.simulate import simulate
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,6 +81,39 @@ def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
     return "\n".join([head, *rows, total])
 
 
+def _simulate(args: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    lengths, cost = read_numbers(args.lengths), CostModel.load(args.cost)
+    if args.batch_size < 1 or (args.steps is not None and args.steps < 1):
+        raise BadSample(f"--batch-size {args.batch_size} --steps {args.steps}: both must be at least 1.")
+    random.Random(args.seed).shuffle(lengths)
+    full = [lengths[i : i + args.batch_size] for i in range(0, len(lengths), args.batch_size)][: args.steps]
+    result = simulate(
+        full, cost, args.ranks, args.solver, lambda batches: tqdm(batches, desc="Planning", unit=" steps", leave=False)
+    ).to_dict()
+    print(json.dumps(result) if args.json else simulation_table(result))
+
+
+def simulation_table(result: Mapping[str, Any]) -> str:
+    """A simulation for people: a line a way, then what it comes to."""
+    head = f"{'way':<13}{'s a step':>10}{'adaptive is':>13}{'to bound':>10}{'micro-batches':>15}{'idle':>7}"
+    rows: list[str] = []
+    for name, way in result["ways"].items():
+        rows.append(
+            f"{name:<13}{way['seconds'] / result['num_steps']:>10.3f}{way['speedup_of_adaptive']:>12.2f}x"
+            f"{way['ratio_to_bound']:>10.3f}{way['micro_batches'] / result['num_steps']:>15.1f}"
+            f"{way['idle_share']:>7.0%}  {way['note']}".rstrip()
+        )
+    planning = sorted(result["planning_s"])
+    total = (
+        f"{result['num_steps']} steps of {result['num_samples'] // result['num_steps']} samples on "
+        f"{result['num_ranks']} ranks; planning {1000 * planning[len(planning) // 2]:.1f} ms a step, "
+        f"{1000 * planning[-1]:.1f} ms at worst. Seconds are predicted by the cost model."
+    )
+    return "\n".join([head, *rows, total])
+
+
 def _report(args: argparse.Namespace) -> None:
     from hf_hetero.report import read_records, write_report
 
@@ -98,6 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON (hf-hetero-plan/1)")
     plan.add_argument("--plot", help="draw the plan into this .svg or .png")
     plan.set_defaults(run=_plan)
+
+    simulated = verbs.add_parser("simulate", help="compare ways to share many batches; needs no GPU and no model")
+    simulated.add_argument("lengths", help="text file with the tokens of each sample, one a line")
+    simulated.add_argument("--cost", required=True, help="cost model (hf-hetero-cost/1)")
+    simulated.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    simulated.add_argument("--batch-size", type=int, required=True, help="samples of a step, over all ranks")
+    simulated.add_argument("--steps", type=int, help="steps to simulate; default: as many as there are samples for")
+    simulated.add_argument("--seed", type=int, default=0, help="of the shuffle")
+    simulated.add_argument("--solver", default="auto", choices=("auto", "fast", "mip"))
+    simulated.add_argument("--json", action="store_true", help="print the totals as JSON")
+    simulated.set_defaults(run=_simulate)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")

@@ -67,3 +67,23 @@ def test_what_is_wrong_is_said_in_one_line(
     assert printed.out == ""
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_simulate(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A line a way for people, the totals for programs; the same seed gives the same batches."""
+    command = ["simulate", *files, "--batch-size", "3", "--steps", "2"]
+    assert main([*command, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["num_steps"], data["num_samples"]) == (2, 6)
+    assert main(command) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[1:-1]] == list(data["ways"])
+    assert main([*command, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["ways"] == data["ways"]
+
+
+def test_simulate_nothing(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A batch size of zero is named."""
+    assert main(["simulate", *files, "--batch-size", "0"]) == 1
+    assert "--batch-size 0" in capsys.readouterr().err
