@@ -53,9 +53,10 @@ def test_no_host_sync_in_attention() -> None:
     hetero_attention(module, q, k, v, None, hetero=context)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        hetero_attention(module, q, k, v, None, hetero=context)
+        out, _ = hetero_attention(module, q, k, v, None, hetero=context)  # raises at a sync
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert out.shape == (1, sum(LENGTHS), 8, 64)
 
 
 def test_one_rank_trains_on_a_gpu(tmp_path: object) -> None:
