@@ -34,7 +34,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
 DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.kernels"},
     "flash_attn_interface": {"attention.kernels"},
-    "mip": {"planner.milp"},
+    "mip": {"planner.program"},
     "matplotlib": {"report"},
     "datasets": {"lengths", "loader"},
     "transformers": {

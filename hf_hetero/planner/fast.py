@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 
 from hf_hetero.planner.cuts import Guess, guesses, slowest_full_group
@@ -16,7 +17,9 @@ TRIED_SAMPLES = 600_000
 TRIES_A_GUESS = 5
 TRIES_WHEN_FULL = 16
 FULL_STEP = 0.2
+TRIES_A_RIVAL = 14
 WORTH_TRYING = 1.03
+WORTH_SQUEEZING = 1.05
 MUCH_LONGER = 1.25
 
 
@@ -27,20 +30,37 @@ def fast_draft(problem: Problem) -> Draft | None:
 
 
 def _search(problem: Problem) -> Draft | None:
-    """Try a few guesses, and squeeze the best of them."""
+    """Try a few guesses, squeeze the best of the two best numbers of micro-batches, and go on with the better."""
     num_tries = TRIED_SAMPLES // (len(problem.lengths) + problem.num_ranks)
     tries = Tries(problem, max(FEWEST_TRIES, min(MOST_TRIES, num_tries)))
-    found = guesses(problem)
-    best = _full(tries)
+    by_number: dict[int, Trial] = {}
+    for trial in _first_trials(tries):
+        known = by_number.get(len(trial.durations))
+        if known is None or trial.seconds < known.seconds:
+            by_number[len(trial.durations)] = trial
+    if not by_number:
+        return None
+    best, *others = sorted(by_number.values(), key=lambda trial: trial.seconds)
+    if others and others[0].seconds <= best.seconds * WORTH_SQUEEZING:
+        rivals = [descend(tries, trial, most=TRIES_A_RIVAL) for trial in (best, others[0])]
+        best = min(rivals, key=lambda trial: trial.seconds)
+    return kick(tries, descend(tries, best)).packing.draft(problem)
+
+
+def _first_trials(tries: Tries) -> Iterator[Trial]:
+    """Guesses made real, as far as they promise to be about as fast as what was found before them."""
+    found = guesses(tries.problem)
+    limit_s = float("inf")
+    trial = _full(tries)
+    if trial is not None:
+        limit_s = trial.seconds * WORTH_TRYING
+        yield trial
     for guess in [*(_levelled(guess) for guess in found[:1]), *found]:
-        limit_s = best.seconds * WORTH_TRYING if best else float("inf")
         if guess.seconds <= limit_s:
             trial = scale(tries, guess.durations, limit_s, TRIES_A_GUESS)
-            if trial is not None and (best is None or trial.seconds < best.seconds):
-                best = trial
-    if best is None:
-        return None
-    return kick(tries, descend(tries, best)).packing.draft(problem)
+            if trial is not None:
+                limit_s = min(limit_s, trial.seconds * WORTH_TRYING)
+                yield trial
 
 
 def _full(tries: Tries) -> Trial | None:

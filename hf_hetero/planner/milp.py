@@ -1,21 +1,22 @@
-"""The integer program: the one place that imports `mip`.
+"""The integer program: better plans, given time.
 
 FlexSP's formulation (arXiv:2412.01523, eq. 6-10 and 17-22): groups that may or may not exist, counts of equal samples
 in each, and the makespan of every micro-batch; here for all micro-batches at once. A small batch is solved whole. In a
 large one, two micro-batches at a time are solved again for a few of their samples (large neighbourhood search, P. Shaw,
-1998). Either way a plan exists before it starts, so that running out of time costs nothing.
+1998). Either way it starts from a plan, so that running out of time costs nothing.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, pairwise
-from typing import Any, cast
 
 from hf_hetero.planner.draft import Draft, DraftMicroBatch, draft_seconds, micro_batch_seconds
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.program import TOLERANCE, Backend, Program
 
 MOST_WHOLE_VARIABLES = 1500
 MOST_FREE_SAMPLES = 24
@@ -41,17 +42,38 @@ class Slot:
     optional: bool = True
 
 
-def improved(problem: Problem, draft: Draft, time_limit_s: float) -> Draft:
-    """The draft, or a faster one if the integer program finds it within this many wall seconds."""
+@dataclass(frozen=True)
+class Task:
+    """What the program decides.
+
+    Args:
+        slots: groups that may be filled.
+        free: samples to be put into them.
+        least: seconds that a micro-batch takes anyway.
+        held: the free samples that each slot holds in the plan that is known.
+    """
+
+    slots: list[Slot]
+    free: list[int]
+    least: dict[int, float]
+    held: list[list[int]]
+
+
+def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backend = "highs") -> tuple[Draft, float]:
+    """The draft, or a faster one if the integer program finds it within this many wall seconds.
+
+    Returns:
+        The faster draft, and seconds below which no plan can be; -inf where the batch was too large to be solved whole.
+    """
     deadline = time.perf_counter() + time_limit_s
     num_micro_batches = _most_micro_batches(problem, draft)
     num_slots = num_micro_batches * sum(problem.num_ranks // degree for degree in problem.degrees)
     if num_slots * len(set(problem.lengths)) <= MOST_WHOLE_VARIABLES:
         slots = _all_slots(problem, num_micro_batches)
-        samples = list(range(len(problem.lengths)))
-        below_s = draft_seconds(problem, draft)
-        found = _solve(problem, slots, samples, {}, below_s, time_limit_s)
-        return draft if found is None else _better(problem, draft, list(found.values()))
+        task = Task(slots, list(range(len(problem.lengths))), {}, _filled(problem, slots, draft))
+        found, bound = _solve(problem, task, time_limit_s, backend)
+        best = draft if found is None else _better(problem, draft, list(found.values()))
+        return best, min(bound * TOLERANCE, draft_seconds(problem, best))
     best = draft
     progress = True
     while progress:
@@ -59,11 +81,11 @@ def improved(problem: Problem, draft: Draft, time_limit_s: float) -> Draft:
         for pair in combinations(range(len(best)), min(2, len(best))):
             left_s = deadline - time.perf_counter()
             if left_s <= 0:
-                return best
-            found = _resolved(problem, best, pair, min(left_s, SECONDS_A_NEIGHBOURHOOD))
+                return best, -math.inf
+            found = _resolved(problem, best, pair, min(left_s, SECONDS_A_NEIGHBOURHOOD), backend)
             if draft_seconds(problem, found) < draft_seconds(problem, best) * (1 - GAIN):
                 best, progress = found, True
-    return best
+    return best, -math.inf
 
 
 def _better(problem: Problem, draft: Draft, found: Draft) -> Draft:
@@ -87,7 +109,18 @@ def _all_slots(problem: Problem, num_micro_batches: int) -> list[Slot]:
     ]
 
 
-def _resolved(problem: Problem, draft: Draft, pair: tuple[int, ...], time_limit_s: float) -> Draft:
+def _filled(problem: Problem, slots: list[Slot], draft: Draft) -> list[list[int]]:
+    """The samples that each slot holds in a draft: slow micro-batches and groups come first in both."""
+    slowest_first = sorted(draft, key=lambda groups: -micro_batch_seconds(problem, groups))
+    waiting = {
+        (number, problem.degrees.index(degree)): [samples for d, samples in groups if d == degree]
+        for number, groups in enumerate(slowest_first)
+        for degree, _ in groups
+    }
+    return [waiting[key].pop() if waiting.get(key := (slot.micro_batch, slot.index)) else [] for slot in slots]
+
+
+def _resolved(problem: Problem, draft: Draft, pair: tuple[int, ...], time_limit_s: float, backend: Backend) -> Draft:
     """The draft with some samples of two micro-batches in other groups of theirs.
 
     The slowest groups and those with most time to spare give up their longest samples; the other groups stay.
@@ -102,15 +135,16 @@ def _resolved(problem: Problem, draft: Draft, pair: tuple[int, ...], time_limit_
     half = MOST_FREE_GROUPS // 2
     eased, fixed = (ranked, []) if len(ranked) <= 2 * half else (ranked[:half] + ranked[-half:], ranked[half:-half])
     each = max(1, MOST_FREE_SAMPLES // len(eased))
-    free = sorted(sample for _, _, samples in eased for sample in samples[:each])
     slots = [
         Slot(chosen, problem.degrees.index(degree), tuple(samples[each:]), optional=False)
         for chosen, degree, samples in eased
     ]
+    given_up = [samples[:each] for _, _, samples in eased]
     least: dict[int, float] = {}
     for group in fixed:
         least[group[0]] = max(least.get(group[0], 0.0), spans[group[0]] - slack_s(group))
-    found = _solve(problem, slots, free, least, sum(spans.values()), time_limit_s)
+    task = Task(slots, sorted(sample for samples in given_up for sample in samples), least, given_up)
+    found, _ = _solve(problem, task, time_limit_s, backend)
     if found is None:
         return draft
     changed = [groups for number, groups in enumerate(draft) if number not in pair]
@@ -121,64 +155,62 @@ def _resolved(problem: Problem, draft: Draft, pair: tuple[int, ...], time_limit_
 
 
 def _solve(
-    problem: Problem,
-    slots: list[Slot],
-    free: list[int],
-    least: dict[int, float],
-    below_s: float,
-    time_limit_s: float,
-) -> dict[int, DraftMicroBatch] | None:
-    """The best way found to put the free samples into the slots, or None; exact memory is checked afterwards.
+    problem: Problem, task: Task, time_limit_s: float, backend: Backend
+) -> tuple[dict[int, DraftMicroBatch] | None, float]:
+    """The best way found to put the free samples into the slots, or None, and a bound for all of them.
 
-    Args:
-        least: seconds that a micro-batch takes anyway.
-        below_s: seconds of these micro-batches that are known to be possible.
+    Exact memory is checked afterwards.
     """
-    import mip as untyped  # here, so that the planner works where the solver is not installed
-
-    mip = cast("Any", untyped)  # its hints ask for `Real`, which int and float are not to a type checker
-    lengths = sorted({problem.lengths[sample] for sample in free}, reverse=True)
-    model = mip.Model(sense=mip.MINIMIZE, solver_name=mip.CBC)
-    model.verbose, model.threads, model.seed = 0, 1, 0
-    numbers = sorted({slot.micro_batch for slot in slots} | set(least))
-    spans = {m: model.add_var(lb=least.get(m, 0.0)) for m in numbers}
-    used = [model.add_var(var_type=mip.BINARY, lb=0.0 if slot.optional else 1.0) for slot in slots]
-    counts: list[dict[int, Any]] = []
-    for slot, exists in zip(slots, used, strict=True):
+    program, slots = Program(backend), task.slots
+    lengths = sorted({problem.lengths[sample] for sample in task.free}, reverse=True)
+    numbers = sorted({slot.micro_batch for slot in slots} | set(task.least))
+    spans = {m: program.column(cost=1.0, lower=task.least.get(m, 0.0)) for m in numbers}
+    used = [program.column(lower=0.0 if slot.optional else 1.0, upper=1.0, integer=True) for slot in slots]
+    start: dict[int, float] = dict.fromkeys(spans.values(), 0.0)
+    counts: list[dict[int, int]] = []
+    for slot, exists, held in zip(slots, used, task.held, strict=True):
         degree, fixed_s = problem.degrees[slot.index], problem.fixed_s[slot.index]
         room = problem.capacity * degree - sum(problem.lengths[sample] for sample in slot.kept)
         kept_s = problem.group_seconds(degree, slot.kept) - fixed_s
-        fitting = [length for length in lengths if length <= room]
-        count = {length: model.add_var(var_type=mip.INTEGER, lb=0, ub=room // length) for length in fitting}
-        work = mip.xsum(problem.cost.work(length, degree) / degree * n for length, n in count.items())
-        tokens = mip.xsum(length / problem.capacity * n for length, n in count.items())
-        model += tokens <= room / problem.capacity * exists
-        model += fixed_s * exists + kept_s + work <= spans[slot.micro_batch]
+        count = {n: program.column(upper=room // n, integer=True) for n in lengths if n <= room}
+        work = [(column, problem.cost.work(length, degree) / degree) for length, column in count.items()]
+        tokens = [(column, length / problem.capacity) for length, column in count.items()]
+        program.at_most([*tokens, (exists, -room / problem.capacity)], 0.0)
+        program.at_most([*work, (exists, fixed_s), (spans[slot.micro_batch], -1.0)], -kept_s)
         counts.append(count)
-    for length, num in Counter(problem.lengths[sample] for sample in free).items():
-        model += mip.xsum(count[length] for count in counts if length in count) == num
+        now = Counter(problem.lengths[sample] for sample in held)
+        start |= {exists: float(bool(held or not slot.optional))} | {count[n]: float(num) for n, num in now.items()}
+        seconds = problem.group_seconds(degree, [*slot.kept, *held]) if held or slot.kept else 0.0
+        start[spans[slot.micro_batch]] = max(
+            start[spans[slot.micro_batch]], seconds, task.least.get(slot.micro_batch, 0.0)
+        )
+    for length, num in Counter(problem.lengths[sample] for sample in task.free).items():
+        program.equal([(count[length], 1.0) for count in counts if length in count], float(num))
     if all(slot.optional for slot in slots):
-        _add_choice_of_groups(problem, slots, mip, model, spans, used)
-    model.objective = mip.xsum(spans.values())
-    model += mip.xsum(spans.values()) <= below_s * (1 - GAIN / 10)
-    model.optimize(max_seconds=time_limit_s)
-    if not model.num_solutions:
-        return None
-    return _read(problem, slots, free, [{length: round(n.x) for length, n in count.items()} for count in counts])
+        _add_choice_of_groups(problem, slots, program, spans, used)
+    answer = program.solve(time_limit_s, start)
+    if answer.values is None:
+        return None, answer.bound
+    found = [{n: round(answer.values[column]) for n, column in count.items()} for count in counts]
+    return _read(problem, slots, task.free, found), answer.bound
 
 
 def _add_choice_of_groups(
-    problem: Problem, slots: list[Slot], mip: Any, model: Any, spans: dict[int, Any], used: list[Any]
+    problem: Problem, slots: list[Slot], program: Program, spans: dict[int, int], used: list[int]
 ) -> None:
     """The groups of a micro-batch share its ranks; of the orders of like groups and micro-batches, keep only one."""
     for m in spans:
-        ranks = [problem.degrees[slot.index] * n for slot, n in zip(slots, used, strict=True) if slot.micro_batch == m]
-        model += mip.xsum(ranks) <= problem.num_ranks
+        ranks = [
+            (column, float(problem.degrees[slot.index]))
+            for slot, column in zip(slots, used, strict=True)
+            if slot.micro_batch == m
+        ]
+        program.at_most(ranks, float(problem.num_ranks))
     for first, second in pairwise(spans):
-        model += spans[first] >= spans[second]
+        program.at_most([(spans[second], 1.0), (spans[first], -1.0)], 0.0)
     for first, second in pairwise(range(len(slots))):
         if slots[first] == slots[second]:
-            model += used[first] >= used[second]
+            program.at_most([(used[second], 1.0), (used[first], -1.0)], 0.0)
 
 
 def _read(

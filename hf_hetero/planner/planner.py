@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +11,12 @@ from typing import Literal, get_args
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import Plan
-from hf_hetero.planner.bound import lower_bound
+from hf_hetero.planner.bound import ROUNDING, lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
 from hf_hetero.planner.homogeneous import best_homogeneous, homogeneous
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
+from hf_hetero.planner.program import Backend
 
 Solver = Literal["auto", "fast", "mip"]
 
@@ -27,8 +29,9 @@ class Planner:
         cost_model: seconds and memory of a group.
         num_ranks: ranks of the run.
         max_degree: largest number of ranks that may share a sample; None means all that the cost model offers.
-        solver: "fast" searches; "mip" also runs an integer program within its limit; "auto" is "fast".
-        mip_time_limit_s: wall seconds that the integer program may take for one batch.
+        solver: "fast" searches; "mip" also improves what it found; "auto" leaves that to a caller with time.
+        mip_time_limit_s: wall seconds that an improvement may take for one batch.
+        mip_backend: who solves the integer programs, "highs" or "cbc".
 
     Raises:
         ConfigError: a setting is out of range.
@@ -42,6 +45,7 @@ class Planner:
     max_degree: int | None = None
     solver: Solver = "auto"
     mip_time_limit_s: float = 2.0
+    mip_backend: Backend = "highs"
 
     def __post_init__(self) -> None:
         if self.num_ranks < 1:
@@ -50,6 +54,10 @@ class Planner:
             raise ConfigError(f"Planner.max_degree is {self.max_degree!r}: it must be None or a positive integer.")
         if self.solver not in get_args(Solver):
             raise ConfigError(f"Planner.solver is {self.solver!r}: it must be one of {', '.join(get_args(Solver))}.")
+        if self.mip_backend not in get_args(Backend):
+            raise ConfigError(
+                f"Planner.mip_backend is {self.mip_backend!r}: it must be {' or '.join(get_args(Backend))}."
+            )
         if not self.mip_time_limit_s > 0:
             raise ConfigError(f"Planner.mip_time_limit_s is {self.mip_time_limit_s!r}: it must be above 0.")
 
@@ -68,9 +76,9 @@ class Planner:
         if not problem.lengths:
             return Plan(problem.num_ranks, ())
         draft, found_by = _fast(problem)
-        if self.solver == "mip":
-            draft, found_by = _mip(problem, draft, found_by, self.mip_time_limit_s)
         plan = to_plan(problem, draft, found_by, lower_bound(problem))
+        if self.solver == "mip":
+            plan = self._improved(problem, plan)
         return replace(plan, planning_s=time.perf_counter() - started)
 
     @property
@@ -99,7 +107,7 @@ class Planner:
         return replace(plan, planning_s=time.perf_counter() - started)
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """The better of a plan of these lengths and what the integer program makes of it within its limit.
+        """What integer programs make of a plan of these lengths within their limit: never slower, never a lower bound.
 
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
@@ -112,13 +120,30 @@ class Planner:
                 f"The plan is for {plan.num_samples} samples on {plan.num_ranks} ranks; "
                 f"it cannot be improved for {len(problem.lengths)} samples on {self.num_ranks}."
             )
+        seconds = self.cost_model.plan_seconds(plan, lengths)
+        if not math.isclose(seconds, plan.seconds, rel_tol=1e-9):
+            raise ConfigError(
+                f"The plan takes {plan.seconds} s; with these lengths and this cost model it would take {seconds} s. "
+                "Improve a plan with the lengths and the cost model that it was made for."
+            )
         if not problem.lengths:
             return plan
-        draft, found_by = _mip(problem, from_plan(problem, plan), plan.solver, self.mip_time_limit_s)
-        if found_by == plan.solver:
-            return plan
-        better = to_plan(problem, draft, found_by, plan.lower_bound_s)
+        better = self._improved(problem, plan)
         return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
+
+    def _improved(self, problem: Problem, plan: Plan) -> Plan:
+        """A plan that is as fast or faster, and a bound that is as high or higher; each gets half of the limit."""
+        from hf_hetero.planner.milp import improved
+        from hf_hetero.planner.relaxation import relaxed_bound
+
+        limit_s = self.mip_time_limit_s / 2
+        draft, bound = improved(problem, from_plan(problem, plan), limit_s, self.mip_backend)
+        if draft_seconds(problem, draft) < plan.seconds * ROUNDING:
+            plan = to_plan(problem, draft, "mip", plan.lower_bound_s)
+        bound = max(bound, plan.lower_bound_s)
+        if bound < plan.seconds * ROUNDING:
+            bound = max(bound, relaxed_bound(problem, plan.seconds, limit_s, self.mip_backend))
+        return replace(plan, lower_bound_s=bound)
 
 
 def _fast(problem: Problem) -> tuple[Draft, str]:
@@ -130,11 +155,3 @@ def _fast(problem: Problem) -> tuple[Draft, str]:
         return static, "homogeneous"
     assert mixed is not None  # the largest degree holds every sample, so that one of them exists
     return mixed, "fast"
-
-
-def _mip(problem: Problem, draft: Draft, found_by: str, time_limit_s: float) -> tuple[Draft, str]:
-    """A draft, or what the integer program makes of it, and who found it."""
-    from hf_hetero.planner.milp import improved
-
-    better = improved(problem, draft, time_limit_s)
-    return (better, "mip") if draft_seconds(problem, better) < draft_seconds(problem, draft) else (draft, found_by)
