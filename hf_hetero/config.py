@@ -8,6 +8,7 @@ from hf_hetero.errors import ConfigError
 
 METHODS = ("ulysses",)
 SOLVERS = ("auto", "fast", "mip")
+MIP_BACKENDS = ("highs", "cbc")
 
 
 @dataclass
@@ -28,7 +29,13 @@ class HeteroConfig:
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "Attention exchanges the planner may choose from."}
     )
-    solver: str = field(default="auto", metadata={"help": "Planner: auto, fast or mip."})
+    solver: str = field(
+        default="auto",
+        metadata={
+            "help": "fast: search. mip: improve each plan before its step. auto: improve plans while there is time."
+        },
+    )
+    mip_backend: str = field(default="highs", metadata={"help": "Who solves integer programs: highs or cbc."})
     plan_ahead_steps: int = field(default=4, metadata={"help": "Plans kept ready before their step."})
     max_tokens_per_rank: int | None = field(
         default=None, metadata={"help": "Tokens one rank can hold in a micro-batch; overrides the cost model's memory."}
@@ -50,6 +57,10 @@ class HeteroConfig:
                 raise ConfigError(f"HeteroConfig.{name}={value}: it must be at least {least}.")
         if self.solver not in SOLVERS:
             raise ConfigError(f"HeteroConfig.solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
+        if self.mip_backend not in MIP_BACKENDS:
+            raise ConfigError(
+                f"HeteroConfig.mip_backend={self.mip_backend!r}: choose one of {', '.join(MIP_BACKENDS)}."
+            )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ConfigError(f"HeteroConfig.methods={self.methods!r}: choose from {', '.join(METHODS)}.")

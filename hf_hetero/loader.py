@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
 from hf_hetero.lengths import read_lengths
-from hf_hetero.plan_ahead import PlanAhead, PlanFunction
+from hf_hetero.plan_ahead import PlanAhead, PlanSource
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 
 
@@ -22,15 +22,13 @@ class Planning:
     """How a run plans its steps.
 
     Args:
-        plan: lengths of a global batch -> Plan.
-        fallback: the same, for when `plan` breaks.
+        source: where plans come from.
         num_ahead: plans kept ready.
         length_column: column with each sample's tokens.
         control: group that carries the plans; None for a single process.
     """
 
-    plan: PlanFunction
-    fallback: PlanFunction
+    source: PlanSource
     num_ahead: int
     length_column: str
     control: dist.ProcessGroup | None
@@ -77,9 +75,8 @@ def step_loader(
         drop_last=args.dataloader_drop_last,
     )
     num_steps = max(len(batches), 1)
-    source = PlanAhead(
-        planning.plan,
-        planning.fallback,
+    plans = PlanAhead(
+        planning.source,
         batches.rows,
         counted[0] if counted else None,
         num_steps,
@@ -89,7 +86,7 @@ def step_loader(
     # `Trainer` skips these when it resumes within an epoch
     sampler: Any = StepSampler(
         batches,
-        source.step,
+        plans.step,
         args.process_index if planning.control is not None else 0,
         num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
     )
@@ -102,4 +99,4 @@ def step_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
-    return loader, source
+    return loader, plans

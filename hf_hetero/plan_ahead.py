@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
@@ -13,22 +15,68 @@ import torch.distributed as dist
 from hf_hetero.agreement import broadcast
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
+from hf_hetero.planner import Planner, PlannerProcess
 from hf_hetero.step import Step
 
 logger = logging.getLogger(__name__)
 
 PlanFunction = Callable[[Sequence[int]], Plan]
+Key = tuple[int, int]
+"""Epoch, and step within it."""
+
+PLANNING_NICENESS = 5
+IMPROVING_NICENESS = 19
+WORTH_REPLACING = 0.99
+"""An improved plan is taken if it needs at most this share of the time: for less, runs had better be alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSource:
+    """Where plans come from.
+
+    Args:
+        plan: lengths of a global batch -> Plan.
+        fallback: used when `plan` fails for another reason than the batch itself.
+        improve: plan, lengths -> a plan that is no slower; called while there is time.
+        close: called when no more plans are wanted.
+    """
+
+    plan: PlanFunction
+    fallback: PlanFunction
+    improve: Callable[[Plan, Sequence[int]], Plan] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def planned_elsewhere(planner: Callable[[], Planner], improves: bool) -> PlanSource:
+    """Plans from two processes: one plans, one improves and yields to all else. If they fail, this process plans.
+
+    Args:
+        planner: asked anew for each plan.
+        improves: whether plans are improved while there is time.
+    """
+    planning, improving = PlannerProcess(planner, PLANNING_NICENESS), PlannerProcess(planner, IMPROVING_NICENESS)
+
+    def close() -> None:
+        planning.close()
+        improving.close()
+
+    return PlanSource(
+        plan=planning.plan,
+        fallback=lambda lengths: planner().static(lengths),
+        improve=improving.improve if improves else None,
+        close=close,
+    )
 
 
 class PlanAhead:
     """A source of planned steps.
 
     Rank 0 keeps a few plans ready while the model trains; the others receive theirs. A plan is a broadcast of the
-    control group, so it must be asked for in the same order on all ranks.
+    control group, so it must be asked for in the same order on all ranks. Plans that are ready early are improved in
+    a second thread, the one that is needed last first; a step never waits for that.
 
     Args:
-        plan: lengths of a global batch -> Plan.
-        fallback: used when `plan` fails for another reason than the batch itself.
+        source: what plans, what improves plans, and what to do when that breaks.
         rows: (epoch, index) -> dataset rows of a step.
         lengths: tokens of every dataset row; needed on rank 0 only.
         steps_per_epoch: steps of an epoch.
@@ -38,19 +86,23 @@ class PlanAhead:
 
     def __init__(
         self,
-        plan: PlanFunction,
-        fallback: PlanFunction,
+        source: PlanSource,
         rows: Callable[[int, int], tuple[int, ...]],
         lengths: Any,
         steps_per_epoch: int,
         num_ahead: int,
         control: dist.ProcessGroup | None = None,
     ) -> None:
-        self._plan, self._fallback, self._rows, self._lengths = plan, fallback, rows, lengths
+        self._source, self._rows, self._lengths = source, rows, lengths
         self._steps_per_epoch, self._num_ahead, self._control = steps_per_epoch, num_ahead, control
-        self._is_planner = control is None or dist.get_rank() == 0
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if self._is_planner else None
-        self._coming: dict[tuple[int, int], Future[Step]] = {}
+        is_planner = control is None or dist.get_rank() == 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
+        self._improver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="improve-ahead") if is_planner else None
+        self._lock = threading.Lock()
+        self._coming: dict[Key, Future[Step]] = {}
+        self._improved: dict[Key, Plan] = {}
+        self._improving = False
+        self._closed = False
 
     def step(self, epoch: int, index: int) -> Step:
         """The planned step. Waits, on all ranks, if rank 0 has not finished its plan.
@@ -61,41 +113,96 @@ class PlanAhead:
         return broadcast(lambda: self._take(epoch, index), self._control)
 
     def close(self) -> None:
-        """Forget the coming plans and end the worker."""
-        self._coming.clear()
-        if self._worker is not None:
-            self._worker.shutdown(wait=False, cancel_futures=True)
+        """Forget the coming plans and end what makes them."""
+        with self._lock:
+            self._closed = True
+            self._coming.clear()
+            self._improved.clear()
+        self._source.close()
+        for pool in (self._worker, self._improver):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, epoch: int, index: int) -> Step:
         assert self._worker is not None
-        for ahead in range(self._num_ahead + 1):
-            more_epochs, at = divmod(index + ahead, self._steps_per_epoch)
-            key = (epoch + more_epochs, at)
-            if key not in self._coming:
-                self._coming[key] = self._worker.submit(self._solve, *key)
-        # an epoch that was cut short leaves plans behind that nobody will take
-        self._coming = {key: future for key, future in self._coming.items() if key >= (epoch, index)}
-        return self._wait(self._coming.pop((epoch, index)))
+        with self._lock:
+            for ahead in range(self._num_ahead + 1):
+                more_epochs, at = divmod(index + ahead, self._steps_per_epoch)
+                key = (epoch + more_epochs, at)
+                if key not in self._coming:
+                    self._coming[key] = self._worker.submit(self._solve, *key)
+            future = self._coming.pop((epoch, index))
+            better = self._improved.pop((epoch, index), None)
+            # an epoch that was cut short leaves plans behind that nobody will take
+            self._coming = {key: coming for key, coming in self._coming.items() if key > (epoch, index)}
+            self._improved = {key: plan for key, plan in self._improved.items() if key in self._coming}
+            self._wake_improver()
+        step = self._wait(future)
+        return step if better is None else replace(step, plan=better)
 
     def _wait(self, future: Future[Step]) -> Step:
         if future.done():
             return future.result()
         start = time.perf_counter()
         step = future.result()
-        waited = time.perf_counter() - start
-        return Step(step.epoch, step.index, step.rows, step.lengths, step.plan, wait_s=waited)
+        return replace(step, wait_s=time.perf_counter() - start)
 
     def _solve(self, epoch: int, index: int) -> Step:
         rows = self._rows(epoch, index)
         lengths = tuple(int(self._lengths[row]) for row in rows)
         try:
-            plan = self._plan(lengths)
+            plan = self._source.plan(lengths)
         except HeteroError as error:
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(rows)}: {error}") from error
         except Exception:
-            logger.warning("Planning step %d of epoch %d failed; using a simpler plan.", index, epoch, exc_info=True)
-            plan = self._fallback(lengths)
+            if not self._closed:
+                logger.warning(
+                    "Planning step %d of epoch %d failed; using a simpler plan.", index, epoch, exc_info=True
+                )
+            plan = self._source.fallback(lengths)
         return Step(epoch, index, rows, lengths, plan)
+
+    def _wake_improver(self) -> None:
+        """Called with the lock held."""
+        if self._source.improve is not None and not self._improving and self._improver is not None:
+            self._improving = True
+            self._improver.submit(self._improve_coming)
+
+    def _improve_coming(self) -> None:
+        """Improve plan after plan, until all that are ready have been."""
+        while (step := self._next_to_improve()) is not None:
+            assert self._source.improve is not None
+            try:
+                found = self._source.improve(step.plan, step.lengths)
+            except Exception:
+                if not self._closed:
+                    logger.warning(
+                        "Improving the plan of step %d of epoch %d failed.", step.index, step.epoch, exc_info=True
+                    )
+                found = step.plan
+            with self._lock:
+                if _key(step) in self._coming:
+                    self._improved[_key(step)] = _worth_it(step.plan, found)
+
+    def _next_to_improve(self) -> Step | None:
+        """The ready step that is needed last, of those not improved yet; None ends the improver's turn."""
+        with self._lock:
+            for key, future in sorted(self._coming.items(), reverse=True):
+                if key not in self._improved and future.done() and not future.cancelled() and not future.exception():
+                    return future.result()
+            self._improving = False
+            return None
+
+
+def _key(step: Step) -> Key:
+    return step.epoch, step.index
+
+
+def _worth_it(plan: Plan, found: Plan) -> Plan:
+    """The improved plan if it is clearly faster; else the plan as it was, with what was proven of it."""
+    if found.seconds <= plan.seconds * WORTH_REPLACING:
+        return found
+    return replace(plan, lower_bound_s=max(plan.lower_bound_s, min(found.lower_bound_s, plan.seconds)))
 
 
 def _brief(rows: Sequence[int]) -> str:

@@ -22,7 +22,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
@@ -44,8 +44,8 @@ from hf_hetero.loader import Planning, step_loader
 from hf_hetero.loss import token_loss
 from hf_hetero.machine import KeepCostModel, Machine, set_up
 from hf_hetero.plan import StepReport
-from hf_hetero.plan_ahead import PlanAhead
-from hf_hetero.planner import Planner
+from hf_hetero.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
+from hf_hetero.planner import Backend, Planner, Solver
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.timing import StepClock
 
@@ -146,7 +146,11 @@ class HeteroTrainerMixin(Trainer):
         """As `Trainer.train`; a checkpoint also brings its cost model, so that plans go on as they were."""
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         self._resumed_from = found or None
-        return super().train(resume_from_checkpoint, *others, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *others, **kwargs)
+        finally:
+            if self._plan_ahead is not None:
+                self._plan_ahead.close()
 
     # -------------------------------------------------------------------------------------------------- data
 
@@ -163,8 +167,7 @@ class HeteroTrainerMixin(Trainer):
         if self.train_dataset is None:
             raise HeteroError("Training needs a train_dataset.")
         planning = Planning(
-            plan=lambda lengths: self._planner(self.hetero.solver).plan(lengths),
-            fallback=lambda lengths: self._planner("fast").static(lengths),
+            source=self._plan_source(),
             num_ahead=self.hetero.plan_ahead_steps,
             length_column=self.hetero.length_column,
             control=self.groups.control,
@@ -182,10 +185,17 @@ class HeteroTrainerMixin(Trainer):
         )
         return loader
 
-    def _planner(self, solver: Any) -> Planner:
+    def _plan_source(self) -> PlanSource:
+        # whether an improved plan is ready in time differs between two runs; full determinism does without
+        return planned_elsewhere(
+            self._planner, improves=self.hetero.solver == "auto" and not self.args.full_determinism
+        )
+
+    def _planner(self) -> Planner:
         """The planner for the cost model of now, which callbacks may refit."""
         assert self.cost_model is not None
-        return Planner(self.cost_model, num_ranks=self.args.world_size, solver=solver)
+        solver, backend = cast("Solver", self.hetero.solver), cast("Backend", self.hetero.mip_backend)
+        return Planner(self.cost_model, num_ranks=self.args.world_size, solver=solver, mip_backend=backend)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device

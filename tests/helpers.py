@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero.plan_ahead import PlanSource
 
 IGNORE = -100
 TINY = {
@@ -225,9 +226,13 @@ class ScriptedPlanner:
         return Plan(self.num_ranks, tuple(micro_batches), seconds=1.0, lower_bound_s=1.0)
 
 
+def scripted(planner: Any) -> PlanSource:
+    return PlanSource(plan=planner.plan, fallback=planner.plan)
+
+
 class ScriptedTrainer(HeteroTrainer):
-    def _planner(self, solver: str) -> Any:
-        return ScriptedPlanner(self.args.world_size)
+    def _plan_source(self) -> PlanSource:
+        return scripted(ScriptedPlanner(self.args.world_size))
 
 
 @dataclass

@@ -6,20 +6,24 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from helpers import LENGTHS, ScriptedPlanner
+from planner.reference import small_cost
 
-from hf_hetero import InfeasibleBatch, Plan
-from hf_hetero.plan_ahead import PlanAhead
+from hf_hetero import InfeasibleBatch, Plan, Planner
+from hf_hetero.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
 from hf_hetero.sampler import GlobalBatches
 
+COST = small_cost(100, (2, 4))
 BATCHES = GlobalBatches(len(LENGTHS), 8, seed=3)
 
 
-def make(plan: Any, num_ahead: int = 2, fallback: Any = None) -> PlanAhead:
-    return PlanAhead(plan, fallback or ScriptedPlanner(4).plan, BATCHES.rows, LENGTHS, len(BATCHES), num_ahead)
+def make(plan: Any, num_ahead: int = 2, fallback: Any = None, improve: Any = None) -> PlanAhead:
+    source = PlanSource(plan, fallback or ScriptedPlanner(4).plan, improve)
+    return PlanAhead(source, BATCHES.rows, LENGTHS, len(BATCHES), num_ahead)
 
 
 def test_steps_come_in_order_with_their_rows() -> None:
@@ -99,3 +103,84 @@ def test_plans_of_an_abandoned_epoch_are_forgotten() -> None:
     source.step(3, 0)
     assert min(source._coming) > (3, 0)
     source.close()
+
+
+def improved_by(share: float) -> Any:
+    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
+        return replace(plan, seconds=plan.seconds * share, lower_bound_s=plan.seconds * 0.5, solver="mip")
+
+    return improve
+
+
+def until(condition: Any) -> None:
+    """Wait for something that happens in another thread."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 10 s")
+
+
+@pytest.mark.parametrize(("share", "solver"), [(0.9, "mip"), (0.999, "fast")])
+def test_plans_are_improved_while_there_is_time(share: float, solver: str) -> None:
+    """A plan that became clearly faster is used; one that did not stays, with the better bound."""
+    source = make(ScriptedPlanner(4).plan, improve=improved_by(share))
+    source.step(0, 0)
+    until(lambda: len(source._improved) == 2)
+    plan = source.step(0, 1).plan
+    assert plan.solver == solver
+    assert plan.seconds == (0.9 if solver == "mip" else 1.0)
+    assert plan.lower_bound_s == (0.5 if solver == "mip" else 1.0)  # never lower than what was proven before
+    source.close()
+
+
+def test_a_step_does_not_wait_for_an_improvement() -> None:
+    """While the improver is busy, steps get the plans there are; what comes too late is dropped."""
+    busy, go_on = threading.Event(), threading.Event()
+
+    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
+        busy.set()
+        assert go_on.wait(timeout=30)
+        return replace(plan, seconds=0.1, solver="mip")
+
+    source = make(ScriptedPlanner(4).plan, num_ahead=1, improve=improve)
+    source.step(0, 0)
+    until(lambda: all(future.done() for future in source._coming.values()))
+    source._wake_improver()
+    assert busy.wait(timeout=10)
+    assert source.step(0, 1).plan == ScriptedPlanner(4).plan([LENGTHS[row] for row in BATCHES.rows(0, 1)])
+    go_on.set()
+    until(lambda: source._improved or not source._improving)
+    assert (0, 1) not in source._improved
+    source.close()
+
+
+def test_a_broken_improver_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """An improvement that fails is said and skipped."""
+
+    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
+        raise ZeroDivisionError("solver trouble")
+
+    source = make(ScriptedPlanner(4).plan, improve=improve)
+    with caplog.at_level(logging.WARNING):
+        source.step(0, 0)
+        until(lambda: len(source._improved) == 2)
+        assert source.step(0, 1).plan == ScriptedPlanner(4).plan([LENGTHS[row] for row in BATCHES.rows(0, 1)])
+    assert "Improving the plan of step" in caplog.text
+    source.close()
+
+
+def test_plans_from_another_process() -> None:
+    """They are the plans of this one, and an error keeps its kind; closing ends both processes."""
+    planner = Planner(COST, 4)
+    source = planned_elsewhere(lambda: planner, improves=True)
+    here = planner.plan(LENGTHS)
+    assert replace(source.plan(LENGTHS), planning_s=here.planning_s) == here
+    with pytest.raises(InfeasibleBatch):
+        source.plan([10**9])
+    assert source.improve is not None
+    assert source.improve(here, LENGTHS).seconds <= here.seconds
+    assert source.fallback(LENGTHS).seconds >= here.seconds
+    source.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        source.plan(LENGTHS)

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from helpers import LENGTHS, ScriptedPlanner, ScriptedTrainer, arguments, run_ranks, samples, tiny_model, trained
+from helpers import (
+    LENGTHS,
+    ScriptedPlanner,
+    ScriptedTrainer,
+    arguments,
+    run_ranks,
+    samples,
+    scripted,
+    tiny_model,
+    trained,
+)
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, InfeasibleBatch, Plan
 from hf_hetero.collators import PackedCollator
@@ -121,7 +131,7 @@ class SleepyRank(ScriptedTrainer):
             time.sleep(15)
         return super().compute_loss(model, inputs, **kwargs)
 
-    def _planner(self, solver: str) -> Any:
+    def _plan_source(self) -> Any:
         class Whole(ScriptedPlanner):
             def plan(self, lengths: Any) -> Plan:
                 half = len(lengths) // 2
@@ -131,7 +141,7 @@ class SleepyRank(ScriptedTrainer):
                 ]
                 return Plan.from_dict({"format": "hf-hetero-plan/1", "num_ranks": 2, "micro_batches": groups})
 
-        return Whole(2)
+        return scripted(Whole(2))
 
 
 def train_sleepily() -> None:

@@ -15,6 +15,7 @@ from helpers import (
     reference_steps,
     run_ranks,
     samples,
+    scripted,
     tiny_model,
     trainer_order,
 )
@@ -30,8 +31,8 @@ def train_sft(folder: str) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     class HeteroSFT(HeteroTrainerMixin, trl.SFTTrainer):
-        def _planner(self, solver: Any) -> Any:
-            return ScriptedPlanner(self.args.world_size)
+        def _plan_source(self) -> Any:
+            return scripted(ScriptedPlanner(self.args.world_size))
 
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "a": 4}, unk_token="a"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
