@@ -48,9 +48,9 @@ class Planner:
     mip_backend: Backend = "highs"
 
     def __post_init__(self) -> None:
-        if self.num_ranks < 1:
+        if not _positive_integer(self.num_ranks):
             raise ConfigError(f"Planner.num_ranks is {self.num_ranks!r}: it must be a positive integer.")
-        if self.max_degree is not None and self.max_degree < 1:
+        if self.max_degree is not None and not _positive_integer(self.max_degree):
             raise ConfigError(f"Planner.max_degree is {self.max_degree!r}: it must be None or a positive integer.")
         if self.solver not in get_args(Solver):
             raise ConfigError(f"Planner.solver is {self.solver!r}: it must be one of {', '.join(get_args(Solver))}.")
@@ -91,9 +91,15 @@ class Planner:
 
         Raises:
             BadSample: as `plan`.
+            ConfigError: a degree that the cost model lacks, or that cannot tile the ranks.
             InfeasibleBatch: a sample that no degree, or not this one, can hold.
         """
         started = time.perf_counter()
+        if degree is not None and degree not in self.degrees:
+            raise ConfigError(
+                f"Degree {degree!r} is not offered on {self.num_ranks} ranks: choose one of "
+                f"{', '.join(map(str, self.degrees))}, or add its bandwidth to the cost model."
+            )
         problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
         if not problem.lengths:
             return Plan(problem.num_ranks, ())
@@ -144,6 +150,10 @@ class Planner:
         if bound < plan.seconds * ROUNDING:
             bound = max(bound, relaxed_bound(problem, plan.seconds, limit_s, self.mip_backend))
         return replace(plan, lower_bound_s=bound)
+
+
+def _positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _fast(problem: Problem) -> tuple[Draft, str]:

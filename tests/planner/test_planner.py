@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,12 +149,28 @@ def test_max_degree_is_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    "changed", [{"num_ranks": 0}, {"max_degree": 0}, {"solver": "cplex"}, {"mip_time_limit_s": 0.0}]
+    "changed",
+    [
+        {"num_ranks": 0},
+        {"num_ranks": 2.5},
+        {"max_degree": 0},
+        {"max_degree": "2"},
+        {"solver": "cplex"},
+        {"mip_backend": "scip"},
+        {"mip_time_limit_s": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(changed: dict[str, object]) -> None:
     """Each names the setting and its value."""
     with pytest.raises(ConfigError, match=next(iter(changed))):
         replace(Planner(small_cost(), 8), **changed)
+
+
+@pytest.mark.parametrize("degree", [0, 3, 16, "2"])
+def test_a_degree_that_is_not_offered_is_refused(degree: Any) -> None:
+    """The message names it and those that are."""
+    with pytest.raises(ConfigError, match=f"Degree {degree!r} is not offered on 8 ranks: choose one of 1, 2, 4, 8"):
+        Planner(small_cost(), 8).static([5, 6], degree)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared lengths and cost models")
