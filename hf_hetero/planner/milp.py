@@ -67,8 +67,7 @@ def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backe
     """
     deadline = time.perf_counter() + time_limit_s
     num_micro_batches = _most_micro_batches(problem, draft)
-    num_slots = num_micro_batches * sum(problem.num_ranks // degree for degree in problem.degrees)
-    if num_slots * len(set(problem.lengths)) <= MOST_WHOLE_VARIABLES:
+    if solved_whole(problem, draft):
         slots = _all_slots(problem, num_micro_batches)
         task = Task(slots, list(range(len(problem.lengths))), {}, _filled(problem, slots, draft))
         found, bound = _solve(problem, task, time_limit_s, backend)
@@ -86,6 +85,12 @@ def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backe
             if draft_seconds(problem, found) < draft_seconds(problem, best) * (1 - GAIN):
                 best, progress = found, True
     return best, -math.inf
+
+
+def solved_whole(problem: Problem, draft: Draft) -> bool:
+    """Whether the batch is small enough for a program that knows every plan faster than the draft."""
+    num_slots = _most_micro_batches(problem, draft) * sum(problem.num_ranks // degree for degree in problem.degrees)
+    return num_slots * len(set(problem.lengths)) <= MOST_WHOLE_VARIABLES
 
 
 def _better(problem: Problem, draft: Draft, found: Draft) -> Draft:

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import Plan
-from hf_hetero.planner.bound import ROUNDING, lower_bound
+from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
 from hf_hetero.planner.homogeneous import best_homogeneous, homogeneous
@@ -138,18 +138,14 @@ class Planner:
         return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
 
     def _improved(self, problem: Problem, plan: Plan) -> Plan:
-        """A plan that is as fast or faster, and a bound that is as high or higher; each gets half of the limit."""
-        from hf_hetero.planner.milp import improved
-        from hf_hetero.planner.relaxation import relaxed_bound
+        """A plan that is as fast or faster, and a bound that is as high or higher."""
+        from hf_hetero.planner.improve import improve  # it needs the solvers, which planning does not
 
-        limit_s = self.mip_time_limit_s / 2
-        draft, bound = improved(problem, from_plan(problem, plan), limit_s, self.mip_backend)
-        if draft_seconds(problem, draft) < plan.seconds * ROUNDING:
-            plan = to_plan(problem, draft, "mip", plan.lower_bound_s)
-        bound = max(bound, plan.lower_bound_s)
-        if bound < plan.seconds * ROUNDING:
-            bound = max(bound, relaxed_bound(problem, plan.seconds, limit_s, self.mip_backend))
-        return replace(plan, lower_bound_s=bound)
+        draft = from_plan(problem, plan)
+        found = improve(problem, draft, plan.lower_bound_s, self.mip_time_limit_s, self.mip_backend)
+        if found.solver is not None:
+            return to_plan(problem, found.draft, found.solver, found.bound)
+        return replace(plan, lower_bound_s=found.bound)
 
 
 def _positive_integer(value: object) -> bool:

@@ -21,8 +21,8 @@ from hf_hetero.planner.program import TOLERANCE, Backend, Program
 
 NUM_CLASSES = 12
 NUM_KINDS = 60
-WHOLE_DEGREE = 16
-"""Groups of this degree and above come in whole numbers; below it, a fraction of a group changes little."""
+MOST_WHOLE = 8
+"""Groups of which at most so many fit on the ranks come in whole numbers; of more, a fraction changes little."""
 DUAL_FEASIBLE = (1, 2, 3)
 
 
@@ -157,7 +157,7 @@ def _add_groups(
         if not here:
             continue
         most, fixed_s = problem.num_ranks // degree, problem.fixed_s[index]
-        groups, group_s = program.column(integer=degree >= WHOLE_DEGREE), program.column()
+        groups, group_s = program.column(integer=most <= MOST_WHOLE), program.column()
         work = [(flow.column, flow.work_s) for flow in here]
         program.at_most([*work, (group_s, -1.0), (groups, fixed_s)], 0.0)
         tokens = [(flow.column, kinds[flow.kind].num_tokens / (degree * problem.capacity)) for flow in here]
