@@ -1,25 +1,33 @@
 """hf-hetero: the command line. One function a verb; it only formats what the library returns.
 
-hf-hetero plan LENGTHS --cost COST.json --ranks N           plan one global batch: table, --json, --plot
-hf-hetero simulate LENGTHS --cost COST.json --ranks N --batch-size K [--steps T]    compare ways to share many
-hf-hetero report plans.jsonl                                picture of a finished run
+hf-hetero plan SOURCE --cost COST --ranks N                    plan one global batch: table, --json, --plot
+hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    compare ways to share many
+hf-hetero costs [NAME]                                         cost models that come with the package
+hf-hetero report plans.jsonl                                   picture of a finished run
+
+SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.cost_model import CostModel
-from hf_hetero.errors import BadSample, HeteroError
+from hf_hetero.cost_model import CostModel, shipped_names
+from hf_hetero.drawing import picture_format
+from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.mixes import MIXES
 from hf_hetero.plan import Plan, describe_groups
 from hf_hetero.planner import Planner
 from hf_hetero.simulate import simulate
+from hf_hetero.sources import Reading, Source, global_batches, read_source
+
+STEPS = 20  # of a simulation, unless the user says otherwise or the source has fewer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,35 +41,98 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read_numbers(path: str) -> list[int]:
-    """Lengths from a text file, one a line; empty lines are left out.
-
-    Raises:
-        BadSample: no such file, or a line that is not a whole number.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise BadSample(f"Cannot read the lengths {path!r}: {error.strerror}.") from error
-    numbers: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                numbers.append(int(line))
-            except ValueError:
-                raise BadSample(f"{path}, line {number}: {line.strip()!r} is not a whole number of tokens.") from None
-    return numbers
+# ----------------------------------------------------------------------------------------------------------- the verbs
 
 
 def _plan(args: argparse.Namespace) -> None:
-    lengths = read_numbers(args.lengths)
-    cost = CostModel.load(args.cost)
-    plan = Planner(cost, num_ranks=args.ranks, max_degree=args.max_degree, solver=args.solver).plan(lengths)
+    planner = _planner(args)
+    if args.batch_size is None and args.source in MIXES:
+        raise ConfigError(f"The mix {args.source!r} has no end: say how many samples to plan (--batch-size).")
+    source = _source(args, args.batch_size)
+    if args.batch_size is None:
+        lengths: list[int] = source.lengths.tolist()
+    else:
+        (lengths,) = global_batches(source, args.batch_size, 1, args.seed)
+    plan = planner.plan(lengths)
     if args.plot:
         from hf_hetero.report import draw_plan
 
-        draw_plan(plan, lengths, cost, args.plot)
-    print(json.dumps(plan.to_dict()) if args.json else plan_table(plan, lengths, cost))
+        draw_plan(plan, lengths, planner.cost_model, args.plot)
+    as_json = {**plan.to_dict(), "lengths": lengths}
+    print(json.dumps(as_json) if args.json else plan_table(plan, lengths, planner.cost_model))
+
+
+def _simulate(args: argparse.Namespace) -> None:
+    from tqdm.auto import tqdm
+
+    planner = _planner(args)
+    asked = STEPS if args.steps is None else args.steps
+    source = _source(args, args.batch_size * asked)
+    fewer = max(1, source.lengths.size // max(args.batch_size, 1)) if args.steps is None else asked
+    batches = global_batches(source, args.batch_size, min(asked, fewer), args.seed)
+    context = args.context if args.context is not None else args.max_length or source.longest_tokens
+    if context < source.longest_tokens:
+        raise ConfigError(
+            f"--context {context}: {source.name!r} has samples of up to {source.longest_tokens:,} tokens. "
+            "Raise it, or leave longer samples out with --max-length."
+        )
+    simulation = simulate(
+        batches, planner, context, lambda steps: tqdm(steps, desc="Planning", unit=" steps", leave=False)
+    )
+    if args.plot:
+        from hf_hetero.simulation_picture import draw_simulation
+
+        name = planner.cost_model.name or Path(args.cost).stem
+        title = f"{Path(source.name).stem}, {args.batch_size} samples a step, on {args.ranks} ranks of {name}"
+        draw_simulation(simulation, args.plot, title)
+    result = simulation.to_dict()
+    print(json.dumps(result) if args.json else simulation_table(result))
+
+
+def _costs(args: argparse.Namespace) -> None:
+    if args.name is None:
+        print(costs_table())
+    else:
+        print(json.dumps(CostModel.load(args.name).to_dict(), indent=1))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from hf_hetero.report import read_records, write_report
+
+    output = args.output or str(Path(args.records).with_name("report.html"))
+    write_report(read_records(args.records), output)
+    print(f"Wrote {output}")
+
+
+def _planner(args: argparse.Namespace) -> Planner:
+    planner = Planner(CostModel.load(args.cost), args.ranks, solver=args.solver, mip_backend=args.mip_backend)
+    if args.max_degree is None:
+        return planner
+    if args.max_degree not in planner.degrees:
+        raise ConfigError(
+            f"--max-degree {args.max_degree}: the cost model {args.cost!r} offers degrees "
+            f"{', '.join(map(str, planner.degrees))} on {args.ranks} ranks. Choose one of them."
+        )
+    return Planner(planner.cost_model, args.ranks, args.max_degree, args.solver, mip_backend=args.mip_backend)
+
+
+def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
+    """The lengths; what was left out is said on stderr, where it disturbs no table and no JSON."""
+    if args.plot:
+        picture_format(args.plot)  # a wrong name is said now, not after the planning
+    reading = Reading(args.split, args.dataset_config, args.length_column, args.text_column, args.tokenizer)
+    source = read_source(args.source, num_samples or 0, args.seed, args.max_length, reading)
+    if source.num_dropped:
+        total = source.num_dropped + source.lengths.size
+        print(
+            f"{source.num_dropped:,} of {total:,} samples have more than --max-length {args.max_length:,} tokens "
+            "and are left out.",
+            file=sys.stderr,
+        )
+    return source
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
 
 
 def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
@@ -81,45 +152,44 @@ def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
     return "\n".join([head, *rows, total])
 
 
-def _simulate(args: argparse.Namespace) -> None:
-    from tqdm.auto import tqdm
-
-    lengths, cost = read_numbers(args.lengths), CostModel.load(args.cost)
-    if args.batch_size < 1 or (args.steps is not None and args.steps < 1):
-        raise BadSample(f"--batch-size {args.batch_size} --steps {args.steps}: both must be at least 1.")
-    random.Random(args.seed).shuffle(lengths)
-    full = [lengths[i : i + args.batch_size] for i in range(0, len(lengths), args.batch_size)][: args.steps]
-    result = simulate(
-        full, cost, args.ranks, args.solver, lambda batches: tqdm(batches, desc="Planning", unit=" steps", leave=False)
-    ).to_dict()
-    print(json.dumps(result) if args.json else simulation_table(result))
-
-
 def simulation_table(result: Mapping[str, Any]) -> str:
     """A simulation for people: a line a way, then what it comes to."""
-    head = f"{'way':<13}{'s a step':>10}{'adaptive is':>13}{'to bound':>10}{'micro-batches':>15}{'idle':>7}"
+    steps: int = result["num_steps"]
+    head = f"{'way':<13}{'s a step':>10}{'adaptive is':>13}{'above bound':>13}{'micro-batches':>15}{'idle':>7}"
     rows: list[str] = []
     for name, way in result["ways"].items():
         rows.append(
-            f"{name:<13}{way['seconds'] / result['num_steps']:>10.3f}{way['speedup_of_adaptive']:>12.2f}x"
-            f"{way['ratio_to_bound']:>10.3f}{way['micro_batches'] / result['num_steps']:>15.1f}"
+            f"{name:<13}{way['seconds'] / steps:>10.3f}{way['speedup_of_adaptive']:>12.2f}x"
+            f"{way['ratio_to_bound'] - 1:>13.1%}{way['micro_batches'] / steps:>15.1f}"
             f"{way['idle_share']:>7.0%}  {way['note']}".rstrip()
         )
     planning = sorted(result["planning_s"])
-    total = (
-        f"{result['num_steps']} steps of {result['num_samples'] // result['num_steps']} samples on "
-        f"{result['num_ranks']} ranks; planning {1000 * planning[len(planning) // 2]:.1f} ms a step, "
-        f"{1000 * planning[-1]:.1f} ms at worst. Seconds are predicted by the cost model."
+    return "\n".join(
+        [
+            head,
+            *rows,
+            f"{'bound':<13}{result['lower_bound_s'] / steps:>10.3f}",
+            f"Adaptive is within {result['ways']['adaptive']['ratio_to_bound'] - 1:.1%} of optimal. "
+            f"Planning {1000 * planning[len(planning) // 2]:.1f} ms a step, {1000 * planning[-1]:.1f} ms at worst.",
+            f"{steps} steps of {result['num_samples'] // steps} samples, {result['num_tokens'] // steps:,} tokens, on "
+            f"{result['num_ranks']} ranks; context {result['context_tokens']:,}. "
+            "Seconds are predicted by the cost model.",
+        ]
     )
-    return "\n".join([head, *rows, total])
 
 
-def _report(args: argparse.Namespace) -> None:
-    from hf_hetero.report import read_records, write_report
+def costs_table() -> str:
+    """Shipped cost models for people: name, tokens a rank holds, degrees, and where the numbers come from."""
+    rows: list[str] = []
+    for name in shipped_names():
+        cost = CostModel.load(name)
+        degrees = ", ".join(map(str, cost.degrees(sys.maxsize)))
+        about = f"{cost.capacity_tokens:,} tokens a rank, degrees {degrees}. {cost.source}"
+        rows += [name, *textwrap.wrap(about, 100, initial_indent="    ", subsequent_indent="    ")]
+    return "\n".join(rows)
 
-    output = args.output or str(Path(args.records).with_name("report.html"))
-    write_report(read_records(args.records), output)
-    print(f"Wrote {output}")
+
+# ------------------------------------------------------------------------------------------------------- the arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -127,31 +197,68 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     plan = verbs.add_parser("plan", help="plan one global batch; needs no GPU and no model")
-    plan.add_argument("lengths", help="text file with the tokens of each sample, one a line")
-    plan.add_argument("--cost", required=True, help="cost model (hf-hetero-cost/1)")
-    plan.add_argument("--ranks", type=int, required=True, help="number of ranks")
-    plan.add_argument("--max-degree", type=int, help="most ranks that may share one sample")
-    plan.add_argument("--solver", default="auto", choices=("auto", "fast", "mip"))
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON (hf-hetero-plan/1)")
-    plan.add_argument("--plot", help="draw the plan into this .svg or .png")
+    _add_source(plan)
+    _add_machine(plan)
+    plan.add_argument("--batch-size", type=int, help="samples to pick from the source; default: all, in its order")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON (hf-hetero-plan/1) with its lengths")
+    plan.add_argument("--plot", metavar="FILE", help="draw the plan into this .svg or .png")
     plan.set_defaults(run=_plan)
 
     simulated = verbs.add_parser("simulate", help="compare ways to share many batches; needs no GPU and no model")
-    simulated.add_argument("lengths", help="text file with the tokens of each sample, one a line")
-    simulated.add_argument("--cost", required=True, help="cost model (hf-hetero-cost/1)")
-    simulated.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    _add_source(simulated)
+    _add_machine(simulated)
     simulated.add_argument("--batch-size", type=int, required=True, help="samples of a step, over all ranks")
-    simulated.add_argument("--steps", type=int, help="steps to simulate; default: as many as there are samples for")
-    simulated.add_argument("--seed", type=int, default=0, help="of the shuffle")
-    simulated.add_argument("--solver", default="auto", choices=("auto", "fast", "mip"))
-    simulated.add_argument("--json", action="store_true", help="print the totals as JSON")
+    simulated.add_argument("--steps", type=int, help=f"steps to simulate; default: {STEPS}, or as many as there are")
+    simulated.add_argument(
+        "--context",
+        type=int,
+        help="longest sample the run must be able to take, which the one degree of a static run must hold although it "
+        "is rarely needed; default: --max-length, else the longest sample of the whole source",
+    )
+    simulated.add_argument("--json", action="store_true", help="print the totals as JSON (hf-hetero-simulation/1)")
+    simulated.add_argument("--plot", metavar="FILE", help="draw the comparison into this .svg or .png")
     simulated.set_defaults(run=_simulate)
+
+    costs = verbs.add_parser("costs", help="cost models that come with the package: measured or estimated, from what")
+    costs.add_argument("name", nargs="?", help="print this one as JSON, to start your own file from")
+    costs.set_defaults(run=_costs)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
     report.add_argument("-o", "--output", help="default: report.html beside the records")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_source(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "source",
+        help="a text file with the tokens of each sample, one a line; a dataset (a folder of save_to_disk, a json, "
+        f"jsonl, parquet, csv or arrow file, or owner/name on the hub); or a mix: {', '.join(MIXES)}",
+    )
+    verb.add_argument("--max-length", type=int, help="leave longer samples out, and say how many")
+    verb.add_argument("--seed", type=int, default=0, help="of the mix, and of the order in which samples are drawn")
+    dataset = verb.add_argument_group("datasets")
+    dataset.add_argument("--split", default="train", help="default: train")
+    dataset.add_argument("--dataset-config", metavar="NAME", help="of a hub dataset that has several")
+    dataset.add_argument("--length-column", default="length", help="tokens of each row; else input_ids are counted")
+    dataset.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; counts text, or messages as chats")
+    dataset.add_argument("--text-column", default="text", help="what the tokenizer counts; default: text")
+
+
+def _add_machine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--cost", required=True, help="cost model: a file (hf-hetero-cost/1) or a name that `costs` lists"
+    )
+    verb.add_argument("--ranks", type=int, required=True, help="number of ranks")
+    verb.add_argument("--max-degree", type=int, help="most ranks that may share one sample")
+    verb.add_argument(
+        "--solver",
+        default="auto",
+        choices=("auto", "fast", "mip"),
+        help="mip takes seconds for each batch, to improve the plan and its bound; auto and fast take milliseconds",
+    )
+    verb.add_argument("--mip-backend", default="highs", choices=("highs", "cbc"), help="solves the integer programs")
 
 
 if __name__ == "__main__":

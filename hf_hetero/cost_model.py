@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.plan import Group, Plan
 
 COST_FORMAT = "hf-hetero-cost/1"
+SHIPPED_FOLDER = Path(__file__).parent / "costs"
 
 
 @dataclass(frozen=True)
@@ -142,14 +143,17 @@ class CostModel:
         Raises:
             ConfigError: another format, a missing field, or a value of the wrong kind.
         """
+        if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (a file may hold anything)
+            raise ConfigError(f"{where} holds a {type(data).__name__}; a cost model is a JSON object.")
         if data.get("format") != COST_FORMAT:
             raise ConfigError(f"{where}: format {data.get('format')!r} is unknown; expected {COST_FORMAT!r}.")
-        known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        known = {item.name: _read(item, data[item.name], where) for item in fields(cls) if item.name in data}
+        needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
+        if missing := sorted(needed - set(known)):
+            raise ConfigError(f"{where} lacks {', '.join(missing)}.")
         try:
-            for name in ("all_to_all_bytes_per_s", "all_to_all_latency_s"):
-                known[name] = {int(degree): float(value) for degree, value in known.get(name, {}).items()}
             return cls(**known)
-        except (TypeError, ValueError, AttributeError) as error:
+        except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
     def save(self, path: str | Path) -> None:
@@ -158,15 +162,60 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
-        """Read the JSON file.
+        """Read the JSON file, or the shipped cost model of this name (`shipped_names`).
 
         Raises:
-            ConfigError: no such file, not JSON, or not a cost model.
+            ConfigError: no such file or name, not JSON, or not a cost model.
         """
+        file = SHIPPED_FOLDER / f"{path}.json" if str(path) in shipped_names() else Path(path)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"Cannot read the cost model {str(path)!r}: {error.strerror}.") from error
-        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"Cannot read the cost model {str(path)!r}: {error.strerror}. "
+                f"Name a file, or one of {', '.join(shipped_names())}."
+            ) from error
+        except ValueError as error:  # bytes that are no text, or text that is no JSON
             raise ConfigError(f"{path} is not JSON: {error}.") from error
         return cls.from_dict(data, where=str(path))
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Cost models that come with the package; `hf-hetero costs` says what they are."""
+    return tuple(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
+
+
+def _read(item: Field[Any], value: object, where: str) -> Any:
+    """A field's value from JSON, refused unless its kind is the one declared: "1" and true are no numbers."""
+    kind = str(item.type)
+    if value is None and kind.endswith("None"):
+        return None
+    if kind.startswith("Mapping"):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {item.name} is {value!r}; it must be an object, degree -> number.")
+        entries: Mapping[object, object] = value
+        return {_degree(item, degree, where): _number(item, number, where) for degree, number in entries.items()}
+    if kind.startswith("float"):
+        return _number(item, value, where)
+    if kind.startswith("int"):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{where}: {item.name} is {value!r}; it must be a positive whole number.")
+    elif not isinstance(value, str):
+        raise ConfigError(f"{where}: {item.name} is {value!r}; it must be text.")
+    return value
+
+
+def _number(item: Field[Any], value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{where}: {item.name} is {value!r}; it must be a number.")
+    try:
+        float(value)
+    except OverflowError:  # a whole number may have any size
+        raise ConfigError(f"{where}: {item.name} is {str(value)[:12]}...; that is too large.") from None
+    return value
+
+
+def _degree(item: Field[Any], value: object, where: str) -> int:
+    if not (isinstance(value, str) and value.isdecimal() and str(int(value)) == value):
+        raise ConfigError(f"{where}: {item.name} has the degree {value!r}; a degree is a positive whole number.")
+    return int(value)

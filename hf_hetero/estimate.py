@@ -24,7 +24,7 @@ class Device:
     Args:
         flops: dense operations a second in the training type.
         link_bytes_per_s: what one rank sends in an all-to-all inside a node.
-        network_bytes_per_s: the same across nodes, for each rank.
+        network_bytes_per_s: what one rank's part of its node's network carries when all ranks send.
         latency_s: fixed time of one exchange.
         layer_s: fixed time of a layer's forward and backward pass, whatever it holds.
     """
@@ -56,6 +56,9 @@ KNOWN_DEVICES = (
 )
 UTILISATION = 0.45  # share of the peak that training of dense models reaches in practice
 ATTENTION_UTILISATION = 0.35  # flash kernels reach less of it, backward included
+# Share of the time to gather sharded weights that does not hide behind computation. FlexSP's authors fitted a fixed
+# cost of 0.63 s a micro-batch where moving its weights takes 1.1 s: 64 A100, 400 Gb/s a node. See the test.
+EXPOSED_GATHER = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +163,44 @@ def model_state_bytes(shape: ModelShape) -> float:
     return shape.param_bytes + shape.trainable_params * per_trainable
 
 
+def gathered_bytes(shape: ModelShape) -> float:
+    """What a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
+
+    Two layers' weights, because the next one is gathered early, one layer's gradients, and the same, once, of what
+    stands outside the layers: embeddings and head.
+    """
+    attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
+    layer = attention + 3 * shape.hidden * shape.intermediate
+    outside = min(max(shape.num_params - shape.num_layers * layer, 0), 2 * shape.vocab * shape.hidden)
+    return (3 * (shape.num_params - outside) / shape.num_layers + 2 * outside) * shape.element_bytes
+
+
+def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
+    """Seconds that fully sharded training adds to a micro-batch: weights gathered twice, gradients scattered once.
+
+    All ranks of a node share what the network brings. Part of it hides behind computation (`EXPOSED_GATHER`).
+    """
+    weight_bytes = shape.num_params * shape.element_bytes
+    speed = device.link_bytes_per_s
+    if topology.crosses_nodes(topology.num_ranks):
+        assert topology.ranks_per_node is not None
+        speed = min(speed, device.network_bytes_per_s * topology.ranks_per_node)
+    return EXPOSED_GATHER * 3 * weight_bytes * (1 - 1 / topology.num_ranks) / speed
+
+
+def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, degree: int) -> float:
+    """What one rank sends in an all-to-all of this degree, by `exchange_bytes`.
+
+    Across nodes only the share that leaves the node, 1 - ranks_per_node / degree, waits for the network. With more
+    ranks than key-value heads a head goes to several of them, which are more bytes than `exchange_bytes` counts.
+    """
+    speed = device.link_bytes_per_s
+    if topology.crosses_nodes(degree):
+        assert topology.ranks_per_node is not None
+        speed = min(speed, device.network_bytes_per_s / (1 - topology.ranks_per_node / degree))
+    return speed * (shape.heads + shape.kv_heads) / (shape.heads + max(shape.kv_heads, min(degree, shape.heads)))
+
+
 def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
     """The table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
     name = torch.cuda.get_device_name(device)
@@ -192,15 +233,23 @@ def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
     return int(0.9 * free / max(ranks_on_node, 1))
 
 
-def estimate_cost_model(shape: ModelShape, device: Device, topology: Topology, degrees: tuple[int, ...]) -> CostModel:
-    """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known."""
+def estimate_cost_model(
+    shape: ModelShape, device: Device, topology: Topology, degrees: tuple[int, ...], sharded: bool = False
+) -> CostModel:
+    """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known.
+
+    Args:
+        shape, device, topology: what is estimated.
+        degrees: to offer; 1 always is.
+        sharded: model states are sharded over all ranks (FSDP, ZeRO-3), and gathered in every micro-batch.
+    """
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
-    bandwidth = {
-        d: device.network_bytes_per_s if topology.crosses_nodes(d) else device.link_bytes_per_s
-        for d in degrees
-        if d > 1
-    }
+    bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
+    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
+    if sharded:
+        state_bytes = state_bytes / topology.num_ranks + gathered_bytes(shape)
+        micro_batch_s += gather_s(shape, device, topology)
     return CostModel(
         name="estimate",
         source=(
@@ -213,11 +262,11 @@ def estimate_cost_model(shape: ModelShape, device: Device, topology: Topology, d
         ranks_per_node=topology.ranks_per_node,
         attention_s_per_token2=attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION),
         linear_s_per_token=linear_flops(shape) / device.flops,
-        micro_batch_s=device.layer_s * shape.num_layers,
+        micro_batch_s=micro_batch_s,
         all_to_all_bytes_per_token=exchange_bytes(shape),
         all_to_all_bytes_per_s=bandwidth,
         all_to_all_latency_s=dict.fromkeys(bandwidth, exchanges * device.latency_s),
         activation_bytes_per_token=activation_bytes(shape),
-        model_state_bytes_per_rank=model_state_bytes(shape),
+        model_state_bytes_per_rank=state_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
     )

@@ -1,8 +1,9 @@
-"""Tokens of every sample: read from a column, or counted once."""
+"""Tokens of every sample: read from a column, or counted once. The only door to `datasets`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -10,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_hetero.errors import BadSample
+from hf_hetero.errors import BadSample, ConfigError
 
 Lengths = NDArray[np.int64]
+
+ROWS_AT_ONCE = 1000
 
 
 def read_lengths(dataset: Any, column: str) -> Lengths:
@@ -22,7 +25,7 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
     are padded: in a `datasets.Dataset` without decoding the tokens, elsewhere row by row under a progress bar.
 
     Raises:
-        BadSample: rows without `input_ids`, or an empty sample, with its row.
+        BadSample: rows without `input_ids`, an empty sample, or a length that is no whole number, with its row.
     """
     if isinstance(dataset, datasets.Dataset):
         lengths = _of_table(dataset, column)
@@ -36,18 +39,91 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
     return lengths
 
 
+def open_table(where: str, file_format: str | None, split: str, config: str | None = None) -> datasets.Dataset:
+    """The dataset that a file, a folder of `save_to_disk`, or a hub name holds.
+
+    Args:
+        where: path or name.
+        file_format: of a file, as `datasets` calls it; None for a folder or a name.
+        split: of a dataset that has several.
+        config: of a hub dataset that has several.
+
+    Raises:
+        ConfigError: no such thing, or no such split, with what `datasets` said.
+    """
+    try:
+        if file_format is not None:
+            return datasets.load_dataset(file_format, data_files=where, split=split)
+        if not Path(where).is_dir():
+            return datasets.load_dataset(where, config, split=split)
+        found = datasets.load_from_disk(where)
+    except Exception as error:  # `datasets`, pyarrow and the hub's client raise errors of a dozen kinds
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"Cannot load the dataset {where!r}, split {split!r}: {said[0]}") from error
+    if isinstance(found, datasets.Dataset):
+        return found
+    if split not in found:
+        raise ConfigError(f"The dataset {where!r} has no split {split!r}, only {', '.join(map(str, found))}.")
+    return found[split]
+
+
+def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) -> Lengths:
+    """Tokens of each row's text, special tokens included, counted under a progress bar. int64, shape (num_rows,).
+
+    Args:
+        dataset: with that column.
+        column: of texts, or of chats (lists of messages), which go through the chat template.
+        tokenizer: folder or hub name.
+
+    Raises:
+        ConfigError: no such tokenizer, or one without a chat template.
+        BadSample: a row without text, with its row.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokens: Any = AutoTokenizer.from_pretrained(tokenizer)
+    except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"Cannot load the tokenizer {tokenizer!r}: {said[0]}") from error
+    texts, counted = dataset.select_columns([column]).with_format(None), list[int]()
+    with tqdm(total=len(texts), desc="Counting tokens", unit=" samples", leave=False) as bar:
+        for start in range(0, len(texts), ROWS_AT_ONCE):
+            rows: list[Any] = texts[start : start + ROWS_AT_ONCE][column]
+            if (empty := next((row for row, text in enumerate(rows) if not text), None)) is not None:
+                raise BadSample(f"Row {start + empty} has no {column}. Filter empty samples out of the dataset.")
+            if isinstance(rows[0], str):
+                encoded = tokens(rows, verbose=False)
+            elif tokens.chat_template is None:
+                raise ConfigError(f"The tokenizer {tokenizer!r} has no chat template to count {column!r} with.")
+            else:
+                encoded = tokens.apply_chat_template(rows, tokenize=True, return_dict=True)
+            counted += [len(ids) for ids in encoded["input_ids"]]
+            bar.update(len(rows))
+    return np.asarray(counted, dtype=np.int64)
+
+
+def _whole_numbers(values: Sequence[object], column: str) -> Lengths:
+    for row, value in enumerate(values):
+        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        if not whole or abs(value) >= 2**62:  # type: ignore[operator]
+            raise BadSample(f"Row {row}: {column} is {value!r}; it must be a whole number of tokens.")
+    return np.asarray(values, dtype=np.int64)
+
+
 def _of_table(dataset: datasets.Dataset, column: str) -> Lengths:
     names: list[str] = dataset.column_names
     if column in names:
-        return np.asarray(dataset.with_format(None)[column], dtype=np.int64)
+        values = np.asarray(dataset.with_format(None)[column])
+        return values.astype(np.int64) if values.dtype.kind == "i" else _whole_numbers(values.tolist(), column)
     if "input_ids" not in names:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
     arrow: Any = dataset.select_columns([counted]).with_format("arrow")
-    tables: Iterable[Any] = arrow.iter(batch_size=1000)
+    tables: Iterable[Any] = arrow.iter(batch_size=ROWS_AT_ONCE)
     parts = [
         _of_lists(table.column(counted), counted)
-        for table in tqdm(tables, total=-(-len(dataset) // 1000), desc="Counting tokens", leave=False)
+        for table in tqdm(tables, total=-(-len(dataset) // ROWS_AT_ONCE), desc="Counting tokens", leave=False)
     ]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -1,12 +1,11 @@
 """Pictures of plans and runs: one step as PNG or SVG, a run as one self-contained HTML page.
 
-Needs matplotlib (`pip install hf-hetero[report]`), which is imported when the first picture is drawn.
+Needs matplotlib (`drawing`).
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from hf_hetero.cost_model import CostModel
+from hf_hetero.drawing import (
+    ACCENT,
+    DEGREE_COLOURS,
+    FIXED,
+    IDLE,
+    INK,
+    LENGTH_COLOURS,
+    new_figure,
+    rendered,
+    short,
+    write_picture,
+)
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import Group, Plan, describe_degrees, idle_share
 
@@ -24,11 +35,6 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 Busy = Sequence[Sequence[float]]
 
-LENGTH_COLOURS = ("#dbe9f1", "#97c3d8", "#3f82aa", "#3d4a86", "#a63a50")  # short to long
-DEGREE_COLOURS = ("#a9cbdb", "#4a90b5", "#1f5683", "#0b2545", "#e3a66b", "#c8693a", "#7d3528")  # degree 1, 2, 4, ...
-IDLE, FIXED, INK, ACCENT = "#ececea", "#c4c2bc", "#2b2f33", "#d9772b"
-# with a fixed salt, the same picture gives the same file
-STYLE: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": "#9a9a98", "legend.frameon": False, "svg.hashsalt": "1"}
 COLUMNS = ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")
 
 
@@ -121,11 +127,9 @@ def draw_plan(
     Raises:
         HeteroError: neither a cost model nor measured seconds, another kind of file, or no matplotlib.
     """
-    if (suffix := Path(path).suffix) not in (".png", ".svg"):
-        raise HeteroError(f"{path}: a plan is drawn as .png or .svg.")
     if busy_s is None and cost_model is None:
         raise HeteroError("A plan is drawn from a cost model's seconds or from measured ones; neither was given.")
-    Path(path).write_bytes(_rendered(lambda: _plan_figure(plan, lengths, cost_model, busy_s), suffix[1:]))
+    write_picture(lambda: _plan_figure(plan, lengths, cost_model, busy_s), path)
 
 
 def _plan_figure(plan: Plan, lengths: Sequence[int], cost: CostModel | None, busy_s: Busy | None = None) -> Figure:
@@ -140,7 +144,7 @@ def _plan_figure(plan: Plan, lengths: Sequence[int], cost: CostModel | None, bus
             for micro_batch in plan.micro_batches
         ]
     total = sum(map(max, busy_s))
-    figure, axes = _figure(10, 1.4 + min(max(0.36 * plan.num_ranks, 1.4), 9))
+    figure, axes = new_figure(10, 1.4 + min(max(0.36 * plan.num_ranks, 1.4), 9))
     colours = _length_colours(figure, axes, lengths)
     start = 0.0
     for micro_batch, seconds in zip(plan.micro_batches, busy_s, strict=True):
@@ -180,7 +184,7 @@ def _draw_group(
         if seconds > 0.06 * total:
             ink = "white" if sum(face[:3]) < 1.7 else INK
             middle = (left + seconds / 2, first + degree / 2)
-            axes.text(*middle, _short(lengths[sample]), color=ink, ha="center", va="center")
+            axes.text(*middle, short(lengths[sample]), color=ink, ha="center", va="center")
         left += seconds
     axes.broken_barh([(start, left - start)], (first, degree), facecolors="none", edgecolors="white", linewidth=2)
     chip = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": INK, "linewidth": 0.5}
@@ -195,14 +199,9 @@ def _length_colours(figure: Figure, axes: Axes, lengths: Sequence[int]) -> Any:
     colours = cm.ScalarMappable(norm, colors.LinearSegmentedColormap.from_list("lengths", LENGTH_COLOURS))
     bar = figure.colorbar(colours, ax=axes, pad=0.01, aspect=25, label="tokens of a sample")
     ticks = sorted({least, most} | {4**k for k in range(16) if 1.6 * least < 4**k < 0.7 * most})
-    bar.ax.set_yticks(ticks, [_short(tick) for tick in ticks])
+    bar.ax.set_yticks(ticks, [short(tick) for tick in ticks])
     bar.ax.minorticks_off()
     return colours
-
-
-def _short(tokens: int) -> str:
-    """1536 -> 1.5K: thousands of 1024."""
-    return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)
 
 
 # --------------------------------------------------------------------------------------------------- a run's pictures
@@ -236,7 +235,7 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
     rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>\n" for name, value in summarise(records).items())
     page = PAGE + f"<table>\n{rows}</table>\n"
     for title, make in pictures.items():
-        data = base64.b64encode(_rendered(make, "svg")).decode()
+        data = base64.b64encode(rendered(make, "svg")).decode()
         page += f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'
     Path(path).write_text(page + "</body></html>\n", encoding="utf-8")
 
@@ -245,7 +244,7 @@ def _seconds_figure(records: Sequence[Record]) -> Figure:
     """Planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, over = _figure(10, 2.8, (1, 2), width_ratios=(2, 1))
+    figure, over = new_figure(10, 2.8, (1, 2), width_ratios=(2, 1))
     against = figure.axes[1]
     steps, measured, planned = zip(*((r["step"], r["seconds"], r["plan"]["seconds"]) for r in records), strict=True)
     over.plot(steps, measured, color=INK, label="measured")
@@ -263,7 +262,7 @@ def _seconds_figure(records: Sequence[Record]) -> Figure:
 
 
 def _lengths_figure(records: Sequence[Record]) -> Figure:
-    figure, axes = _figure(10, 2.6)
+    figure, axes = new_figure(10, 2.6)
     by_degree = _lengths_by_degree(records)
     least, most = min(map(min, by_degree.values())), max(map(max, by_degree.values()))
     colours = [DEGREE_COLOURS[min(degree.bit_length() - 1, len(DEGREE_COLOURS) - 1)] for degree in by_degree]
@@ -272,27 +271,7 @@ def _lengths_figure(records: Sequence[Record]) -> Figure:
     axes.hist(list(by_degree.values()), bins, stacked=True, color=colours, label=names, edgecolor="white")
     ticks = [2**k for k in range(least.bit_length() - 1, most.bit_length() + 1)]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    axes.set_xticks(ticks, [short(tick) for tick in ticks])
     axes.set(xlabel="tokens of a sample", ylabel="samples", xlim=(ticks[0], ticks[-1]))
     axes.legend(loc="upper left")
     return figure
-
-
-def _figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **options: Any) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    for axes in figure.subplots(*grid, squeeze=False, **options).flat:
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure, figure.axes[0]
-
-
-def _rendered(make: Callable[[], Figure], file_format: str) -> bytes:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise HeteroError("Pictures need matplotlib: pip install hf-hetero[report]") from error
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
-        make().savefig(buffer, format=file_format, dpi=160, metadata={"Date": None} if file_format == "svg" else None)
-    return buffer.getvalue()

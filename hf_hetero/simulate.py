@@ -1,23 +1,28 @@
 """What if: predicted seconds of the same batches under different ways to share them. No GPU, no model, no torch.
 
 adaptive       this package: degrees chosen for every group of every step
-static         one degree for the whole run, the best of them (DeepSpeed-Ulysses with packing)
+static         one degree for the whole run, the best of those that hold its context (DeepSpeed-Ulysses with packing)
 batch-static   one degree for each batch, the best of them (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1)
-dynamic-cp     Megatron's: the smallest power of two that holds each sample, greedily balanced
+dynamic-cp     Megatron's: the smallest power of two that holds each sample, greedily balanced (`dynamic_cp`)
 padded         data parallel without sharing: each rank pads its samples to the longest of them
 bound          no way is faster
+
+The context is the longest sample that the run may meet. A run's one degree is chosen before its data are seen, so it
+must hold the context, whether or not such a sample comes; `padded` needs one rank that holds it. Every way packs or
+pads as well as it can: one degree means the better of best-fit and balanced packing (`planner.homogeneous`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_hetero.cost_model import CostModel
-from hf_hetero.errors import BadSample
-from hf_hetero.plan import Group, MicroBatch, Plan, idle_share
+from hf_hetero.dynamic_cp import dynamic_cp
+from hf_hetero.errors import BadSample, InfeasibleBatch
+from hf_hetero.plan import Plan, idle_share
 from hf_hetero.planner import Planner
 
 SIMULATION_FORMAT = "hf-hetero-simulation/1"
@@ -40,6 +45,11 @@ class WayTotals:
     rank_s: float = 0.0
     note: str = ""
 
+    @property
+    def idle_share(self) -> float:
+        """Share of the rank-seconds spent waiting."""
+        return max(self.idle_s / self.rank_s, 0.0)  # rounding may leave it a hair below
+
     def add(self, plan: Plan, lengths: Sequence[int], cost: CostModel) -> None:
         """Count one step."""
         busy = busy_seconds(plan, lengths, cost)
@@ -50,24 +60,47 @@ class WayTotals:
         self.idle_s += step * plan.num_ranks * idle_share(busy)
 
 
+@dataclass(frozen=True, slots=True)
+class LengthBin:
+    """Samples of more than half of `most_tokens`, a power of two, and at most that many; and the tokens they have."""
+
+    most_tokens: int
+    num_samples: int
+    num_tokens: int
+
+
 @dataclass(frozen=True)
 class Simulation:
     """Totals of each way over the same steps.
 
     Args:
-        num_ranks, num_steps, num_samples, num_tokens: what was simulated.
-        ways: by name; a way that cannot hold a sample is absent.
+        num_ranks, num_steps: what was simulated.
+        context_tokens: the longest sample that the run must be able to take.
+        bins: how long the samples were, ascending.
+        ways: by name; a way that cannot hold the context is absent.
+        static_s: seconds of all steps at each degree that holds the context; the best of them is the way `static`.
         bound_s: certified lower bound of each step, in seconds.
         planning_s: wall time of each adaptive plan.
     """
 
     num_ranks: int
     num_steps: int
-    num_samples: int
-    num_tokens: int
+    context_tokens: int
+    bins: tuple[LengthBin, ...]
     ways: dict[str, WayTotals]
+    static_s: dict[int, float]
     bound_s: list[float]
     planning_s: list[float]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of all steps."""
+        return sum(found.num_samples for found in self.bins)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all steps."""
+        return sum(found.num_tokens for found in self.bins)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -78,8 +111,11 @@ class Simulation:
             "num_steps": self.num_steps,
             "num_samples": self.num_samples,
             "num_tokens": self.num_tokens,
+            "context_tokens": self.context_tokens,
+            "bins": [asdict(found) for found in self.bins],
             "lower_bound_s": sum(self.bound_s),
             "planning_s": self.planning_s,
+            "static_s": {str(degree): seconds for degree, seconds in self.static_s.items()},
             "ways": {
                 name: {
                     "seconds": sum(way.seconds),
@@ -87,7 +123,7 @@ class Simulation:
                     "speedup_of_adaptive": sum(way.seconds) / adaptive,
                     "ratio_to_bound": sum(way.seconds) / sum(self.bound_s),
                     "micro_batches": way.num_micro_batches,
-                    "idle_share": way.idle_s / way.rank_s,
+                    "idle_share": way.idle_share,
                     "note": way.note,
                 }
                 for name, way in self.ways.items()
@@ -97,28 +133,39 @@ class Simulation:
 
 def simulate(
     batches: Sequence[Sequence[int]],
-    cost: CostModel,
-    num_ranks: int,
-    solver: Any = "auto",
+    planner: Planner,
+    context_tokens: int | None = None,
     progress: Callable[[Sequence[Sequence[int]]], Any] = iter,
 ) -> Simulation:
     """Plan every batch in every way.
 
     Args:
         batches: lengths of the samples of each step.
-        cost: machine and model.
-        num_ranks: ranks of the run.
-        solver: of the adaptive plans.
+        planner: makes the adaptive plans; machine, model, ranks and degrees of all ways are its own.
+        context_tokens: the longest sample that the run must be able to take; None is the longest of the batches.
         progress: wraps the batches, for a progress bar.
 
     Raises:
-        InfeasibleBatch: a sample that no degree can hold.
+        BadSample: nothing to simulate, or a sample longer than the context.
+        InfeasibleBatch: a context, or a sample, that no degree can hold.
     """
     if not batches or not all(batches):
         raise BadSample("There is nothing to simulate: give at least one step with one sample.")
-    planner = Planner(cost, num_ranks=num_ranks, solver=solver)
+    longest = max(map(max, batches))
+    context = longest if context_tokens is None else context_tokens
+    if longest > context:
+        raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
+    cost, num_ranks = planner.cost_model, planner.num_ranks
     ways = {name: WayTotals() for name in ("adaptive", "static", "batch-static", "dynamic-cp", "padded")}
-    by_degree = {degree: WayTotals() for degree in planner.degrees}
+    by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(cost, degree, context)}
+    if not by_degree:
+        most = planner.degrees[-1]
+        raise InfeasibleBatch(
+            f"A context of {context:,} tokens fits no degree: {most} ranks hold {most * cost.capacity_tokens:,}. "
+            "Leave longer samples out, lower the context, add ranks, or allow a larger degree."
+        )
+    if 1 not in by_degree:
+        del ways["padded"]
     bound_s: list[float] = []
     planning_s: list[float] = []
     for lengths in progress(batches):
@@ -126,24 +173,18 @@ def simulate(
         bound_s.append(plan.lower_bound_s)
         planning_s.append(plan.planning_s)
         ways["adaptive"].add(plan, lengths, cost)
-        fixed = {degree: planner.static(lengths, degree) for degree in by_degree if _holds(cost, degree, lengths)}
-        for degree in list(by_degree):
-            if degree in fixed:
-                by_degree[degree].add(fixed[degree], lengths, cost)
-            else:
-                del by_degree[degree]
+        fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(cost, d, max(lengths))}
+        for degree, totals in by_degree.items():
+            totals.add(fixed[degree], lengths, cost)
         ways["batch-static"].add(min(fixed.values(), key=lambda p: p.seconds), lengths, cost)
         ways["dynamic-cp"].add(dynamic_cp(lengths, cost, num_ranks, planner.degrees), lengths, cost)
-        if _holds(cost, 1, lengths) and "padded" in ways:
+        if "padded" in ways:
             _add_padded(ways["padded"], lengths, cost, num_ranks)
-        else:
-            ways.pop("padded", None)
-    best = min(by_degree, key=lambda degree: sum(by_degree[degree].seconds))
+    static_s = {degree: sum(totals.seconds) for degree, totals in by_degree.items()}
+    best = min(static_s, key=lambda degree: static_s[degree])
     ways["static"] = by_degree[best]
     ways["static"].note = f"degree {best}"
-    return Simulation(
-        num_ranks, len(batches), sum(map(len, batches)), sum(map(sum, batches)), ways, bound_s, planning_s
-    )
+    return Simulation(num_ranks, len(batches), context, _bins(batches), ways, static_s, bound_s, planning_s)
 
 
 def busy_seconds(plan: Plan, lengths: Sequence[int], cost: CostModel) -> list[list[float]]:
@@ -154,58 +195,17 @@ def busy_seconds(plan: Plan, lengths: Sequence[int], cost: CostModel) -> list[li
     ]
 
 
-def dynamic_cp(lengths: Sequence[int], cost: CostModel, num_ranks: int, degrees: Sequence[int]) -> Plan:
-    """Megatron-Core's dynamic context parallelism, as its scheduler describes itself (Megatron-LM, PRs 2282 and 5679).
-
-    Each sample gets the smallest power of two of ranks that holds it. Longest first, it goes to the lightest group of
-    that degree with room, or to free ranks of the micro-batch; when neither is there, the micro-batch is closed. Ranks
-    that stay free are given to the smallest groups, which double. Work is counted as s^2 / degree.
-    """
-    waiting = sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
-    micro_batches: list[MicroBatch] = []
-    while waiting:
-        groups: list[tuple[int, list[int]]] = []
-        left: list[int] = []
-        for sample in waiting:
-            degree = next(d for d in degrees if d * cost.capacity_tokens >= lengths[sample])
-            open_groups = [
-                (sum(lengths[s] ** 2 for s in held) / d, index)
-                for index, (d, held) in enumerate(groups)
-                if d == degree and sum(lengths[s] for s in held) + lengths[sample] <= d * cost.capacity_tokens
-            ]
-            if sum(d for d, _ in groups) + degree <= num_ranks:
-                groups.append((degree, [sample]))
-            elif open_groups:
-                groups[min(open_groups)[1]][1].append(sample)
-            else:
-                left.append(sample)
-        micro_batches.append(_filled(groups, num_ranks, degrees))
-        waiting = left
-    return Plan(num_ranks, tuple(micro_batches))
+def _bins(batches: Sequence[Sequence[int]]) -> tuple[LengthBin, ...]:
+    """All samples, by the next power of two; bins between the shortest and the longest may be empty."""
+    found: dict[int, list[int]] = {}
+    for length in (length for lengths in batches for length in lengths):
+        found.setdefault((length - 1).bit_length(), []).append(length)
+    powers = range(min(found), max(found) + 1)
+    return tuple(LengthBin(1 << power, len(held := found.get(power, [])), sum(held)) for power in powers)
 
 
-def _filled(groups: list[tuple[int, list[int]]], num_ranks: int, degrees: Sequence[int]) -> MicroBatch:
-    """Give free ranks to the smallest groups that can double, then name the ranks."""
-    free = num_ranks - sum(degree for degree, _ in groups)
-    while True:
-        doubling = [i for i, (degree, _) in enumerate(groups) if degree <= free and 2 * degree in degrees]
-        if not doubling:
-            break
-        smallest = min(doubling, key=lambda i: (groups[i][0], i))
-        degree, held = groups[smallest]
-        groups[smallest] = (2 * degree, held)
-        free -= degree
-    named: list[Group] = []
-    start = 0
-    for degree, held in sorted(groups, key=lambda group: -group[0]):
-        named.append(Group(tuple(range(start, start + degree)), tuple(held)))
-        start += degree
-    named += [Group((rank,), ()) for rank in range(start, num_ranks)]
-    return MicroBatch(tuple(named))
-
-
-def _holds(cost: CostModel, degree: int, lengths: Sequence[int]) -> bool:
-    return max(lengths) <= degree * cost.capacity_tokens
+def _holds(cost: CostModel, degree: int, tokens: int) -> bool:
+    return tokens <= degree * cost.capacity_tokens
 
 
 def _add_padded(totals: WayTotals, lengths: Sequence[int], cost: CostModel, num_ranks: int) -> None:

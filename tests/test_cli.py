@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_cost_model import a_cost_model
 
-from hf_hetero import Plan
-from hf_hetero.cli import main
+from hf_hetero import CostModel, Plan
+from hf_hetero.cli import _parser, main
+from hf_hetero.cost_model import shipped_names
+from hf_hetero.mixes import MIXES
 
 LENGTHS = [150, 20, 30, 40, 7, 90, 1]
 
@@ -69,21 +75,184 @@ def test_what_is_wrong_is_said_in_one_line(
     assert printed.err.count("\n") == 1
 
 
+def simulated(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["simulate", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that must fail."""
+    assert main(list(words)) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    return printed.err
+
+
 def test_simulate(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A line a way for people, the totals for programs; the same seed gives the same batches."""
-    command = ["simulate", *files, "--batch-size", "3", "--steps", "2"]
-    assert main([*command, "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert (data["num_steps"], data["num_samples"]) == (2, 6)
-    assert main(command) == 0
+    command = [*files, "--batch-size", "3", "--steps", "2"]
+    data = simulated(capsys, *command)
+    assert (data["num_steps"], data["num_samples"], data["context_tokens"]) == (2, 6, max(LENGTHS))
+    assert main(["simulate", *command]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in table[1:-1]] == list(data["ways"])
-    assert main([*command, "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["ways"] == data["ways"]
+    ways = [line.split()[0] for line in table[1:-2]]
+    assert ways == [*data["ways"], "bound"]
+    gap = data["ways"]["adaptive"]["ratio_to_bound"] - 1
+    assert f"within {gap:.1%} of optimal" in table[-2]
+    assert simulated(capsys, *command)["ways"] == data["ways"]
+    assert simulated(capsys, *command, "--seed", "1")["ways"] != data["ways"]
 
 
-def test_simulate_nothing(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A batch size of zero is named."""
-    assert main(["simulate", *files, "--batch-size", "0"]) == 1
-    assert "--batch-size 0" in capsys.readouterr().err
+def test_simulate_as_picture(files: list[str], tmp_path: Path) -> None:
+    """--plot draws the comparison."""
+    assert main(["simulate", *files, "--batch-size", "3", "--plot", str(tmp_path / "ways.svg")]) == 0
+    assert 'id="way-adaptive"' in (tmp_path / "ways.svg").read_text()
+
+
+def test_default_steps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """As many full steps as the source makes, twenty of a mix."""
+    assert simulated(capsys, *files, "--batch-size", "3")["num_steps"] == len(LENGTHS) // 3
+    mix = ["web", "--cost", "llama-8b_8xh100_nvlink", "--ranks", "8", "--batch-size", "4", "--solver", "fast"]
+    assert simulated(capsys, *mix)["num_steps"] == 20
+
+
+def test_context(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's one degree holds --context, else --max-length, else the longest of the whole source."""
+    command = [*files, "--batch-size", "1", "--steps", "1"]
+
+    def degrees(*words: str) -> list[str]:
+        return list(simulated(capsys, *command, *words)["static_s"])
+
+    assert simulated(capsys, *command)["context_tokens"] == 150
+    assert simulated(capsys, *command, "--max-length", "99")["context_tokens"] == 99
+    assert degrees() == ["2", "4"]
+    assert degrees("--context", "390", "--max-length", "99") == ["4"]
+    assert degrees("--max-length", "99", "--context", "100") == ["1", "2", "4"]
+    mix = ["prolong", "--cost", "llama-8b_8xh100_nvlink", "--ranks", "8", "--batch-size", "2", "--steps", "1"]
+    assert simulated(capsys, *mix)["context_tokens"] == 192 * 1024
+
+
+def test_dropped_samples_are_said(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """How many samples were too long stands on stderr, so that stdout stays JSON."""
+    assert main(["plan", *files, "--json", "--max-length", "50"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["lengths"] == [length for length in LENGTHS if length <= 50]
+    assert printed.err == "2 of 7 samples have more than --max-length 50 tokens and are left out.\n"
+
+
+def test_plan_of_one_batch(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """--batch-size picks the batch that `simulate` would start with; the JSON says which lengths it planned."""
+    assert main(["plan", *files, "--batch-size", "3", "--seed", "2", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert Plan.from_dict(data).num_samples == len(data["lengths"]) == 3
+    seconds = simulated(capsys, *files, "--batch-size", "3", "--seed", "2")["ways"]["adaptive"]["step_s"][0]
+    assert data["seconds"] == pytest.approx(seconds)
+
+
+def test_mix_and_shipped_cost_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names alone are enough: no file is needed, and a mix without a number of samples is refused."""
+    words = ["plan", "github", "--cost", "gpt-7b_64xa100_192k", "--ranks", "64"]
+    assert main([*words, "--batch-size", "64", "--json"]) == 0
+    assert Plan.from_dict(json.loads(capsys.readouterr().out)).num_samples == 64
+    assert "The mix 'github' has no end" in refused(capsys, *words)
+
+
+def test_dataset(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dataset's column gives the plan that a text file gives."""
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"tokens": n}) + "\n" for n in LENGTHS))
+    options = ["--length-column", "tokens", "--json"]
+    assert main(["plan", str(tmp_path / "data.jsonl"), *files[1:], *options]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths"] == LENGTHS
+
+
+def test_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every shipped cost model is listed with its source; one alone is its JSON."""
+    assert main(["costs"]) == 0
+    printed = capsys.readouterr().out
+    for name in shipped_names():
+        assert f"\n{name}\n" in f"\n{printed}"
+    assert printed.count("estimated, not measured") == len(shipped_names()) - 1
+    assert printed.count("measured by FlexSP's authors") == 1
+    assert main(["costs", "llama-8b_8xa100_pcie"]) == 0
+    shown = CostModel.from_dict(json.loads(capsys.readouterr().out))
+    assert shown == CostModel.load("llama-8b_8xa100_pcie")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--batch-size", "0"], "0 samples a batch: it must be at least 1"),
+        (["--batch-size", "3", "--steps", "0"], "0 steps: it must be at least 1"),
+        (["--batch-size", "3", "--steps", "-1"], "-1 steps"),
+        (["--batch-size", "8"], "1 batches of 8 samples need 8"),
+        (["--batch-size", "3", "--steps", "3"], "3 batches of 3 samples need 9; "),
+        (["--batch-size", "3", "--ranks", "0"], "num_ranks is 0"),
+        (["--batch-size", "3", "--ranks", "-4"], "num_ranks is -4"),
+        (["--batch-size", "3", "--max-degree", "3"], "--max-degree 3: the cost model"),
+        (["--batch-size", "3", "--max-degree", "0"], "--max-degree 0: the cost model"),
+        (["--batch-size", "3", "--max-degree", "1"], "150 tokens fits no degree"),
+        (["--batch-size", "3", "--max-length", "0"], "maximum length is 0"),
+        (["--batch-size", "3", "--seed", "-1"], "seed is -1"),
+        (["--batch-size", "3", "--context", "149"], "--context 149: "),
+        (["--batch-size", "3", "--context", "0"], "has samples of up to 150 tokens. Raise it, or leave longer"),
+        (["--batch-size", "3", "--context", "401"], "context of 401 tokens fits no degree: 4 ranks hold 400"),
+        (["--batch-size", "3", "--cost", "no-such-cluster"], "one of gpt-7b_64xa100_192k, llama-3b_8xrtx4090_pcie"),
+        (["--batch-size", "3", "--plot", "ways.pdf"], "ways.pdf: pictures are drawn as .png or .svg"),
+        (["--batch-size", "3", "--plot", "absent/ways.svg"], "there is no folder 'absent'"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    files: list[str], words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is refused in one line that names it and what could be."""
+    assert message in refused(capsys, "simulate", *files, "--seed", "3", *words)
+
+
+def test_degrees_that_there_are(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """--max-degree is obeyed; one that the cost model lacks is refused with those it has."""
+    assert main(["plan", *files, "--max-degree", "2", "--json"]) == 0
+    plan = Plan.from_dict(json.loads(capsys.readouterr().out))
+    assert max(group.degree for group in plan.groups) == 2
+    assert "offers degrees 1, 2, 4 on 4 ranks" in refused(capsys, "plan", *files, "--max-degree", "3")
+
+
+@pytest.mark.parametrize("verb", ["plan", "simulate", "costs"])
+def test_no_torch(verb: str, files: list[str]) -> None:
+    """Text files, mixes and the list need neither torch nor `datasets`, so they start at once."""
+    mix = ["web", "--batch-size", "2", "--steps", "1", "--cost", "gpt-7b_64xa100_192k", "--ranks", "64"]
+    words = {"plan": ["plan", *files], "simulate": ["simulate", *mix], "costs": ["costs"]}[verb]
+    code = (
+        f"import sys; from hf_hetero.cli import main; assert main({words!r}) == 0; "
+        "print([name for name in ('torch', 'datasets', 'transformers', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def page() -> str:
+    return (Path(__file__).parents[1] / "recipes" / "plan_only" / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_can_be_typed() -> None:
+    """Every command of the page is one that the command line takes, with cost models and mixes that exist."""
+    lines = [line.split("#")[0] for line in page().splitlines() if line.strip().startswith("hf-hetero ")]
+    commands = [shlex.split(line.replace("$mix", mix))[1:] for line in lines for mix in ("wiki-192k", "prolong")]
+    parsed = [_parser().parse_args(command) for command in commands if command[-1] != "costs"]
+    assert len(parsed) > 15
+    for args in parsed:
+        assert args.cost in shipped_names()
+        assert args.source in MIXES or args.source in {"lengths.txt", "train.parquet"}
+
+
+def test_the_page_says_what_comes_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page's first command prints the table that the page shows: seconds within 3 %, the static degree exactly."""
+    command, rest = page().split("```bash\n", 1)[1].split("\n", 1)
+    shown = rest.split("```\n")[2].splitlines()
+    assert main(shlex.split(command.partition(" --plot")[0])[1:]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    for expected, line in zip(shown[1:-2], printed[1:-2], strict=True):
+        assert line.split()[0] == expected.split()[0]
+        assert float(line.split()[1]) == pytest.approx(float(expected.split()[1]), rel=0.03)
+    assert printed[2].split()[-2:] == shown[2].split()[-2:] == ["degree", "64"]
+    assert printed[-1] == shown[-1]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from hf_hetero import CostModel, Group, HeteroError, MicroBatch, Plan
+from hf_hetero import CostModel, Group, HeteroConfig, HeteroError, MicroBatch, Plan
+from hf_hetero.cost_model import shipped_names
 from hf_hetero.errors import ConfigError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -81,6 +82,20 @@ def test_missing_latency_is_none() -> None:
         ({"all_to_all_bytes_per_s": {"two": 1}}, "two"),
         ({"memory_bytes_per_rank": 100}, "holds no token"),
         ({"activation_bytes_per_token": 0}, "activation_bytes_per_token must be above 0"),
+        ({"memory_bytes_per_rank": 0}, "holds no token"),
+        ({"micro_batch_s": "0.5"}, "micro_batch_s is '0.5'; it must be a number"),
+        ({"micro_batch_s": True}, "micro_batch_s is True; it must be a number"),
+        ({"micro_batch_s": None}, "micro_batch_s is None; it must be a number"),
+        ({"micro_batch_s": 10**400}, r"micro_batch_s is 100000000000\.\.\.; that is too large"),
+        ({"all_to_all_bytes_per_s": [1, 2]}, r"all_to_all_bytes_per_s is \[1, 2\]; it must be an object"),
+        ({"all_to_all_bytes_per_s": {"2": "fast"}}, "all_to_all_bytes_per_s is 'fast'; it must be a number"),
+        ({"all_to_all_bytes_per_s": {"2.5": 1}}, "the degree '2.5'; a degree is a positive whole number"),
+        ({"all_to_all_bytes_per_s": {"0": 1}}, "has a degree below 1"),
+        ({"all_to_all_latency_s": {"-2": 1}}, "the degree '-2'"),
+        ({"all_to_all_latency_s": {"2": -1}}, "all_to_all_latency_s is .* must be 0 or more"),
+        ({"ranks_per_node": 0}, "ranks_per_node is 0; it must be a positive whole number"),
+        ({"ranks_per_node": 8.0}, "ranks_per_node is 8.0; it must be a positive whole number"),
+        ({"name": 7}, "name is 7; it must be text"),
     ],
 )
 def test_wrong_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -97,13 +112,47 @@ def test_missing_field_and_no_json(tmp_path: Path) -> None:
     """So are a missing field, broken JSON and a missing file."""
     data = a_cost_model().to_dict()
     del data["micro_batch_s"]
-    with pytest.raises(ConfigError, match="micro_batch_s"):
+    del data["linear_s_per_token"]
+    with pytest.raises(ConfigError, match="cost model lacks linear_s_per_token, micro_batch_s"):
         CostModel.from_dict(data)
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ConfigError, match=r"broken\.json is not JSON"):
         CostModel.load(tmp_path / "broken.json")
+    (tmp_path / "broken.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"broken\.json is not JSON"):
+        CostModel.load(tmp_path / "broken.json")
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"list\.json holds a list"):
+        CostModel.load(tmp_path / "list.json")
     with pytest.raises(ConfigError, match="No such file"):
         CostModel.load(tmp_path / "absent.json")
+
+
+def test_shipped_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shipped name loads from anywhere, also for a run's configuration; `./name` is the file of that name."""
+    monkeypatch.chdir(tmp_path)
+    name = shipped_names()[0]
+    assert CostModel.load(name).name == name
+    assert CostModel.load(str(HeteroConfig(cost_model=name).cost_model)) == CostModel.load(name)
+    a_cost_model().save(tmp_path / name)
+    assert CostModel.load(name).name == name
+    assert CostModel.load(f"./{name}") == a_cost_model()
+
+
+def test_unknown_name() -> None:
+    """A name that is neither a file nor shipped is refused with the names there are."""
+    with pytest.raises(ConfigError, match=r"'h100'.*No such file") as caught:
+        CostModel.load("h100")
+    for name in shipped_names():
+        assert name in str(caught.value)
+
+
+def test_latency_without_bandwidth_is_no_offer() -> None:
+    """A file may hold latencies of degrees that it does not offer: they change nothing."""
+    data = {**a_cost_model().to_dict(), "all_to_all_latency_s": {"4": 0.25, "16": 9.0}}
+    cost = CostModel.from_dict(data)
+    assert cost.degrees(64) == (1, 2, 4)
+    assert cost.seconds([50], 4) == a_cost_model().seconds([50], 4)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared cost models and judge")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from helpers import tiny_model, with_lora
 
-from hf_hetero import HeteroConfig, Planner, Topology
+from hf_hetero import CostModel, HeteroConfig, Planner, Topology
 from hf_hetero.estimate import (
     Device,
     ModelShape,
@@ -16,6 +19,7 @@ from hf_hetero.estimate import (
     estimate_cost_model,
     exchange_bytes,
     free_memory_bytes,
+    gathered_bytes,
     linear_flops,
     shape_of,
 )
@@ -83,7 +87,62 @@ def test_says_what_it_assumed() -> None:
     cost = estimate_cost_model(shape(), DEVICE, Topology(8, 4, 2**30), (1, 2, 4, 8))
     for words in ("not measured", "checkpointing off", "TFLOP/s", "GB/s", "GiB a rank"):
         assert words in cost.source
-    assert cost.all_to_all_bytes_per_s == {2: 1e10, 4: 1e10, 8: 1e9}
+
+
+def test_exchange_speed() -> None:
+    """Across nodes, the share that leaves the node waits for the network; shared key-value heads travel more than once.
+
+    The tiny model has 4 heads and 2 key-value heads: on 4 ranks each key-value head goes to two of them.
+    """
+    cost = estimate_cost_model(shape(), DEVICE, Topology(4, 2, 2**30), (1, 2, 4))
+    assert cost.all_to_all_bytes_per_s == {2: 1e10, 4: pytest.approx(1e9 / (1 - 2 / 4) * (4 + 2) / (4 + 4))}
+    one_node = estimate_cost_model(shape(), DEVICE, Topology(4, None, 2**30), (1, 2, 4))
+    assert one_node.all_to_all_bytes_per_s[4] == pytest.approx(1e10 * (4 + 2) / (4 + 4))
+
+
+def gpt_7b() -> ModelShape:
+    """FlexSP's GPT-7B with 192K positions: 64 heads, 7.12B weights (arXiv:2412.01523, released solver)."""
+    full = shape()
+    sizes = {"num_layers": 32, "hidden": 4096, "heads": 64, "kv_heads": 64, "head_dim": 64, "intermediate": 16384}
+    count = int(7.12e9)
+    weights = {"num_params": count, "active_params": count, "trainable_params": count, "param_bytes": 4 * count}
+    return replace(full, **sizes, **weights, element_bytes=2)
+
+
+def test_against_flexsps_measurements() -> None:
+    """Their testbed's fixed cost within a quarter, its all-to-all across nodes within a sixth, of what they measured.
+
+    8 nodes of 8 A100, 400 Gb/s a node: three quarters of it, divided by 8 ranks, are 4.7 GB/s a rank.
+    """
+    device, topology = Device("A100", 312e12 * 0.45, 110e9, 0.75 * 50e9 / 8), Topology(64, 8, 40 * 10**9)
+    cost = estimate_cost_model(gpt_7b(), device, topology, (1, 8, 16, 32, 64), sharded=True)
+    published = CostModel.load("gpt-7b_64xa100_192k")
+    assert cost.micro_batch_s == pytest.approx(published.micro_batch_s, rel=0.25)
+    for degree in (8, 16, 32, 64):
+        measured = published.all_to_all_bytes_per_s[degree]
+        assert cost.all_to_all_bytes_per_s[degree] == pytest.approx(measured, rel=0.16)
+    assert cost.all_to_all_bytes_per_token == published.all_to_all_bytes_per_token
+
+
+def test_sharded_states() -> None:
+    """Sharding divides the states by the ranks, adds what is gathered, and each micro-batch pays for gathering."""
+    options: tuple[Any, ...] = (shape(), DEVICE, Topology(4, 2, 2**30), (1, 2, 4))
+    whole, sharded = estimate_cost_model(*options), estimate_cost_model(*options, sharded=True)
+    states = whole.model_state_bytes_per_rank / 4 + gathered_bytes(shape())
+    assert sharded.model_state_bytes_per_rank == pytest.approx(states)
+    # three times the weights less the own quarter, through a node's two links of 1 GB/s, half of it exposed
+    moved_s = 0.5 * 3 * shape().num_params * 4 * (3 / 4) / 2e9
+    assert sharded.micro_batch_s - whole.micro_batch_s == pytest.approx(moved_s)
+    assert sharded.linear_s_per_token == whole.linear_s_per_token
+
+
+def test_gathered_layers() -> None:
+    """Two layers' weights and one's gradients, and the embeddings' and the head's: counted on the model itself."""
+    model = tiny_model()
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    outside = everything - len(model.model.layers) * layer
+    assert gathered_bytes(shape()) == pytest.approx(4 * (3 * layer + 2 * outside), rel=0.02)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8, 12])

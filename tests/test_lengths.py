@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from hf_hetero.errors import BadSample
@@ -58,3 +59,18 @@ def test_bad_rows_are_named(as_table: bool) -> None:
 def test_empty_dataset() -> None:
     """No rows, no lengths."""
     assert read_lengths([], "length").tolist() == []
+
+
+def test_whole_numbers_of_another_type() -> None:
+    """Whole numbers that a file made floats, or unsigned ones, are still lengths."""
+    for values in ([3.0, 4.0], np.asarray([3, 4], dtype=np.uint16)):
+        lengths = read_lengths(datasets.Dataset.from_dict({"length": values}), "length")
+        assert (lengths.tolist(), lengths.dtype) == ([3, 4], np.int64)
+
+
+@pytest.mark.parametrize("value", [2.5, "12", True, None, float("inf")])
+def test_what_is_no_length(value: Any) -> None:
+    """Anything but a whole number in a length column is refused with its row, never rounded."""
+    values = [value if type(value) in (str, bool) else 1.0, value]
+    with pytest.raises(BadSample, match=rf"Row [01]: length is {value!r}; it must be a whole number"):
+        read_lengths(datasets.Dataset.from_dict({"length": values}), "length")
