@@ -50,7 +50,7 @@ def check_model(trainer: Trainer) -> None:
         UnsupportedModel: with every reason found.
     """
     model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
-    _raise_all(type(base_model(model)).__name__, [*_model_problems(model), *_trainer_problems(trainer)])
+    _raise_all(type(base_model(model)).__name__, [*model_problems(model), *_trainer_problems(trainer)])
     config: Any = base_model(model).config
     if config.model_type not in TESTED_MODEL_TYPES:
         logger.warning(
@@ -124,7 +124,8 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
         yield "device_map spreads the model over several devices; load it without."
 
 
-def _model_problems(model: torch.nn.Module) -> Iterator[str]:
+def model_problems(model: torch.nn.Module) -> Iterator[str]:
+    """Why a model is refused, in words."""
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         yield "it is not a transformers model."

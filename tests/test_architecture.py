@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"config", "topology"},
+    {"config", "topology", "drawing", "mixes"},
     {"plan"},
     {"cost_model", "layout", "groups", "loss", "timing"},
-    {"agreement", "attention", "planner", "step"},
+    {"agreement", "attention", "dynamic_cp", "planner", "step"},
     {
         "estimate",
         "exactness",
@@ -26,7 +26,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "collators",
         "callbacks",
     },
-    {"loader", "machine"},
+    {"check", "clusters", "loader", "machine", "simulation_picture", "sources"},
     {"trainer"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
@@ -35,7 +35,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.kernels"},
     "flash_attn_interface": {"attention.kernels"},
     "mip": {"planner.program"},
-    "matplotlib": {"report"},
+    "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"lengths", "loader"},
     "transformers": {
         "attention.interface",
@@ -43,7 +43,9 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
+        "check",
         "exactness",
+        "lengths",
         "loader",
         "machine",
         "trainer",
@@ -57,8 +59,13 @@ WITHOUT_TORCH = {
     "cost_model",
     "layout",
     "planner",
+    "drawing",
+    "dynamic_cp",
+    "mixes",
     "report",
     "simulate",
+    "simulation_picture",
+    "sources",
     "cli",
     "",
 }
