@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_hetero import exactness
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.cpu import CPU
 from hf_hetero.collators.packed import Sample, pack_spans
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.layout import contiguous
@@ -233,7 +234,7 @@ def probe(model: Any) -> Probe:
     interface.register()
     model.set_attn_implementation(interface.ATTENTION_NAME)
     layout = contiguous(list(PROBE_LENGTHS), 1)
-    context = AttentionContext(layout, (0,), 0, None, "ulysses", kernels.CPU, torch.device("cpu"))
+    context = AttentionContext(layout, (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
     inputs = pack_spans(layout.spans[0], [Sample(sample, shift_labels(sample)) for sample in ids])
     found = _pass(model, [{**inputs, "hetero": context, "num_items_in_batch": num_targets}])
     num_layers = len({m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)})

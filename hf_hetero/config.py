@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_hetero.errors import ConfigError
+from hf_hetero.plan import METHODS
 
-METHODS = ("ulysses",)
 SOLVERS = ("auto", "fast", "mip")
 MIP_BACKENDS = ("highs", "cbc")
 

@@ -6,9 +6,16 @@ some of them; the spans of a rank, in order, are what the rank has in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+
+from hf_hetero.plan import Group
+
+EVEN_WORK_TOKENS = 48 * 1024
+"""Length of a sample at which attention takes as long as all else: parameters / (layers * hidden), 37K for a model of
+1B and 61K for one of 8B. `zigzag` weighs samples by it; another value balances a little worse, no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,15 @@ class Layout:
     Args:
         lengths: tokens of each packed sample, in packing order.
         spans: for each rank of the group, its spans in memory order.
-        kind: "contiguous": the ranks hold consecutive equal slices of the pack.
+        kind: "contiguous": the ranks hold consecutive equal slices of the pack; "zigzag": see `zigzag`.
+        inner: where a group shares heads inside blocks of ranks and keys among the blocks, the ranks of a block, which
+            hold consecutive slices of what the block holds; else 1.
     """
 
     lengths: tuple[int, ...]
     spans: tuple[tuple[Span, ...], ...]
     kind: str = "contiguous"
+    inner: int = 1
 
     @property
     def degree(self) -> int:
@@ -55,6 +65,11 @@ class Layout:
         return tuple(sum(span.num_tokens for span in spans) for spans in self.spans)
 
     @property
+    def is_cut(self) -> bool:
+        """Whether a sample is held by more than one rank."""
+        return any(span.num_tokens < self.lengths[span.sample] for spans in self.spans for span in spans)
+
+    @property
     def cu_seqlens(self) -> tuple[int, ...]:
         """Where each sample starts in the pack, and the end: flash-attn's own spelling."""
         return (0, *accumulate(self.lengths))
@@ -63,6 +78,21 @@ class Layout:
     def max_seqlen(self) -> int:
         """Tokens of the longest sample; 0 for an empty pack."""
         return max(self.lengths, default=0)
+
+
+def layout_of(group: Group, lengths: Sequence[int]) -> Layout:
+    """The layout in which a plan's group holds its samples: the one that its method is best at.
+
+    Args:
+        group: of a plan.
+        lengths: tokens of each sample of the global batch.
+    """
+    held = [lengths[sample] for sample in group.samples]
+    if group.method == "ulysses":
+        return contiguous(held, group.degree)
+    if group.ulysses_degree is not None:
+        return two_level(held, group.degree, group.ulysses_degree)
+    return zigzag(held, group.degree)
 
 
 def equal_splits(total: int, parts: int) -> tuple[int, ...]:
@@ -81,14 +111,122 @@ def contiguous(lengths: Sequence[int], degree: int) -> Layout:
     >>> contiguous([3, 2], 2).spans
     ((Span(sample=0, start=0, end=3),), (Span(sample=1, start=0, end=2),))
     """
-    starts = (0, *accumulate(lengths))
-    bounds = (0, *accumulate(equal_splits(sum(lengths), degree)))
-    spans = tuple(
+    whole = [Span(sample, 0, length) for sample, length in enumerate(lengths)]
+    return Layout(tuple(lengths), _slices(whole, degree))
+
+
+def zigzag(lengths: Sequence[int], degree: int) -> Layout:
+    """Long samples in a zigzag over all ranks, short ones whole on one rank: little to exchange, even causal work.
+
+    A sample that has more tokens, or more work, than a rank's share is cut into two pieces a rank, of which rank r
+    holds number r from the front and number r from the back, so that each rank has the same tokens of it and the same
+    pairs of them (zigzag, as in Llama 3's context parallelism, arXiv:2407.21783, section 3.3.2). The others, longest
+    first, each go whole to the rank with the most room, and are cut only where none has enough. All ranks hold equal
+    tokens, to one.
+
+    >>> zigzag([8, 1, 1], 2).spans
+    ((Span(sample=0, start=0, end=2), Span(sample=0, start=6, end=8), Span(sample=1, start=0, end=1)), \
+(Span(sample=0, start=2, end=6), Span(sample=2, start=0, end=1)))
+    """
+    order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
+    work = [length * (length + EVEN_WORK_TOKENS) for length in lengths]
+    share_tokens, share_work = sum(lengths) / degree, 1.1 * sum(work) / degree
+    held: list[list[Span]] = [[] for _ in range(degree)]
+    room = [0] * degree  # below 0 until all long samples are dealt
+    num_shared = sum(length > share_tokens or work[i] > share_work for i, length in enumerate(lengths))
+    for sample in order[:num_shared]:
+        _deal_in_zigzag(sample, lengths[sample], held, room)
+    for rank, tokens in zip(
+        sorted(range(degree), key=lambda rank: room[rank]), equal_splits(sum(lengths), degree), strict=True
+    ):
+        room[rank] += tokens
+    emptiest = [(-tokens, rank) for rank, tokens in enumerate(room)]
+    heapq.heapify(emptiest)
+    for sample in order[num_shared:]:
+        start, length = 0, lengths[sample]
+        while start < length:
+            tokens, rank = heapq.heappop(emptiest)
+            end = min(length, start - tokens)
+            held[rank].append(Span(sample, start, end))
+            heapq.heappush(emptiest, (tokens + end - start, rank))
+            start = end
+    spans = tuple(_joined(sorted(spans, key=lambda span: (span.sample, span.start))) for spans in held)
+    return Layout(tuple(lengths), spans, "zigzag")
+
+
+def two_level(lengths: Sequence[int], degree: int, inner: int) -> Layout:
+    """A zigzag over blocks of `inner` ranks, and consecutive slices of a block's spans on its ranks."""
+    blocks = zigzag(lengths, degree // inner)
+    spans = tuple(share for block in blocks.spans for share in _slices(block, inner))
+    return Layout(blocks.lengths, spans, blocks.kind, inner)
+
+
+def blocks_of(layout: Layout) -> Layout:
+    """The layout over the blocks of a group: what each of them holds in all."""
+    ranks = range(0, layout.degree, layout.inner)
+    spans = tuple(_joined(s for held in layout.spans[r : r + layout.inner] for s in held) for r in ranks)
+    return Layout(layout.lengths, spans, layout.kind)
+
+
+def needed(layout: Layout, receiver: int, sender: int, window: int | None = None) -> tuple[Span, ...]:
+    """Keys of one rank that the queries of another must meet, in the order the sender holds them.
+
+    Args:
+        layout: who holds what.
+        receiver, sender: ranks of the group, by position.
+        window: tokens that a query sees, itself included; None means all before it.
+    """
+    seen: dict[int, list[tuple[int, int]]] = {}
+    for span in layout.spans[receiver]:
+        first = 0 if window is None else max(0, span.start - window + 1)
+        ranges = seen.setdefault(span.sample, [])
+        if ranges and first <= ranges[-1][1]:
+            first, _ = ranges.pop()
+        ranges.append((first, span.end))
+    return tuple(
+        Span(held.sample, max(held.start, first), min(held.end, end))
+        for held in layout.spans[sender]
+        for first, end in seen.get(held.sample, ())
+        if max(held.start, first) < min(held.end, end)
+    )
+
+
+def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list[int]) -> None:
+    """Two pieces of one sample to each rank; the tokens that do not divide go to the ranks that hold the fewest."""
+    degree = len(held)
+    piece, left = divmod(length, 2 * degree)
+    sizes = [piece] * (2 * degree)
+    for _ in range(left):
+        rank = max(range(degree), key=lambda rank: room[rank] - sizes[rank] - sizes[-1 - rank])
+        sizes[rank if sizes[rank] == piece else -1 - rank] += 1
+    ends = list(accumulate(sizes))
+    for position, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        rank = min(position, 2 * degree - 1 - position)
+        if size:
+            held[rank].append(Span(sample, end - size, end))
+            room[rank] -= size
+
+
+def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
+    """Consecutive slices of some spans, equal to one token."""
+    starts = (0, *accumulate(span.num_tokens for span in spans))
+    bounds = (0, *accumulate(equal_splits(starts[-1], parts)))
+    return tuple(
         tuple(
-            Span(sample, max(low - start, 0), min(high - start, length))
-            for sample, (start, length) in enumerate(zip(starts, lengths, strict=False))
-            if max(low, start) < min(high, start + length)
+            Span(span.sample, span.start + max(low - start, 0), span.start + min(high - start, span.num_tokens))
+            for start, span in zip(starts, spans, strict=False)
+            if max(low, start) < min(high, start + span.num_tokens)
         )
         for low, high in pairwise(bounds)
     )
-    return Layout(tuple(lengths), spans)
+
+
+def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same tokens in as few spans as can be."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and (joined[-1].sample, joined[-1].end) == (span.sample, span.start):
+            joined[-1] = Span(span.sample, joined[-1].start, span.end)
+        else:
+            joined.append(span)
+    return tuple(joined)

@@ -15,6 +15,8 @@ from typing import Any
 from hf_hetero.errors import HeteroError
 
 PLAN_FORMAT = "hf-hetero-plan/1"
+METHODS = ("ulysses", "gather", "ring", "ulysses_ring")
+"""How attention may cross the ranks of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +26,17 @@ class Group:
     Args:
         ranks: global ranks, ascending and contiguous, starting at a multiple of their number.
         samples: positions in the global batch, in the order they are packed; may be empty.
-        method: how attention crosses the ranks ("ulysses").
+        method: how attention crosses the ranks: one of `METHODS`.
+        ulysses_degree: for "ulysses_ring", the ranks of a block that share heads; the blocks form the ring. Else None.
+
+    Raises:
+        HeteroError: ranks that are no aligned block, an unknown method, or blocks that do not fill the group.
     """
 
     ranks: tuple[int, ...]
     samples: tuple[int, ...]
     method: str = "ulysses"
+    ulysses_degree: int | None = None
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -38,6 +45,16 @@ class Group:
         if self.ranks != tuple(range(first, first + degree)) or first % degree:
             raise HeteroError(
                 f"Group of ranks {list(self.ranks)}: ranks must be contiguous and start at a multiple of {degree}."
+            )
+        if self.method not in METHODS:
+            raise HeteroError(f"Group of ranks {list(self.ranks)}: method {self.method!r} is none of {METHODS}.")
+        inner = self.ulysses_degree
+        if (inner is not None) != (self.method == "ulysses_ring") or (
+            inner is not None and (inner < 1 or degree % inner)
+        ):
+            raise HeteroError(
+                f"Group of ranks {list(self.ranks)}, method {self.method!r}: ulysses_degree is {inner!r}. "
+                '"ulysses_ring" needs one that divides the number of ranks; the other methods have none.'
             )
 
     @property
@@ -119,7 +136,7 @@ class Plan:
 
     def digest(self) -> int:
         """63-bit fingerprint of what is trained and how; equal on all ranks or the step must not start."""
-        decisions = [[(g.ranks, g.samples, g.method) for g in m.groups] for m in self.micro_batches]
+        decisions = [[(g.ranks, g.samples, g.method, g.ulysses_degree) for g in m.groups] for m in self.micro_batches]
         hashed = hashlib.sha256(json.dumps([self.num_ranks, decisions]).encode()).digest()
         return int.from_bytes(hashed[:8], "big") >> 1
 
@@ -128,10 +145,7 @@ class Plan:
         return {
             "format": PLAN_FORMAT,
             "num_ranks": self.num_ranks,
-            "micro_batches": [
-                {"groups": [{"ranks": list(g.ranks), "samples": list(g.samples), "method": g.method} for g in m.groups]}
-                for m in self.micro_batches
-            ],
+            "micro_batches": [{"groups": [_group_to_dict(group) for group in m.groups]} for m in self.micro_batches],
             "seconds": self.seconds,
             "lower_bound_s": self.lower_bound_s,
             "solver": self.solver,
@@ -147,14 +161,19 @@ class Plan:
         """
         if data.get("format") != PLAN_FORMAT:
             raise HeteroError(f"Plan format {data.get('format')!r} is unknown: expected {PLAN_FORMAT!r}.")
-        micro_batches = tuple(
-            MicroBatch(
-                tuple(Group(tuple(g["ranks"]), tuple(g["samples"]), g.get("method", "ulysses")) for g in m["groups"])
-            )
-            for m in data["micro_batches"]
-        )
+        micro_batches = tuple(MicroBatch(tuple(map(_group_from_dict, m["groups"]))) for m in data["micro_batches"])
         numbers = {name: data[name] for name in ("seconds", "lower_bound_s", "solver", "planning_s") if name in data}
         return cls(num_ranks=data["num_ranks"], micro_batches=micro_batches, **numbers)
+
+
+def _group_to_dict(group: Group) -> dict[str, Any]:
+    data: dict[str, Any] = {"ranks": list(group.ranks), "samples": list(group.samples), "method": group.method}
+    return data if group.ulysses_degree is None else {**data, "ulysses_degree": group.ulysses_degree}
+
+
+def _group_from_dict(data: Mapping[str, Any]) -> Group:
+    method = data.get("method", "ulysses")
+    return Group(tuple(data["ranks"]), tuple(data["samples"]), method, data.get("ulysses_degree"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from hf_hetero.layout import Layout, contiguous
+from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group, Plan
 
 
@@ -59,7 +59,7 @@ class StepShare:
 
     def layout(self, group: Group) -> Layout:
         """Which tokens each rank of a group holds."""
-        return contiguous([self.step.lengths[sample] for sample in group.samples], group.degree)
+        return layout_of(group, self.step.lengths)
 
     def samples(self) -> tuple[int, ...]:
         """Positions in the global batch of the samples this rank holds tokens of, ascending."""

@@ -249,16 +249,21 @@ class HeteroTrainerMixin(Trainer):
 
     def _context(self, micro_batch: RankMicroBatch, index: int) -> AttentionContext:
         group = micro_batch.group
+        rank = self.args.process_index if self.args.world_size > 1 else 0
+        inner = micro_batch.layout.inner
+        first = rank - rank % inner
         return AttentionContext(
             micro_batch.layout,
             group.ranks,
-            self.args.process_index if self.args.world_size > 1 else 0,
+            rank,
             self.groups.get(group.ranks),
             group.method,
             self._kernel,
             self.args.device,
             step=self.state.global_step + 1,
             micro_batch=index,
+            inner_group=self.groups.get(tuple(range(first, first + inner))),
+            keeps=bool(self.args.activation_checkpointing),
         )
 
     def _synchronising(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero.plan import METHODS
 from hf_hetero.plan_ahead import PlanSource
 
 IGNORE = -100
@@ -221,9 +222,19 @@ class ScriptedPlanner:
             chunk = list(range(m, len(lengths), num_micro_batches))
             shape = SHAPES[self.num_ranks][(m + key) % len(SHAPES[self.num_ranks])]
             filled = shape[: max(1, len(shape) - m % 2)]  # every second micro-batch leaves a group empty
-            groups = [Group(r, tuple(chunk[n :: len(filled)]) if r in filled else ()) for n, r in enumerate(shape)]
+            groups = [
+                Group(ranks, tuple(chunk[n :: len(filled)]) if ranks in filled else (), *crossing(ranks, m + n + key))
+                for n, ranks in enumerate(shape)
+            ]
             micro_batches.append(MicroBatch(tuple(groups)))
         return Plan(self.num_ranks, tuple(micro_batches), seconds=1.0, lower_bound_s=1.0)
+
+
+def crossing(ranks: tuple[int, ...], key: int) -> tuple[str, int | None]:
+    """A method for a group, each in turn; and the ranks of a block where there are blocks."""
+    methods = ("ring", "ulysses_ring", "ulysses", "gather") if len(ranks) == 4 else METHODS[:3]
+    method = methods[key % len(methods)]
+    return method, 2 if method == "ulysses_ring" else None
 
 
 def scripted(planner: Any) -> PlanSource:

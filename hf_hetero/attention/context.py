@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
-from hf_hetero.attention.kernels import Kernel, Pack
+from hf_hetero.attention.contract import Kernel
 from hf_hetero.layout import Layout
+
+Tensors = tuple[torch.Tensor, ...]
 
 
 class AttentionContext:
@@ -22,12 +27,13 @@ class AttentionContext:
         rank: this rank.
         process_group: None for a single rank.
         method: how attention crosses the ranks.
-        kernel: computes attention of packed samples on one device.
-        device: where the sample boundaries go, once and not in every layer.
+        kernel: computes attention on one device.
+        device: where sample boundaries and row numbers go, once and not in every layer.
         step, micro_batch: for messages only.
+        inner_group: process group of this rank's block, where the layout has blocks.
+        keeps: layers are computed again in backward (gradient checkpointing): keep what was exchanged until then.
 
     Attributes:
-        pack: sample boundaries of the whole group, for the kernel.
         group_rank: this rank's position in the group.
         num_tokens: tokens of this rank that belong to a sample.
         reached: layers that attention was called for; shows whether the model hands its keywords down.
@@ -44,15 +50,44 @@ class AttentionContext:
         device: torch.device,
         step: int = 0,
         micro_batch: int = 0,
+        inner_group: dist.ProcessGroup | None = None,
+        keeps: bool = False,
     ) -> None:
-        self.layout, self.ranks, self.process_group = layout, ranks, process_group
-        self.method, self.kernel, self.step, self.micro_batch = method, kernel, step, micro_batch
+        self.layout, self.ranks, self.process_group, self.inner_group = layout, ranks, process_group, inner_group
+        self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
+        self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
         self.num_tokens = layout.rank_tokens[self.group_rank]
-        cu_seqlens = torch.tensor(layout.cu_seqlens, dtype=torch.int32, device=device)
-        self.pack = Pack(layout.lengths, cu_seqlens, layout.max_seqlen)
         self.reached: set[int] = set()
+        self._made: dict[Any, Any] = {}
+        self._kept: dict[tuple[int, str], Tensors | None] = {}
 
     def where(self, layer: int) -> str:
         """Place of an operation, for messages."""
         return f"step {self.step}, micro-batch {self.micro_batch}, layer {layer}, ranks {list(self.ranks)}"
+
+    def made(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Something all layers share, such as row numbers on the device: made by the first layer that asks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def once(self, layer: int, operation: str, compute: Callable[[], Tensors]) -> Tensors:
+        """What an operation of a layer gives, kept from the forward pass to its recompute in backward.
+
+        A layer that was called twice in the forward pass keeps nothing, since nothing tells its calls apart.
+        """
+        if not self.keeps:
+            return compute()
+        key = (layer, operation)
+        if _in_backward():
+            kept = self._kept.pop(key, None)
+            return compute() if kept is None else kept
+        found = compute()
+        self._kept[key] = None if key in self._kept else tuple(x.detach() for x in found)
+        return found
+
+
+def _in_backward() -> bool:
+    # as torch.utils.checkpoint itself asks; -1 outside of a backward pass
+    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]

@@ -15,8 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.kernels import Scores, weigh
-from hf_hetero.attention.ulysses import ulysses
+from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.methods import attend
+from hf_hetero.attention.plain import weigh
 from hf_hetero.errors import UnsupportedModel
 
 # must hold neither "flash" nor "sdpa": transformers treats such names in ways of its own
@@ -75,7 +76,7 @@ def hetero_attention(
     hetero.reached.add(layer)
     # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
     q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
-    out = ulysses(q, k, v, hetero, scores, layer)
+    out = attend(q, k, v, hetero, scores, layer)
     # the token that stands in on a rank without any gets zeros
     out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
     return out.unsqueeze(0), None

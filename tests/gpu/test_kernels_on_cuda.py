@@ -7,16 +7,13 @@ import math
 import pytest
 import torch
 
-from hf_hetero.attention.kernels import PLAIN, Pack, Scores, choose_kernel
+from hf_hetero.attention.contract import WINDOW, Scores, Segments
+from hf_hetero.attention.kernels import choose_kernel
+from hf_hetero.attention.plain import PLAIN
 
 pytestmark = pytest.mark.gpu
 
 LENGTHS = [1, 700, 33, 2048, 5, 512]
-
-
-def on_cuda(lengths: list[int]) -> Pack:
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device="cuda")
-    return Pack(tuple(lengths), bounds, max(lengths))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -25,19 +22,42 @@ def on_cuda(lengths: list[int]) -> Pack:
 def test_error_is_the_types_own(dtype: torch.dtype, kv_heads: int, window: int | None) -> None:
     """Against fp64, the chosen kernel errs no more than 1.5 times what plain attention errs in the same type."""
     torch.manual_seed(0)
-    total, scores, pack = sum(LENGTHS), Scores(1 / math.sqrt(64), window), on_cuda(LENGTHS)
+    total, scores = sum(LENGTHS), Scores(1 / math.sqrt(64), window)
+    segments = Segments.packed(LENGTHS, torch.device("cuda"))
     exact = [torch.randn(total, h, 64, device="cuda", dtype=torch.float64) for h in (8, kv_heads, kv_heads)]
     weights = torch.randn(total, 8, 64, device="cuda", dtype=torch.float64)
     kernel = choose_kernel("cuda", dtype, scores.features)
     results: list[list[torch.Tensor]] = []
     for attend, kind in ((PLAIN, torch.float64), (PLAIN, dtype), (kernel, dtype)):
         leaves = [x.to(kind).requires_grad_() for x in exact]
-        out = attend(leaves[0], leaves[1], leaves[2], pack, scores)
+        out = attend(leaves[0], leaves[1], leaves[2], segments, scores)
         grads = torch.autograd.grad((out * weights.to(kind)).sum(), leaves)
         results.append([out.detach(), *grads])
     for reference, plain, ours in zip(*results, strict=True):
         allowed = 1.5 * (plain.double() - reference).abs().max() + 1e-6
         assert (ours.double() - reference).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_parts_of_the_keys_merge_on_cuda(window: int | None) -> None:
+    """The chosen kernel with more keys than queries, and a block against merged output: what gather and ring call."""
+    torch.manual_seed(0)
+    kernel = choose_kernel("cuda", torch.bfloat16, frozenset() if window is None else frozenset({WINDOW}))
+    assert kernel.forward is not None
+    assert kernel.backward is not None
+    device, scores = torch.device("cuda"), Scores(1 / 8, window)
+    shapes = ((500, 8), (1300, 2), (1300, 2), (500, 8))
+    q, k, v, grad = (torch.randn(n, h, 64, device=device, dtype=torch.bfloat16) for n, h in shapes)
+    whole = Segments.of([200, 300], [500, 800], device)
+    out, lse = kernel.forward(q, k, v, whole, scores)
+    wide = [x.double() for x in (q, k, v)]
+    exact, exact_lse = PLAIN.forward(*wide, whole, scores)  # type: ignore[misc]
+    assert (out.double() - exact).abs().max() < 2e-2
+    assert (lse - exact_lse).abs().max() < 1e-3
+    found = kernel.backward(grad, q, k, v, exact.bfloat16(), exact_lse.float(), whole, scores)
+    expected = PLAIN.backward(grad.double(), *wide, exact, exact_lse, whole, scores)  # type: ignore[misc]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.double() - theirs).abs().max() < 2e-2 * theirs.abs().max()
 
 
 def test_no_host_sync_in_attention() -> None:

@@ -1,0 +1,225 @@
+"""What every attention kernel is given and gives back: runs of queries, runs of keys, output and log-sum-exp.
+
+The log-sum-exp makes attention additive: outputs over disjoint keys merge exactly (`merge`), sinks are one more key
+without a value, and a backward pass over some of the keys is exact when it is given the merged output and log-sum-exp.
+So one pair of functions, forward and backward, serves whole samples, gathered keys and blocks of a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hf_hetero.errors import UnsupportedModel
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+FLOATS = HALF | {torch.float32, torch.float64}
+WINDOW, SOFTCAP, SINKS = "sliding window", "softcap", "attention sinks"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Runs of queries and the run of keys that each of them meets: on the host for loops, on the device for kernels.
+
+    Queries and keys of a tensor are its runs, one after the other. No run is empty.
+
+    Args:
+        q_lengths, k_lengths: tokens of each run.
+        cu_q, cu_k: where they start, and the end; int32 tensors on the device, shape (num_runs + 1,).
+        max_q, max_k: tokens of the longest run; 0 without runs.
+        causal: the last query of a run meets all of its keys, the one before it all but the last, and so on; else
+            every query of a run meets all of its keys.
+    """
+
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    cu_q: torch.Tensor
+    cu_k: torch.Tensor
+    max_q: int
+    max_k: int
+    causal: bool = True
+
+    @classmethod
+    def of(
+        cls, q_lengths: Sequence[int], k_lengths: Sequence[int], device: torch.device, causal: bool = True
+    ) -> Segments:
+        """From the lengths alone."""
+        cu_q, cu_k = (
+            torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (q_lengths, k_lengths)
+        )
+        max_q, max_k = max(q_lengths, default=0), max(k_lengths, default=0)
+        return cls(tuple(q_lengths), tuple(k_lengths), cu_q, cu_k, max_q, max_k, causal)
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+        """Whole samples, each of which meets itself."""
+        return cls.of(lengths, lengths, device)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How a layer turns q @ k into weights.
+
+    Args:
+        scaling: factor on q @ k.
+        window: a token sees itself and the `window - 1` tokens before it; None means all before it.
+        softcap: scores become `softcap * tanh(scores / softcap)`.
+        sinks: one logit a query head that takes part in the softmax and has no value. Shape (num_heads,).
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What a kernel must be able to do."""
+        used = {WINDOW: self.window, SOFTCAP: self.softcap, SINKS: self.sinks}
+        return frozenset(name for name, value in used.items() if value is not None)
+
+    def without_sinks(self) -> Scores:
+        """The same, for a kernel that meets only the keys."""
+        return replace(self, sinks=None)
+
+    def of_heads(self, start: int, end: int) -> Scores:
+        """The same, for some of the query heads: sinks belong to heads."""
+        return self if self.sinks is None else replace(self, sinks=self.sinks[start:end])
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], tuple[torch.Tensor, torch.Tensor]]
+"""(q, k, v, segments, scores without sinks) -> out, lse. q: (num_q, num_heads, head_dim); k, v: (num_k, num_kv_heads,
+head_dim), num_heads a multiple of num_kv_heads; out as q; lse (num_q, num_heads), fp32 or wider. Not differentiable."""
+
+Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+"""(grad_out, q, k, v, out, lse, segments, scores without sinks) -> dq, dk, dv. Out and lse may be merged over more keys
+than these; then the gradients are those keys' part."""
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A way to compute attention, and what it can do.
+
+    Args:
+        name: for the log.
+        device_type: "cpu" or "cuda"; None means any.
+        dtypes: element types it computes in.
+        features: of "sliding window", "softcap", "attention sinks". A kernel with `forward` and `backward` has sinks.
+        forward, backward: the pair; None where the library offers only a differentiable function.
+        attend: (q, k, v, segments, scores) -> out, differentiable; None where the pair serves.
+        unequal_values: whether values may have another size than queries and keys; else they are padded with zeros.
+    """
+
+    name: str
+    device_type: str | None
+    dtypes: frozenset[torch.dtype]
+    features: frozenset[str]
+    forward: Forward | None = None
+    backward: Backward | None = None
+    attend: Attend | None = None
+    unequal_values: bool = False
+
+    @property
+    def has_lse(self) -> bool:
+        """Whether outputs over parts of the keys can be merged, as a ring needs."""
+        return self.forward is not None and self.backward is not None
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
+    ) -> torch.Tensor:
+        """Differentiable attention. q: (num_q, num_heads, head_dim); out: (num_q, num_heads, size of a value).
+
+        Without queries, keys or heads the output is empty and still has a gradient.
+
+        Raises:
+            UnsupportedModel: the layer needs what this kernel cannot do.
+        """
+        self.require(scores.features)
+        if q.numel() == 0:
+            return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
+        (v,), value_dim = self.padded([v], q.shape[2]), v.shape[2]
+        if self.attend is not None:
+            return self.attend(q, k, v, segments, scores)[..., :value_dim]
+        out: Any = _Attend.apply(q, k, v, scores.sinks, self, segments, scores.without_sinks())
+        return out[..., :value_dim]
+
+    def require(self, features: frozenset[str]) -> None:
+        """Refuse, by name, what this kernel cannot do.
+
+        Raises:
+            UnsupportedModel: with what is missing.
+        """
+        if missing := features - self.features:
+            raise UnsupportedModel(
+                f"Kernel {self.name!r} cannot do {', '.join(sorted(missing))}, which this model uses. "
+                "Install flash-attn, or train without it."
+            )
+
+    def padded(self, values: Sequence[torch.Tensor], head_dim: int) -> list[torch.Tensor]:
+        """Values, or gradients of outputs, as wide as the kernel wants them: zeros change nothing."""
+        if self.unequal_values:
+            return list(values)
+        return [F.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x for x in values]
+
+
+class _Attend(torch.autograd.Function):
+    """One call of a kernel's pair. The sinks are merged in afterwards, so a kernel need not know of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        kernel: Kernel,
+        segments: Segments,
+        scores: Scores,
+    ) -> torch.Tensor:
+        assert kernel.forward is not None
+        out, lse = kernel.forward(q, k, v, segments, scores)
+        out, lse = with_sinks(out, lse, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.call = kernel.backward, segments, scores
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        backward, segments, scores = ctx.call
+        grad = grad_outputs[0].contiguous()
+        grads = backward(grad, q, k, v, out, lse, segments, scores)
+        return *grads, sinks_gradient(grad, out, lse, sinks), None, None, None
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys of both: the same queries, disjoint keys. Computed in the wider of the types."""
+    total = torch.logaddexp(lse, other_lse)
+    return out * (lse - total).exp()[..., None] + other_out * (other_lse - total).exp()[..., None], total
+
+
+def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp with one more key a head, which has a logit and no value."""
+    if sinks is None:
+        return out, lse
+    total = torch.logaddexp(lse, sinks.detach().to(lse.dtype))
+    return (out * (lse - total).exp()[..., None]).to(out.dtype), total
+
+
+def sinks_gradient(
+    grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (num_heads,)."""
+    if sinks is None:
+        return None
+    weights = (sinks.detach().to(lse.dtype) - lse).exp()
+    return -(weights * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum(0).to(sinks.dtype)

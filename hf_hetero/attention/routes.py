@@ -1,0 +1,184 @@
+"""Which rows travel to whom, and which keys each run of queries then meets: a layout as index tensors, made once.
+
+Only keys that another rank's queries must meet travel, so a sample that one rank holds whole costs nothing. Everybody
+reads the same layout, so nobody asks anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hf_hetero.attention.contract import Segments
+from hf_hetero.layout import Layout, Span, needed
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """Queries and keys that meet on this rank.
+
+    Args:
+        key_rows: rows of the buffer of keys, in the order of the runs; None means all rows as they are.
+        segments: the runs.
+        q_rows: rows of this rank's queries; None means all.
+    """
+
+    key_rows: torch.Tensor | None
+    segments: Segments
+    q_rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatherRoute:
+    """All keys in one exchange.
+
+    Args:
+        send_rows: rows that leave, by receiver; int64.
+        num_sent, num_received: rows for, and from, each rank of the group.
+        meeting: keys are this rank's rows, then those received.
+    """
+
+    send_rows: torch.Tensor
+    num_sent: tuple[int, ...]
+    num_received: tuple[int, ...]
+    meeting: Meeting
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One step of a ring: rows to the rank `number` places on, rows from the rank as many places back.
+
+    Args:
+        number: from 1 to degree - 1.
+        send_to, receive_from: positions in the group.
+        send_rows: None sends nothing.
+        num_received: 0 receives nothing.
+        meeting: keys are the rows received; None with nothing received.
+    """
+
+    number: int
+    send_to: int
+    receive_from: int
+    send_rows: torch.Tensor | None
+    num_received: int
+    meeting: Meeting | None
+
+
+@dataclass(frozen=True, slots=True)
+class RingRoute:
+    """What this rank holds itself, and the rounds in which it takes part."""
+
+    local: Meeting
+    rounds: tuple[Round, ...]
+
+
+def gather_route(layout: Layout, me: int, window: int | None, device: torch.device) -> GatherRoute:
+    """Every key that a rank's queries meet, for a layer whose queries see `window` tokens (None: all before them)."""
+    others = [rank for rank in range(layout.degree) if rank != me]
+    sent = {rank: needed(layout, rank, me, window) for rank in others}
+    received = {rank: needed(layout, me, rank, window) for rank in others}
+    mine = _Rows(layout.spans[me])
+    buffer = _Rows([*layout.spans[me], *(span for rank in others for span in received[rank])])
+    return GatherRoute(
+        send_rows=_index((rows for rank in others for rows in mine.of(sent[rank])), device),
+        num_sent=tuple(_num_tokens(sent.get(rank, ())) for rank in range(layout.degree)),
+        num_received=tuple(_num_tokens(received.get(rank, ())) for rank in range(layout.degree)),
+        meeting=_causal_meeting(layout.spans[me], buffer, window, device),
+    )
+
+
+def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
+    """Keys in rounds, for a layer whose queries see all before them."""
+    spans = layout.spans[me]
+    mine = _Rows(spans)
+    rounds: list[Round] = []
+    for number in range(1, layout.degree):
+        to, source = (me + number) % layout.degree, (me - number) % layout.degree
+        sent, received = needed(layout, to, me), needed(layout, me, source)
+        if sent or received:
+            rows = _index(mine.of(sent), device) if sent else None
+            meeting = _full_meeting(spans, received, device) if received else None
+            rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
+    return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
+
+
+class _Rows:
+    """Where the tokens of some spans lie in a buffer that holds the spans one after the other."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._by_sample: dict[int, list[tuple[int, int, int]]] = {}
+        self.num_rows = 0
+        for span in spans:
+            self._by_sample.setdefault(span.sample, []).append((span.start, span.end, self.num_rows))
+            self.num_rows += span.num_tokens
+        for held in self._by_sample.values():
+            held.sort()
+
+    def within(self, sample: int, first: int, end: int) -> list[range]:
+        """Rows that hold tokens `first` to `end` of a sample, in the order of the tokens; those held elsewhere miss."""
+        return [
+            range(row + max(first, start) - start, row + min(end, stop) - start)
+            for start, stop, row in self._by_sample.get(sample, ())
+            if max(first, start) < min(end, stop)
+        ]
+
+    def of(self, spans: Iterable[Span]) -> list[range]:
+        """Rows of some spans, in their order."""
+        return [rows for span in spans for rows in self.within(span.sample, span.start, span.end)]
+
+
+def _causal_meeting(
+    spans: Sequence[Span], buffer: _Rows, window: int | None, device: torch.device, whole: bool = True
+) -> Meeting:
+    """Each span of queries with the keys before it that are in the buffer, and itself.
+
+    Args:
+        whole: the buffer holds everything that the queries meet; else only what this rank has itself.
+    """
+    keys: list[list[range]] = []
+    for span in spans:
+        first = 0 if window is None else max(0, span.start - window + 1)
+        keys.append(buffer.within(span.sample, first, span.end))
+        assert not whole or sum(map(len, keys[-1])) == span.end - first, "a key that is needed has not been sent"
+    flat = [rows for found in keys for rows in found]
+    as_they_are = _joined(flat) == [range(buffer.num_rows)]
+    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, found)) for found in keys], device)
+    return Meeting(None if as_they_are else _index(flat, device), segments)
+
+
+def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch.device) -> Meeting:
+    """Each span of queries with the keys received that lie before it."""
+    mine, theirs = _Rows(spans), _Rows(received)
+    meets = [(span, theirs.within(span.sample, 0, span.start)) for span in spans]
+    meets = [(span, keys) for span, keys in meets if keys]
+    q_rows, key_rows = mine.of(span for span, _ in meets), [rows for _, keys in meets for rows in keys]
+    segments = Segments.of(
+        [span.num_tokens for span, _ in meets], [sum(map(len, keys)) for _, keys in meets], device, causal=False
+    )
+    return Meeting(
+        None if _joined(key_rows) == [range(theirs.num_rows)] else _index(key_rows, device),
+        segments,
+        None if _joined(q_rows) == [range(mine.num_rows)] else _index(q_rows, device),
+    )
+
+
+def _num_tokens(spans: Iterable[Span]) -> int:
+    return sum(span.num_tokens for span in spans)
+
+
+def _joined(ranges: Iterable[range]) -> list[range]:
+    """The same rows in as few ranges as can be."""
+    joined: list[range] = []
+    for rows in ranges:
+        if joined and joined[-1].stop == rows.start:
+            joined[-1] = range(joined[-1].start, rows.stop)
+        else:
+            joined.append(rows)
+    return joined
+
+
+def _index(ranges: Iterable[range], device: torch.device) -> torch.Tensor:
+    parts = [torch.arange(rows.start, rows.stop) for rows in _joined(ranges)]
+    return torch.cat(parts or [torch.zeros(0, dtype=torch.int64)]).to(device)

@@ -1,0 +1,127 @@
+"""What crosses ranks inside a layer: an uneven all-to-all with a gradient, and shifts that arrive while one computes.
+
+Every exchange is named after its step, micro-batch, layer and ranks, so that a failing one can be found. With gradient
+checkpointing, the context keeps what arrived, and the recompute repeats no exchange.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import _functional_collectives as collectives
+
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.groups import named
+
+
+class _AllToAll(torch.autograd.Function):
+    """Uneven all-to-all of a flat buffer; its gradient is the same exchange the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        buffer: torch.Tensor,
+        in_splits: list[int],
+        out_splits: list[int],
+        group: dist.ProcessGroup,
+        context: AttentionContext,
+        operation: str,
+        layer: int,
+    ) -> torch.Tensor:
+        ctx.exchange = out_splits, in_splits, group, f"{operation} of gradients", context.where(layer)
+
+        def exchange() -> tuple[torch.Tensor]:
+            return (_exchange(buffer, in_splits, out_splits, group, operation, context.where(layer)),)
+
+        # an alias: what is kept must not be the very tensor that autograd marks as this call's output
+        return context.once(layer, operation, exchange)[0].view(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
+        grad = _exchange(grad_outputs[0].contiguous(), *ctx.exchange)
+        return grad, None, None, None, None, None, None
+
+
+def _exchange(
+    buffer: torch.Tensor,
+    in_splits: list[int],
+    out_splits: list[int],
+    group: dist.ProcessGroup,
+    operation: str,
+    where: str,
+) -> torch.Tensor:
+    with named(operation, where):
+        return collectives.wait_tensor(collectives.all_to_all_single(buffer, out_splits, in_splits, group))
+
+
+def all_to_all(
+    buffer: torch.Tensor,
+    in_splits: list[int],
+    out_splits: list[int],
+    group: dist.ProcessGroup,
+    context: AttentionContext,
+    operation: str,
+    layer: int,
+) -> torch.Tensor:
+    """Send consecutive parts of a flat buffer to the ranks of a group, and get theirs. Differentiable.
+
+    Args:
+        buffer: flat and contiguous.
+        in_splits, out_splits: elements for, and from, each rank of the group.
+        group: who exchanges.
+        context, operation, layer: for messages, and to keep what arrived.
+
+    Raises:
+        CollectiveFailed: the exchange failed or waited longer than the group's timeout.
+    """
+    received: Any = _AllToAll.apply(buffer, in_splits, out_splits, group, context, operation, layer)
+    return received
+
+
+class Shift:
+    """Point-to-point messages under way: to one rank, from another, or either. Computing goes on until `wait`.
+
+    Args:
+        outgoing: for the rank `send_to`; None sends nothing. Kept until it has left.
+        incoming: filled with what comes from `receive_from`; None expects nothing.
+        send_to, receive_from: global ranks.
+        tag: tells the messages between two ranks apart.
+        group: process group of both.
+        operation, where: for messages.
+
+    Raises:
+        CollectiveFailed: a rank is gone.
+    """
+
+    def __init__(
+        self,
+        outgoing: torch.Tensor | None,
+        incoming: torch.Tensor | None,
+        send_to: int,
+        receive_from: int,
+        tag: int,
+        group: dist.ProcessGroup,
+        operation: str,
+        where: str,
+    ) -> None:
+        self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, where)
+        ops: list[dist.P2POp] = []
+        if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
+            ops.append(dist.P2POp(dist.isend, outgoing, send_to, group, tag))
+        if incoming is not None and incoming.numel():
+            ops.append(dist.P2POp(dist.irecv, incoming, receive_from, group, tag))
+        with named(*self._name):
+            self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> torch.Tensor | None:
+        """What arrived, once it is there.
+
+        Raises:
+            CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
+        """
+        with named(*self._name):
+            for work in self._works:
+                work.wait()
+        return self._incoming

@@ -1,0 +1,119 @@
+"""Every method over real ranks equals dense attention on one: output and all gradients, in fp64, to 1e-12."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from attention.dense_attention import Case, dense
+from helpers import run_ranks
+
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.methods import attend
+from hf_hetero.groups import GroupPool
+from hf_hetero.layout import Layout, layout_of
+from hf_hetero.plan import Group
+
+PACKS: dict[str, tuple[int, ...]] = {
+    "many short": (3, 1, 7, 2, 11, 5, 1, 1, 4, 8, 2, 6),
+    "one long": (61,),
+    "long and short": (3, 40, 1, 9, 23, 2, 2),
+    "empty ranks": (1, 1),
+    "one token": (1,),
+    "no tokens": (),
+}
+HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1), "uneven": (6, 2), "fewer than ranks": (3, 3)}
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"window": 5},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"has_sinks": True},
+    "all": {"window": 4, "softcap": 3.0, "has_sinks": True},
+    "values of another size": {"head_dim": 12, "value_dim": 4},
+}
+METHODS = {2: ["ulysses", "gather", "ring"], 4: ["ulysses", "gather", "ring", "ulysses_ring"]}
+NAMES = ("out", "dq", "dk", "dv", "dsinks")
+Key = tuple[str, str, str, str]
+
+
+def case_of(pack: str, heads: str, features: str) -> Case:
+    return Case(PACKS[pack], HEADS[heads], **FEATURES[features])
+
+
+def rows_of(layout: Layout, rank: int) -> torch.Tensor:
+    """Rows of the pack that a rank holds, in its order."""
+    starts = layout.cu_seqlens
+    spans = layout.spans[rank]
+    parts = [torch.arange(starts[s.sample] + s.start, starts[s.sample] + s.end) for s in spans]
+    return torch.cat([*parts, torch.zeros(0, dtype=torch.int64)])
+
+
+def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | None = None) -> list[torch.Tensor]:
+    """This rank's rows of the pack, then its output, dq, dk, dv and dsinks."""
+    world, me = dist.get_world_size(), dist.get_rank()
+    inner = ulysses_degree if method == "ulysses_ring" else None
+    group = Group(tuple(range(world)), tuple(range(len(case.lengths))), method, inner)
+    layout = layout_of(group, case.lengths)
+    rows = rows_of(layout, me)
+    first = me - me % layout.inner
+    context = AttentionContext(
+        layout,
+        group.ranks,
+        me,
+        pool.get(group.ranks),
+        method,
+        CPU,
+        torch.device("cpu"),
+        inner_group=pool.get(tuple(range(first, first + layout.inner))),
+    )
+    q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None)
+    out = attend(q, k, v, context, scores, 0)
+    grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
+    return [rows, out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
+
+
+def on_ranks(cases: list[tuple[str, Case]], ulysses_degree: int) -> list[list[torch.Tensor]]:
+    pool = GroupPool({dist.get_world_size(), ulysses_degree}, 30, 30)
+    found = [on_group(case, method, pool, ulysses_degree) for method, case in cases]
+    pool.close()
+    return found
+
+
+def assembled(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The ranks' rows in the order of the pack; the sinks' gradients summed."""
+    order = torch.cat([part[0] for part in parts]).argsort()
+    rows = [torch.cat([part[i] for part in parts])[order] for i in range(1, 5)]
+    return [*rows, torch.stack([part[5] for part in parts]).sum(0)]
+
+
+def assert_equals_dense(num_ranks: int, cases: list[tuple[str, Case]], ulysses_degree: int) -> None:
+    ranks = run_ranks(on_ranks, num_ranks, cases, ulysses_degree)
+    expected = {case: dense(case) for _, case in cases}
+    for number, (method, case) in enumerate(cases):
+        found = assembled([rank[number] for rank in ranks])
+        for name, ours, theirs in zip(NAMES, found, expected[case], strict=True):
+            assert ours.shape == theirs.shape, (method, case, name)
+            error = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
+            assert error < 1e-12, (method, case, name, error)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_equals_dense_attention(num_ranks: int) -> None:
+    """Every kind of pack, of heads, and of features; ranks without tokens or heads included."""
+    cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in product(PACKS, HEADS, FEATURES)]
+    assert_equals_dense(num_ranks, cases, 2)
+
+
+@pytest.mark.slow
+def test_equals_dense_attention_on_eight_ranks() -> None:
+    """Two blocks of four ranks: Ulysses in each, a ring between them; and every other method at degree 8."""
+    keys = product(PACKS, ("mha", "gqa", "mqa"), ("plain", "window", "sinks", "all"))
+    cases = [(method, case_of(*key)) for key in keys for method in METHODS[4]]
+    assert_equals_dense(8, cases, 4)
