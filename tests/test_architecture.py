@@ -12,6 +12,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {"topology", "drawing", "mixes", "plan"},
     {"config", "layout", "groups", "loss", "timing"},
+    {"heads"},
+    {"volume"},
     {"cost_model"},
     {"agreement", "attention", "dynamic_cp", "planner", "step"},
     {
@@ -59,6 +61,8 @@ WITHOUT_TORCH = {
     "plan",
     "cost_model",
     "layout",
+    "heads",
+    "volume",
     "planner",
     "drawing",
     "dynamic_cp",

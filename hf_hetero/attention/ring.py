@@ -67,10 +67,8 @@ def attend_in_rounds(
             f"Kernel {kernel.name!r} gives no log-sum-exp, so a ring cannot merge its parts. "
             'Leave "ring" and "ulysses_ring" out of HeteroConfig.methods, or let hf_hetero choose the kernel.'
         )
-    value_dim = v.shape[2]
-    (v,) = kernel.padded([v], q.shape[2])
     out: Any = _Ring.apply(q, k, v, scores.sinks, context, route, peers, scores.without_sinks(), layer)
-    return out[..., :value_dim]
+    return out
 
 
 class _Ring(torch.autograd.Function):
@@ -141,7 +139,8 @@ class _Rounds:
             return q.new_empty(*q.shape[:2], rows.shape[2] - key_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
         q = q if meeting.q_rows is None else q[meeting.q_rows]
         keys, values = _keys_and_values(rows, meeting, key_dim)
-        return self._kernel.forward(q, keys, values, meeting.segments, scores)
+        out, lse = self._kernel.forward(q, keys, *self._kernel.padded([values], key_dim), meeting.segments, scores)
+        return out[..., : values.shape[2]], lse
 
     def gradients(
         self,
@@ -163,10 +162,12 @@ class _Rounds:
                 return
             assert self._kernel.backward is not None
             of = slice(None) if meeting.q_rows is None else meeting.q_rows
-            queries = (grad[of], q[of], *_keys_and_values(keys, meeting, key_dim), out[of], lse[of])
+            block_k, block_v = _keys_and_values(keys, meeting, key_dim)
+            block_grad, block_v, block_out = self._kernel.padded([grad[of], block_v, out[of]], key_dim)
+            queries = (block_grad, q[of], block_k, block_v, block_out, lse[of])
             dq, dk, dv = self._kernel.backward(*queries, meeting.segments, scores)
             grad_q[of] += dq
-            found = torch.cat([dk, dv], dim=2).to(into.dtype)
+            found = torch.cat([dk, dv[..., : v.shape[2]]], dim=2).to(into.dtype)
             if meeting.key_rows is None:
                 into += found
             else:

@@ -8,8 +8,6 @@ tokens of this rank, H = query heads, h = query heads of a rank, D = head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
@@ -20,53 +18,8 @@ from hf_hetero.attention.gather import attend_gathered
 from hf_hetero.attention.ring import attend_in_rounds
 from hf_hetero.attention.routes import gather_route, ring_route
 from hf_hetero.attention.traffic import all_to_all
-from hf_hetero.layout import Layout, blocks_of, equal_splits
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShare:
-    """Heads that one rank computes: query heads `[q_start, q_end)` with key-value heads `[kv_start, kv_end)`.
-
-    `kv_of_q` names, for each query head, its key-value head counted from `kv_start`.
-    """
-
-    q_start: int
-    q_end: int
-    kv_start: int
-    kv_end: int
-    kv_of_q: tuple[int, ...]
-
-    @property
-    def num_q(self) -> int:
-        """Query heads."""
-        return self.q_end - self.q_start
-
-    @property
-    def num_kv(self) -> int:
-        """Key-value heads."""
-        return self.kv_end - self.kv_start
-
-    @property
-    def is_grouped(self) -> bool:
-        """Whether the key-value heads serve equal runs of query heads, as kernels expect."""
-        if not self.num_kv or self.num_q % self.num_kv:
-            return self.num_q == 0
-        run = self.num_q // self.num_kv
-        return self.kv_of_q == tuple(head // run for head in range(self.num_q))
-
-
-def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
-    """Query heads in near-equal runs; each rank gets every key-value head its run needs, so some travel twice."""
-    group_size = num_heads // num_kv_heads
-    bounds = (0, *accumulate(equal_splits(num_heads, degree)))
-    shares: list[HeadShare] = []
-    for start, end in pairwise(bounds):
-        kv_start = start // group_size if end > start else 0
-        kv_end = (end - 1) // group_size + 1 if end > start else 0
-        kv_of_q = tuple(head // group_size - kv_start for head in range(start, end))
-        shares.append(HeadShare(start, end, kv_start, kv_end, kv_of_q))
-    return tuple(shares)
-
+from hf_hetero.heads import HeadShare, share_heads
+from hf_hetero.layout import Layout, blocks_of
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 """Attention of all tokens of a group and some of the heads."""

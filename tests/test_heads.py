@@ -1,10 +1,10 @@
-"""Heads are shared so that each is computed once; that the result is exact is shown in test_methods.py."""
+"""Heads are shared so that each is computed once."""
 
 from __future__ import annotations
 
 import pytest
 
-from hf_hetero.attention.ulysses import share_heads
+from hf_hetero.heads import share_heads
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+"""How much attention moves between the ranks of a group: from the layout alone, to the element. No torch.
+
+For one layer without a window, T tokens in a group of d ranks, H query heads and K key-value heads of size D, a rank
+sends, in elements:
+
+============  =====================================================  ==============
+method        forward                                                backward
+============  =====================================================  ==============
+ulysses       T / d * (d - 1) / d * D * (2 H + 2 max(K, d))          as forward
+gather        the keys and values that others' queries meet          as forward
+ring          as gather                                              twice as much
+ulysses_ring  ulysses in a block, and ring with the heads of a rank  likewise
+============  =====================================================  ==============
+
+With `gather` and `ring` that is nothing for samples that one rank holds whole, and at most T (d - 1) / d * 2 K D.
+Uneven slices, heads and values of another size are counted as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_hetero.heads import share_heads
+from hf_hetero.layout import Layout, blocks_of, needed
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """An attention layer: query heads, key-value heads, and the elements of a query or key, and of a value."""
+
+    num_q: int
+    num_kv: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """Elements that one rank sends to others, in a forward and in a backward pass of one layer."""
+
+    forward: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        """Of both."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Volume) -> Volume:
+        return Volume(self.forward + other.forward, self.backward + other.backward)
+
+
+def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | None = None) -> Volume:
+    """What a rank sends.
+
+    Args:
+        layout: of the group.
+        method: how attention crosses its ranks.
+        heads: of the layer.
+        rank: position in the group.
+        window: tokens that a query of the layer sees; None means all before it.
+    """
+    if layout.degree == 1 or not layout.num_tokens:
+        return Volume(0, 0)
+    if method == "ulysses":
+        return _by_heads(layout.rank_tokens, heads, rank)
+    if method != "ulysses_ring":
+        return _by_keys(layout, heads, rank, method == "ring" and window is None, window)
+    block, place = divmod(rank, layout.inner)
+    share = share_heads(heads.num_q, heads.num_kv, layout.inner)[place]
+    # key-value heads that do not serve equal runs of query heads are copied before they travel
+    own = Heads(share.num_q, share.num_kv if share.is_grouped else share.num_q, heads.head_dim, heads.value_dim)
+    tokens = layout.rank_tokens[block * layout.inner : (block + 1) * layout.inner]
+    return _by_heads(tokens, heads, place) + _by_keys(blocks_of(layout), own, block, window is None, window)
+
+
+def travelling_tokens(layout: Layout) -> int:
+    """Tokens whose keys the busiest rank sends, or receives, in one exchange of all keys that are needed."""
+    if not layout.is_cut:
+        return 0
+    ranks = range(layout.degree)
+    tokens = [[sum(s.num_tokens for s in needed(layout, to, me)) if to != me else 0 for to in ranks] for me in ranks]
+    return max(max(map(sum, tokens)), max(map(sum, zip(*tokens, strict=True))))
+
+
+def causal_pairs(layout: Layout) -> int:
+    """Twice the pairs of a query and a key that the busiest rank computes with, where ranks share tokens."""
+    return max(sum(span.end**2 - span.start**2 for span in spans) for spans in layout.spans)
+
+
+def _by_heads(tokens: tuple[int, ...], heads: Heads, me: int) -> Volume:
+    """Two all-to-alls between tokens and heads."""
+    shares = share_heads(heads.num_q, heads.num_kv, len(tokens))
+    others = [rank for rank in range(len(tokens)) if rank != me]
+    inputs = [(s.num_q + s.num_kv) * heads.head_dim + s.num_kv * heads.value_dim for s in shares]
+    outputs = [s.num_q * heads.value_dim for s in shares]
+    theirs = sum(tokens[rank] for rank in others)
+    return Volume(
+        tokens[me] * sum(inputs[rank] for rank in others) + theirs * outputs[me],
+        theirs * inputs[me] + tokens[me] * sum(outputs[rank] for rank in others),
+    )
+
+
+def _by_keys(layout: Layout, heads: Heads, me: int, again: bool, window: int | None) -> Volume:
+    """Keys go to the queries that meet them, and gradients come back; `again` in backward, where none are kept."""
+    if not layout.is_cut:
+        return Volume(0, 0)
+    others = [rank for rank in range(layout.degree) if rank != me]
+    size = heads.num_kv * (heads.head_dim + heads.value_dim)
+    sent = size * sum(s.num_tokens for rank in others for s in needed(layout, rank, me, window))
+    received = size * sum(s.num_tokens for rank in others for s in needed(layout, me, rank, window))
+    return Volume(sent, received + (sent if again else 0))
