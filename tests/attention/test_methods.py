@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from attention.dense_attention import Case, dense
 from helpers import run_ranks
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.contract import Scores, Segments
 from hf_hetero.attention.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.groups import GroupPool
@@ -53,24 +54,24 @@ def rows_of(layout: Layout, rank: int) -> torch.Tensor:
     return torch.cat([*parts, torch.zeros(0, dtype=torch.int64)])
 
 
-def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | None = None) -> list[torch.Tensor]:
-    """This rank's rows of the pack, then its output, dq, dk, dv and dsinks."""
+def context_of(
+    case: Case, method: str, pool: GroupPool, ulysses_degree: int | None, **changes: Any
+) -> AttentionContext:
+    """Of all ranks as one group."""
     world, me = dist.get_world_size(), dist.get_rank()
     inner = ulysses_degree if method == "ulysses_ring" else None
     group = Group(tuple(range(world)), tuple(range(len(case.lengths))), method, inner)
     layout = layout_of(group, case.lengths)
-    rows = rows_of(layout, me)
     first = me - me % layout.inner
-    context = AttentionContext(
-        layout,
-        group.ranks,
-        me,
-        pool.get(group.ranks),
-        method,
-        CPU,
-        torch.device("cpu"),
-        inner_group=pool.get(tuple(range(first, first + layout.inner))),
-    )
+    inner_group = pool.get(tuple(range(first, first + layout.inner)))
+    place = (layout, group.ranks, me, pool.get(group.ranks))
+    return AttentionContext(*place, method, CPU, torch.device("cpu"), inner_group=inner_group, **changes)
+
+
+def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | None = None) -> list[torch.Tensor]:
+    """This rank's rows of the pack, then its output, dq, dk, dv and dsinks."""
+    context = context_of(case, method, pool, ulysses_degree)
+    rows = rows_of(context.layout, context.group_rank)
     q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
     scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None)
@@ -117,3 +118,35 @@ def test_equals_dense_attention_on_eight_ranks() -> None:
     keys = product(PACKS, ("mha", "gqa", "mqa"), ("plain", "window", "sinks", "all"))
     cases = [(method, case_of(*key)) for key in keys for method in METHODS[4]]
     assert_equals_dense(8, cases, 4)
+
+
+def doubled_window(cases: list[tuple[str, Case]], ulysses_degree: int) -> list[list[torch.Tensor]]:
+    return on_ranks([(method, replace(case, window=2 * (case.window or 1))) for method, case in cases], ulysses_degree)
+
+
+def test_a_wrong_window_is_noticed() -> None:
+    """The comparison can fail: a window of another size is far outside its tolerance, by every method."""
+    case = case_of("long and short", "gqa", "window")
+    ranks = run_ranks(doubled_window, 4, [(method, case) for method in METHODS[4]], 2)
+    for number in range(len(METHODS[4])):
+        assert (assembled([rank[number] for rank in ranks])[0] - dense(case)[0]).abs().max() > 1e-2
+
+
+def rounded(cases: list[tuple[str, Case]]) -> list[list[torch.Tensor]]:
+    return on_ranks(cases, 2)
+
+
+def test_short_types_err_no_more_than_one_rank() -> None:
+    """In bf16, four ranks err no more than 1.5 times what one rank's kernel does, in output and gradients."""
+    lengths = (3, 40, 1, 190, 23, 2, 64)
+    case = Case(lengths, (4, 2), head_dim=16, value_dim=16, scaling=0.25, dtype=torch.bfloat16)
+    exact = dense(case)
+    q, k, v, weights, _ = (x.requires_grad_() for x in case.tensors())
+    out = CPU(q, k, v, Segments.packed(lengths, torch.device("cpu")), Scores(case.scaling))
+    alone = [out.detach(), *torch.autograd.grad((out * weights).sum(), [q, k, v])]
+    ranks = run_ranks(rounded, 4, [(method, case) for method in METHODS[4]])
+    for number, method in enumerate(METHODS[4]):
+        found = assembled([rank[number] for rank in ranks])
+        for name, ours, single, reference in zip(NAMES, found, alone, exact, strict=False):
+            errors = [(x.double() - reference).norm().item() for x in (ours, single)]
+            assert errors[0] <= 1.5 * errors[1], (method, name, errors)
