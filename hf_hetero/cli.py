@@ -15,6 +15,7 @@ import json
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hf_hetero.cost_model import CostModel, shipped_names
 from hf_hetero.drawing import picture_format
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.mixes import MIXES
-from hf_hetero.plan import Plan, describe_groups
+from hf_hetero.plan import METHODS, Plan, describe_groups
 from hf_hetero.planner import Planner
 from hf_hetero.simulate import simulate
 from hf_hetero.sources import Reading, Source, global_batches, read_source
@@ -105,7 +106,13 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _planner(args: argparse.Namespace) -> Planner:
-    planner = Planner(CostModel.load(args.cost), args.ranks, solver=args.solver, mip_backend=args.mip_backend)
+    planner = Planner(
+        CostModel.load(args.cost),
+        args.ranks,
+        solver=args.solver,
+        mip_backend=args.mip_backend,
+        methods=args.methods,
+    )
     if args.max_degree is None:
         return planner
     if args.max_degree not in planner.degrees:
@@ -113,7 +120,7 @@ def _planner(args: argparse.Namespace) -> Planner:
             f"--max-degree {args.max_degree}: the cost model {args.cost!r} offers degrees "
             f"{', '.join(map(str, planner.degrees))} on {args.ranks} ranks. Choose one of them."
         )
-    return Planner(planner.cost_model, args.ranks, args.max_degree, args.solver, mip_backend=args.mip_backend)
+    return replace(planner, max_degree=args.max_degree)
 
 
 def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
@@ -257,6 +264,14 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
         default="auto",
         choices=("auto", "fast", "mip"),
         help="mip takes seconds for each batch, to improve the plan and its bound; auto and fast take milliseconds",
+    )
+    verb.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"how attention may cross the ranks of a group, where the cost model knows: {', '.join(METHODS)}",
     )
     verb.add_argument("--mip-backend", default="highs", choices=("highs", "cbc"), help="solves the integer programs")
 

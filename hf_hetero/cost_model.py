@@ -8,6 +8,9 @@ For a group of degree d that holds samples of s tokens (FlexSP, arXiv:2412.01523
     bytes   = model_state_bytes_per_rank + activation_bytes_per_token * sum(s) / d
 
 A micro-batch lasts as long as its slowest group; a step is its micro-batches, one after the other.
+
+That is a group whose ranks exchange heads ("ulysses"). With `kv_bytes_per_token` the model also knows the other methods
+(`charges`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
 """
 
 from __future__ import annotations
@@ -20,9 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.errors import ConfigError
+from hf_hetero.layout import blocks_of, layout_of
 from hf_hetero.plan import Group, Plan
+from hf_hetero.volume import causal_pairs, travelling_tokens
 
 COST_FORMAT = "hf-hetero-cost/1"
+GATHER_MESSAGES = 2 / 4
+"""Exchanges of a layer, forward and backward, where exchanging heads takes four."""
+RING_MESSAGES = 3 / 4
+"""The same, for each other rank of a ring."""
 SHIPPED_FOLDER = Path(__file__).parent / "costs"
 
 
@@ -40,7 +49,11 @@ class CostModel:
         activation_bytes_per_token: memory of a token in a forward and a backward pass.
         model_state_bytes_per_rank: memory of weights, gradients and optimizer.
         memory_bytes_per_rank: memory that a rank may use.
-        ranks_per_node: ranks that share fast links; information only.
+        ranks_per_node: ranks that share fast links.
+        kv_bytes_per_token: keys and values of a token in all layers, one way; None leaves "ulysses" as the only method.
+        num_kv_heads: of the model; with fewer of them than ranks in a block, "ulysses_ring" sends copies.
+        network_bytes_per_s: what one rank sends across nodes when all do; None leaves "ulysses_ring" out.
+        ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
         name, source: what was measured, where, and how.
 
     Raises:
@@ -57,6 +70,10 @@ class CostModel:
     memory_bytes_per_rank: float
     all_to_all_latency_s: Mapping[int, float] = field(default_factory=dict[int, float])
     ranks_per_node: int | None = None
+    kv_bytes_per_token: float | None = None
+    num_kv_heads: int | None = None
+    network_bytes_per_s: float | None = None
+    ring_overlap: float = 0.0
     name: str = ""
     source: str = ""
 
@@ -70,6 +87,11 @@ class CostModel:
             raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s has a degree below 1.")
         if any(not bandwidth > 0 for bandwidth in self.all_to_all_bytes_per_s.values()):
             raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s must be above 0 at every degree.")
+        if self.network_bytes_per_s == 0 or self.ring_overlap > 1:
+            raise ConfigError(
+                f"Cost model {self.name!r}: network_bytes_per_s is {self.network_bytes_per_s} and ring_overlap is "
+                f"{self.ring_overlap}; a bandwidth is above 0, and a share at most 1."
+            )
         if not self.activation_bytes_per_token > 0:
             raise ConfigError(f"Cost model {self.name!r}: activation_bytes_per_token must be above 0.")
         if self.capacity_tokens < 1:
@@ -112,7 +134,78 @@ class CostModel:
 
     def group_seconds(self, group: Group, lengths: Sequence[int]) -> float:
         """Seconds of a plan's group, given the lengths of the global batch."""
-        return self.seconds((lengths[sample] for sample in group.samples), group.degree)
+        if self.exchanges_heads(group):
+            return self.seconds((lengths[sample] for sample in group.samples), group.degree)
+        return sum(self.charges(group, lengths))
+
+    def exchanges_heads(self, group: Group) -> bool:
+        """Whether the first formula counts for a group: its ranks exchange heads, or it is all this model knows."""
+        return group.degree == 1 or group.method == "ulysses" or self.kv_bytes_per_token is None
+
+    def charges(self, group: Group, lengths: Sequence[int]) -> tuple[float, float, float, float]:
+        """Seconds of a plan's group for attention, for all that grows with tokens, for the exchange, and fixed ones.
+
+        A rank that shares tokens computes with the pairs of tokens that it has, and the busiest one counts. Keys that
+        are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
+        messages of their own, and hides part of that behind attention. See `volume` for what travels.
+        """
+        held, degree = [lengths[sample] for sample in group.samples], group.degree
+        tokens, latency_s = sum(held) / degree, self.fixed_s(degree) - self.micro_batch_s
+        linear_s = self.linear_s_per_token * tokens
+        if self.exchanges_heads(group):
+            attention_s = self.attention_s_per_token2 * sum(length * length for length in held) / degree
+            return (
+                attention_s,
+                linear_s,
+                (self.linear_s(degree) - self.linear_s_per_token) * tokens,
+                self.fixed_s(degree),
+            )
+        layout, inner = layout_of(group, lengths), group.ulysses_degree or 1
+        blocks = blocks_of(layout) if inner > 1 else layout
+        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner
+        exchange_s, fixed_s = 0.0, self.micro_batch_s
+        if inner > 1:
+            exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
+            fixed_s += self.all_to_all_latency_s.get(inner, 0.0)
+        if blocks.is_cut:
+            assert self.kv_bytes_per_token is not None
+            copies = max(1 / inner, 1 / (self.num_kv_heads or inner))
+            speed = self.all_to_all_bytes_per_s[degree] if inner == 1 else self.network_bytes_per_s
+            assert speed is not None
+            once_s = self.kv_bytes_per_token * copies * travelling_tokens(blocks) / speed
+            if group.method == "gather":
+                exchange_s, fixed_s = exchange_s + 2 * once_s, fixed_s + latency_s * GATHER_MESSAGES
+            else:
+                messages_s = latency_s * RING_MESSAGES * (blocks.degree - 1)
+                exchange_s += max(0.0, 3 * once_s + messages_s - self.ring_overlap * attention_s)
+        return attention_s, linear_s, exchange_s, fixed_s
+
+    def methods(self, group: Group, lengths: Sequence[int]) -> tuple[Group, ...]:
+        """A group in each way that this model knows and that fits the memory; the first exchanges heads."""
+        heads = Group(group.ranks, group.samples)
+        if group.degree == 1 or self.kv_bytes_per_token is None or not group.samples:
+            return (heads,)
+        found = [heads, Group(group.ranks, group.samples, "ring")]
+        gathered = Group(group.ranks, group.samples, "gather")
+        # what a rank gathers stays until backward
+        bytes_gathered = self.kv_bytes_per_token * travelling_tokens(layout_of(gathered, lengths))
+        bytes_held = self.num_bytes((lengths[sample] for sample in group.samples), group.degree)
+        if bytes_held + bytes_gathered <= self.memory_bytes_per_rank:
+            found.append(gathered)
+        inner = self.ranks_per_node or group.degree
+        blocks = 1 < inner < group.degree and group.degree % inner == 0 and group.ranks[0] % inner == 0
+        if blocks and self.network_bytes_per_s and inner in self.all_to_all_bytes_per_s:
+            found.append(Group(group.ranks, group.samples, "ulysses_ring", inner))
+        return tuple(found)
+
+    def with_free_exchange(self) -> CostModel:
+        """The same machine if every exchange took no time: no plan by any method is faster than one on it."""
+        return replace(
+            self,
+            all_to_all_bytes_per_token=0.0,
+            all_to_all_latency_s=dict.fromkeys(self.all_to_all_latency_s, 0.0),
+            kv_bytes_per_token=None,
+        )
 
     def plan_seconds(self, plan: Plan, lengths: Sequence[int]) -> float:
         """Seconds of a step: the slowest group of each micro-batch, summed."""

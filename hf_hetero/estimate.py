@@ -27,6 +27,7 @@ class Device:
         network_bytes_per_s: what one rank's part of its node's network carries when all ranks send.
         latency_s: fixed time of one exchange.
         layer_s: fixed time of a layer's forward and backward pass, whatever it holds.
+        ring_overlap: share of a ring's attention behind which its exchange hides.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Device:
     network_bytes_per_s: float = 6e9
     latency_s: float = 3e-5
     layer_s: float = 2e-4
+    ring_overlap: float = 0.5  # assumed: half of the time a kernel leaves the links free, or the copies slow it down
 
 
 # Peak dense bf16 (fp16 for V100 and T4) operations a second: NVIDIA's data sheets of each product.
@@ -142,6 +144,11 @@ def exchange_bytes(shape: ModelShape) -> float:
     return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
 
 
+def kv_bytes(shape: ModelShape) -> float:
+    """Bytes of a token's keys and values in all layers: what it costs to send them once."""
+    return 2 * shape.kv_heads * shape.head_dim * shape.num_layers * shape.element_bytes
+
+
 def activation_bytes(shape: ModelShape) -> float:
     """Memory of a token: activations that wait for backward, and the logits.
 
@@ -222,7 +229,7 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> D
         torch.nn.functional.silu(x @ up)
         products += 1
     flops = products * 2 * tokens * shape.hidden * shape.intermediate / elapsed
-    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3)
+    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3, ring_overlap=0.0)
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
@@ -260,6 +267,10 @@ def estimate_cost_model(
             f"{topology.memory_bytes / 2**30:.3g} GiB a rank"
         ),
         ranks_per_node=topology.ranks_per_node,
+        kv_bytes_per_token=kv_bytes(shape),
+        num_kv_heads=shape.kv_heads,
+        network_bytes_per_s=device.network_bytes_per_s if topology.crosses_nodes(topology.num_ranks) else None,
+        ring_overlap=device.ring_overlap,
         attention_s_per_token2=attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION),
         linear_s_per_token=linear_flops(shape) / device.flops,
         micro_batch_s=micro_batch_s,

@@ -196,9 +196,9 @@ def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list
     degree = len(held)
     piece, left = divmod(length, 2 * degree)
     sizes = [piece] * (2 * degree)
-    for _ in range(left):
-        rank = max(range(degree), key=lambda rank: room[rank] - sizes[rank] - sizes[-1 - rank])
-        sizes[rank if sizes[rank] == piece else -1 - rank] += 1
+    emptiest = sorted(range(degree), key=lambda rank: -room[rank])
+    for extra in range(left):
+        sizes[emptiest[extra] if extra < degree else -1 - emptiest[extra - degree]] += 1
     ends = list(accumulate(sizes))
     for position, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         rank = min(position, 2 * degree - 1 - position)

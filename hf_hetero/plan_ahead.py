@@ -98,7 +98,7 @@ class PlanAhead:
         is_planner = control is None or dist.get_rank() == 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
         self._improver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="improve-ahead") if is_planner else None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a future that is done calls back at once
         self._coming: dict[Key, Future[Step]] = {}
         self._improved: dict[Key, Plan] = {}
         self._improving = False
@@ -131,6 +131,7 @@ class PlanAhead:
                 key = (epoch + more_epochs, at)
                 if key not in self._coming:
                     self._coming[key] = self._worker.submit(self._solve, *key)
+                    self._coming[key].add_done_callback(lambda _: self._wake_improver())
             future = self._coming.pop((epoch, index))
             better = self._improved.pop((epoch, index), None)
             # an epoch that was cut short leaves plans behind that nobody will take
@@ -163,8 +164,10 @@ class PlanAhead:
         return Step(epoch, index, rows, lengths, plan)
 
     def _wake_improver(self) -> None:
-        """Called with the lock held."""
-        if self._source.improve is not None and not self._improving and self._improver is not None:
+        """A plan is ready, or there is room for more: the improver looks for work unless it is at it."""
+        with self._lock:
+            if self._source.improve is None or self._improver is None or self._improving or self._closed:
+                return
             self._improving = True
             self._improver.submit(self._improve_coming)
 

@@ -1,6 +1,7 @@
 """What if: predicted seconds of the same batches under different ways to share them. No GPU, no model, no torch.
 
 adaptive       this package: degrees chosen for every group of every step
+by-heads       the same, if attention could cross ranks by exchanging heads only ("ulysses"); where there is a choice
 static         one degree for the whole run, the best of those that hold its context (DeepSpeed-Ulysses with packing)
 batch-static   one degree for each batch, the best of them (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1)
 dynamic-cp     Megatron's: the smallest power of two that holds each sample, greedily balanced (`dynamic_cp`)
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hf_hetero.cost_model import CostModel
@@ -156,7 +157,8 @@ def simulate(
     if longest > context:
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
     cost, num_ranks = planner.cost_model, planner.num_ranks
-    ways = {name: WayTotals() for name in ("adaptive", "static", "batch-static", "dynamic-cp", "padded")}
+    ways = {name: WayTotals() for name in ("adaptive", "by-heads", "static", "batch-static", "dynamic-cp", "padded")}
+    by_heads = replace(planner, methods=("ulysses",))
     by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(cost, degree, context)}
     if not by_degree:
         most = planner.degrees[-1]
@@ -166,6 +168,8 @@ def simulate(
         )
     if 1 not in by_degree:
         del ways["padded"]
+    if not planner.has_choice:
+        del ways["by-heads"]
     bound_s: list[float] = []
     planning_s: list[float] = []
     for lengths in progress(batches):
@@ -173,6 +177,8 @@ def simulate(
         bound_s.append(plan.lower_bound_s)
         planning_s.append(plan.planning_s)
         ways["adaptive"].add(plan, lengths, cost)
+        if "by-heads" in ways:
+            ways["by-heads"].add(by_heads.plan(lengths), lengths, cost)
         fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(cost, d, max(lengths))}
         for degree, totals in by_degree.items():
             totals.add(fixed[degree], lengths, cost)

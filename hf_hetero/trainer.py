@@ -195,7 +195,14 @@ class HeteroTrainerMixin(Trainer):
         """The planner for the cost model of now, which callbacks may refit."""
         assert self.cost_model is not None
         solver, backend = cast("Solver", self.hetero.solver), cast("Backend", self.hetero.mip_backend)
-        return Planner(self.cost_model, num_ranks=self.args.world_size, solver=solver, mip_backend=backend)
+        methods = [m for m in self.hetero.methods if self._kernel.has_lse or not m.endswith("ring")]
+        return Planner(
+            self.cost_model,
+            num_ranks=self.args.world_size,
+            solver=solver,
+            mip_backend=backend,
+            methods=methods or ["ulysses"],
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device

@@ -18,6 +18,7 @@ Uneven slices, heads and values of another size are counted as they are.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from hf_hetero.heads import share_heads
@@ -76,11 +77,25 @@ def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | N
 
 def travelling_tokens(layout: Layout) -> int:
     """Tokens whose keys the busiest rank sends, or receives, in one exchange of all keys that are needed."""
-    if not layout.is_cut:
-        return 0
-    ranks = range(layout.degree)
-    tokens = [[sum(s.num_tokens for s in needed(layout, to, me)) if to != me else 0 for to in ranks] for me in ranks]
-    return max(max(map(sum, tokens)), max(map(sum, zip(*tokens, strict=True))))
+    spans_of: dict[int, list[tuple[int, int, int]]] = {}
+    for rank, spans in enumerate(layout.spans):
+        for span in spans:
+            if span.num_tokens < layout.lengths[span.sample]:
+                spans_of.setdefault(span.sample, []).append((span.start, span.end, rank))
+    sent, received = [0] * layout.degree, [0] * layout.degree
+    for spans in spans_of.values():
+        last_end: dict[int, int] = {}
+        for start, end, rank in sorted(spans):
+            last_end[rank] = end
+            received[rank] -= end - start  # its own
+        ends = sorted(last_end.values())
+        for rank, end in last_end.items():
+            received[rank] += end  # all before its last query
+        for start, end, rank in spans:
+            # whoever goes on after this span meets it; its own rank, if it is one of them, has it
+            later = len(ends) - bisect_right(ends, start) - 1
+            sent[rank] += (end - start) * later
+    return max(max(sent), max(received))
 
 
 def causal_pairs(layout: Layout) -> int:

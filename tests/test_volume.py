@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from attention.test_methods import METHODS, case_of, on_group
 from helpers import run_ranks
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.groups import GroupPool
-from hf_hetero.layout import contiguous, layout_of, zigzag
+from hf_hetero.layout import contiguous, layout_of, needed, zigzag
 from hf_hetero.plan import Group
 from hf_hetero.volume import Heads, Volume, causal_pairs, travelling_tokens, volume
 
@@ -80,7 +82,15 @@ def test_closed_forms() -> None:
     assert rows == piece * sum(8 - r - 2 for r in range(degree))
     ring, gather = (volume(long, method, heads, 1) for method in ("ring", "gather"))
     assert ring == Volume(gather.forward, gather.forward + gather.backward)
-    assert travelling_tokens(zigzag([5, 5, 5, 5], 4)) == 0
+
+
+@given(st.lists(st.integers(1, 60) | st.just(900), max_size=12), st.integers(1, 8), st.booleans())
+def test_travelling_tokens(lengths: list[int], degree: int, slices: bool) -> None:
+    """The busiest rank's, as counted pair by pair."""
+    layout = (contiguous if slices else zigzag)(lengths, degree)
+    ranks = range(degree)
+    sent = [[sum(s.num_tokens for s in needed(layout, to, me)) if to != me else 0 for to in ranks] for me in ranks]
+    assert travelling_tokens(layout) == max([*map(sum, sent), *map(sum, zip(*sent, strict=True))])
 
 
 def test_short_samples_cost_next_to_nothing() -> None:

@@ -139,7 +139,8 @@ class _Rounds:
             return q.new_empty(*q.shape[:2], rows.shape[2] - key_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
         q = q if meeting.q_rows is None else q[meeting.q_rows]
         keys, values = _keys_and_values(rows, meeting, key_dim)
-        out, lse = self._kernel.forward(q, keys, *self._kernel.padded([values], key_dim), meeting.segments, scores)
+        (padded,) = self._kernel.padded([values], key_dim)
+        out, lse = self._kernel.forward(q, keys, padded, meeting.segments, scores)
         return out[..., : values.shape[2]], lse
 
     def gradients(

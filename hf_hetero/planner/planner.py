@@ -10,11 +10,12 @@ from typing import Literal, get_args
 
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
-from hf_hetero.plan import Plan
+from hf_hetero.plan import METHODS, Plan
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
 from hf_hetero.planner.homogeneous import best_homogeneous, homogeneous
+from hf_hetero.planner.methods import with_methods
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
 from hf_hetero.planner.program import Backend
 
@@ -32,6 +33,7 @@ class Planner:
         solver: "fast" searches; "mip" also improves what it found; "auto" leaves that to a caller with time.
         mip_time_limit_s: wall seconds that an improvement may take for one batch.
         mip_backend: who solves the integer programs, "highs" or "cbc".
+        methods: how attention may cross the ranks of a group, of those that the cost model knows.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -46,6 +48,7 @@ class Planner:
     solver: Solver = "auto"
     mip_time_limit_s: float = 2.0
     mip_backend: Backend = "highs"
+    methods: Sequence[str] = METHODS
 
     def __post_init__(self) -> None:
         if not _positive_integer(self.num_ranks):
@@ -58,6 +61,8 @@ class Planner:
             raise ConfigError(
                 f"Planner.mip_backend is {self.mip_backend!r}: it must be {' or '.join(get_args(Backend))}."
             )
+        if not self.methods or not set(self.methods) <= set(METHODS):
+            raise ConfigError(f"Planner.methods is {self.methods!r}: choose from {', '.join(METHODS)}.")
         if not self.mip_time_limit_s > 0:
             raise ConfigError(f"Planner.mip_time_limit_s is {self.mip_time_limit_s!r}: it must be above 0.")
 
@@ -75,11 +80,15 @@ class Planner:
         problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
         if not problem.lengths:
             return Plan(problem.num_ranks, ())
-        draft, found_by = _fast(problem)
-        plan = to_plan(problem, draft, found_by, lower_bound(problem))
-        if self.solver == "mip":
-            plan = self._improved(problem, plan)
+        plan = self._planned(problem)
+        if self.has_choice:
+            plan = self._with_methods(plan, problem, lengths)
         return replace(plan, planning_s=time.perf_counter() - started)
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether groups may exchange anything but heads."""
+        return self.cost_model.kv_bytes_per_token is not None and set(self.methods) != {"ulysses"}
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -134,8 +143,33 @@ class Planner:
             )
         if not problem.lengths:
             return plan
-        better = self._improved(problem, plan)
+        better = (
+            self._improved_with_methods(problem, plan, lengths) if self.has_choice else self._improved(problem, plan)
+        )
         return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
+
+    def _planned(self, problem: Problem) -> Plan:
+        """The best plan whose groups exchange heads, and its bound."""
+        draft, found_by = _fast(problem)
+        plan = to_plan(problem, draft, found_by, lower_bound(problem))
+        return self._improved(problem, plan) if self.solver == "mip" else plan
+
+    def _with_methods(self, plan: Plan, problem: Problem, lengths: Sequence[int]) -> Plan:
+        """The better of two plans, each with the fastest method for each of its groups.
+
+        One was made as if all groups exchanged heads, the other as if no exchange took time. The truth is between, and
+        the bound of the second holds whatever the methods.
+        """
+        free = Planner(self.cost_model.with_free_exchange(), self.num_ranks, self.max_degree, self.solver)
+        at_best = replace(free, mip_time_limit_s=self.mip_time_limit_s, mip_backend=self.mip_backend).plan(lengths)
+        found = [with_methods(self.cost_model, made, lengths, self.methods) for made in (plan, at_best)]
+        return replace(min(found, key=lambda made: made.seconds), lower_bound_s=at_best.lower_bound_s)
+
+    def _improved_with_methods(self, problem: Problem, plan: Plan, lengths: Sequence[int]) -> Plan:
+        """A plan that is as fast or faster: improved as if its groups exchanged heads, then with methods."""
+        by_heads = to_plan(problem, from_plan(problem, plan), plan.solver, 0.0)
+        better = with_methods(self.cost_model, self._improved(problem, by_heads), lengths, self.methods)
+        return replace(better, lower_bound_s=plan.lower_bound_s) if better.seconds < plan.seconds else plan
 
     def _improved(self, problem: Problem, plan: Plan) -> Plan:
         """A plan that is as fast or faster, and a bound that is as high or higher."""

@@ -122,6 +122,7 @@ def _settings(planner: Planner) -> dict[str, Any]:
         "solver": planner.solver,
         "mip_time_limit_s": planner.mip_time_limit_s,
         "mip_backend": planner.mip_backend,
+        "methods": list(planner.methods),
     }
 
 

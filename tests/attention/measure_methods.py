@@ -1,7 +1,7 @@
 """How long each method takes, forward and backward, side by side: `python tests/attention/measure_methods.py`.
 
-Four gloo ranks, one thread each, on this machine's CPU: so arithmetic and copies are dear here, and links are memory. The
-methods take turns, so that whatever else the machine does hits all of them.
+Four gloo ranks, one thread each, on this machine's CPU: so arithmetic and copies are dear here, and links are memory.
+The methods take turns, so that whatever else the machine does hits all of them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def seconds(heads: tuple[int, int], head_dim: int, repeats: int) -> dict[tuple[s
 def main() -> None:
     """Print one line a pack: milliseconds and MiB sent by the busiest rank, by method."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--heads", type=int, nargs=2, default=(8, 2), help="of queries, and of keys and values")
+    parser.add_argument("--heads", type=int, nargs=2, default=(8, 8), help="of queries, and of keys and values")
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
