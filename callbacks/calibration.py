@@ -61,15 +61,10 @@ def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Fl
     for report in reports:
         for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
             for group in micro_batch.groups:
-                tokens = [report.lengths[sample] for sample in group.samples]
                 seconds = max(busy_s[rank] for rank in group.ranks)
-                if not tokens or seconds <= 0:
+                if not group.samples or seconds <= 0:
                     continue
-                degree = group.degree
-                attention = cost.attention_s_per_token2 * sum(s * s for s in tokens) / degree
-                linear = cost.linear_s_per_token * sum(tokens) / degree
-                exchange = (cost.linear_s(degree) - cost.linear_s_per_token) * sum(tokens) / degree
-                charged.append([attention, linear, exchange, cost.fixed_s(degree)])
+                charged.append(list(cost.charges(group, report.lengths)))
                 measured.append(seconds)
     return np.array(charged), np.array(measured)
 

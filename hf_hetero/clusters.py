@@ -44,7 +44,7 @@ class Dense:
     adapter_rank: int | None = None
 
     def shape(self) -> ModelShape:
-        """Weights counted, layers recomputed in backward, activations in bf16, master weights in fp32."""
+        """Weights counted, layers recomputed but not their exchanges, activations in bf16, master weights in fp32."""
         widths = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate)
         query, key_value, inner = ((self.hidden, width) for width in widths)
         linears = [query, query, key_value, key_value, inner, inner, inner]  # one of each pair the other way round
@@ -69,6 +69,7 @@ class Dense:
             param_bytes=param_bytes,
             element_bytes=BF16_BYTES,
             checkpointing=True,
+            keeps_exchanged=True,
         )
 
 
@@ -172,13 +173,15 @@ def _source(cluster: Cluster, shape: ModelShape, device: Device, cost: CostModel
         "trained in full" if cluster.model.adapter_rank is None else f"{shape.trainable_params / 1e6:.0f}M trained"
     )
     words = [
-        f"estimated, not measured: {cluster.model.title} ({shape.num_params / 1e9:.2f}B parameters, {trained}) in bf16 "
-        f"with layers recomputed, {states}; {num_nodes} x 8 {cluster.device} of {cluster.card_bytes / 1e9:.0f} GB",
+        f"estimated, not measured: {cluster.model.title} ({shape.num_params / 1e9:.2f}B parameters, {trained}) in "
+        f"bf16 with layers recomputed but not their exchanges, {states}; "
+        f"{num_nodes} x 8 {cluster.device} of {cluster.card_bytes / 1e9:.0f} GB",
         f"assumed {estimate.UTILISATION:.0%} of {peak:.0f} TFLOP/s ({estimate.ATTENTION_UTILISATION:.0%} in attention)",
         f"{device.link_bytes_per_s / 1e9:.0f} GB/s a rank over {cluster.link}",
     ]
     if cluster.network is not None:
         words.append(f"{NETWORK_SHARE:.0%} of the line rate of {cluster.network.title}")
+    words.append(f"{device.ring_overlap:.0%} of a ring's attention hides its exchange")
     free = (cost.memory_bytes_per_rank - cost.model_state_bytes_per_rank) / 1e9
     words.append(f"{USABLE_MEMORY:.0%} of the memory, {free:.1f} GB of it for activations")
     return "; ".join(words)

@@ -40,6 +40,13 @@ class HeteroConfig:
     max_tokens_per_rank: int | None = field(
         default=None, metadata={"help": "Tokens one rank can hold in a micro-batch; overrides the cost model's memory."}
     )
+    keep_exchanged: bool = field(
+        default=True,
+        metadata={
+            "help": "With gradient checkpointing, keep what ranks exchanged in attention until backward, instead of "
+            "exchanging it again. Costs about two hidden states a token and layer; turn it off to save them."
+        },
+    )
     length_column: str = field(
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )

@@ -75,6 +75,7 @@ class ModelShape:
         element_bytes: of an activation.
         state_bytes_per_trainable: gradient, and optimizer state.
         checkpointing: whether layers are recomputed in backward.
+        keeps_exchanged: whether recompute finds what was exchanged, instead of exchanging it again.
     """
 
     num_layers: int
@@ -90,9 +91,12 @@ class ModelShape:
     param_bytes: int
     element_bytes: int
     checkpointing: bool
+    keeps_exchanged: bool = False
 
 
-def shape_of(model: torch.nn.Module, config: Any, element_bytes: int, checkpointing: bool) -> ModelShape:
+def shape_of(
+    model: torch.nn.Module, config: Any, element_bytes: int, checkpointing: bool, keeps_exchanged: bool = False
+) -> ModelShape:
     """Read a model's shape from its config and its weights."""
     heads = config.num_attention_heads
     params = list(model.parameters())
@@ -119,6 +123,7 @@ def shape_of(model: torch.nn.Module, config: Any, element_bytes: int, checkpoint
         param_bytes=sum(p.numel() * p.element_size() for p in params),
         element_bytes=element_bytes,
         checkpointing=checkpointing,
+        keeps_exchanged=checkpointing and keeps_exchanged,
     )
 
 
@@ -139,8 +144,8 @@ def attention_flops(shape: ModelShape) -> float:
 
 
 def exchange_bytes(shape: ModelShape) -> float:
-    """Bytes a token moves: queries, keys, values and outputs of every layer, forward, backward and recomputed."""
-    passes = 3 if shape.checkpointing else 2
+    """Bytes a token moves: queries, keys, values and outputs of every layer, forward, backward, maybe recomputed."""
+    passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
     return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
 
 
@@ -152,14 +157,16 @@ def kv_bytes(shape: ModelShape) -> float:
 def activation_bytes(shape: ModelShape) -> float:
     """Memory of a token: activations that wait for backward, and the logits.
 
-    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, and
-    one layer in full. The logits exist three times: once in the training type, twice in fp32.
+    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
+    it exchanged if that is kept, and one layer in full. The logits exist three times: once in the training type, twice
+    in fp32.
     """
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
     kept_by_mlp = 4 * shape.intermediate + shape.hidden
     layer = (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
-    boundary = shape.hidden * shape.element_bytes
+    exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
+    boundary = (shape.hidden + exchanged) * shape.element_bytes
     layers = shape.num_layers * boundary + layer if shape.checkpointing else shape.num_layers * layer
     return layers + shape.vocab * (shape.element_bytes + 8)
 

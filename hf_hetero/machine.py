@@ -61,7 +61,8 @@ def set_up(
     topology = Topology(world, ranks_per_node, estimate.free_memory_bytes(args.device, ranks_per_node or world))
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
-    shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, bool(args.activation_checkpointing))
+    checkpointing = bool(args.activation_checkpointing)
+    shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, checkpointing, hetero.keep_exchanged)
     speed = _speed(shape, args.device, dtype)
 
     def make() -> CostModel:

@@ -270,7 +270,7 @@ class HeteroTrainerMixin(Trainer):
             step=self.state.global_step + 1,
             micro_batch=index,
             inner_group=self.groups.get(tuple(range(first, first + inner))),
-            keeps=bool(self.args.activation_checkpointing),
+            keeps=self.hetero.keep_exchanged and bool(self.args.activation_checkpointing),
         )
 
     def _synchronising(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:

@@ -66,7 +66,7 @@ def test_weights_are_counted_right(dense: Dense, rope: float) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert dense.shape() == shape_of(model, config, 2, True)
+    assert dense.shape() == shape_of(model, config, 2, True, True)
 
 
 def test_adapters_are_counted() -> None:

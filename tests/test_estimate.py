@@ -57,6 +57,15 @@ def test_exchange_bytes() -> None:
     assert exchange_bytes(shape()) == 2 * (4 + 2 + 2 + 4) * 8 * 2 * 4
 
 
+def test_kept_exchanges_cost_memory_and_save_traffic() -> None:
+    """With recompute an exchange is made three times; kept, twice, for its tensors' memory in each layer."""
+    model = tiny_model()
+    repeats, keeps = (shape_of(model, model.config, 4, True, kept) for kept in (False, True))
+    assert exchange_bytes(repeats) == 1.5 * exchange_bytes(keeps)
+    assert activation_bytes(keeps) - activation_bytes(repeats) == (4 + 2 + 2 + 4) * 8 * 2 * 4
+    assert not shape_of(model, model.config, 4, False, True).keeps_exchanged  # nothing is recomputed
+
+
 def test_checkpointing_saves_memory_and_costs_time() -> None:
     """Recompute trades activations for operations."""
     assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())

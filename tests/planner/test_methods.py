@@ -1,0 +1,118 @@
+"""Methods are chosen by cost, group by group: never slower than without, never below the bound or over the memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_hetero import CostModel, Plan, Planner
+from hf_hetero.errors import ConfigError
+from hf_hetero.plan import METHODS, Group, MicroBatch
+from hf_hetero.planner.methods import with_methods
+
+LENGTHS = [9000, 3, 170, 1100, 4000, 64, 2100, 33, 700, 4, 1300, 500]
+
+
+COST = CostModel(
+    attention_s_per_token2=1e-9,
+    linear_s_per_token=2e-6,
+    micro_batch_s=1e-3,
+    all_to_all_bytes_per_token=4e4,
+    all_to_all_bytes_per_s={2: 2e10, 4: 5e9, 8: 4e9},
+    all_to_all_latency_s={2: 1e-4, 4: 2e-4, 8: 4e-4},
+    activation_bytes_per_token=1e5,
+    model_state_bytes_per_rank=0,
+    memory_bytes_per_rank=4e8,
+    kv_bytes_per_token=5e3,
+    network_bytes_per_s=3e9,
+    num_kv_heads=8,
+    ring_overlap=0.3,
+    ranks_per_node=2,
+)
+
+
+def a_cost(**changes: Any) -> CostModel:
+    """Slow links, of a model whose keys are an eighth of what exchanging heads moves; with changes."""
+    return replace(COST, **changes)
+
+
+batches = st.lists(st.integers(1, 12_000), min_size=1, max_size=24)
+
+
+@given(batches, st.sampled_from([1, 2, 3, 4, 8]))
+def test_laws(lengths: list[int], num_ranks: int) -> None:
+    """Valid; no slower than exchanging heads only; at or above the bound; seconds as the cost model counts them."""
+    cost = a_cost()
+    if max(lengths) > cost.capacity_tokens * max(d for d in cost.degrees(num_ranks) if num_ranks >= d):
+        return
+    plan, heads = (Planner(cost, num_ranks, methods=methods).plan(lengths) for methods in (METHODS, ("ulysses",)))
+    assert plan.num_samples == len(lengths)
+    assert plan.seconds == pytest.approx(cost.plan_seconds(plan, lengths))
+    assert plan.seconds <= heads.seconds * (1 + 1e-9)
+    assert plan.lower_bound_s <= plan.seconds * (1 + 1e-9)
+    assert plan.lower_bound_s <= heads.lower_bound_s * (1 + 1e-9)
+    for group in plan.groups:
+        tokens = sum(lengths[sample] for sample in group.samples)
+        assert tokens <= group.degree * cost.capacity_tokens
+        assert group in cost.methods(Group(group.ranks, group.samples), lengths)
+
+
+def test_each_method_is_best_somewhere() -> None:
+    """Short samples gather; a long one rings where keys are few and links fast; across slow nodes it does both."""
+
+    def chosen(cost: CostModel, lengths: list[int], degree: int) -> str:
+        group = Group(tuple(range(degree)), tuple(range(len(lengths))))
+        plan = with_methods(cost, Plan(degree, (MicroBatch((group,)),)), lengths, METHODS)
+        return plan.micro_batches[0].groups[0].method
+
+    short = [100] * 41
+    assert chosen(a_cost(), short, 4) == "gather"
+    assert chosen(a_cost(kv_bytes_per_token=1e6), [9001], 4) == "ulysses"
+    assert chosen(a_cost(ranks_per_node=8, ring_overlap=1.0, memory_bytes_per_rank=2.4e8), [9001], 4) == "ring"
+    assert chosen(a_cost(), [30_001], 8) == "ulysses_ring"
+
+
+def test_what_is_gathered_must_fit() -> None:
+    """Keys from elsewhere stay until backward: without room for them, gathering is not offered."""
+    group = Group((0, 1, 2, 3), (0,))
+    roomy, tight = a_cost(), a_cost(memory_bytes_per_rank=2.4e8)
+    assert "gather" in [way.method for way in roomy.methods(group, [9001])]
+    assert "gather" not in [way.method for way in tight.methods(group, [9001])]
+    assert tight.num_bytes([9001], 4) < tight.memory_bytes_per_rank
+
+
+def test_a_cost_model_that_knows_no_methods_plans_none() -> None:
+    """Files without the new fields give the plans they always gave."""
+    cost = a_cost(kv_bytes_per_token=None)
+    plan = Planner(cost, 4).plan(LENGTHS)
+    assert {group.method for group in plan.groups} == {"ulysses"}
+    assert replace(plan, planning_s=0) == replace(Planner(cost, 4, methods=["ulysses"]).plan(LENGTHS), planning_s=0)
+
+
+def test_improvement_keeps_methods() -> None:
+    """A plan with methods is improved, if at all, to one with methods that is faster."""
+    planner = Planner(a_cost(), 4, mip_time_limit_s=0.5)
+    plan = planner.plan(LENGTHS)
+    better = planner.improve(plan, LENGTHS)
+    assert better.seconds <= plan.seconds
+    assert better.lower_bound_s >= plan.lower_bound_s
+    assert better.seconds == pytest.approx(planner.cost_model.plan_seconds(better, LENGTHS))
+
+
+def test_charges_add_up() -> None:
+    """The parts of a group's seconds are its seconds, by every method; heads by the first formula."""
+    cost = a_cost()
+    group = Group(tuple(range(8)), tuple(range(len(LENGTHS))))
+    for way in cost.methods(group, LENGTHS):
+        assert sum(cost.charges(way, LENGTHS)) == pytest.approx(cost.group_seconds(way, LENGTHS))
+    assert sum(cost.charges(group, LENGTHS)) == pytest.approx(cost.seconds(LENGTHS, 8))
+
+
+def test_unknown_methods_are_refused() -> None:
+    """By name, with those there are."""
+    with pytest.raises(ConfigError, match=r"teleport.*ulysses, gather, ring, ulysses_ring"):
+        Planner(a_cost(), 4, methods=["teleport"])
