@@ -3,6 +3,7 @@
 hf-hetero plan SOURCE --cost COST --ranks N                    plan one global batch: table, --json, --plot
 hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    compare ways to share many
 hf-hetero costs [NAME]                                         cost models that come with the package
+hf-hetero check MODEL                                          can this model be trained under changing plans?
 hf-hetero report plans.jsonl                                   picture of a finished run
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
@@ -32,14 +33,16 @@ STEPS = 20  # of a simulation, unless the user says otherwise or the source has 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 on success, 1 with one line on stderr if something is wrong with what was given."""
+    """Run one verb; 0 on success, 1 with one line on stderr if something is wrong with what was given.
+
+    `check` also ends with 1 if the model cannot be trained.
+    """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except HeteroError as error:
         print(f"hf-hetero: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 # ----------------------------------------------------------------------------------------------------------- the verbs
@@ -95,6 +98,14 @@ def _costs(args: argparse.Namespace) -> None:
         print(costs_table())
     else:
         print(json.dumps(CostModel.load(args.name).to_dict(), indent=1))
+
+
+def _check(args: argparse.Namespace) -> int:
+    from hf_hetero.check import check  # torch and transformers, which planning does without
+
+    found = check(args.model, args.max_degree).to_dict()
+    print(json.dumps(found) if args.json else check_table(found))
+    return 0 if found["ok"] else 1
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -196,6 +207,29 @@ def costs_table() -> str:
     return "\n".join(rows)
 
 
+def check_table(found: Mapping[str, Any]) -> str:
+    """What is known of a model, for people; the verdict last."""
+    probe = found["probe"]
+    tested = "compared with plain training in this version's tests" if found["tested"] else "not compared in tests yet"
+    lines = [
+        f"model     {found['name']} ({found['model_type']}), {tested}",
+        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"kernel    on a GPU in bf16: {found['kernel']}",
+        f"heads     {found['num_heads']} of queries, {found['num_kv_heads']} of keys and values",
+    ]
+    for degree, ways in found["methods"].items():
+        if ways:
+            lines.append(f"degree {degree:<3}" + "; ".join(f"{method}: {words}" for method, words in ways.items()))
+    if not found["reasons"]:
+        tried = (
+            f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance; differs "
+            f"from stock attention by {probe['loss_error']:.0e} in the loss, {probe['gradient_error']:.0e} in gradients"
+        )
+        lines.append(f"probe     {probe['failure'] or tried}")
+    lines += [f"refused   {reason}" for reason in found["reasons"]]
+    return "\n".join([*lines, "It can be trained." if found["ok"] else "It cannot be trained."])
+
+
 # ------------------------------------------------------------------------------------------------------- the arguments
 
 
@@ -229,6 +263,12 @@ def _parser() -> argparse.ArgumentParser:
     costs = verbs.add_parser("costs", help="cost models that come with the package: measured or estimated, from what")
     costs.add_argument("name", nargs="?", help="print this one as JSON, to start your own file from")
     costs.set_defaults(run=_costs)
+
+    checked = verbs.add_parser("check", help="can this model be trained? Its config, and a tiny instance of it")
+    checked.add_argument("model", help="name on the hub, folder, or config.json; no weights are loaded")
+    checked.add_argument("--max-degree", type=int, default=64, help="largest degree to look at; default: 64")
+    checked.add_argument("--json", action="store_true", help="print it as JSON (hf-hetero-check/1)")
+    checked.set_defaults(run=_check)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")

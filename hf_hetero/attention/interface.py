@@ -62,7 +62,7 @@ def hetero_attention(
         Shape (1, local_tokens, num_heads, head_dim), and None for the weights.
 
     Raises:
-        UnsupportedModel: the model lost the context on its way here.
+        UnsupportedModel: the model lost the context on its way here, or wants what no plan can keep exact.
     """
     scores = Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux)
     if hetero is None:
@@ -71,6 +71,12 @@ def hetero_attention(
         raise UnsupportedModel(
             f"{type(module).__name__} asks for attention dropout of {dropout}, which draws another mask for every "
             "layout. Set the model's attention dropout to 0."
+        )
+    is_causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise UnsupportedModel(
+            f"{type(module).__name__} looks at tokens after its own; attention across ranks is causal. "
+            "Train a causal language model, or this one with plain Trainer."
         )
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)

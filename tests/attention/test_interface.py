@@ -100,3 +100,12 @@ def test_rank_without_tokens() -> None:
     out = model(**inputs, attention_mask=interface.planned_mask(0, 1), hetero=context_of([]), use_cache=False)
     (0 * out.logits).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_attention_in_both_directions_is_refused() -> None:
+    """A layer that is not causal is not quietly made so; whether the module or the call says it."""
+    module, x = torch.nn.Identity(), torch.randn(1, 2, 5, 4)
+    for changes in ({"is_causal": False}, {}):
+        module.is_causal = bool(changes)  # type: ignore[assignment]
+        with pytest.raises(UnsupportedModel, match="tokens after its own"):
+            interface.hetero_attention(module, x, x, x, None, hetero=context_of([5]), **changes)
