@@ -64,17 +64,18 @@ def attend_gathered(
     Returns:
         Shape (rows of q, num_heads, size of a value).
     """
-    rows = torch.cat([k, v], dim=2)
     if members is not None:
         assert context.process_group is not None
         sent, received = [0] * context.layout.degree, [0] * context.layout.degree
-        size = rows.shape[1] * rows.shape[2]
+        size = k.shape[1] * (k.shape[2] + v.shape[2])
         for place, num_sent, num_received in zip(members, route.num_sent, route.num_received, strict=True):
             sent[place], received[place] = size * num_sent, size * num_received
-        buffer = rows[route.send_rows].reshape(-1)
-        arrived = all_to_all(buffer, sent, received, context.process_group, context, "all-to-all of needed keys", layer)
-        rows = torch.cat([rows, arrived.view(sum(route.num_received), *rows.shape[1:])])
+        rows = torch.cat([k[route.send_rows], v[route.send_rows]], dim=2)
+        arrived = all_to_all(
+            rows.reshape(-1), sent, received, context.process_group, context, "all-to-all of needed keys", layer
+        )
+        arrived = arrived.view(sum(route.num_received), k.shape[1], k.shape[2] + v.shape[2])
+        k, v = torch.cat([k, arrived[..., : k.shape[2]]]), torch.cat([v, arrived[..., k.shape[2] :]])
     if route.meeting.key_rows is not None:
-        rows = rows[route.meeting.key_rows]
-    keys, values = rows.split([k.shape[2], v.shape[2]], dim=2)
-    return context.kernel(q, keys, values, route.meeting.segments, scores)
+        k, v = k[route.meeting.key_rows], v[route.meeting.key_rows]
+    return context.kernel(q, k, v, route.meeting.segments, scores)
