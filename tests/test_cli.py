@@ -113,7 +113,7 @@ def test_simulate_as_picture(files: list[str], tmp_path: Path) -> None:
 def test_default_steps(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """As many full steps as the source makes, twenty of a mix."""
     assert simulated(capsys, *files, "--batch-size", "3")["num_steps"] == len(LENGTHS) // 3
-    mix = ["web", "--cost", "llama-8b_8xh100_nvlink", "--ranks", "8", "--batch-size", "4", "--solver", "fast"]
+    mix = ["web", "--cost", "llama-8b_8xh200_nvlink", "--ranks", "8", "--batch-size", "4", "--solver", "fast"]
     assert simulated(capsys, *mix)["num_steps"] == 20
 
 
@@ -129,7 +129,7 @@ def test_context(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert degrees() == ["2", "4"]
     assert degrees("--context", "390", "--max-length", "99") == ["4"]
     assert degrees("--max-length", "99", "--context", "100") == ["1", "2", "4"]
-    mix = ["prolong", "--cost", "llama-8b_8xh100_nvlink", "--ranks", "8", "--batch-size", "2", "--steps", "1"]
+    mix = ["prolong", "--cost", "llama-8b_8xh200_nvlink", "--ranks", "8", "--batch-size", "2", "--steps", "1"]
     assert simulated(capsys, *mix)["context_tokens"] == 192 * 1024
 
 

@@ -136,7 +136,8 @@ def test_a_sample_that_nothing_holds_is_refused() -> None:
         Planner(small_cost(16384, (2, 4, 8)), 8).plan([5] * 17 + [262144])
     assert str(refused.value) == (
         "sample 17 has 262144 tokens; even degree 8 holds 131072 (16384 tokens a rank). "
-        "Lower the maximum length, add ranks, or raise the memory limit."
+        "Lower the maximum length, add ranks, raise the memory limit, or keep less in memory "
+        "(gradient checkpointing, and with it HeteroConfig.keep_exchanged=False)."
     )
 
 
