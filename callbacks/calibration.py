@@ -88,6 +88,7 @@ def scaled(cost: CostModel, factors: Floats) -> CostModel:
         attention_s_per_token2=cost.attention_s_per_token2 * attention,
         linear_s_per_token=cost.linear_s_per_token * linear,
         all_to_all_bytes_per_s={d: v / exchange for d, v in cost.all_to_all_bytes_per_s.items()},
+        network_bytes_per_s=cost.network_bytes_per_s and cost.network_bytes_per_s / exchange,
         all_to_all_latency_s={d: v * fixed for d, v in cost.all_to_all_latency_s.items()},
         micro_batch_s=cost.micro_batch_s * fixed,
         source=f"{cost.source}; times refitted to measured steps",
