@@ -1,84 +1,23 @@
-"""Can this model be trained under changing plans? Looks at its config and tries a tiny instance of its architecture.
-
-No weights are loaded and no GPU is needed: the probe builds the same architecture, a few numbers wide, and compares one
-packed forward and backward pass through this package's attention with each sample alone through stock attention.
-"""
+"""Can this model be trained under changing plans? Looks at its config and tries a tiny instance of its architecture."""
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.loss.loss_utils import ForCausalLMLoss
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_hetero import exactness
-from hf_hetero.attention import interface, kernels
-from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.cpu import CPU
-from hf_hetero.collators.packed import Sample, pack_spans
+from hf_hetero.attention import kernels
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.layout import contiguous
-from hf_hetero.loss import shift_labels, token_loss
+from hf_hetero.heads import share_heads
+from hf_hetero.probe import MOST_NUMBERS, Probe, build, num_numbers, probe, shrunk
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
-PROBE_LENGTHS = (11, 1, 6, 23)
-PROBE_TOLERANCE = 1e-4
-SMALL = {  # what makes a model large -> its value in the probe
-    "hidden_size": 32,
-    "n_embd": 32,
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "vocab_size": 128,
-    "max_position_embeddings": 256,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "sliding_window": 8,
-    "head_dim": 8,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What the tiny instance did.
-
-    Args:
-        num_layers: attention layers that should be reached.
-        reached: layers that the attention function was called for, under a plan.
-        loss_error, gradient_error: largest difference from stock attention, relative to the largest value.
-        failure: why it could not be tried, in words; empty if it could.
-    """
-
-    num_layers: int = 0
-    reached: int = 0
-    loss_error: float = 0.0
-    gradient_error: float = 0.0
-    failure: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Every layer was reached, and nothing differs by more than rounding."""
-        exact = max(self.loss_error, self.gradient_error) <= PROBE_TOLERANCE
-        return not self.failure and self.reached == self.num_layers and exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +30,7 @@ class Check:
         tested: whether its type is compared with plain training in this package's tests.
         versions: of the packages that matter; "not installed" where absent.
         kernel: on a GPU in bf16, by name; or why there is none.
-        num_heads, num_kv_heads: of attention.
+        num_heads, num_kv_heads: of attention; 0 without.
         methods: degree -> method -> how its heads fit, in words.
         reasons: why the model is refused; empty if it is not.
         probe: the trial of a tiny instance.
@@ -113,30 +52,35 @@ class Check:
         """Whether the model can be trained."""
         return not self.reasons and self.probe.ok
 
+    @property
+    def verdict(self) -> str:
+        """In words: "can be trained", "refused because ..." or "not tested: ..."."""
+        if self.reasons:
+            return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
+        return f"not tested: {self.probe.failure}" if self.probe.failure else "can be trained"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return {"format": "hf-hetero-check/1", "ok": self.ok, **asdict(self)}
+        return {"format": "hf-hetero-check/1", "ok": self.ok, "verdict": self.verdict, **asdict(self)}
 
 
 def check(name: str, max_degree: int = 64) -> Check:
     """Check a model by its name on the hub, its folder, or its config file.
 
     Raises:
-        ConfigError: there is no such config, or it is not one that transformers knows.
+        ConfigError: there is no such config, or it is not one that transformers knows; or `max_degree` is below 1.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"Cannot read a config from {name!r}: {error}") from error
+    if max_degree < 1:
+        raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
+    config = _config(name)
     text: Any = config.get_text_config(decoder=True)
     num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
-    features = kernels.features_of(text)
     try:
-        kernel = kernels.choose_kernel("cuda", torch.bfloat16, features).name
+        kernel = kernels.choose_kernel("cuda", torch.bfloat16, kernels.features_of(text)).name
     except HeteroError as error:
         kernel = str(error)
-    reasons, probe = _try(config)
+    reasons, tried = _try(config)
     return Check(
         name=name,
         model_type=config.model_type,
@@ -147,27 +91,38 @@ def check(name: str, max_degree: int = 64) -> Check:
         num_kv_heads=num_kv_heads,
         methods={d: fits(d, num_heads, num_kv_heads) for d in _degrees(max_degree)},
         reasons=reasons,
-        probe=probe,
+        probe=tried,
     )
 
 
 def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
-    """How the heads of a model fit a degree, by method, in words."""
+    """How the heads of a model fit a degree, by method, in words; nothing where there is nothing to share."""
     if degree == 1 or not num_heads:
         return {}
+    blocks = [b for b in _degrees(degree // 2) if b > 1 and degree % b == 0]
+    even = [str(b) for b in blocks if b <= num_heads and num_heads % b == 0]
+    in_blocks = f"blocks of {', '.join(even)}" if even else "uneven blocks" if blocks else "needs 4 ranks or more"
+    return {
+        "ulysses": _ulysses(degree, num_heads, num_kv_heads),
+        "gather": "any heads",
+        "ring": "any heads",
+        "ulysses_ring": in_blocks,
+    }
+
+
+def _ulysses(degree: int, num_heads: int, num_kv_heads: int) -> str:
     if degree > num_heads:
-        ulysses = f"{degree - num_heads} of {degree} ranks idle: {num_heads} heads"
-    elif num_heads % degree:
-        ulysses = f"uneven: {-(-num_heads // degree)} heads on some ranks, {num_heads // degree} on others"
-    elif num_kv_heads % degree:
-        ulysses = f"key-value heads are copied: {num_kv_heads} for {degree} ranks"
-    else:
-        ulysses = "even"
-    return {"ulysses": ulysses, "gather": "any heads", "ring": "any heads"}
+        return f"{degree - num_heads} of {degree} ranks idle: {num_heads} heads"
+    if num_heads % degree:
+        return f"uneven: {-(-num_heads // degree)} heads on some ranks, {num_heads // degree} on others"
+    copies = sum(share.num_kv for share in share_heads(num_heads, num_kv_heads, degree))
+    if copies > num_kv_heads:
+        return f"key-value heads are copied: {num_kv_heads} for {degree} ranks"
+    return "even"
 
 
 def _degrees(largest: int) -> list[int]:
-    return [2**power for power in range(largest.bit_length()) if 2**power <= largest]
+    return [2**power for power in range(largest.bit_length())]
 
 
 def _version(package: str) -> str:
@@ -177,93 +132,41 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _config(name: str) -> Any:
+    try:
+        # said outright, because transformers would ask at the terminal
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{name!r} brings code of its own, which is not run: only architectures of transformers are exact."
+            ) from error
+        raise ConfigError(f"Cannot read a config from {name!r}: {_one_line(error)}") from error
+
+
 def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
     """Why the model is refused, and what a tiny instance does."""
+    untried = Probe(failure="not tried, because the model is refused")
+    if config.is_encoder_decoder:
+        return ("it has an encoder and a decoder; only decoder-only language models are supported.",), untried
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return (f"transformers has no causal language model of type {config.model_type!r}.",), untried
     try:
-        model: Any = AutoModelForCausalLM.from_config(shrunk(config), attn_implementation="eager")
-    except ValueError as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return (f"transformers builds no causal language model from it: {first_line}",), Probe(failure="not built")
+        reasons = tuple(exactness.model_problems(build(config, "meta")))
     except Exception as error:
-        return (), Probe(failure=f"a tiny instance cannot be built: {type(error).__name__}: {error}")
-    reasons = tuple(exactness.model_problems(model))
+        return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {_one_line(error)}")
     if reasons:
-        return reasons, Probe(failure="not tried, because the model is refused")
+        return reasons, untried
+    small = shrunk(config)
     try:
-        return (), probe(model)
+        if (numbers := num_numbers(build(small, "meta"))) > MOST_NUMBERS:
+            return (), Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
+        model = build(small, "cpu")
     except Exception as error:
-        return (), Probe(failure=f"{type(error).__name__}: {error}")
+        return (), Probe(failure=f"a tiny instance cannot be built: {type(error).__name__}: {_one_line(error)}")
+    tried = probe(model)
+    return (tried.problem,) if tried.problem else (), tried
 
 
-def shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    """The same architecture with few and small layers: one of each kind, the same grouping of heads."""
-    small: Any = copy.deepcopy(config)
-    for name, value in SMALL.items():
-        if isinstance(getattr(small, name, None), int) and not isinstance(getattr(small, name), bool):
-            _set(small, name, value)
-    heads = getattr(config, "num_attention_heads", None)
-    if heads:
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        _set(small, "num_attention_heads", 4)
-        if hasattr(config, "num_key_value_heads"):
-            _set(small, "num_key_value_heads", 4 if kv_heads == heads else 1 if kv_heads == 1 else 2)
-    kinds = list(getattr(config, "layer_types", None) or [])
-    num_layers = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
-    _set(small, "num_hidden_layers", num_layers)
-    if kinds:
-        _set(small, "layer_types", kinds[:num_layers])
-    return small
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    """Set what can be set: some configs compute the one or other value."""
-    with suppress(AttributeError):
-        setattr(config, name, value)
-
-
-def probe(model: Any) -> Probe:
-    """One packed pass under a plan, against each sample alone."""
-    generator = torch.Generator().manual_seed(0)
-    vocab = model.config.get_text_config(decoder=True).vocab_size
-    ids = [torch.randint(3, vocab, (length,), generator=generator) for length in PROBE_LENGTHS]
-    model = model.float().train()
-    if model.loss_function is ForCausalLMLoss:
-        model.loss_function = token_loss
-    num_targets = sum(length - 1 for length in PROBE_LENGTHS)
-    expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
-    interface.register()
-    model.set_attn_implementation(interface.ATTENTION_NAME)
-    layout = contiguous(list(PROBE_LENGTHS), 1)
-    context = AttentionContext(layout, (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
-    inputs = pack_spans(layout.spans[0], [Sample(sample, shift_labels(sample)) for sample in ids])
-    found = _pass(model, [{**inputs, "hetero": context, "num_items_in_batch": num_targets}])
-    num_layers = len({m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)})
-    return Probe(num_layers, len(context.reached), _error(found[:1], expected[:1]), _error(found[1:], expected[1:]))
-
-
-def _alone(sample: torch.Tensor, num_targets: int) -> dict[str, Any]:
-    row = sample.unsqueeze(0)
-    shifted = shift_labels(sample).unsqueeze(0)
-    return {"input_ids": row, "labels": row, "shift_labels": shifted, "num_items_in_batch": num_targets}
-
-
-def _pass(model: Any, batches: list[Mapping[str, Any]]) -> list[torch.Tensor]:
-    """The loss and the gradients of all batches together."""
-    model.zero_grad()
-    total = torch.zeros(())
-    for batch in batches:
-        loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        total = total + loss.detach()
-    return [total, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
-def _error(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Largest difference, relative to the largest value of the same tensor."""
-    if len(found) != len(expected):
-        return float("inf")
-    largest = max((float(x.abs().max()) for x in expected), default=0.0)
-    pairs = zip(found, expected, strict=True)
-    # a gradient that is zero but for rounding is measured by the others
-    errors = [float((x - y).abs().max()) / max(float(y.abs().max()), 1e-3 * largest, 1e-30) for x, y in pairs]
-    return max(errors, default=0.0)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

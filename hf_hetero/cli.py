@@ -211,23 +211,34 @@ def check_table(found: Mapping[str, Any]) -> str:
     """What is known of a model, for people; the verdict last."""
     probe = found["probe"]
     tested = "compared with plain training in this version's tests" if found["tested"] else "not compared in tests yet"
-    lines = [
-        f"model     {found['name']} ({found['model_type']}), {tested}",
-        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"kernel    on a GPU in bf16: {found['kernel']}",
-        f"heads     {found['num_heads']} of queries, {found['num_kv_heads']} of keys and values",
-    ]
-    for degree, ways in found["methods"].items():
-        if ways:
-            lines.append(f"degree {degree:<3}" + "; ".join(f"{method}: {words}" for method, words in ways.items()))
-    if not found["reasons"]:
+    heads = f"{found['num_heads']} of queries, {found['num_kv_heads']} of keys and values"
+    if probe["num_layers"]:
         tried = (
             f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance; differs "
             f"from stock attention by {probe['loss_error']:.0e} in the loss, {probe['gradient_error']:.0e} in gradients"
         )
-        lines.append(f"probe     {probe['failure'] or tried}")
-    lines += [f"refused   {reason}" for reason in found["reasons"]]
-    return "\n".join([*lines, "It can be trained." if found["ok"] else "It cannot be trained."])
+    else:
+        tried = "not tried" if probe["failure"] else "a tiny instance did not finish"
+    lines = [
+        f"model     {found['name']} ({found['model_type']}), {tested}",
+        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"kernel    on a GPU in bf16: {found['kernel']}",
+        f"heads     {heads if found['num_heads'] else 'none'}",
+        *_methods_table(found["methods"]),
+        f"probe     {tried}",
+        *textwrap.wrap(found["verdict"], 110, initial_indent="verdict   ", subsequent_indent=" " * 10),
+    ]
+    return "\n".join(lines)
+
+
+def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """How heads fit: a line a degree, a column a method."""
+    rows = [(str(degree), *(ways[method] for method in METHODS)) for degree, ways in methods.items() if ways]
+    if not rows:
+        return []
+    table = [("degree", *METHODS), *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments

@@ -25,6 +25,7 @@ TESTED_MODEL_TYPES = frozenset(
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 SHARDING_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
 
 def base_model(model: torch.nn.Module | None) -> Any:
@@ -136,13 +137,17 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
     if config.is_encoder_decoder or not type(base).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        yield "only decoder-only language models are supported."
+        yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
     if not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
         yield "it does not use transformers' attention interface, so samples cannot be shared among ranks."
-    if other := sorted(set(getattr(config, "layer_types", None) or []) - EXACT_LAYER_TYPES):
-        yield f"layers of type {', '.join(other)} carry state along a sample that ranks would have to pass on."
+    layer_types = set(getattr(config, "layer_types", None) or [])
+    if with_state := sorted(layer_types & STATE_LAYER_TYPES):
+        yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
+    if other := sorted(layer_types - EXACT_LAYER_TYPES - STATE_LAYER_TYPES):
+        known = " and ".join(sorted(EXACT_LAYER_TYPES))
+        yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
     if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
     for name in ATTENTION_DROPOUTS:

@@ -28,6 +28,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "collators",
         "callbacks",
     },
+    {"probe"},
     {"check", "clusters", "loader", "machine", "simulation_picture", "sources"},
     {"trainer"},
     {""},  # hf_hetero/__init__.py, the catalogue
@@ -51,6 +52,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "lengths",
         "loader",
         "machine",
+        "probe",
         "trainer",
     },
 }

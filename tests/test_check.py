@@ -46,7 +46,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     [
         ("Mamba", {}, "attention"),
         ("Qwen3Next", {}, "linear"),
-        ("T5", {}, "no causal language model"),
+        ("T5", {}, "decoder"),
         ("Bert", {}, "dropout"),
         ("Bert", NO_DROPOUT, "tokens after its own"),
     ],

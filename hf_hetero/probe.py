@@ -1,0 +1,267 @@
+"""Does a model learn the same under a plan? Tries a tiny instance of its architecture, from its config alone.
+
+No weights are loaded and no GPU is needed: the same kinds of layers with the same heads, a few experts and a short
+vocabulary. One packed forward and backward pass through this package's attention is compared with each sample alone
+through stock attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from hf_hetero.attention import interface
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.cpu import CPU
+from hf_hetero.collators.packed import Sample, pack_spans
+from hf_hetero.errors import HeteroError
+from hf_hetero.layout import contiguous
+from hf_hetero.loss import shift_labels, token_loss
+
+LENGTHS = (11, 1, 6, 23)
+SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
+TOLERANCE = 1e-4  # relative, in fp32; rounding gives 1e-6, a sample that sees another 1e-2 and more
+MOST_NUMBERS = 50_000_000  # weights and buffers that a tiny instance may have
+NUM_HEADS = 4
+SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "vocab_size": 128,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists that say which kind each layer is
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the tiny instance did.
+
+    Args:
+        num_layers: layers that have attention or count as such.
+        reached: layers that the attention function was called for, under a plan.
+        loss_error, gradient_error: largest difference from stock attention, relative to the largest value.
+        problem: what it does under a plan that plain training does not, in words; empty if nothing.
+        failure: why it could not be tried, in words; empty if it could.
+    """
+
+    num_layers: int = 0
+    reached: int = 0
+    loss_error: float = 0.0
+    gradient_error: float = 0.0
+    problem: str = ""
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Every layer was reached, and nothing differs by more than rounding."""
+        return not self.failure and not self.problem
+
+
+# ------------------------------------------------------------------------------------------------- a tiny instance
+
+
+def build(config: PretrainedConfig, device: str) -> Any:
+    """The causal language model of a config, with stock attention; the same weights each time.
+
+    On "meta" it has no weights, so that any size will do.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def num_numbers(model: torch.nn.Module) -> int:
+    """Weights and buffers."""
+    return sum(x.numel() for x in [*model.parameters(), *model.buffers()])
+
+
+def shrunk(config: PretrainedConfig) -> PretrainedConfig:
+    """The same architecture with few and small layers: one of each kind, heads as wide, the same grouping of heads.
+
+    Of a model of text and images the text part is shrunk. The given config stays as it is.
+    """
+    small: Any = copy.deepcopy(config)
+    _shrink(small.get_text_config(decoder=True))
+    return small
+
+
+def _shrink(config: Any) -> None:
+    for name, most in SMALLEST.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool):
+            _set(config, name, min(value, most))
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and heads > 0:
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        # rotary tables and partial rotation are made for the width of a head, so it stays
+        _set(config, "hidden_size", NUM_HEADS * (config.hidden_size // heads))
+        _set(config, "num_attention_heads", NUM_HEADS)
+        if hasattr(config, "num_key_value_heads"):
+            _set(config, "num_key_value_heads", NUM_HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2)
+    _switch_rotary_tables_early(config)
+    _keep_one_layer_of_each_kind(config)
+
+
+def _switch_rotary_tables_early(config: Any) -> None:
+    """Some rotary tables change when the longest sample beside a token is long: let the probe's longest one be."""
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    tables = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # one, or one for each kind of layer
+    types = {table.get("rope_type") for table in tables}
+    if "longrope" in types:
+        if getattr(config, "original_max_position_embeddings", None):  # of both places, this one counts
+            _set(config, "original_max_position_embeddings", SWITCH_TOKENS)
+        for table in tables:
+            if table.get("rope_type") == "longrope":
+                table["original_max_position_embeddings"] = SWITCH_TOKENS
+    if "dynamic" in types:
+        _set(config, "max_position_embeddings", SWITCH_TOKENS)
+
+
+def _keep_one_layer_of_each_kind(config: Any) -> None:
+    total = getattr(config, "num_hidden_layers", None)
+    if not isinstance(total, int):
+        return
+    values = {**vars(config), **{name: getattr(config, name, None) for name in KINDS}}  # some configs rename the kinds
+    per_layer = {name: list(x) for name, x in values.items() if isinstance(x, list | tuple) and len(x) == total}
+    kinds = [per_layer[name] for name in KINDS if name in per_layer]
+    firsts = [kind.index(value) + 1 for kind in kinds for value in set(kind)]
+    num_layers = min(total, max([2, *firsts]))
+    _set(config, "num_hidden_layers", num_layers)
+    for name, values in per_layer.items():
+        _set(config, name, values[:num_layers])
+
+
+def _set(config: Any, name: str, value: Any) -> None:
+    """Set what can be set: some configs compute the one or other value."""
+    with suppress(AttributeError):
+        setattr(config, name, value)
+
+
+# ------------------------------------------------------------------------------------------------------- the trial
+
+
+def probe(model: Any) -> Probe:
+    """One packed pass under a plan, against each sample alone.
+
+    Both in evaluation mode, so that dropout outside of attention, which is allowed, does not hide other differences;
+    then one forward pass in training mode, for what is refused only there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
+    num_targets = sum(length - 1 for length in LENGTHS)
+    model = model.float().eval()
+    losses: list[str] = []
+
+    def counted_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        losses.append("")
+        return token_loss(*args, **kwargs)
+
+    model.loss_function = counted_loss
+    try:
+        expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
+    except Exception as error:
+        return Probe(failure=f"a tiny instance fails with stock attention, too: {_said(error)}")
+    if len(losses) != len(ids):
+        return Probe(
+            problem="its forward computes a cross-entropy of its own instead of calling its loss_function, so targets "
+            "of packed samples, counted over all ranks, do not reach it."
+        )
+    if not all(bool(x.isfinite().all()) for x in expected.values()):
+        return Probe(failure="the loss or a gradient of a tiny instance is not finite with stock attention")
+    context = _context()
+    inputs = pack_spans(context.layout.spans[0], [Sample(sample, shift_labels(sample)) for sample in ids])
+    batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
+    try:
+        interface.register()
+        model.set_attn_implementation(interface.ATTENTION_NAME)
+        found = _pass(model, [batch])
+        with torch.no_grad():
+            model.train()(**batch, use_cache=False)
+    except HeteroError as error:
+        return Probe(problem=str(error))
+    except Exception as error:
+        return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
+    return _judged(model, context.reached, found, expected)
+
+
+def _context() -> AttentionContext:
+    layout = contiguous(list(LENGTHS), 1)
+    return AttentionContext(layout, (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
+
+
+def _judged(model: Any, reached: set[int], found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Probe:
+    layers = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    loss_error, gradient_error = _errors(found, expected)
+    problem = ""
+    if reached != layers:
+        missing = ", ".join(map(str, sorted(layers - reached))) or "none"
+        problem = (
+            f"under a plan {len(reached)} of {len(layers)} layers of a tiny instance call transformers' attention "
+            f"interface (not: {missing}); the others would not learn which ranks share their tokens."
+        )
+    elif without := sorted(expected.keys() - found.keys()):
+        problem = (
+            f"under a plan {len(without)} weights of a tiny instance get no gradient, {without[0]} for one: its "
+            "attention depends on them in a way of its own, such as a learned mask."
+        )
+    elif not max(loss_error, gradient_error) <= TOLERANCE:
+        problem = (
+            f"a tiny instance learns differently when samples are packed: the loss differs by {loss_error:.0e}, "
+            f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, as "
+            "rotary tables do that depend on the longest of them (rope_type longrope or dynamic), or positions are not "
+            "taken from position_ids."
+        )
+    return Probe(len(layers), len(reached), loss_error, gradient_error, problem)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _alone(sample: torch.Tensor, num_targets: int) -> dict[str, Any]:
+    row = sample.unsqueeze(0)
+    shifted = shift_labels(sample).unsqueeze(0)
+    return {"input_ids": row, "labels": row, "shift_labels": shifted, "num_items_in_batch": num_targets}
+
+
+def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The loss, under "", and the gradients, by name, of all batches together."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        total = total + loss.detach()
+    return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Largest difference of the loss and of the gradients, relative to the largest value of the same tensor."""
+    largest = max((float(x.abs().max()) for name, x in expected.items() if name), default=0.0)
+    errors = {"": 0.0}
+    for name in expected.keys() & found.keys():
+        x, y = found[name], expected[name]
+        # a gradient that is zero but for rounding is measured by the others
+        scale = max(float(y.abs().max()), 1e-3 * largest if name else 0.0, 1e-30)
+        errors[name] = float((x - y).abs().max()) / scale if bool(x.isfinite().all()) else float("inf")
+    return errors.pop(""), max(errors.values(), default=0.0)
