@@ -98,13 +98,12 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A table for people, JSON for programs, and an exit status for scripts."""
     config_of("gemma2").save_pretrained(tmp_path)
     assert main(["check", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "It can be trained."
+    assert capsys.readouterr().out.splitlines()[-1].endswith("can be trained")
     assert main(["check", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model_type"] in exactness.TESTED_MODEL_TYPES
     transformers.MambaConfig().save_pretrained(tmp_path)
     assert main(["check", str(tmp_path)]) == 1
-    assert "refused" in (out := capsys.readouterr().out)
-    assert out.splitlines()[-1] == "It cannot be trained."
+    assert "verdict   refused because" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------- negative controls
