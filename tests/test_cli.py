@@ -256,3 +256,61 @@ def test_the_page_says_what_comes_out(capsys: pytest.CaptureFixture[str]) -> Non
         assert float(line.split()[1]) == pytest.approx(float(expected.split()[1]), rel=0.03)
     assert printed[2].split()[-2:] == shown[2].split()[-2:] == ["degree", "64"]
     assert printed[-1] == shown[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------- check
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 2}
+    text = json.dumps({"model_type": "llama", **sizes, "intermediate_size": 48, "vocab_size": 97})
+    (tmp_path / "config.json").write_text(text)
+    return str(tmp_path)
+
+
+def test_check(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line a degree for people, the same for programs, and 0 for a model that can be trained."""
+    assert main(["check", model, "--max-degree", "8", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["format"] == "hf-hetero-check/1"
+    assert main(["check", model, "--max-degree", "8"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == [
+        *("model", "versions", "kernel", "heads", "degree", "2", "4", "8", "probe", "verdict")
+    ]
+    assert printed[3].split()[1:3] == ["8", "of"]
+    for line in printed[5:8]:
+        for words in data["methods"][line.split()[0]].values():
+            assert words in line
+    assert f"reached in {data['probe']['reached']} of 2 layers" in printed[-2]
+    assert printed[-1] == "verdict   can be trained"
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"model_type": "mamba"}, "refused because"),
+        ({"attention_dropout": 0.1}, "refused because attention_dropout=0.1 draws another mask"),
+        ({"model_type": "deepseek_v2", "num_key_value_heads": 8}, "not tested: a tiny instance fails with stock"),
+    ],
+)
+def test_check_says_no(model: str, change: dict[str, Any], verdict: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 for a model that cannot be trained, and the whole table: it is an answer, not an error."""
+    path = Path(model) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert main(["check", model]) == 1
+    printed = capsys.readouterr()
+    assert f"verdict   {verdict}" in printed.out
+    assert "hf-hetero:" not in printed.err
+    assert main(["check", model, "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert not data["ok"]
+    assert data["verdict"].startswith(verdict)
+
+
+def test_check_of_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is no model's, and a degree that cannot be, are errors: one line, and no table."""
+    name = str(Path(model) / "nowhere")
+    assert refused(capsys, "check", name).startswith(f"hf-hetero: Cannot read a config from {name!r}")
+    assert "largest degree to look at is 0" in refused(capsys, "check", model, "--max-degree", "0")
