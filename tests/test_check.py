@@ -10,6 +10,7 @@ import pytest
 import transformers
 from helpers import FAMILIES, TINY
 from test_probe import own_forward
+from transformers.loss.loss_utils import ForTokenClassification
 
 from hf_hetero import check as room
 from hf_hetero import exactness
@@ -72,7 +73,7 @@ STATE = "linear_attention carry state along a sample"
         ("Bert", {}, "attention_probs_dropout_prob=0.1 draws another mask"),
         ("Bert", NO_DROPOUT, "looks at tokens after its own"),
         ("Falcon", {}, "does not use transformers' attention interface"),
-        ("Nemotron", {"head_dim": 128}, "does not hand its keyword arguments to attention"),
+        ("Nemotron", {"head_dim": 128, "num_key_value_heads": 8}, "does not hand its keyword arguments to attention"),
     ],
 )
 def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -89,7 +90,9 @@ def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: 
 
 def test_a_loss_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it is another of transformers' losses or written into forward."""
-    other = checked(tmp_path / "named", config_of("llama", loss_type="ForTokenClassification"))
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaForCausalLM, "loss_function", property(lambda _: ForTokenClassification))
+        other = checked(tmp_path / "named", config_of("llama"))
     assert "its loss is ForTokenClassification, not the causal language model loss" in other.verdict
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", own_forward)
     assert "a cross-entropy of its own" in checked(tmp_path / "written", config_of("llama")).verdict

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hetero.layout import Layout, blocks_of, contiguous, equal_splits, layout_of, needed, two_level, zigzag
@@ -15,6 +15,7 @@ def tokens_of(layout: Layout) -> list[tuple[int, int]]:
     return [(s.sample, t) for spans in layout.spans for s in spans for t in range(s.start, s.end)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 9))
 def test_contiguous_covers_the_pack(lengths: list[int], degree: int) -> None:
     """The ranks' spans, in order, are the pack."""
@@ -27,6 +28,7 @@ def test_contiguous_covers_the_pack(lengths: list[int], degree: int) -> None:
     assert all(span.num_tokens > 0 for spans in layout.spans for span in spans)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 9))
 def test_zigzag_covers_the_pack(lengths: list[int], degree: int) -> None:
     """Each token once, in equal shares; a rank holds the tokens of a sample in their order."""
@@ -61,6 +63,7 @@ def test_short_samples_stay_whole() -> None:
     assert zigzag([10, 5, 5], 4).is_cut
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.sampled_from([(2, 2), (4, 2), (8, 4), (6, 3), (4, 1)]))
 def test_two_levels(lengths: list[int], sizes: tuple[int, int]) -> None:
     """Blocks hold a zigzag, and the ranks of a block consecutive slices of it."""
@@ -73,6 +76,7 @@ def test_two_levels(lengths: list[int], sizes: tuple[int, int]) -> None:
         assert held == equal_splits(sum(held), inner)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 6), st.none() | st.integers(1, 30), st.booleans())
 def test_needed_is_what_queries_see(lengths: list[int], degree: int, window: int | None, cut: bool) -> None:
     """Token by token: a key travels if and only if a query of the receiver sees it."""

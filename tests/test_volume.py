@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from attention.test_methods import METHODS, case_of, on_group
 from helpers import run_ranks
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import _functional_collectives as collectives
 
@@ -84,6 +84,7 @@ def test_closed_forms() -> None:
     assert ring == Volume(gather.forward, gather.forward + gather.backward)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 60) | st.just(900), max_size=12), st.integers(1, 8), st.booleans())
 def test_travelling_tokens(lengths: list[int], degree: int, slices: bool) -> None:
     """The busiest rank's, as counted pair by pair."""

@@ -6,7 +6,7 @@ import random
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner.flexsp import Settings, blast, bucket, fewest_micro_batches, least_degree, solve, virtual_groups
 from planner.reference import optimal_seconds, small_cost
@@ -20,6 +20,7 @@ def cuts(num_things: int, num_parts: int) -> list[list[range]]:
     return [[range(a, b) for a, b in pairwise(b)] for b in bounds]
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 4))
 def test_blasting_is_optimal(lengths: list[int], num_chunks: int) -> None:
     """Of all cuts of the sorted samples, one whose largest chunk is smallest; each sample once."""
@@ -32,6 +33,7 @@ def test_blasting_is_optimal(lengths: list[int], num_chunks: int) -> None:
     assert max(sum(lengths[sample] for sample in chunk) for chunk in chunks) == best
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 4))
 def test_bucketing_is_optimal(lengths: list[int], num_buckets: int) -> None:
     """Of all cuts of the sorted samples, one that adds the fewest tokens."""

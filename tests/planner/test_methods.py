@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hetero import CostModel, Plan, Planner
@@ -43,6 +43,7 @@ def a_cost(**changes: Any) -> CostModel:
 batches = st.lists(st.integers(1, 12_000), min_size=1, max_size=24)
 
 
+@settings(deadline=None)
 @given(batches, st.sampled_from([1, 2, 3, 4, 8]))
 def test_laws(lengths: list[int], num_ranks: int) -> None:
     """Valid; no slower than exchanging heads only; at or above the bound; seconds as the cost model counts them."""
