@@ -60,9 +60,12 @@ def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Fl
     measured: list[float] = []
     for report in reports:
         for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
-            for group in micro_batch.groups:
+            filled = [group for group in micro_batch.groups if group.samples]
+            if report.is_lockstep:  # every rank measured the slowest group
+                filled = sorted(filled, key=lambda group: cost.group_seconds(group, report.lengths))[-1:]
+            for group in filled:
                 seconds = max(busy_s[rank] for rank in group.ranks)
-                if not group.samples or seconds <= 0:
+                if seconds <= 0:
                     continue
                 charged.append(list(cost.charges(group, report.lengths)))
                 measured.append(seconds)

@@ -56,11 +56,12 @@ class PlanMetricsCallback(StepReportCallback):
         if not reports:
             return {}
         seconds = sum(r.seconds + r.wait_s for r in reports)
+        idle = [r.idle_share for r in reports if r.idle_share is not None]
         return {
             "hetero/tokens_per_s": sum(r.num_tokens for r in reports) / seconds if seconds > 0 else 0.0,
             "hetero/step_s": seconds / len(reports),
             "hetero/planned_s": sum(r.plan.seconds for r in reports) / len(reports),
-            "hetero/idle_share": sum(r.idle_share for r in reports) / len(reports),
+            **({"hetero/idle_share": sum(idle) / len(idle)} if idle else {}),
             "hetero/micro_batches": sum(len(r.plan.micro_batches) for r in reports) / len(reports),
             "hetero/wait_s": sum(r.wait_s for r in reports) / len(reports),
         }
@@ -81,9 +82,10 @@ def record_path(args: TrainingArguments) -> Path:
 def step_line(report: StepReport) -> str:
     """One step in one line; a plan that was late is said."""
     late = f"  waited {report.plan_wait_s:.2f} s for its plan" if report.plan_wait_s >= LATE_S else ""
+    idle = "" if report.idle_share is None else f"  idle {report.idle_share:4.0%}"
     return (
         f"step {report.step:>4}  {describe_degrees(report.plan):<28}  planned {report.plan.seconds:7.3f} s  "
-        f"measured {report.seconds:7.3f} s  {report.tokens_per_s:9,.0f} tokens/s  idle {report.idle_share:4.0%}{late}"
+        f"measured {report.seconds:7.3f} s  {report.tokens_per_s:9,.0f} tokens/s{idle}{late}"
     )
 
 
@@ -96,6 +98,7 @@ def to_record(report: StepReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "busy_s": [list(ranks) for ranks in report.busy_s],
         "wait_s": report.wait_s,
+        "is_lockstep": report.is_lockstep,
     }
 
 
@@ -105,6 +108,7 @@ class _Totals:
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_micro_batches = 0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
+        self.is_lockstep = False
         self.degrees: dict[int, int] = {}
 
     def add(self, report: StepReport) -> None:
@@ -115,19 +119,21 @@ class _Totals:
         self.planned_s += report.plan.seconds
         self.planning_s += report.plan.planning_s
         self.wait_s += report.wait_s
-        self.idle_share += report.idle_share
+        self.idle_share += report.idle_share or 0.0
+        self.is_lockstep = report.is_lockstep
         for group in report.plan.groups:
             self.degrees[group.degree] = self.degrees.get(group.degree, 0) + len(group.samples)
 
     def summary(self) -> str:
         samples = sum(self.degrees.values())
         shares = ", ".join(f"{self.degrees[d] / samples:.0%} at degree {d}" for d in sorted(self.degrees))
+        idle = "" if self.is_lockstep else f"idle {self.idle_share / self.num_steps:.0%}, "
         return (
             f"{self.num_steps} steps, {samples:,} samples, {self.num_tokens:,} tokens in {self.seconds:.1f} s: "
             f"{self.num_tokens / self.seconds:,.0f} tokens/s\n"
             f"samples: {shares}\n"
             f"{self.num_micro_batches / self.num_steps:.1f} micro-batches a step, "
-            f"idle {self.idle_share / self.num_steps:.0%}, "
+            f"{idle}"
             f"planning {1000 * self.planning_s / self.num_steps:.1f} ms a step in the background, "
             f"waited {self.wait_s:.2f} s for plans and data"
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hf_hetero import estimate
 from hf_hetero.cost_model import SHIPPED_FOLDER, CostModel
-from hf_hetero.estimate import Device, ModelShape
+from hf_hetero.estimate import Device, ModelShape, Shards
 from hf_hetero.topology import Topology
 
 USABLE_MEMORY = 0.9  # of the card's; the rest is for the allocator, NCCL and the CUDA context
@@ -142,7 +142,7 @@ def cluster_cost_model(cluster: Cluster) -> CostModel:
     ranks_per_node = min(cluster.num_ranks, RANKS_PER_NODE)
     topology = Topology(cluster.num_ranks, ranks_per_node, int(USABLE_MEMORY * cluster.card_bytes))
     degrees = tuple(degree for degree in topology.degrees if degree <= shape.heads)
-    cost = estimate.estimate_cost_model(shape, device, topology, degrees, cluster.sharded)
+    cost = estimate.estimate_cost_model(shape, device, topology, degrees, Shards() if cluster.sharded else None)
     return replace(cost, name=cluster.name, source=_source(cluster, shape, device, cost))
 
 

@@ -47,6 +47,13 @@ class HeteroConfig:
             "exchanging it again. Costs about two hidden states a token and layer; turn it off to save them."
         },
     )
+    sync_each_micro_batch: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Synchronise gradients after every micro-batch instead of once a step: more communication, but "
+            "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded."
+        },
+    )
     length_column: str = field(
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )

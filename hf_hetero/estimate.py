@@ -177,6 +177,26 @@ def model_state_bytes(shape: ModelShape) -> float:
     return shape.param_bytes + shape.trainable_params * per_trainable
 
 
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Model states in parts over all ranks (FSDP, ZeRO-3), layers gathered while they compute.
+
+    Args:
+        offloaded: the parts wait in the host's memory, so only what is gathered takes the device's.
+        whole_gradients: gradients add up whole over the micro-batches of a step, and are scattered by the last one.
+    """
+
+    offloaded: bool = False
+    whole_gradients: bool = False
+
+
+def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
+    """What a rank's device holds of the model's states."""
+    own = 0.0 if shards.offloaded else model_state_bytes(shape) / num_ranks
+    gradients = shape.trainable_params * shape.element_bytes if shards.whole_gradients else 0.0
+    return own + gathered_bytes(shape) + gradients
+
+
 def gathered_bytes(shape: ModelShape) -> float:
     """What a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
 
@@ -248,21 +268,25 @@ def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
 
 
 def estimate_cost_model(
-    shape: ModelShape, device: Device, topology: Topology, degrees: tuple[int, ...], sharded: bool = False
+    shape: ModelShape,
+    device: Device,
+    topology: Topology,
+    degrees: tuple[int, ...],
+    shards: Shards | None = None,
 ) -> CostModel:
     """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known.
 
     Args:
         shape, device, topology: what is estimated.
         degrees: to offer; 1 always is.
-        sharded: model states are sharded over all ranks (FSDP, ZeRO-3), and gathered in every micro-batch.
+        shards: how model states are sharded over all ranks; None: each rank holds them all.
     """
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
     state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
-    if sharded:
-        state_bytes = state_bytes / topology.num_ranks + gathered_bytes(shape)
+    if shards is not None:
+        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
         micro_batch_s += gather_s(shape, device, topology)
     return CostModel(
         name="estimate",

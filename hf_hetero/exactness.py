@@ -6,7 +6,6 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from hf_hetero import sharding
 from hf_hetero.errors import ConfigError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,6 @@ TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-SHARDING_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by accelerate launch
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -98,9 +97,7 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
         yield "auto_find_batch_size=True changes the global batch; the planner already fits memory, so unset it."
     if args.train_sampling_strategy not in ("random", "sequential"):
         yield f"train_sampling_strategy={args.train_sampling_strategy!r}: the planner balances lengths; use 'random'."
-    launched_sharded = [name for name in SHARDING_SWITCHES if os.environ.get(name, "").lower() == "true"]
-    if args.fsdp or args.deepspeed or launched_sharded:
-        yield "FSDP and DeepSpeed are not supported yet; use DDP (an accelerate config without them)."
+    yield from sharding.argument_problems(args)
     for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
         if options.get(name):
             yield f"accelerator_config.{name} does not apply to planned steps; unset it."
@@ -111,6 +108,7 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 
 
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
+    yield from sharding.trainer_problems(trainer)
     if trainer.compute_loss_func is not None:
         yield "compute_loss_func would get labels that are already shifted; leave it None."
     if not trainer.model_accepts_loss_kwargs:
@@ -119,8 +117,6 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
             yield f"{name}={getattr(parallel, name)} splits every sample the same way; leave it 1 and let the planner."
-    if isinstance(trainer.train_dataset, torch.utils.data.IterableDataset):
-        yield "streaming datasets are not supported yet; use a map-style dataset."
     if trainer.is_model_parallel:
         yield "device_map spreads the model over several devices; load it without."
 

@@ -21,6 +21,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
+from hf_hetero.sharding import Sharding
 from hf_hetero.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def set_up(
     args: TrainingArguments,
     hetero: HeteroConfig,
     dtype: torch.dtype,
+    sharding: Sharding,
     checkpoint: str | None = None,
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
@@ -61,7 +63,7 @@ def set_up(
     topology = Topology(world, ranks_per_node, estimate.free_memory_bytes(args.device, ranks_per_node or world))
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
-    checkpointing = bool(args.activation_checkpointing)
+    checkpointing = sharding.checkpointing
     shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, checkpointing, hetero.keep_exchanged)
     speed = _speed(shape, args.device, dtype)
 
@@ -70,7 +72,11 @@ def set_up(
             return restricted(CostModel.load(hetero.cost_model), hetero, world, heads)
         if (kept := kept_cost_model(checkpoint, world)) is not None:
             return restricted(kept, hetero, world, heads)
-        return restricted(estimate.estimate_cost_model(shape, speed, topology, topology.degrees), hetero, world, heads)
+        spread = None
+        if sharding.is_sharded:
+            spread = estimate.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+        cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread)
+        return restricted(cost, hetero, world, heads)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)

@@ -190,6 +190,7 @@ class StepReport:
         wait_s: time the step waited for its plan and its data, in seconds.
         plan_wait_s: the part of it that its plan was late, in seconds.
         peak_bytes: peak memory of the fullest rank, in bytes; 0 where it is not measured.
+        is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
     """
 
     step: int
@@ -201,6 +202,7 @@ class StepReport:
     wait_s: float = 0.0
     plan_wait_s: float = 0.0
     peak_bytes: int = 0
+    is_lockstep: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -214,9 +216,9 @@ class StepReport:
         return self.num_tokens / total if total > 0 else 0.0
 
     @property
-    def idle_share(self) -> float:
-        """Share of rank-seconds spent waiting for the slowest group of each micro-batch."""
-        return idle_share(self.busy_s)
+    def idle_share(self) -> float | None:
+        """Share of rank-seconds spent waiting for the slowest group of each micro-batch; None if none can tell."""
+        return None if self.is_lockstep else idle_share(self.busy_s)
 
 
 def idle_share(busy_s: Sequence[Sequence[float]]) -> float:

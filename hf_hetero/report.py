@@ -86,11 +86,17 @@ def summarise(records: Sequence[Record]) -> dict[str, str]:
         "tokens a second": f"{tokens / seconds:,.0f}",
         **{f"samples at degree {degree}": f"{len(found) / samples:.0%}" for degree, found in degrees.items()},
         "micro-batches a step": f"{sum(len(plan.micro_batches) for plan in plans) / steps:.1f}",
-        "idle share of the rank-seconds": f"{sum(idle_share(r['busy_s']) for r in records) / steps:.0%}",
+        "idle share of the rank-seconds": _idle(records),
         "measured over planned seconds, median": f"{_measured_to_planned(records):.2f}",
         "planning a step, in the background": f"{1000 * sum(plan.planning_s for plan in plans) / steps:.1f} ms",
         "waited for plans and data": f"{sum(r['wait_s'] for r in records):.2f} s",
     }
+
+
+def _idle(records: Sequence[Record]) -> str:
+    if any(record.get("is_lockstep") for record in records):
+        return "not measured: sharded weights keep all ranks in step"
+    return f"{sum(idle_share(record['busy_s']) for record in records) / len(records):.0%}"
 
 
 def _measured_to_planned(records: Sequence[Record]) -> float:

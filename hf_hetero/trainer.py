@@ -21,7 +21,6 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -30,7 +29,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_hetero import exactness
+from hf_hetero import exactness, sharding
 from hf_hetero.agreement import confirm_step, gather
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
@@ -87,6 +86,7 @@ class HeteroTrainerMixin(Trainer):
         self._packer = self._make_packer()
         self._kernel = self._set_attention()
         self._machine: Machine | None = None
+        self._sharding = sharding.Sharding()
         self.cost_model: CostModel | None = None
         self._plan_ahead: PlanAhead | None = None
         self._clock: StepClock | None = None
@@ -133,7 +133,10 @@ class HeteroTrainerMixin(Trainer):
         """Made when training first starts, kept for later runs."""
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
-            self._machine = set_up(self.model, self.args, self.hetero, self._compute_dtype(), self._resumed_from)
+            self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
+            self._machine = set_up(
+                self.model, self.args, self.hetero, self._compute_dtype(), self._sharding, self._resumed_from
+            )
             self.cost_model = self._machine.cost_model
         return self._machine
 
@@ -237,12 +240,13 @@ class HeteroTrainerMixin(Trainer):
             This rank's part of the step's loss, times the number of ranks.
         """
         step: StepBatch = inputs
-        clock = self._clock = self._clock or StepClock(self.model, self.args.device)  # pyright: ignore
+        clock = self._clock or self._start_clock(model)
         start = time.perf_counter()
         total = torch.zeros((), device=self.args.device)
         for index, micro_batch in enumerate(step.micro_batches):
             context = self._context(micro_batch, index)
-            with self._synchronising(model, index == len(step.micro_batches) - 1), clock.micro_batch():
+            is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
+            with sharding.synchronising(self, model, is_synced), clock.micro_batch():
                 loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
             total += loss
             if not context.reached:
@@ -253,6 +257,12 @@ class HeteroTrainerMixin(Trainer):
         busy_s = clock.read()
         self._report(step, time.perf_counter() - start, busy_s, num_items_in_batch)
         return total
+
+    def _start_clock(self, model: torch.nn.Module) -> StepClock:
+        """For the first step: by now accelerate has wrapped the model."""
+        sharding.check_wrapper(model, self.args)
+        self._clock = StepClock(self.model, self.args.device)  # pyright: ignore[reportArgumentType]
+        return self._clock
 
     def _context(self, micro_batch: RankMicroBatch, index: int) -> AttentionContext:
         group = micro_batch.group
@@ -270,11 +280,8 @@ class HeteroTrainerMixin(Trainer):
             step=self.state.global_step + 1,
             micro_batch=index,
             inner_group=self.groups.get(tuple(range(first, first + inner))),
-            keeps=self.hetero.keep_exchanged and bool(self.args.activation_checkpointing),
+            keeps=self.hetero.keep_exchanged and self._sharding.checkpointing,
         )
-
-    def _synchronising(self, model: torch.nn.Module, is_last: bool) -> AbstractContextManager[Any]:
-        return nullcontext() if is_last else self.accelerator.no_sync(model=model)
 
     def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
         assert self.cost_model is not None
@@ -291,6 +298,7 @@ class HeteroTrainerMixin(Trainer):
             wait_s=self._fetch_s,
             plan_wait_s=batch.share.step.wait_s,
             peak_bytes=max(row[0] for row in rows),
+            is_lockstep=self._sharding.is_sharded,
         )
         for callback in self._step_callbacks():
             callback.on_step_report(self.args, self.state, report)

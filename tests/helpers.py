@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
@@ -146,6 +147,24 @@ def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, 
     os._exit(0 if ok else 1)
 
 
+def shard_on_cpu() -> None:
+    """Let accelerate run FSDP2 on this rank's CPU, which it otherwise ignores without a word."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    start = AcceleratorState.__init__
+
+    def started(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
+
+    AcceleratorState.__init__ = started
+
+
 # ---------------------------------------------------------------------------------------------------------- models
 
 
@@ -257,11 +276,19 @@ class Recorder(TrainerCallback):
 
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix("module."): p.grad.detach().clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    return {plain_name(name): whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of a sharded tensor, of all its parts (a collective)."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def arguments(output: str, world: int, global_batch: int = 12, **changes: Any) -> TrainingArguments:
@@ -309,7 +336,7 @@ def trained(
             **extra,
         )
         trainer.train(resume_from_checkpoint=resume)
-    weights = {name.removeprefix("module."): p.detach().clone() for name, p in model.named_parameters()}
+    weights = {plain_name(name): whole(p) for name, p in trainer.model.named_parameters()}
     return {
         "gradients": recorder.gradients,
         "weights": weights,

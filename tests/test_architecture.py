@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {"topology", "drawing", "mixes", "plan"},
-    {"config", "layout", "groups", "loss", "timing"},
+    {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"heads"},
     {"volume"},
     {"cost_model"},
@@ -53,6 +53,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "loader",
         "machine",
         "probe",
+        "sharding",
         "trainer",
     },
 }

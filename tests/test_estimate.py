@@ -13,6 +13,7 @@ from hf_hetero import CostModel, HeteroConfig, Planner, Topology
 from hf_hetero.estimate import (
     Device,
     ModelShape,
+    Shards,
     activation_bytes,
     attention_flops,
     cpu_device,
@@ -124,7 +125,7 @@ def test_against_flexsps_measurements() -> None:
     8 nodes of 8 A100, 400 Gb/s a node: three quarters of it, divided by 8 ranks, are 4.7 GB/s a rank.
     """
     device, topology = Device("A100", 312e12 * 0.45, 110e9, 0.75 * 50e9 / 8), Topology(64, 8, 40 * 10**9)
-    cost = estimate_cost_model(gpt_7b(), device, topology, (1, 8, 16, 32, 64), sharded=True)
+    cost = estimate_cost_model(gpt_7b(), device, topology, (1, 8, 16, 32, 64), Shards())
     published = CostModel.load("gpt-7b_64xa100_192k")
     assert cost.micro_batch_s == pytest.approx(published.micro_batch_s, rel=0.25)
     for degree in (8, 16, 32, 64):
@@ -136,13 +137,17 @@ def test_against_flexsps_measurements() -> None:
 def test_sharded_states() -> None:
     """Sharding divides the states by the ranks, adds what is gathered, and each micro-batch pays for gathering."""
     options: tuple[Any, ...] = (shape(), DEVICE, Topology(4, 2, 2**30), (1, 2, 4))
-    whole, sharded = estimate_cost_model(*options), estimate_cost_model(*options, sharded=True)
+    whole, sharded = estimate_cost_model(*options), estimate_cost_model(*options, Shards())
     states = whole.model_state_bytes_per_rank / 4 + gathered_bytes(shape())
     assert sharded.model_state_bytes_per_rank == pytest.approx(states)
     # three times the weights less the own quarter, through a node's two links of 1 GB/s, half of it exposed
     moved_s = 0.5 * 3 * shape().num_params * 4 * (3 / 4) / 2e9
     assert sharded.micro_batch_s - whole.micro_batch_s == pytest.approx(moved_s)
     assert sharded.linear_s_per_token == whole.linear_s_per_token
+    offloaded = estimate_cost_model(*options, Shards(offloaded=True))
+    assert offloaded.model_state_bytes_per_rank == pytest.approx(gathered_bytes(shape()))
+    added_up = estimate_cost_model(*options, Shards(whole_gradients=True))
+    assert added_up.model_state_bytes_per_rank == pytest.approx(states + shape().trainable_params * 4)
 
 
 def test_gathered_layers() -> None:

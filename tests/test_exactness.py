@@ -14,7 +14,9 @@ from helpers import LENGTHS, arguments, samples, tiny_model
 
 from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
 from hf_hetero.errors import ConfigError
+from hf_hetero.exactness import check_arguments
 
+DEFAULTS = vars(arguments("unused", 1))
 SIZE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -87,15 +89,6 @@ def test_refused_adapter(tmp_path: Path) -> None:
         make(tmp_path, model)
 
 
-def test_refused_stream(tmp_path: Path) -> None:
-    """A dataset without an index is refused in words."""
-    import datasets
-
-    stream = datasets.Dataset.from_list(samples(LENGTHS)).to_iterable_dataset()
-    with pytest.raises(UnsupportedModel, match="streaming datasets are not supported"):
-        make(tmp_path, data=stream)
-
-
 def test_all_reasons_at_once(tmp_path: Path) -> None:
     """A user who must change two things hears of both."""
     with pytest.raises(UnsupportedModel) as caught:
@@ -104,20 +97,38 @@ def test_all_reasons_at_once(tmp_path: Path) -> None:
     assert "neftune_noise_alpha" in str(caught.value)
 
 
-def test_sharded_training_is_refused() -> None:
-    """FSDP and DeepSpeed are named as not supported, before anything is built."""
-    from hf_hetero.exactness import check_arguments
-
-    args: Any = SimpleNamespace(**{**vars(arguments("unused", 1)), "fsdp": True})
+def refused_arguments(**changes: Any) -> str:
+    args: Any = SimpleNamespace(**{**DEFAULTS, **changes})
     args.train_sampling_strategy, args.n_gpu = "random", 0
-    with pytest.raises(UnsupportedModel, match="use DDP"):
+    with pytest.raises(UnsupportedModel) as caught:
         check_arguments(args)
+    return str(caught.value)
 
 
-def test_sharding_by_the_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is FSDP that an accelerate file asks for, which on a CPU nobody else would notice."""
+def test_other_sharding_is_refused() -> None:
+    """The first FSDP and DeepSpeed are refused before anything is built, with the FSDP2 lines to use."""
+    assert "FSDP version 1 is not supported; use FSDP2" in refused_arguments(fsdp=True, fsdp_config={"version": 1})
+    assert "`distributed_type: FSDP` with `fsdp_config: {fsdp_version: 2}`" in refused_arguments(deepspeed="zero3.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("FSDP", "FSDP version 1 is not supported"), ("DEEPSPEED", "DeepSpeed's engine")]
+)
+def test_sharding_by_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    """So is what an accelerate file asks for."""
+    unset = {"fsdp": None, "deepspeed": None}
+    assert message not in refused_arguments(**unset, label_smoothing_factor=0.1)
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    assert message in refused_arguments(**unset, label_smoothing_factor=0.1)
+
+
+def test_fsdp2_by_the_launcher_is_refused_where_it_would_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FSDP2 in an accelerate file, which on a single process nobody else would miss."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UnsupportedModel, match="use DDP"):
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UnsupportedModel, match="FSDP was asked for, and accelerate runs NO here"):
         make(tmp_path)
 
 

@@ -14,11 +14,13 @@ from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, HeteroConfig
 from hf_hetero.machine import KEPT_COST_MODEL, KeepCostModel, kept_cost_model, set_up
+from hf_hetero.sharding import Sharding
 
 
 def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     world = torch.distributed.get_world_size()
-    machine = set_up(tiny_model(), arguments(folder, world), HeteroConfig(**config), torch.float32, checkpoint)
+    args, hetero = arguments(folder, world), HeteroConfig(**config)
+    machine = set_up(tiny_model(), args, hetero, torch.float32, Sharding(), checkpoint)
     ranks = tuple(range(world))
     found = {"cost": machine.cost_model.to_dict(), "has_group": machine.groups.get(ranks) is not None}
     machine.groups.close()

@@ -16,7 +16,7 @@ from hf_hetero.plan import StepReport
 SHAPES = [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0, 1), (2,), (3,)], [(0,), (1,), (2,), (3,)]]
 
 
-def measured_by(truth: CostModel, rng: random.Random) -> StepReport:
+def measured_by(truth: CostModel, rng: random.Random, is_lockstep: bool = False) -> StepReport:
     """A step of random groups whose times are those of another cost model."""
     shape = rng.choice(SHAPES)
     lengths = tuple(rng.randrange(1, 4000) for _ in range(3 * len(shape)))
@@ -25,14 +25,17 @@ def measured_by(truth: CostModel, rng: random.Random) -> StepReport:
     for group in groups:
         for rank in group.ranks:
             busy[rank] = truth.group_seconds(group, lengths)
-    return StepReport(1, Plan(4, (MicroBatch(groups),)), lengths, 1, sum(busy), (tuple(busy),))
+    if is_lockstep:
+        busy = [max(busy)] * 4
+    plan = Plan(4, (MicroBatch(groups),))
+    return StepReport(1, plan, lengths, 1, sum(busy), (tuple(busy),), is_lockstep=is_lockstep)
 
 
-def calibrated(cost: CostModel, truth: CostModel, num_steps: int = 60) -> CostModel | None:
+def calibrated(cost: CostModel, truth: CostModel, num_steps: int = 60, is_lockstep: bool = False) -> CostModel | None:
     callback, rng = CalibrationCallback(skip_steps=3, every_steps=num_steps, pull=0.1), random.Random(0)
     for _ in range(num_steps + 3):
         assert callback.recalibrated(cost) is None
-        callback.on_step_report(None, None, measured_by(truth, rng))  # pyright: ignore
+        callback.on_step_report(None, None, measured_by(truth, rng, is_lockstep))  # pyright: ignore
     return callback.recalibrated(cost)
 
 
@@ -46,6 +49,16 @@ def test_recovers_the_truth(factors: tuple[float, ...]) -> None:
     for degree in (1, 2, 4):
         for lengths in ([100] * 20, [3000], [800, 50, 2000]):
             assert found.seconds(lengths, degree) == pytest.approx(truth.seconds(lengths, degree), rel=0.08)
+
+
+def test_ranks_in_step_tell_of_the_slowest_group() -> None:
+    """Where sharded weights make all ranks wait for the slowest group, only that group is learnt from."""
+    cost = a_cost_model(all_to_all_latency_s={2: 0.2, 4: 0.25})
+    truth = scaled(cost, (3, 3, 3, 3))  # pyright: ignore
+    found = calibrated(cost, truth, is_lockstep=True)
+    assert found is not None
+    for degree in (1, 2, 4):
+        assert found.seconds([800, 50, 2000], degree) == pytest.approx(truth.seconds([800, 50, 2000], degree), rel=0.08)
 
 
 def test_memory_is_left_alone() -> None:

@@ -45,7 +45,8 @@ def model_of(case: dict[str, Any]) -> Any:
 
 
 def train_case(case: dict[str, Any]) -> dict[str, Any]:
-    return trained(model_of(case), samples(LENGTHS), **case.get("args", {}))
+    hetero = HeteroConfig(**case.get("hetero", {}))
+    return trained(model_of(case), samples(LENGTHS), hetero=hetero, **case.get("args", {}))
 
 
 def check_case(case: dict[str, Any], num_ranks: int = 4, tolerance: float | None = None) -> None:
@@ -146,6 +147,11 @@ def test_gradients_with_accumulation() -> None:
     """The user's gradient_accumulation_steps counts in the size of the global batch, and nowhere else."""
     args = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}
     check_case({"dtype": torch.float64, "args": args})
+
+
+def test_gradients_synchronised_each_micro_batch() -> None:
+    """DDP that averages after every micro-batch adds up to the same."""
+    check_case({"dtype": torch.float64, "hetero": {"sync_each_micro_batch": True}})
 
 
 def plain_trainer(folder: str, **changes: Any) -> Any:

@@ -1,0 +1,116 @@
+"""How a run spreads its weights over ranks: what was asked for, what runs, and that the two are the same.
+
+Accelerate ignores FSDP without a word where it does not apply (CPU, a single process), so nothing is taken on trust:
+what was asked for is read from the arguments and the launcher's environment, and compared with the wrapper that
+training is handed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+from hf_hetero.errors import HeteroError
+
+FSDP2_LINES = (
+    "`distributed_type: FSDP` with `fsdp_config: {fsdp_version: 2}` in the accelerate config, or "
+    "TrainingArguments(fsdp=True)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How weights are spread.
+
+    Args:
+        is_sharded: each rank holds a part of every weight (FSDP2), and layers are gathered while they compute; else
+            each rank holds them all.
+        offloads: the parts wait in the host's memory.
+        checkpointing: layers are computed again in backward, whether Trainer or FSDP arranges it.
+        syncs_each: gradients are synchronised after every micro-batch; else they add up, whole, until the last one.
+    """
+
+    is_sharded: bool = False
+    offloads: bool = False
+    checkpointing: bool = False
+    syncs_each: bool = False
+
+
+def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Sharding:
+    """What accelerate will do with this trainer's model, and how often gradients are synchronised."""
+    recomputes = bool(trainer.args.activation_checkpointing)
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return Sharding(checkpointing=recomputes, syncs_each=bool(sync_each_micro_batch))
+    return Sharding(
+        is_sharded=True,
+        offloads=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        checkpointing=recomputes or bool(plugin.activation_checkpointing),
+        syncs_each=sync_each_micro_batch is not False,
+    )
+
+
+def argument_problems(args: TrainingArguments) -> Iterator[str]:
+    """Why what the arguments or the launcher ask for is refused, in words."""
+    if args.deepspeed or _launched_with("DEEPSPEED"):
+        yield (
+            "DeepSpeed's engine reduces and steps by a number of micro-batches fixed at start, and plans vary it; "
+            f"use FSDP2: {FSDP2_LINES}."
+        )
+    if not asks_for_fsdp(args):
+        return
+    asked: Any = args.fsdp_config if args.fsdp else {}
+    version = int((asked or {}).get("version", 2)) if args.fsdp else int(os.environ.get("FSDP_VERSION", "1"))
+    if version != 2:
+        yield f"FSDP version {version} is not supported; use FSDP2: {FSDP2_LINES}."
+    if (asked or {}).get("xla"):
+        yield "FSDP over XLA is not supported; use a CUDA device, or DDP."
+
+
+def trainer_problems(trainer: Trainer) -> Iterator[str]:
+    """Why what accelerate makes of it is refused, in words."""
+    found = getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type)
+    if asks_for_fsdp(trainer.args) and found != "FSDP":
+        yield (
+            f"FSDP was asked for, and accelerate runs {found} here, as it does on CPU and with a single process; "
+            "start several processes on GPUs, or take FSDP out of the configuration."
+        )
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        yield "its weights were sharded while loading (distributed_config); load it whole and let accelerate shard it."
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments or `accelerate launch` ask for FSDP."""
+    return bool(args.fsdp) or _launched_with("FSDP")
+
+
+def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
+    """The wrapper that training runs in is the one that was asked for.
+
+    Raises:
+        HeteroError: it is another one; gradients would not be synchronised, or memory not shared.
+    """
+    wrapped: Any = getattr(model, "_orig_mod", model)  # inside torch.compile's
+    expected = FSDPModule if asks_for_fsdp(args) else DistributedDataParallel if args.world_size > 1 else None
+    if expected is not None and not isinstance(wrapped, expected):
+        raise HeteroError(
+            f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
+            f"{type(wrapped).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
+        )
+
+
+def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> AbstractContextManager[Any]:
+    """A context in which backward synchronises gradients, or only adds them up."""
+    return nullcontext() if now else trainer.accelerator.no_sync(model=model)
+
+
+def _launched_with(name: str) -> bool:
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"  # set by accelerate launch
