@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
@@ -19,9 +20,10 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample, ready to be packed: tokens and, for each of them, what it has to predict. Shape (num_tokens,)."""
+    """One sample, ready to be packed: tokens, their labels, and what each has to predict. Shape (num_tokens,)."""
 
     input_ids: torch.Tensor
+    labels: torch.Tensor
     targets: torch.Tensor
 
 
@@ -89,30 +91,27 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        return Sample(input_ids, shift_labels(labels))
+        return Sample(input_ids, labels, shift_labels(labels))
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        rows: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for position, example in enumerate(examples):
-            sample = self._sample(example, f"sample {position} of the batch")
-            # the model shifts labels itself here, so they are shifted back
-            rows.append((sample.input_ids, torch.cat([sample.targets.new_tensor([IGNORE_INDEX]), sample.targets[:-1]])))
+        # the model shifts labels itself here; the first one is never a target
+        rows = [self._sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
         return {
-            "input_ids": pad([ids for ids, _ in rows], self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows], 0),
-            "labels": pad([labels for _, labels in rows], IGNORE_INDEX),
+            "input_ids": pad([row.input_ids for row in rows], self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row.input_ids) for row in rows], 0),
+            "labels": pad([F.pad(row.labels[1:], (1, 0), value=IGNORE_INDEX) for row in rows], IGNORE_INDEX),
         }
 
 
 def pack_spans(spans: Sequence[Span], samples: Sequence[Sample | None]) -> dict[str, torch.Tensor]:
     """Model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
 
-    Positions count within each sample. Labels are passed shifted (`shift_labels`), and once more as `labels` because
-    models compute a loss only when they are given some. A rank without tokens runs one token that has no target and
+    Positions count within each sample. The loss reads `shift_labels`, what each token has to predict, since the next
+    token may lie elsewhere; `labels` are each token's own. A rank without tokens runs one token that has no target and
     that attention leaves out: its gradient is zero, and the rank joins every collective.
 
     Args:
@@ -120,22 +119,24 @@ def pack_spans(spans: Sequence[Span], samples: Sequence[Sample | None]) -> dict[
         samples: of the pack; None where this rank holds nothing of them.
     """
     ids: list[torch.Tensor] = []
+    labels: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     positions: list[torch.Tensor] = []
     for span in spans:
         sample = samples[span.sample]
         assert sample is not None
         ids.append(sample.input_ids[span.start : span.end])
+        labels.append(sample.labels[span.start : span.end])
         targets.append(sample.targets[span.start : span.end])
         positions.append(torch.arange(span.start, span.end))
     num_tokens = sum(span.num_tokens for span in spans)
     if not num_tokens:
-        ids, targets, positions = [torch.tensor([0])], [torch.tensor([IGNORE_INDEX])], [torch.tensor([0])]
-    shifted = torch.cat(targets).unsqueeze(0)
+        ids, positions = [torch.tensor([0])], [torch.tensor([0])]
+        labels = targets = [torch.tensor([IGNORE_INDEX])]
     return {
         "input_ids": torch.cat(ids).unsqueeze(0),
         "position_ids": torch.cat(positions).unsqueeze(0),
-        "labels": shifted,
-        "shift_labels": shifted,
-        "attention_mask": planned_mask(num_tokens, shifted.shape[1]),
+        "labels": torch.cat(labels).unsqueeze(0),
+        "shift_labels": torch.cat(targets).unsqueeze(0),
+        "attention_mask": planned_mask(num_tokens, max(num_tokens, 1)),
     }

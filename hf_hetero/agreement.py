@@ -88,9 +88,18 @@ def gather(values: Sequence[int], control: dist.ProcessGroup | None) -> list[lis
     return [row.tolist() for row in found]
 
 
+def gather_objects(value: T, control: dist.ProcessGroup | None) -> list[T]:
+    """What every rank gives, in the order of the ranks."""
+    if control is None:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    with named("The exchange of results", f"all {dist.get_world_size()} ranks"):
+        dist.all_gather_object(found, value, group=control)
+    return found
+
+
 def _raise_together(error: Exception | None, control: dist.ProcessGroup) -> None:
-    messages: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else (type(error), str(error)), group=control)
+    messages: list[Any] = gather_objects(None if error is None else (type(error), str(error)), control)
     rank, (kind, text) = next((rank, message) for rank, message in enumerate(messages) if message is not None)
     kind = kind if issubclass(kind, HeteroError) else HeteroError
     raise kind(text if text.startswith("Rank ") else f"Rank {rank}: {text}") from error

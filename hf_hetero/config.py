@@ -54,6 +54,10 @@ class HeteroConfig:
             "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded."
         },
     )
+    plan_evaluation: bool = field(
+        default=True,
+        metadata={"help": "Plan evaluation and prediction, too; otherwise they are stock, each sample on one rank."},
+    )
     length_column: str = field(
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )

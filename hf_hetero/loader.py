@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
-from hf_hetero.lengths import read_lengths
+from hf_hetero.lengths import Lengths, read_lengths
 from hf_hetero.plan_ahead import PlanAhead, PlanSource
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 
@@ -59,14 +59,7 @@ def step_loader(
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    counted: list[Any] = []
-
-    def count() -> int:
-        counted.append(read_lengths(dataset, planning.length_column))
-        return len(counted[0])
-
-    # rank 0 plans, so it alone needs the lengths; the others hear how many there are, or what is wrong with them
-    num_samples = broadcast(count, planning.control)
+    num_samples, lengths = count_samples(dataset, planning)
     batches = GlobalBatches(
         num_samples=num_samples,
         batch_size=batch_size,
@@ -78,7 +71,7 @@ def step_loader(
     plans = PlanAhead(
         planning.source,
         batches.rows,
-        counted[0] if counted else None,
+        lengths,
         num_steps,
         planning.num_ahead,
         planning.control,
@@ -100,3 +93,19 @@ def step_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
     )
     return loader, plans
+
+
+def count_samples(dataset: Any, planning: Planning) -> tuple[int, Lengths | None]:
+    """Number of samples, on every rank, and their lengths on rank 0, which alone needs them to plan.
+
+    Raises:
+        BadSample: rows without tokens, on every rank.
+    """
+    counted: list[Lengths] = []
+
+    def count() -> int:
+        counted.append(read_lengths(dataset, planning.length_column))
+        return len(counted[0])
+
+    num_samples = broadcast(count, planning.control)
+    return num_samples, counted[0] if counted else None

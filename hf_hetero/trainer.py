@@ -11,6 +11,7 @@ The methods of `Trainer` that are overridden, and why:
     get_train_dataloader            items are planned steps
     get_batch_samples               all ranks confirm the step before it starts
     training_step                   the loop over micro-batches
+    get_eval_dataloader, get_test_dataloader, evaluation_loop     evaluation is planned, too
     floating_point_ops, _track_num_input_tokens     an item is a step, not a dict of tensors
     log                             add the callbacks' numbers
 """
@@ -21,6 +22,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +31,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_hetero import exactness, sharding
+from hf_hetero import evaluation, exactness, sharding
 from hf_hetero.agreement import confirm_step, gather
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
@@ -194,15 +196,15 @@ class HeteroTrainerMixin(Trainer):
             self._planner, improves=self.hetero.solver == "auto" and not self.args.full_determinism
         )
 
-    def _planner(self) -> Planner:
+    def _planner(self, solver: Solver | None = None) -> Planner:
         """The planner for the cost model of now, which callbacks may refit."""
         assert self.cost_model is not None
-        solver, backend = cast("Solver", self.hetero.solver), cast("Backend", self.hetero.mip_backend)
+        backend = cast("Backend", self.hetero.mip_backend)
         methods = [m for m in self.hetero.methods if self._kernel.has_lse or not m.endswith("ring")]
         return Planner(
             self.cost_model,
             num_ranks=self.args.world_size,
-            solver=solver,
+            solver=solver or cast("Solver", self.hetero.solver),
             mip_backend=backend,
             methods=methods or ["ulysses"],
         )
@@ -280,7 +282,7 @@ class HeteroTrainerMixin(Trainer):
             step=self.state.global_step + 1,
             micro_batch=index,
             inner_group=self.groups.get(tuple(range(first, first + inner))),
-            keeps=self.hetero.keep_exchanged and self._sharding.checkpointing,
+            keeps=self.hetero.keep_exchanged and self._sharding.checkpointing and torch.is_grad_enabled(),
         )
 
     def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
@@ -307,6 +309,102 @@ class HeteroTrainerMixin(Trainer):
 
     def _step_callbacks(self) -> list[StepReportCallback]:
         return [c for c in self.callback_handler.callbacks if isinstance(c, StepReportCallback)]
+
+    # ------------------------------------------------------------------------------------------- evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Items are planned steps, where the dataset can be planned; else stock."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast("Any", self.eval_dataset)[dataset]
+        return self._evaluation_loader(dataset) or super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Items are planned steps, where the dataset can be planned; else stock."""
+        return self._evaluation_loader(test_dataset) or super().get_test_dataloader(test_dataset)
+
+    def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
+        if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
+            return None
+        planning = Planning(
+            source=self._evaluation_source(),
+            num_ahead=self.hetero.plan_ahead_steps,
+            length_column=self.hetero.length_column,
+            control=self.groups.control,
+        )
+        columns = partial(self._remove_unused_columns, description="evaluation")
+        return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
+
+    def _evaluation_source(self) -> PlanSource:
+        # a forward pass leaves the processor to a thread; processes of its own would start anew each time
+        return PlanSource(
+            plan=lambda lengths: self._planner("fast").plan(lengths),
+            fallback=lambda lengths: self._planner("fast").static(lengths),
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Loss by tokens, and outputs in the dataset's order, from planned steps; other loaders go the stock way.
+
+        Raises:
+            HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
+        """
+        if not isinstance(dataloader, evaluation.EvaluationLoader):
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        found = evaluation.Evaluation(
+            self.args, self.preprocess_logits_for_metrics, self.compute_metrics, not loss_only, self.groups.control
+        )
+        model = self._evaluation_model()
+        self.callback_handler.eval_dataloader = cast("Any", dataloader)
+        steps = iter(dataloader)
+        try:
+            for index in range(len(dataloader)):
+                [batch], num_targets = self.get_batch_samples(steps, 1, self.args.device)
+                loss, pieces = 0.0, list[evaluation.Piece]()
+                for number, micro_batch in enumerate(batch.micro_batches):
+                    context = self._context(micro_batch, number)
+                    inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": context})
+                    with torch.no_grad(), self.compute_loss_context_manager():
+                        part, outputs = self.compute_loss(model, inputs, True, num_targets)  # pyright: ignore
+                    loss += part.item() / self.args.world_size  # compute_loss allows for an average over ranks
+                    if not loss_only:
+                        pieces += found.pieces(batch, micro_batch, cast("Any", outputs)["logits"])
+                found.add(batch, loss, int(cast("torch.Tensor", num_targets)), pieces, index == len(dataloader) - 1)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        finally:
+            dataloader.plans.close()
+        return found.output(metric_key_prefix)
+
+    def _evaluation_model(self) -> torch.nn.Module:
+        """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
+        model: Any = self.model
+        if not self.accelerator._models:  # pyright: ignore[reportPrivateUsage]
+            sharded = self.is_fsdp_enabled and not self.args.torch_compile
+            model = (
+                self.accelerator.prepare(model)
+                if sharded
+                else self.accelerator.prepare_model(model, evaluation_mode=True)
+            )
+            self.model_wrapped = model
+            if self.is_fsdp_enabled:
+                self.model = model
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            half = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+            model = model.to(dtype=half, device=self.args.device)
+        parts: tuple[Any, Any] = (model, self.optimizer)
+        for part in parts:
+            if callable(getattr(part, "eval", None)):  # some optimizers have an average to evaluate with
+                part.eval()
+        return model
 
     # ------------------------------------------------------------------------------------------- accounting
 

@@ -30,6 +30,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     },
     {"probe"},
     {"check", "clusters", "loader", "machine", "simulation_picture", "sources"},
+    {"evaluation"},
     {"trainer"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
@@ -39,7 +40,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.flash"},
     "mip": {"planner.program"},
     "matplotlib": {"drawing", "report", "simulation_picture"},
-    "datasets": {"lengths", "loader"},
+    "datasets": {"evaluation", "lengths", "loader"},
     "transformers": {
         "attention.interface",
         "attention.cuda",
@@ -48,6 +49,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.plan_metrics",
         "callbacks.step_report",
         "check",
+        "evaluation",
         "exactness",
         "lengths",
         "loader",

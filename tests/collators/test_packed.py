@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from helpers import LENGTHS, ScriptedPlanner, samples
 from tokenizers import Tokenizer, models
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
@@ -27,25 +26,25 @@ def collate(step: Step, data: list[Any], rank: int, collator: PackedCollator | N
 
 
 def test_every_token_with_its_target_once() -> None:
-    """Over the ranks, each (sample, position) appears once, with its token and the label after it."""
+    """Over the ranks, each (sample, position) appears once, with its token, its label and the label after it."""
     data = samples(LENGTHS)
     step = step_of(data, LENGTHS)
-    seen: dict[tuple[int, int], tuple[int, int]] = {}
+    seen: dict[tuple[int, int], tuple[int, ...]] = {}
     for rank in range(4):
         for m in collate(step, data, rank).micro_batches:
             spans = m.layout.spans[m.group.ranks.index(rank)]
             places = [(m.group.samples[s.sample], t) for s in spans for t in range(s.start, s.end)]
             real = m.inputs["attention_mask"].view(-1)
-            rows = [m.inputs[k].view(-1)[real].tolist() for k in ("input_ids", "shift_labels", "position_ids")]
-            for place, token, target, position in zip(places, *rows, strict=True):
+            names = ("position_ids", "input_ids", "labels", "shift_labels")
+            rows = [m.inputs[name].view(-1)[real].tolist() for name in names]
+            for place, position, *values in zip(places, *rows, strict=True):
                 assert place not in seen
                 assert position == place[1]
-                seen[place] = (token, target)
-            assert torch.equal(m.inputs["labels"], m.inputs["shift_labels"])
+                seen[place] = tuple(values)
     for sample, row in enumerate(data):
         targets = [*row["labels"][1:], -100]
-        for position, pair in enumerate(zip(row["input_ids"], targets, strict=True)):
-            assert seen.pop((sample, position)) == pair
+        for position, values in enumerate(zip(row["input_ids"], row["labels"], targets, strict=True)):
+            assert seen.pop((sample, position)) == values
     assert not seen
 
 

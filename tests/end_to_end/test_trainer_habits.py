@@ -17,7 +17,7 @@ from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.collators import PackedCollator
 
 
-def evaluate(folder: str, trainer_class: Any) -> dict[str, float]:
+def evaluate(folder: str, trainer_class: Any, **extra: Any) -> dict[str, float]:
     trainer = trainer_class(
         tiny_model(),
         arguments(folder, 2, per_device_eval_batch_size=3, include_for_metrics=["loss"]),
@@ -25,13 +25,18 @@ def evaluate(folder: str, trainer_class: Any) -> dict[str, float]:
         eval_dataset=samples(LENGTHS[:12], seed=5),
         data_collator=PackedCollator(),
         compute_metrics=lambda p: {"argmax_sum": float(np.argmax(p.predictions, -1)[p.label_ids != -100].sum())},
+        **extra,
     )
     return {k: v for k, v in trainer.evaluate().items() if k in ("eval_loss", "eval_argmax_sum")}
 
 
-def test_evaluation_is_stock(tmp_path: Path) -> None:
-    """evaluate() gives the loss and metrics of plain Trainer, on two ranks."""
-    ours = run_ranks(evaluate, 2, str(tmp_path), HeteroTrainer)[0]
+def evaluate_unplanned(folder: str) -> dict[str, float]:
+    return evaluate(folder, HeteroTrainer, hetero=HeteroConfig(plan_evaluation=False))
+
+
+def test_unplanned_evaluation_is_stock(tmp_path: Path) -> None:
+    """evaluate() without plans gives the loss and metrics of plain Trainer, on two ranks."""
+    ours = run_ranks(evaluate_unplanned, 2, str(tmp_path))[0]
     theirs = run_ranks(evaluate, 2, str(tmp_path), Trainer)[0]
     assert ours == pytest.approx(theirs, rel=1e-6)
     assert len(ours) == 2
