@@ -20,11 +20,19 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample, ready to be packed: tokens, their labels, and what each has to predict. Shape (num_tokens,)."""
+    """One sample, ready to be packed: tokens and their labels. Shape (num_tokens,)."""
 
     input_ids: torch.Tensor
     labels: torch.Tensor
-    targets: torch.Tensor
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The label after each token; the last one has nothing to predict."""
+        return shift_labels(self.labels)
+
+    def part(self, start: int, end: int) -> Sample:
+        """A stretch of it, as a sample of its own."""
+        return Sample(self.input_ids[start:end], self.labels[start:end])
 
 
 @dataclass
@@ -54,10 +62,12 @@ class PackedCollator:
 
     def _step(self, batch: StepExamples) -> StepBatch:
         share = batch.share
-        samples = {
-            position: self._sample(example, f"row {share.step.rows[position]}", share.step.lengths[position])
-            for position, example in batch.examples.items()
-        }
+        drawn, whole, samples = share.step.drawn, dict[int, Sample](), dict[int, Sample]()
+        for position, example in batch.examples.items():
+            row, start = drawn.rows[position], drawn.starts[position]
+            if row not in whole:
+                whole[row] = self._sample(example, f"row {row}", drawn.row_tokens[position])
+            samples[position] = whole[row].part(start, start + drawn.lengths[position])
         micro_batches: list[RankMicroBatch] = []
         for group in share.groups:
             layout = share.layout(group)
@@ -81,6 +91,11 @@ class PackedCollator:
                 f"{name} has {input_ids.numel()} input_ids but {labels.numel()} labels. Give every token a label; "
                 f"{IGNORE_INDEX} marks those not to learn from."
             )
+        if self._restarts(example):
+            raise BadSample(
+                f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column with "
+                "the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
+            )
         if (mask := example.get("attention_mask")) is not None:
             kept = torch.as_tensor(mask).bool()
             input_ids, labels = input_ids[kept], labels[kept]
@@ -91,7 +106,13 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        return Sample(input_ids, labels, shift_labels(labels))
+        return Sample(input_ids, labels)
+
+    @staticmethod
+    def _restarts(example: Example) -> bool:
+        if (positions := example.get("position_ids")) is None or "seq_lengths" in example:
+            return False
+        return bool((torch.as_tensor(positions).flatten().diff() < 0).any())
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         # the model shifts labels itself here; the first one is never a target

@@ -8,6 +8,8 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS
 
 SOLVERS = ("auto", "fast", "mip")
+LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
+LONGER = ("error", "truncate", "split")
 MIP_BACKENDS = ("highs", "cbc")
 
 
@@ -58,6 +60,14 @@ class HeteroConfig:
         default=True,
         metadata={"help": "Plan evaluation and prediction, too; otherwise they are stock, each sample on one rank."},
     )
+    max_sample_tokens: int | None = field(default=None, metadata={"help": "Most tokens of a sample. Default: any."})
+    longer_samples: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with samples of more than max_sample_tokens. error: refuse to start. truncate: drop "
+            "the rest of each. split: make several samples of each. What was done is said."
+        },
+    )
     length_column: str = field(
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )
@@ -69,7 +79,7 @@ class HeteroConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in (("max_degree", 1), ("max_tokens_per_rank", 1), ("num_ranks", 1), ("plan_ahead_steps", 0)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"HeteroConfig.{name}={value}: it must be at least {least}.")
@@ -78,6 +88,10 @@ class HeteroConfig:
         if self.mip_backend not in MIP_BACKENDS:
             raise ConfigError(
                 f"HeteroConfig.mip_backend={self.mip_backend!r}: choose one of {', '.join(MIP_BACKENDS)}."
+            )
+        if self.longer_samples not in LONGER:
+            raise ConfigError(
+                f"HeteroConfig.longer_samples={self.longer_samples!r}: choose one of {', '.join(LONGER)}."
             )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:

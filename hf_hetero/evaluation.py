@@ -22,7 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 from hf_hetero.agreement import gather_objects
 from hf_hetero.errors import HeteroError
 from hf_hetero.layout import Span
-from hf_hetero.loader import Planning, count_samples
+from hf_hetero.loader import Planning, read_rows
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.step import RankMicroBatch, StepBatch
@@ -71,9 +71,9 @@ def evaluation_loader(
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_samples, lengths = count_samples(dataset, planning)
-    batches = GlobalBatches(num_samples, args.eval_batch_size * args.world_size, seed=0, shuffle=False)
-    plans = PlanAhead(planning.source, batches.rows, lengths, len(batches), planning.num_ahead, planning.control)
+    num_rows, samples = read_rows(dataset, planning)
+    batches = GlobalBatches(num_rows, args.eval_batch_size * args.world_size, seed=0, shuffle=False)
+    plans = PlanAhead(planning.source, batches.rows, samples, len(batches), planning.num_ahead, planning.control)
     sampler: Any = StepSampler(batches, plans.step, args.process_index if planning.control is not None else 0)
     loader = EvaluationLoader(
         StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
@@ -93,7 +93,7 @@ class Piece:
 
     Args:
         row: of the dataset.
-        start: position of the span in its sample.
+        start: position of the span in its row.
         values: predictions, labels, inputs: those that were asked for.
     """
 
@@ -122,14 +122,14 @@ class Evaluation:
     control: dist.ProcessGroup | None
     loss_sum: float = 0.0
     num_targets: int = 0
-    num_samples: int = 0
+    num_rows: int = 0
     _steps: list[dict[str, list[Nested]]] = field(default_factory=list[dict[str, list[Nested]]])
     _losses: list[float] = field(default_factory=list[float])
     _batch_metrics: dict[str, Any] | None = None
 
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, logits: torch.Tensor) -> list[Piece]:
         """A micro-batch's outputs, cut into the spans that this rank holds. `logits`: (1, num_tokens, vocab_size)."""
-        group, rows = micro_batch.group, batch.share.step.rows
+        group, drawn = micro_batch.group, batch.share.step.drawn
         spans = micro_batch.layout.spans[group.ranks.index(batch.share.rank)]
         found: list[Piece] = []
         at = 0
@@ -142,7 +142,8 @@ class Evaluation:
             values = {"predictions": _to_numpy(outputs), "labels": _to_numpy(labels)}
             if "inputs" in self.args.include_for_metrics:
                 values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
-            found.append(Piece(rows[group.samples[span.sample]], span.start, values))
+            position = group.samples[span.sample]
+            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, values))
             at += span.num_tokens
         return found
 
@@ -152,17 +153,20 @@ class Evaluation:
         loss = sum(part for part, _ in of_all)
         self.loss_sum += loss * num_targets
         self.num_targets += num_targets
-        self.num_samples += len(step.rows)
-        self._losses += [loss] * len(step.rows)
+        row_tokens: dict[int, int] = {}
+        for row, length in zip(step.rows, step.lengths, strict=True):
+            row_tokens[row] = row_tokens.get(row, 0) + length
+        self.num_rows += len(row_tokens)
+        self._losses += [loss] * len(row_tokens)
         if not self.keeps_outputs:
             return
         everywhere = [piece for _, mine in of_all for piece in mine]
-        samples = assemble(everywhere, dict(zip(step.rows, step.lengths, strict=True)))
+        rows = assemble(everywhere, row_tokens)
         if not self.args.batch_eval_metrics:
-            self._steps.append(samples)
+            self._steps.append(rows)
         elif self.compute_metrics is not None:
-            tensors = {name: _map(torch.from_numpy, pad_rows(rows)) for name, rows in samples.items()}
-            losses = torch.full((len(step.rows),), loss)
+            tensors = {name: _map(torch.from_numpy, pad_rows(values)) for name, values in rows.items()}
+            losses = torch.full((len(row_tokens),), loss)
             self._batch_metrics = self.compute_metrics(self._prediction(tensors, losses), compute_result=is_last)
 
     def output(self, prefix: str) -> EvalLoopOutput:
@@ -183,7 +187,7 @@ class Evaluation:
             predictions=arrays["predictions"],
             label_ids=arrays["labels"],
             metrics={k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": v for k, v in metrics.items()},
-            num_samples=self.num_samples,
+            num_samples=self.num_rows,
         )
 
     def _prediction(self, arrays: dict[str, Any], losses: Any) -> EvalPrediction:
@@ -197,7 +201,7 @@ class Evaluation:
 
 
 def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, list[Nested]]:
-    """Whole samples out of the pieces of all ranks, each value shape (num_tokens, ...), in the order of `lengths`.
+    """Whole rows out of the pieces of all ranks, each value shape (num_tokens, ...), in the order of `lengths`.
 
     Raises:
         HeteroError: tokens that no rank gave, or two did.

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample, ConfigError
+from hf_hetero.samples import Samples, packed_rows, whole_rows
 
 Lengths = NDArray[np.int64]
 
 ROWS_AT_ONCE = 1000
+PACKED_COLUMN = "seq_lengths"
+"""Tokens of each document of a packed row, as TRL's packing leaves them."""
 
 
 def read_lengths(dataset: Any, column: str) -> Lengths:
@@ -37,6 +40,28 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
         row = int(lengths.argmin())
         raise BadSample(f"Row {row} has {lengths[row]} tokens. Filter empty samples out of the dataset.")
     return lengths
+
+
+def read_samples(dataset: Any, column: str) -> Samples:
+    """The samples of a map-style dataset: its rows, or, where rows were packed (`seq_lengths`, of TRL), the documents.
+
+    Raises:
+        BadSample: as `read_lengths`; or a row whose documents are not all of it.
+    """
+    documents = _documents(dataset)
+    if documents is None:
+        return whole_rows(read_lengths(dataset, column))
+    lengths = read_lengths(dataset, column)
+    num_documents = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+    return packed_rows(lengths, num_documents, np.asarray([n for row in documents for n in row], dtype=np.int64))
+
+
+def _documents(dataset: Any) -> list[list[int]] | None:
+    if isinstance(dataset, datasets.Dataset):
+        return dataset.with_format(None)[PACKED_COLUMN][:] if PACKED_COLUMN in dataset.column_names else None
+    if not len(dataset) or PACKED_COLUMN not in dataset[0]:
+        return None
+    return [list(dataset[row][PACKED_COLUMN]) for row in range(len(dataset))]
 
 
 def open_table(where: str, file_format: str | None, split: str, config: str | None = None) -> datasets.Dataset:

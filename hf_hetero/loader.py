@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
-from hf_hetero.lengths import Lengths, read_lengths
+from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import PlanAhead, PlanSource
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero.samples import Samples, limited
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,9 @@ class Planning:
     Args:
         source: where plans come from.
         num_ahead: plans kept ready.
-        length_column: column with each sample's tokens.
+        length_column: column with each row's tokens.
+        most_tokens: of a sample; None: any number.
+        longer: what to do with longer ones: "error", "truncate" or "split".
         control: group that carries the plans; None for a single process.
     """
 
@@ -32,6 +38,8 @@ class Planning:
     num_ahead: int
     length_column: str
     control: dist.ProcessGroup | None
+    most_tokens: int | None = None
+    longer: str = "error"
 
 
 def step_loader(
@@ -59,9 +67,9 @@ def step_loader(
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_samples, lengths = count_samples(dataset, planning)
+    num_rows, samples = read_rows(dataset, planning)
     batches = GlobalBatches(
-        num_samples=num_samples,
+        num_rows=num_rows,
         batch_size=batch_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
         shuffle=args.train_sampling_strategy == "random",
@@ -71,7 +79,7 @@ def step_loader(
     plans = PlanAhead(
         planning.source,
         batches.rows,
-        lengths,
+        samples,
         num_steps,
         planning.num_ahead,
         planning.control,
@@ -95,17 +103,22 @@ def step_loader(
     return loader, plans
 
 
-def count_samples(dataset: Any, planning: Planning) -> tuple[int, Lengths | None]:
-    """Number of samples, on every rank, and their lengths on rank 0, which alone needs them to plan.
+def read_rows(dataset: Any, planning: Planning) -> tuple[int, Samples | None]:
+    """Number of rows, on every rank, and what samples they hold on rank 0, which alone needs it to plan.
 
     Raises:
-        BadSample: rows without tokens, on every rank.
+        BadSample: rows without tokens, or samples that are too long, on every rank.
     """
-    counted: list[Lengths] = []
+    read: list[Samples] = []
 
     def count() -> int:
-        counted.append(read_lengths(dataset, planning.length_column))
-        return len(counted[0])
+        samples = read_samples(dataset, planning.length_column)
+        if planning.most_tokens is not None:
+            samples, done = limited(samples, planning.most_tokens, planning.longer)
+            if done:
+                logger.warning("%s", done)
+        read.append(samples)
+        return len(samples)
 
-    num_samples = broadcast(count, planning.control)
-    return num_samples, counted[0] if counted else None
+    num_rows = broadcast(count, planning.control)
+    return num_rows, read[0] if read else None

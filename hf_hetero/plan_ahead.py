@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch.distributed as dist
 
@@ -16,6 +15,7 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner, PlannerProcess
+from hf_hetero.samples import Samples
 from hf_hetero.step import Step
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class PlanAhead:
     Args:
         source: what plans, what improves plans, and what to do when that breaks.
         rows: (epoch, index) -> dataset rows of a step.
-        lengths: tokens of every dataset row; needed on rank 0 only.
+        samples: of the dataset; needed on rank 0 only.
         steps_per_epoch: steps of an epoch.
         num_ahead: plans kept ready beyond the one asked for.
         control: group that carries the plans; None for a single process.
@@ -88,12 +88,12 @@ class PlanAhead:
         self,
         source: PlanSource,
         rows: Callable[[int, int], tuple[int, ...]],
-        lengths: Any,
+        samples: Samples | None,
         steps_per_epoch: int,
         num_ahead: int,
         control: dist.ProcessGroup | None = None,
     ) -> None:
-        self._source, self._rows, self._lengths = source, rows, lengths
+        self._source, self._rows, self._samples = source, rows, samples
         self._steps_per_epoch, self._num_ahead, self._control = steps_per_epoch, num_ahead, control
         is_planner = control is None or dist.get_rank() == 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
@@ -149,10 +149,11 @@ class PlanAhead:
         return replace(step, wait_s=time.perf_counter() - start)
 
     def _solve(self, epoch: int, index: int) -> Step:
+        assert self._samples is not None
         rows = self._rows(epoch, index)
-        lengths = tuple(int(self._lengths[row]) for row in rows)
+        drawn = self._samples.of(rows)
         try:
-            plan = self._source.plan(lengths)
+            plan = self._source.plan(drawn.lengths)
         except HeteroError as error:
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(rows)}: {error}") from error
         except Exception:
@@ -160,8 +161,8 @@ class PlanAhead:
                 logger.warning(
                     "Planning step %d of epoch %d failed; using a simpler plan.", index, epoch, exc_info=True
                 )
-            plan = self._source.fallback(lengths)
-        return Step(epoch, index, rows, lengths, plan)
+            plan = self._source.fallback(drawn.lengths)
+        return Step(epoch, index, drawn, plan)
 
     def _wake_improver(self) -> None:
         """A plan is ready, or there is room for more: the improver looks for work unless it is at it."""

@@ -189,7 +189,7 @@ def probe(model: Any) -> Probe:
     if not all(bool(x.isfinite().all()) for x in expected.values()):
         return Probe(failure="the loss or a gradient of a tiny instance is not finite with stock attention")
     context = _context()
-    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample, shift_labels(sample)) for sample in ids])
+    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample) for sample in ids])
     batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
     try:
         interface.register()

@@ -21,14 +21,14 @@ class GlobalBatches:
     cuts the permutation into batches; several processes take turns, which gives a step the same samples.
 
     Args:
-        num_samples: rows of the dataset.
-        batch_size: samples of an optimizer step, over all ranks.
+        num_rows: of the dataset.
+        batch_size: rows of an optimizer step, over all ranks.
         seed: `data_seed`, or `seed`.
         shuffle: False keeps the dataset's order.
         drop_last: leave out a last batch that is not full.
     """
 
-    num_samples: int
+    num_rows: int
     batch_size: int
     seed: int
     shuffle: bool = True
@@ -37,7 +37,7 @@ class GlobalBatches:
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        full, rest = divmod(self.num_samples, self.batch_size)
+        full, rest = divmod(self.num_rows, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
     def rows(self, epoch: int, index: int) -> tuple[int, ...]:
@@ -47,13 +47,13 @@ class GlobalBatches:
 
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
-            return list(range(self.num_samples))
+            return list(range(self.num_rows))
         if epoch not in self._orders:
             # plan-ahead looks from one epoch into the next, and never back
             for past in [known for known in self._orders if known < epoch - 1]:
                 del self._orders[past]
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._orders[epoch] = torch.randperm(self.num_samples, generator=generator).tolist()
+            self._orders[epoch] = torch.randperm(self.num_rows, generator=generator).tolist()
         return self._orders[epoch]
 
 
@@ -121,11 +121,12 @@ class StepDataset(Dataset[StepExamples]):
                 "A step counted as already trained was asked for. Resume with train(resume_from_checkpoint=...) "
                 "and a transformers version within the supported range."
             )
-        positions = share.samples()
-        rows = [share.step.rows[position] for position in positions]
+        row_of = {position: share.step.rows[position] for position in share.samples()}
+        rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
         examples: list[Mapping[str, Any]]
         if hasattr(self._dataset, "__getitems__"):
             examples = self._dataset.__getitems__(rows)
         else:
             examples = [self._dataset[row] for row in rows]
-        return StepExamples(share, dict(zip(positions, examples, strict=True)))
+        read = dict(zip(rows, examples, strict=True))
+        return StepExamples(share, {position: read[row] for position, row in row_of.items()})

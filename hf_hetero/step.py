@@ -1,6 +1,6 @@
 """One optimizer step on its way through a rank: Step -> StepShare -> StepExamples -> StepBatch.
 
-Step           what all ranks agree on: which rows of the dataset, their lengths, the plan
+Step           what all ranks agree on: which samples of the dataset, their lengths, the plan
 StepShare      the same, seen by one rank: its groups, their layouts, the samples it must read
 StepExamples   the samples it has read
 StepBatch      its tensors, one micro-batch after the other
@@ -17,6 +17,7 @@ import torch
 
 from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group, Plan
+from hf_hetero.samples import Drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,22 +27,30 @@ class Step:
     Args:
         epoch: epoch of the dataset, from 0.
         index: step within the epoch, from 0.
-        rows: dataset rows of the global batch; a plan's sample is a position in it.
-        lengths: tokens of each of them.
+        drawn: the samples of the global batch; a plan's sample is a position among them.
         plan: who computes what.
         wait_s: how long the planning rank waited for the plan, in seconds.
     """
 
     epoch: int
     index: int
-    rows: tuple[int, ...]
-    lengths: tuple[int, ...]
+    drawn: Drawn
     plan: Plan
     wait_s: float = 0.0
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Dataset row of each sample."""
+        return self.drawn.rows
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample."""
+        return self.drawn.lengths
+
     def digest(self) -> int:
         """63-bit fingerprint of everything that must be the same on all ranks."""
-        content = repr((self.epoch, self.index, self.rows, self.lengths, self.plan.digest()))
+        content = repr((self.epoch, self.index, self.drawn, self.plan.digest()))
         return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
 
 
@@ -72,7 +81,7 @@ class StepShare:
 
 @dataclass(frozen=True, slots=True)
 class StepExamples:
-    """The samples of a share, by position in the global batch."""
+    """The rows that hold a share's samples, by position of the sample in the global batch."""
 
     share: StepShare
     examples: Mapping[int, Mapping[str, Any]]

@@ -171,12 +171,7 @@ class HeteroTrainerMixin(Trainer):
         """
         if self.train_dataset is None:
             raise HeteroError("Training needs a train_dataset.")
-        planning = Planning(
-            source=self._plan_source(),
-            num_ahead=self.hetero.plan_ahead_steps,
-            length_column=self.hetero.length_column,
-            control=self.groups.control,
-        )
+        planning = self._planning(self._plan_source())
         if self._plan_ahead is not None:
             self._plan_ahead.close()
         loader, self._plan_ahead = step_loader(
@@ -189,6 +184,16 @@ class HeteroTrainerMixin(Trainer):
             global_step=lambda: self.state.global_step,
         )
         return loader
+
+    def _planning(self, source: PlanSource) -> Planning:
+        return Planning(
+            source,
+            num_ahead=self.hetero.plan_ahead_steps,
+            length_column=self.hetero.length_column,
+            control=self.groups.control,
+            most_tokens=self.hetero.max_sample_tokens,
+            longer=self.hetero.longer_samples,
+        )
 
     def _plan_source(self) -> PlanSource:
         # whether an improved plan is ready in time differs between two runs; full determinism does without
@@ -326,12 +331,7 @@ class HeteroTrainerMixin(Trainer):
     def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
         if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
             return None
-        planning = Planning(
-            source=self._evaluation_source(),
-            num_ahead=self.hetero.plan_ahead_steps,
-            length_column=self.hetero.length_column,
-            control=self.groups.control,
-        )
+        planning = self._planning(self._evaluation_source())
         columns = partial(self._remove_unused_columns, description="evaluation")
         return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
 
@@ -374,7 +374,8 @@ class HeteroTrainerMixin(Trainer):
                     context = self._context(micro_batch, number)
                     inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": context})
                     with torch.no_grad(), self.compute_loss_context_manager():
-                        part, outputs = self.compute_loss(model, inputs, True, num_targets)  # pyright: ignore
+                        found_loss: Any = self.compute_loss(model, inputs, not loss_only, num_targets)  # pyright: ignore
+                    part, outputs = (found_loss, None) if loss_only else found_loss
                     loss += part.item() / self.args.world_size  # compute_loss allows for an average over ranks
                     if not loss_only:
                         pieces += found.pieces(batch, micro_batch, cast("Any", outputs)["logits"])

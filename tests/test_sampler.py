@@ -11,6 +11,7 @@ from helpers import LENGTHS, ScriptedPlanner, samples
 
 from hf_hetero import HeteroError
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero.samples import whole_rows
 from hf_hetero.step import Step
 
 
@@ -40,7 +41,7 @@ def test_no_shuffle_keeps_the_order() -> None:
 def make_step(epoch: int, index: int) -> Step:
     rows = GlobalBatches(len(LENGTHS), 12, seed=0).rows(epoch, index)
     lengths = tuple(LENGTHS[row] for row in rows)
-    return Step(epoch, index, rows, lengths, ScriptedPlanner(4).plan(lengths))
+    return Step(epoch, index, whole_rows(LENGTHS).of(rows), ScriptedPlanner(4).plan(lengths))
 
 
 def test_ranks_read_what_they_hold() -> None:

@@ -7,10 +7,12 @@ from dataclasses import replace
 import pytest
 from helpers import ScriptedPlanner
 
+from hf_hetero.samples import Drawn
 from hf_hetero.step import Step, StepShare
 
 LENGTHS = (5, 9, 2, 7)
-STEP = Step(1, 3, (10, 11, 12, 13), LENGTHS, ScriptedPlanner(4).plan(LENGTHS))
+DRAWN = Drawn((10, 11, 12, 12), (0, 0, 0, 2), LENGTHS, (5, 9, 9, 9))
+STEP = Step(1, 3, DRAWN, ScriptedPlanner(4).plan(LENGTHS))
 
 
 @pytest.mark.parametrize(
@@ -18,8 +20,9 @@ STEP = Step(1, 3, (10, 11, 12, 13), LENGTHS, ScriptedPlanner(4).plan(LENGTHS))
     [
         {"epoch": 2},
         {"index": 4},
-        {"rows": (10, 11, 13, 12)},
-        {"lengths": (5, 9, 7, 2)},
+        {"drawn": replace(DRAWN, rows=(10, 11, 13, 12))},
+        {"drawn": replace(DRAWN, lengths=(5, 9, 7, 2))},
+        {"drawn": replace(DRAWN, starts=(0, 0, 2, 0))},
         {"plan": ScriptedPlanner(4).plan((5, 9, 2, 8))},
     ],
     ids=lambda change: next(iter(change)),

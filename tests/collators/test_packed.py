@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,11 +12,17 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample
+from hf_hetero.samples import Drawn
 from hf_hetero.step import Step, StepBatch, StepExamples, StepShare
 
 
 def step_of(data: list[Any], lengths: list[int]) -> Step:
-    return Step(0, 0, tuple(range(100, 100 + len(data))), tuple(lengths), ScriptedPlanner(4).plan(lengths))
+    return step_of_rows(tuple(range(100, 100 + len(data))), lengths)
+
+
+def step_of_rows(rows: tuple[int, ...], lengths: Sequence[int], num_ranks: int = 4) -> Step:
+    drawn = Drawn(rows, (0,) * len(rows), tuple(lengths), tuple(lengths))
+    return Step(0, 0, drawn, ScriptedPlanner(num_ranks).plan(lengths))
 
 
 def collate(step: Step, data: list[Any], rank: int, collator: PackedCollator | None = None) -> StepBatch:
@@ -69,7 +76,7 @@ def test_rank_without_tokens_runs_one_that_does_not_count() -> None:
 def test_labels_default_to_input_ids() -> None:
     """A sample without labels is learnt whole."""
     data = [{"input_ids": [4, 5, 6]}]
-    share = StepShare(Step(0, 0, (0,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    share = StepShare(step_of_rows((0,), [3], 1), 0)
     batch = PackedCollator()(StepExamples(share, {0: data[0]}))
     assert isinstance(batch, StepBatch)
     assert batch.micro_batches[0].inputs["shift_labels"].tolist() == [[5, 6, -100]]
@@ -81,7 +88,7 @@ def test_a_users_collator_makes_the_labels() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
     theirs = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     data = [{"input_ids": [4, 3, 6, 7]}]
-    share = StepShare(Step(0, 0, (0,), (4,), ScriptedPlanner(1).plan([4])), 0)
+    share = StepShare(step_of_rows((0,), [4], 1), 0)
     batch = PackedCollator(example_collator=theirs)(StepExamples(share, {0: data[0]}))
     assert isinstance(batch, StepBatch)
     assert batch.micro_batches[0].inputs["shift_labels"].tolist() == [[-100, 6, 7, -100]]
@@ -90,7 +97,7 @@ def test_a_users_collator_makes_the_labels() -> None:
 def test_padding_of_the_dataset_is_taken_off() -> None:
     """Tokens outside the attention mask are not trained on."""
     data = [{"input_ids": [0, 0, 5, 6, 7], "attention_mask": [0, 0, 1, 1, 1]}]
-    share = StepShare(Step(0, 0, (0,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    share = StepShare(step_of_rows((0,), [3], 1), 0)
     batch = PackedCollator()(StepExamples(share, {0: data[0]}))
     assert isinstance(batch, StepBatch)
     assert batch.micro_batches[0].inputs["input_ids"].tolist() == [[5, 6, 7]]
@@ -117,7 +124,7 @@ def test_ordinary_collator() -> None:
 )
 def test_bad_samples_are_named_by_row(example: dict[str, Any], message: str) -> None:
     """The dataset's row is in the message."""
-    share = StepShare(Step(0, 0, (77,), (3,), ScriptedPlanner(1).plan([3])), 0)
+    share = StepShare(step_of_rows((77,), [3], 1), 0)
     with pytest.raises(BadSample, match=f"row 77 {message}|row 77 has 0 tokens but {message}"):
         PackedCollator()(StepExamples(share, {0: example}))
     with pytest.raises(BadSample, match="sample 0 of the batch has no tokens"):

@@ -1,0 +1,121 @@
+"""Which samples the rows of a dataset hold: usually one each; several where rows were packed, or are too long.
+
+A step draws rows, as Trainer would. The planner shares out samples: stretches of a row that attend to nothing outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_hetero.errors import BadSample
+
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Stretches of rows. Arrays of int64.
+
+    Args:
+        row_tokens: tokens of each row, shape (num_rows,).
+        first: number of the first sample of each row, and at the end the number of samples, shape (num_rows + 1,).
+        starts: position in its row at which each sample starts, shape (num_samples,).
+        lengths: its tokens, shape (num_samples,).
+    """
+
+    row_tokens: Integers
+    first: Integers
+    starts: Integers
+    lengths: Integers
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.row_tokens)
+
+    def of(self, rows: Sequence[int]) -> Drawn:
+        """The samples of some rows, row by row."""
+        drawn = [(row, number) for row in rows for number in range(self.first[row], self.first[row + 1])]
+        return Drawn(
+            rows=tuple(row for row, _ in drawn),
+            starts=tuple(int(self.starts[number]) for _, number in drawn),
+            lengths=tuple(int(self.lengths[number]) for _, number in drawn),
+            row_tokens=tuple(int(self.row_tokens[row]) for row, _ in drawn),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Samples of a step: for each, the row it is of, where it starts in it, its tokens, and those of the whole row."""
+
+    rows: tuple[int, ...]
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    row_tokens: tuple[int, ...]
+
+
+def whole_rows(lengths: Integers | Sequence[int]) -> Samples:
+    """Each row is one sample."""
+    tokens = np.asarray(lengths, dtype=np.int64)
+    return Samples(tokens, np.arange(len(tokens) + 1), np.zeros_like(tokens), tokens)
+
+
+def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: Integers) -> Samples:
+    """Rows that were packed: each of their documents is a sample.
+
+    Args:
+        row_tokens: shape (num_rows,).
+        num_documents: of each row, shape (num_rows,).
+        document_tokens: of all documents, row by row.
+
+    Raises:
+        BadSample: a row whose documents are not all of it.
+    """
+    first = np.concatenate([[0], np.cumsum(num_documents)])
+    ends = np.concatenate([[0], np.cumsum(document_tokens)])
+    for row in np.flatnonzero(ends[first[1:]] - ends[first[:-1]] != row_tokens)[:1]:
+        raise BadSample(
+            f"Row {row} has {row_tokens[row]} tokens, but its seq_lengths add up to "
+            f"{ends[first[row + 1]] - ends[first[row]]}. Pack again, or remove the seq_lengths column."
+        )
+    if len(document_tokens) and document_tokens.min() < 1:
+        row = int(np.searchsorted(first, document_tokens.argmin(), side="right")) - 1
+        raise BadSample(f"Row {row}: seq_lengths holds a document of {document_tokens.min()} tokens.")
+    return Samples(row_tokens, first, ends[:-1] - np.repeat(ends[first[:-1]], num_documents), document_tokens)
+
+
+def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, str]:
+    """Samples of at most so many tokens, and in words what was done about longer ones; "" if there were none.
+
+    Args:
+        samples: of the dataset.
+        most_tokens: a sample may have.
+        policy: "error"; "truncate" drops the rest of a sample; "split" makes several samples of it.
+
+    Raises:
+        BadSample: under "error", with the number of longer samples and the longest one's row.
+    """
+    longer = np.flatnonzero(samples.lengths > most_tokens)
+    if not len(longer):
+        return samples, ""
+    what = f"{len(longer)} of {len(samples.lengths)} samples have more than {most_tokens} tokens"
+    if policy == "error":
+        longest = int(samples.lengths.argmax())
+        row = int(np.searchsorted(samples.first, longest, side="right")) - 1
+        raise BadSample(
+            f"{what}; the longest, in row {row}, has {samples.lengths[longest]}. Raise HeteroConfig.max_sample_tokens, "
+            "or say what to do with them: longer_samples='truncate' or 'split'."
+        )
+    if policy == "truncate":
+        cut = int((samples.lengths[longer] - most_tokens).sum())
+        kept = np.minimum(samples.lengths, most_tokens)
+        return Samples(samples.row_tokens, samples.first, samples.starts, kept), f"{what}; {cut} tokens are cut off."
+    parts = -(-samples.lengths // most_tokens)
+    before = np.concatenate([[0], np.cumsum(parts)])
+    offset = (np.arange(before[-1]) - np.repeat(before[:-1], parts)) * most_tokens
+    lengths = np.minimum(np.repeat(samples.lengths, parts) - offset, most_tokens)
+    split = Samples(samples.row_tokens, before[samples.first], np.repeat(samples.starts, parts) + offset, lengths)
+    return split, f"{what} and are split into {int(parts[longer].sum())}; no token sees across a cut."
