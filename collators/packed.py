@@ -80,6 +80,11 @@ class PackedCollator:
     def _sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         if "input_ids" not in example:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
+        if self._restarts(example):
+            raise BadSample(
+                f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column with "
+                "the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
+            )
         if self.example_collator is not None:
             row = self.example_collator([dict(example)])
             example = {name: row[name][0] for name in ("input_ids", "labels", "attention_mask") if name in row}
@@ -90,11 +95,6 @@ class PackedCollator:
             raise BadSample(
                 f"{name} has {input_ids.numel()} input_ids but {labels.numel()} labels. Give every token a label; "
                 f"{IGNORE_INDEX} marks those not to learn from."
-            )
-        if self._restarts(example):
-            raise BadSample(
-                f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column with "
-                "the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
             )
         if (mask := example.get("attention_mask")) is not None:
             kept = torch.as_tensor(mask).bool()

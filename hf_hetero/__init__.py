@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_hetero.errors import HeteroError, InfeasibleBatch, UnsupportedModel
     from hf_hetero.plan import Group, MicroBatch, Plan
     from hf_hetero.planner import Planner
+    from hf_hetero.sft import HeteroSFTTrainer
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
 
@@ -24,6 +25,7 @@ __all__ = [
     "Group",
     "HeteroConfig",
     "HeteroError",
+    "HeteroSFTTrainer",
     "HeteroTrainer",
     "HeteroTrainerMixin",
     "InfeasibleBatch",
@@ -47,6 +49,7 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
+        "HeteroSFTTrainer": "sft",
         "HeteroTrainer": "trainer",
         "HeteroTrainerMixin": "trainer",
     }

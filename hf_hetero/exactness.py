@@ -23,6 +23,11 @@ TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+# trainers of TRL and the like whose loss compares samples, or generates them
+COMPARING_TRAINERS = frozenset(
+    {"BCOTrainer", "CPOTrainer", "DPOTrainer", "GKDTrainer", "GRPOTrainer", "KTOTrainer", "ORPOTrainer", "PPOTrainer"}
+    | {"PRMTrainer", "RewardTrainer", "RLOOTrainer", "Seq2SeqTrainer"}
+)
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -32,6 +37,19 @@ def base_model(model: torch.nn.Module | None) -> Any:
     assert model is not None
     wrapped: Any = model
     return wrapped.get_base_model() if hasattr(wrapped, "peft_config") else wrapped
+
+
+def check_trainer_class(trainer_class: type) -> None:
+    """Refuse trainers whose loss is more than a sum over tokens.
+
+    Raises:
+        UnsupportedModel: with the class.
+    """
+    for name in sorted(COMPARING_TRAINERS & {base.__name__ for base in trainer_class.__mro__}):
+        raise UnsupportedModel(
+            f"{name} compares or generates samples: its loss is no sum over the tokens of single ones, so they cannot "
+            "be shared out one by one. Put the mixin before Trainer or SFTTrainer."
+        )
 
 
 def check_arguments(args: TrainingArguments) -> None:

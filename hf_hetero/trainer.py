@@ -73,6 +73,7 @@ class HeteroTrainerMixin(Trainer):
         hetero: HeteroConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        exactness.check_trainer_class(type(self))
         self.hetero = hetero or HeteroConfig()
         self._accumulation = 1
         if args is not None:

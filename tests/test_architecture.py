@@ -32,6 +32,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"check", "clusters", "loader", "machine", "simulation_picture", "sources"},
     {"evaluation"},
     {"trainer"},
+    {"sft"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -39,6 +40,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.flash"},
     "flash_attn_interface": {"attention.flash"},
     "mip": {"planner.program"},
+    "trl": {"sft"},
     "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"evaluation", "lengths", "loader"},
     "transformers": {

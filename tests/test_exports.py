@@ -14,6 +14,7 @@ PROMISED = {
     "Group",
     "HeteroConfig",
     "HeteroError",
+    "HeteroSFTTrainer",
     "HeteroTrainer",
     "HeteroTrainerMixin",
     "InfeasibleBatch",

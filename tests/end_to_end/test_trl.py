@@ -1,4 +1,4 @@
-"""The mixin over another Trainer: TRL's SFTTrainer, whose loss has a head of its own."""
+"""TRL's SFTTrainer, whose loss has a head of its own, under plans: chats, masked labels, packed rows."""
 
 from __future__ import annotations
 
@@ -16,56 +16,192 @@ from helpers import (
     run_ranks,
     samples,
     scripted,
+    shard_on_cpu,
     tiny_model,
     trainer_order,
+    with_lora,
 )
 
-from hf_hetero import HeteroTrainerMixin
+from hf_hetero import HeteroTrainerMixin, UnsupportedModel
 
 trl = pytest.importorskip("trl")
 
+WORDS = [f"w{n}" for n in range(80)]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>"
+    "{% endgeneration %} {% else %}{{ m.content }} {% endif %}{% endfor %}"
+)
 
-def train_sft(folder: str) -> dict[str, Any]:
-    import datasets
-    from tokenizers import Tokenizer, models
+
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    class HeteroSFT(HeteroTrainerMixin, trl.SFTTrainer):
+    entries = ["<pad>", "<s>", "</s>", "user", "assistant", *WORDS]
+    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(entries)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def say(num_words: int, at: int) -> str:
+    return " ".join(WORDS[(at + 7 * n) % len(WORDS)] for n in range(num_words))
+
+
+def chats() -> list[dict[str, Any]]:
+    """Conversations of one or two turns and of very different lengths."""
+    found = []
+    for n, length in enumerate(LENGTHS):
+        turns = [{"role": "user", "content": say(1 + n % 5, n)}, {"role": "assistant", "content": say(length, n)}]
+        found.append({"messages": turns * (1 + n % 2)})
+    return found
+
+
+def config(folder: str, **changes: Any) -> Any:
+    plain = arguments(folder, dist.get_world_size() if dist.is_initialized() else 1).to_dict()
+    names = ("per_device_train_batch_size", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm")
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 7,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_length": None,
+        "activation_checkpointing": False,
+    }
+    return trl.SFTConfig(folder, **{**{name: plain[name] for name in names}, **options, **changes})
+
+
+def train(folder: str, data: Any, changes: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+    """Gradients, logs, and the dataset as TRL has prepared it."""
+    import datasets
+
+    from hf_hetero import HeteroSFTTrainer
+
+    class Scripted(HeteroSFTTrainer):
         def _plan_source(self) -> Any:
             return scripted(ScriptedPlanner(self.args.world_size))
 
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 2, "a": 4}, unk_token="a"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    plain = arguments(folder, dist.get_world_size()).to_dict()
-    names = ("per_device_train_batch_size", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm")
-    args = trl.SFTConfig(
-        folder,
-        **{name: plain[name] for name in names},
-        use_cpu=True,
-        bf16=False,
-        seed=7,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        max_length=None,
-        gradient_checkpointing=False,
-        dataset_kwargs={"skip_prepare_dataset": True},
+        _evaluation_source = _plan_source
+
+    if changes.get("fsdp"):
+        shard_on_cpu()
+    recorder, model = Recorder(), with_lora(tiny_model()) if adapters else tiny_model()
+    table = datasets.Dataset.from_list(data)
+    options = {"eval_dataset": table} if changes.get("eval_strategy") else {}
+    trainer = Scripted(
+        model,
+        config(folder, **changes),
+        train_dataset=table,
+        processing_class=tokenizer(),
+        callbacks=[recorder],
+        **options,
     )
-    recorder = Recorder()
-    data = datasets.Dataset.from_list(samples(LENGTHS))
-    trainer = HeteroSFT(tiny_model(), args, train_dataset=data, processing_class=tokenizer, callbacks=[recorder])
     trainer.train()
-    return {"gradients": recorder.gradients, "logs": trainer.state.log_history}
+    return {
+        "gradients": recorder.gradients,
+        "logs": trainer.state.log_history,
+        "prepared": list(trainer.train_dataset),
+        "wrapper": type(trainer.model_wrapped).__name__,
+    }
 
 
-def test_sft_trainer_learns_the_same(tmp_path: Any) -> None:
-    """Gradients and losses of SFTTrainer under mixed plans equal the reference; its token count is that of the data."""
-    found = run_ranks(train_sft, 4, str(tmp_path))[0]
-    steps = trainer_order(len(LENGTHS), 12, 7, 4)
-    expected = reference_steps(tiny_model(), samples(LENGTHS), steps)
+def check(found: dict[str, Any], data: Any, steps: list[list[int]], adapters: bool = False) -> None:
+    expected = reference_steps(with_lora(tiny_model()) if adapters else tiny_model(), data, steps)
     for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         assert largest_difference(ours, theirs) <= 1e-6
     logs = [entry for entry in found["logs"] if "loss" in entry]
     assert [entry["loss"] for entry in logs] == pytest.approx(expected["losses"], rel=1e-6)
-    assert logs[-1]["num_tokens"] == sum(LENGTHS[row] for rows in steps for row in rows)
+    assert logs[-1]["num_tokens"] == sum(len(data[row]["input_ids"]) for rows in steps for row in rows)
+
+
+STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
+UNPREPARED = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+
+
+def test_sft_trainer_learns_the_same(tmp_path: Any) -> None:
+    """Gradients and losses of SFTTrainer under mixed plans equal the reference; its token count is that of the data."""
+    found = run_ranks(train, 4, str(tmp_path), samples(LENGTHS), UNPREPARED)[0]
+    check(found, samples(LENGTHS), STEPS)
+
+
+@pytest.mark.parametrize("changes", [{}, {"padding_free": True}], ids=["padded", "padding-free"])
+def test_assistant_only_loss(tmp_path: Any, changes: dict[str, Any]) -> None:
+    """Chats with a loss on the assistant's tokens alone, whatever TRL would have made of a batch."""
+    found = run_ranks(train, 4, str(tmp_path), chats(), {"assistant_only_loss": True, **changes})[0]
+    for row, chat in zip(found["prepared"], chats(), strict=True):
+        spoken = [m["content"].split() for m in chat["messages"] if m["role"] == "assistant"]
+        learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+        ids = tokenizer().convert_tokens_to_ids([word for words in spoken for word in [*words, "</s>"]])
+        assert learned == ids
+    check(found, found["prepared"], STEPS)
+
+
+def test_completion_only_loss(tmp_path: Any) -> None:
+    """Prompts are read and not learned."""
+    pairs = [{"prompt": say(1 + n % 4, n), "completion": " " + say(m, n)} for n, m in enumerate(LENGTHS)]
+    found = run_ranks(train, 2, str(tmp_path), pairs, {})[0]
+    assert all(row["labels"][0] == -100 for row in found["prepared"])
+    check(found, found["prepared"], STEPS)
+
+
+def test_packed_rows(tmp_path: Any) -> None:
+    """With packing=True a step is as many packed rows as Trainer would take; their documents do not see each other."""
+    changes = {"packing": True, "max_length": 64, "per_device_train_batch_size": 1, "max_steps": 2}
+    found = run_ranks(train, 4, str(tmp_path), samples(LENGTHS), {**changes})[0]
+    documents: list[dict[str, Any]] = []
+    of_row: list[list[int]] = []
+    for row in found["prepared"]:
+        of_row.append([])
+        start = 0
+        for length in row["seq_lengths"]:
+            of_row[-1].append(len(documents))
+            documents.append({name: row[name][start : start + length] for name in ("input_ids", "labels")})
+            start += length
+    assert max(map(len, of_row)) > 2
+    drawn = trainer_order(len(of_row), 4, 7, 2)
+    check(found, documents, [[n for row in step for n in of_row[row]] for step in drawn])
+
+
+def test_adapters_under_fsdp2(tmp_path: Any) -> None:
+    """LoRA, sharded, with TRL's loss."""
+    sharded = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    found = run_ranks(train, 2, str(tmp_path), samples(LENGTHS), {**UNPREPARED, **sharded}, True)[0]
+    assert found["wrapper"].startswith("FSDP")
+    check(found, samples(LENGTHS), STEPS, adapters=True)
+
+
+def test_evaluation(tmp_path: Any) -> None:
+    """Evaluation between steps goes by plans, through TRL's loss."""
+    changes = {**UNPREPARED, "eval_strategy": "steps", "eval_steps": 4, "learning_rate": 0.0}
+    found = run_ranks(train, 2, str(tmp_path), samples(LENGTHS), changes)[0]
+    [evaluated] = [entry["eval_loss"] for entry in found["logs"] if "eval_loss" in entry]
+    [expected] = reference_steps(tiny_model(), samples(LENGTHS), [list(range(len(LENGTHS)))])["losses"]
+    assert evaluated == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_mixin_alone(tmp_path: Any) -> None:
+    """The mixin over SFTTrainer, with TRL's own collator below, prepares the same samples."""
+    import datasets
+
+    class Mixed(HeteroTrainerMixin, trl.SFTTrainer):
+        pass
+
+    data = datasets.Dataset.from_list(samples(LENGTHS))
+    trainer = Mixed(tiny_model(), config(str(tmp_path), **UNPREPARED), train_dataset=data, processing_class=tokenizer())
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(reference_steps(tiny_model(), samples(LENGTHS), STEPS)["losses"], rel=1e-5)
+
+
+def test_a_loss_over_pairs_is_refused() -> None:
+    """DPO compares two samples; nothing is built before it says so."""
+
+    class Pairs(HeteroTrainerMixin, trl.DPOTrainer):
+        pass
+
+    with pytest.raises(UnsupportedModel, match="DPOTrainer compares or generates samples"):
+        Pairs(tiny_model())
