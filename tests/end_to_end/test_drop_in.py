@@ -40,7 +40,7 @@ def script(folder: str, trainer_class: Any) -> dict[str, Any]:
 
 
 def test_two_changed_lines(tmp_path: Any) -> None:
-    """The same losses, gradient norms and weights; evaluation is stock."""
+    """The same losses, gradient norms and weights, and the same evaluation."""
     plain = script(str(tmp_path / "plain"), Trainer)
     ours = run_ranks(script, 4, str(tmp_path / "ours"), HeteroTrainer)[0]
     for mine, theirs in zip(ours["logs"], plain["logs"], strict=True):
@@ -48,6 +48,5 @@ def test_two_changed_lines(tmp_path: Any) -> None:
             assert abs(mine["loss"] - theirs["loss"]) < 1e-5
             assert abs(mine["grad_norm"] - theirs["grad_norm"]) < 1e-4
     assert largest_difference(ours["weights"], plain["weights"]) < 1e-6
-    # evaluation is stock: it is Trainer's own on as many ranks, which is not quite its own on one
-    same_ranks = run_ranks(script, 4, str(tmp_path / "ranks"), Trainer)[0]
-    assert abs(ours["eval"] - same_ranks["eval"]) < 1e-2
+    # the value of one process; Trainer's own on four ranks is another, for it repeats samples to fill its batches
+    assert abs(ours["eval"] - plain["eval"]) < 1e-5
