@@ -43,8 +43,13 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
 
 
 def confirm_step(
-    step: int, digest: int, num_targets: int, error: Exception | None, control: dist.ProcessGroup | None
-) -> int:
+    step: int,
+    digest: int,
+    num_targets: int,
+    error: Exception | None,
+    control: dist.ProcessGroup | None,
+    asks_to_stop: bool = False,
+) -> tuple[int, bool]:
     """Before a step's first group collective: do all ranks hold the same plan and good samples?
 
     Args:
@@ -52,9 +57,10 @@ def confirm_step(
         digest: fingerprint of this rank's step.
         num_targets: tokens of this rank that have something to predict.
         error: what went wrong while this rank read its samples.
+        asks_to_stop: this rank was told to end.
 
     Returns:
-        Target tokens of the whole step.
+        Target tokens of the whole step, and whether any rank was told to end.
 
     Raises:
         HeteroError: what went wrong, on every rank; `PlanMismatch` if plans differ.
@@ -62,9 +68,9 @@ def confirm_step(
     if control is None:
         if error is not None:
             raise error
-        return num_targets
-    rows = gather([int(error is not None), digest, num_targets], control)
-    if any(failed for failed, _, _ in rows):
+        return num_targets, asks_to_stop
+    rows = gather([int(error is not None), digest, num_targets, int(asks_to_stop)], control)
+    if any(row[0] for row in rows):
         _raise_together(error, control)
     digests = [row[1] for row in rows]
     if len(set(digests)) > 1:
@@ -74,7 +80,20 @@ def confirm_step(
             f"Step {step}: ranks {others} hold another plan than the rest. All ranks need the same dataset, seed and "
             "settings, and the plan must come from rank 0."
         )
-    return sum(row[2] for row in rows)
+    return sum(row[2] for row in rows), any(row[3] for row in rows)
+
+
+def raise_together(error: Exception | None, control: dist.ProcessGroup | None) -> None:
+    """Wait for all ranks, and raise on all of them what went wrong on any.
+
+    Raises:
+        HeteroError: what went wrong.
+    """
+    if control is None:
+        if error is not None:
+            raise error
+    elif any(failed for [failed] in gather([int(error is not None)], control)):
+        _raise_together(error, control)
 
 
 def gather(values: Sequence[int], control: dist.ProcessGroup | None) -> list[list[int]]:
@@ -96,6 +115,17 @@ def gather_objects(value: T, control: dist.ProcessGroup | None) -> list[T]:
     with named("The exchange of results", f"all {dist.get_world_size()} ranks"):
         dist.all_gather_object(found, value, group=control)
     return found
+
+
+def scatter(values: Sequence[T] | None, control: dist.ProcessGroup | None) -> T:
+    """Give each rank its own of rank 0's values."""
+    if control is None:
+        assert values is not None
+        return values[0]
+    mine: list[Any] = [None]
+    with named("The dealing out of examples", f"all {dist.get_world_size()} ranks"):
+        dist.scatter_object_list(mine, None if values is None else list(values), src=0, group=control)
+    return mine[0]
 
 
 def _raise_together(error: Exception | None, control: dist.ProcessGroup) -> None:

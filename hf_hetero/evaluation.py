@@ -1,37 +1,19 @@
-"""Evaluation and prediction under plans: any length, a loss weighted by tokens, outputs in the dataset's order.
-
-The loss is that of training: a sum over tokens, divided once by all targets of the dataset, so it is the value that a
-single process finds. Each token's outputs are made on the rank that holds the token, and put back into their samples.
-"""
+"""Evaluation and prediction under plans: which datasets, and a loader of their steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import datasets
-import numpy as np
 import torch
-import torch.distributed as dist
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import EvalPrediction, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
+from transformers import Trainer, TrainingArguments
 
-from hf_hetero.agreement import gather_objects
-from hf_hetero.errors import HeteroError
-from hf_hetero.layout import Span
-from hf_hetero.loader import Planning, read_rows
+from hf_hetero.loader import draws_of, read_rows
 from hf_hetero.plan_ahead import PlanAhead
+from hf_hetero.planning import Planning
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
-from hf_hetero.step import RankMicroBatch, StepBatch
-
-PADDING = -100  # what transformers fills the rows of its arrays of predictions with
-
-Array = NDArray[Any]
-Nested = Any
-"""A tensor (or array), or a tuple of them."""
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -71,9 +53,9 @@ def evaluation_loader(
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_rows, samples = read_rows(dataset, planning)
+    num_rows, _, samples = read_rows(dataset, planning)
     batches = GlobalBatches(num_rows, args.eval_batch_size * args.world_size, seed=0, shuffle=False)
-    plans = PlanAhead(planning.source, batches.rows, samples, len(batches), planning.num_ahead, planning.control)
+    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
     sampler: Any = StepSampler(batches, plans.step, args.process_index if planning.control is not None else 0)
     loader = EvaluationLoader(
         StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
@@ -87,178 +69,21 @@ def evaluation_loader(
     return loader
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Per-token values of one span. Arrays of shape (num_tokens, ...).
-
-    Args:
-        row: of the dataset.
-        start: position of the span in its row.
-        values: predictions, labels, inputs: those that were asked for.
-    """
-
-    row: int
-    start: int
-    values: dict[str, Nested]
-
-
-@dataclass
-class Evaluation:
-    """What an evaluation gathers, step after step.
-
-    Args:
-        args: what to return, and how.
-        preprocess: `preprocess_logits_for_metrics`: gets logits and labels of tokens that follow one another in one
-            sample, shapes (1, num_tokens, vocab_size) and (1, num_tokens), and gives one output per token.
-        compute_metrics: of transformers.
-        keeps_outputs: False: only the loss.
-        control: group that carries the outputs; None for a single process.
-    """
-
-    args: TrainingArguments
-    preprocess: Callable[[Any, Any], Any] | None
-    compute_metrics: Callable[..., Any] | None
-    keeps_outputs: bool
-    control: dist.ProcessGroup | None
-    loss_sum: float = 0.0
-    num_targets: int = 0
-    num_rows: int = 0
-    _steps: list[dict[str, list[Nested]]] = field(default_factory=list[dict[str, list[Nested]]])
-    _losses: list[float] = field(default_factory=list[float])
-    _batch_metrics: dict[str, Any] | None = None
-
-    def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, logits: torch.Tensor) -> list[Piece]:
-        """A micro-batch's outputs, cut into the spans that this rank holds. `logits`: (1, num_tokens, vocab_size)."""
-        group, drawn = micro_batch.group, batch.share.step.drawn
-        spans = micro_batch.layout.spans[group.ranks.index(batch.share.rank)]
-        found: list[Piece] = []
-        at = 0
-        for span in spans:
-            tokens = slice(at, at + span.num_tokens)
-            labels = micro_batch.inputs["labels"][:, tokens].to(logits.device)
-            outputs: Nested = logits[:, tokens]
-            if self.preprocess is not None:
-                outputs = _one_per_token(self.preprocess(outputs, labels), span)
-            values = {"predictions": _to_numpy(outputs), "labels": _to_numpy(labels)}
-            if "inputs" in self.args.include_for_metrics:
-                values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
-            position = group.samples[span.sample]
-            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, values))
-            at += span.num_tokens
-        return found
-
-    def add(self, batch: StepBatch, loss: float, num_targets: int, pieces: Sequence[Piece], is_last: bool) -> None:
-        """One step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
-        step, of_all = batch.share.step, gather_objects((loss, list(pieces)), self.control)
-        loss = sum(part for part, _ in of_all)
-        self.loss_sum += loss * num_targets
-        self.num_targets += num_targets
-        row_tokens: dict[int, int] = {}
-        for row, length in zip(step.rows, step.lengths, strict=True):
-            row_tokens[row] = row_tokens.get(row, 0) + length
-        self.num_rows += len(row_tokens)
-        self._losses += [loss] * len(row_tokens)
-        if not self.keeps_outputs:
-            return
-        everywhere = [piece for _, mine in of_all for piece in mine]
-        rows = assemble(everywhere, row_tokens)
-        if not self.args.batch_eval_metrics:
-            self._steps.append(rows)
-        elif self.compute_metrics is not None:
-            tensors = {name: _map(torch.from_numpy, pad_rows(values)) for name, values in rows.items()}
-            losses = torch.full((len(row_tokens),), loss)
-            self._batch_metrics = self.compute_metrics(self._prediction(tensors, losses), compute_result=is_last)
-
-    def output(self, prefix: str) -> EvalLoopOutput:
-        """As transformers' `evaluation_loop` returns it."""
-        arrays: dict[str, Any] = {"predictions": None, "labels": None}
-        for name in self._steps[0] if self._steps else ():
-            batches = [step[name] for step in self._steps]
-            if self.args.eval_do_concat_batches:
-                arrays[name] = pad_rows([row for batch in batches for row in batch])
-            else:
-                arrays[name] = [pad_rows(batch) for batch in batches]
-        metrics: dict[str, Any] = self._batch_metrics or {}
-        if self.compute_metrics is not None and self._steps:
-            metrics = self.compute_metrics(self._prediction(arrays, np.asarray(self._losses)))
-        metrics = cast("dict[str, Any]", denumpify_detensorize(metrics))
-        metrics["loss"] = self.loss_sum / self.num_targets if self.num_targets else float("nan")
-        return EvalLoopOutput(
-            predictions=arrays["predictions"],
-            label_ids=arrays["labels"],
-            metrics={k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": v for k, v in metrics.items()},
-            num_samples=self.num_rows,
-        )
-
-    def _prediction(self, arrays: dict[str, Any], losses: Any) -> EvalPrediction:
-        wanted = self.args.include_for_metrics
-        return EvalPrediction(
-            predictions=arrays["predictions"],
-            label_ids=arrays["labels"],
-            inputs=arrays["inputs"] if "inputs" in wanted else None,
-            losses=losses if "loss" in wanted else None,
-        )
-
-
-def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, list[Nested]]:
-    """Whole rows out of the pieces of all ranks, each value shape (num_tokens, ...), in the order of `lengths`.
-
-    Raises:
-        HeteroError: tokens that no rank gave, or two did.
-    """
-    by_row: dict[int, list[Piece]] = {row: [] for row in lengths}
-    for piece in pieces:
-        by_row[piece.row].append(piece)
-    found: dict[str, list[Nested]] = {}
-    for row, length in lengths.items():
-        ordered = sorted(by_row[row], key=lambda piece: piece.start)
-        ends = [0, *(piece.start + len(piece.values["labels"]) for piece in ordered)]
-        if [piece.start for piece in ordered] != ends[:-1] or ends[-1] != length:
-            raise HeteroError(
-                f"Row {row} of {length} tokens: outputs came back for tokens {ends}, not each token once."
-            )
-        for name in ordered[0].values:
-            parts = [piece.values[name] for piece in ordered]
-            found.setdefault(name, []).append(_map(lambda *leaves: np.concatenate(leaves), *parts))
-    return found
-
-
-def pad_rows(rows: Sequence[Nested]) -> Nested:
-    """Arrays of shape (num_tokens, ...) as one of shape (num_rows, most_tokens, ...), filled up with -100."""
-
-    def pad(*arrays: Array) -> Array:
-        most = max(map(len, arrays))
-        out = np.full((len(arrays), most, *arrays[0].shape[1:]), PADDING, dtype=arrays[0].dtype)
-        for row, array in enumerate(arrays):
-            out[row, : len(array)] = array
-        return out
-
-    return _map(pad, *rows)
-
-
-def _one_per_token(outputs: Nested, span: Span) -> Nested:
-    def check(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim < 2 or tuple(tensor.shape[:2]) != (1, span.num_tokens):
-            raise HeteroError(
-                f"preprocess_logits_for_metrics made {tuple(tensor.shape)} of the logits of {span.num_tokens} tokens; "
-                "under plans it must give one output per token, shape (1, num_tokens, ...): tokens of one sample may "
-                "lie on several ranks. Shift in compute_metrics instead, or set HeteroConfig.plan_evaluation=False."
-            )
-        return tensor
-
-    return _map(check, outputs)
-
-
-def _to_numpy(values: Nested) -> Nested:
-    def convert(tensor: torch.Tensor) -> Array:
-        tensor = tensor.detach()[0]
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-
-    return _map(convert, values)
-
-
-def _map(function: Callable[..., Any], *nested: Nested) -> Nested:
-    """Apply to each leaf; several nests of one shape are walked together."""
-    if isinstance(nested[0], tuple | list):
-        return tuple(_map(function, *leaves) for leaves in zip(*nested, strict=True))
-    return function(*nested)
+def prepared_model(trainer: Trainer) -> torch.nn.Module:
+    """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
+    model: Any = trainer.model
+    if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
+        sharded = trainer.is_fsdp_enabled and not trainer.args.torch_compile
+        accelerator: Any = trainer.accelerator
+        model = accelerator.prepare(model) if sharded else accelerator.prepare_model(model, evaluation_mode=True)
+        trainer.model_wrapped = model
+        if trainer.is_fsdp_enabled:
+            trainer.model = model
+    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+        half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+        model = model.to(dtype=half, device=trainer.args.device)
+    parts: tuple[Any, Any] = (model, trainer.optimizer)
+    for part in parts:
+        if callable(getattr(part, "eval", None)):  # some optimizers have an average to evaluate with
+            part.eval()
+    return model

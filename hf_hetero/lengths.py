@@ -34,7 +34,7 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
         lengths = _of_table(dataset, column)
     else:
         rows = (_of_row(dataset[row], row) for row in range(len(dataset)))
-        counted = tqdm(rows, total=len(dataset), desc="Counting tokens", unit=" samples", leave=False)
+        counted = tqdm(rows, total=len(dataset), desc="Counting tokens", unit=" samples", leave=False, delay=1)
         lengths = np.fromiter(counted, dtype=np.int64, count=len(dataset))
     if lengths.size and lengths.min() < 1:
         row = int(lengths.argmin())
@@ -62,6 +62,19 @@ def _documents(dataset: Any) -> list[list[int]] | None:
     if not len(dataset) or PACKED_COLUMN not in dataset[0]:
         return None
     return [list(dataset[row][PACKED_COLUMN]) for row in range(len(dataset))]
+
+
+def tells_where_it_is(dataset: Any) -> bool:
+    """Whether a stream's `state_dict` leads back to the same place: one of `datasets` forgets what a buffer holds."""
+    if not isinstance(dataset, datasets.IterableDataset):
+        return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
+    sources: list[Any] = [dataset._ex_iterable]  # pyright: ignore[reportPrivateUsage]
+    while sources:
+        source = sources.pop()
+        if "Buffer" in type(source).__name__:
+            return False
+        sources += [source.ex_iterable] if hasattr(source, "ex_iterable") else getattr(source, "ex_iterables", [])
+    return True
 
 
 def open_table(where: str, file_format: str | None, split: str, config: str | None = None) -> datasets.Dataset:

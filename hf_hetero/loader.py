@@ -3,46 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
 from hf_hetero.lengths import read_samples
-from hf_hetero.plan_ahead import PlanAhead, PlanSource
+from hf_hetero.plan_ahead import Draws, PlanAhead
+from hf_hetero.planning import Planning
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
-from hf_hetero.samples import Samples, limited
+from hf_hetero.samples import Drawn, Samples, limited
+from hf_hetero.stream import Dealt, Position, Stream, StreamSampler
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Planning:
-    """How a run plans its steps.
+class TrainingData:
+    """What a run trains on.
 
     Args:
-        source: where plans come from.
-        num_ahead: plans kept ready.
-        length_column: column with each row's tokens.
-        most_tokens: of a sample; None: any number.
-        longer: what to do with longer ones: "error", "truncate" or "split".
-        control: group that carries the plans; None for a single process.
+        loader: its items are planned steps. It must not be prepared by accelerate, which would deal them out among the
+            ranks.
+        plans: where they come from.
+        order: what decides which samples make which step, to be compared when a checkpoint is resumed.
+        stream: what reads a dataset that can only be iterated; on rank 0 only.
     """
 
-    source: PlanSource
-    num_ahead: int
-    length_column: str
-    control: dist.ProcessGroup | None
-    most_tokens: int | None = None
-    longer: str = "error"
+    loader: DataLoader[Any]
+    plans: PlanAhead
+    order: dict[str, Any]
+    stream: Stream | None = None
+
+    def close(self) -> None:
+        """End what works in the background."""
+        self.plans.close()
+        if self.stream is not None:
+            self.stream.close()
 
 
-def step_loader(
+def training_data(
     dataset: Any,
     columns: Callable[[Any], Any],
     collate: Callable[..., Any],
@@ -50,10 +54,8 @@ def step_loader(
     batch_size: int,
     planning: Planning,
     global_step: Callable[[], int],
-) -> tuple[DataLoader[Any], PlanAhead]:
-    """A loader whose items are planned steps, and the source of its plans, to be closed after use.
-
-    It must not be prepared by accelerate, which would deal its items out among the ranks.
+) -> TrainingData:
+    """The planned steps of a map-style dataset.
 
     Args:
         dataset: map-style.
@@ -67,32 +69,91 @@ def step_loader(
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_rows, samples = read_rows(dataset, planning)
+    num_rows, content, samples = read_rows(dataset, planning)
     batches = GlobalBatches(
         num_rows=num_rows,
         batch_size=batch_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=_data_seed(args),
         shuffle=args.train_sampling_strategy == "random",
         drop_last=args.dataloader_drop_last,
     )
     num_steps = max(len(batches), 1)
-    plans = PlanAhead(
-        planning.source,
-        batches.rows,
-        samples,
-        num_steps,
-        planning.num_ahead,
-        planning.control,
-    )
+    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
     # `Trainer` skips these when it resumes within an epoch
-    sampler: Any = StepSampler(
+    sampler = StepSampler(
         batches,
         plans.step,
         args.process_index if planning.control is not None else 0,
         num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
     )
-    loader: DataLoader[Any] = DataLoader(
-        StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
+    rows = StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset)
+    return TrainingData(_loader(rows, sampler, collate, args), plans, {**batches.to_dict(), "lengths": content})
+
+
+def streamed_data(
+    dataset: Any,
+    names: Sequence[str] | None,
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    batch_size: int,
+    planning: Planning,
+    global_step: Callable[[], int],
+    kept: Position | None = None,
+) -> TrainingData:
+    """The planned steps of a dataset that can only be iterated.
+
+    Args:
+        dataset: iterable.
+        names: columns to keep; None: all.
+        collate, args, batch_size, planning, global_step: as for `training_data`.
+        kept: where a checkpoint says to go on.
+    """
+    num_steps, said = args.max_steps, list[str]()
+
+    def samples_of(examples: Sequence[Any]) -> Samples:
+        samples, done = _within_limits(read_samples(examples, planning.length_column), planning)
+        if done:  # in every step, maybe
+            logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
+            said.append(done)
+        return samples
+
+    def draw(_: int, index: int) -> Drawn | None:
+        assert stream is not None
+        batch = stream.batch(index)
+        return None if batch is None else batch.drawn
+
+    stream: Stream | None = None
+    if planning.control is None or args.process_index == 0:
+        stream = Stream(
+            dataset,
+            batch_size,
+            samples_of,
+            num_ahead=planning.num_ahead,
+            names=names,
+            drop_last=args.dataloader_drop_last,
+            seed=_data_seed(args),
+        )
+    draws = Draws(draw, after=lambda step: (0, step[1] + 1) if step[1] + 1 < num_steps else None)
+    plans = PlanAhead(planning.source, draws, planning.num_ahead, planning.control)
+    sampler = StreamSampler(
+        stream, plans.step, planning.control, num_steps, global_step, kept, skips=not args.ignore_data_skip
+    )
+    return TrainingData(_loader(Dealt(), sampler, collate, args), plans, {"batch_size": batch_size}, stream)
+
+
+def draws_of(batches: GlobalBatches, samples: Samples | None) -> Draws:
+    """The samples of each step. `samples` is needed on rank 0 only."""
+
+    def draw(epoch: int, index: int) -> Drawn:
+        assert samples is not None
+        return samples.of(batches.rows(epoch, index))
+
+    return Draws(draw, batches.after)
+
+
+def _loader(dataset: Any, sampler: Any, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
@@ -100,25 +161,32 @@ def step_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
     )
-    return loader, plans
 
 
-def read_rows(dataset: Any, planning: Planning) -> tuple[int, Samples | None]:
-    """Number of rows, on every rank, and what samples they hold on rank 0, which alone needs it to plan.
+def _data_seed(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def read_rows(dataset: Any, planning: Planning) -> tuple[int, str, Samples | None]:
+    """Number of rows and a fingerprint of their lengths; and what samples they hold on rank 0, which alone plans.
 
     Raises:
         BadSample: rows without tokens, or samples that are too long, on every rank.
     """
     read: list[Samples] = []
 
-    def count() -> int:
-        samples = read_samples(dataset, planning.length_column)
-        if planning.most_tokens is not None:
-            samples, done = limited(samples, planning.most_tokens, planning.longer)
-            if done:
-                logger.warning("%s", done)
+    def count() -> tuple[int, str]:
+        samples, done = _within_limits(read_samples(dataset, planning.length_column), planning)
+        if done:
+            logger.warning("%s", done)
         read.append(samples)
-        return len(samples)
+        return len(samples), samples.fingerprint()
 
-    num_rows = broadcast(count, planning.control)
-    return num_rows, read[0] if read else None
+    num_rows, content = broadcast(count, planning.control)
+    return num_rows, content, read[0] if read else None
+
+
+def _within_limits(samples: Samples, planning: Planning) -> tuple[Samples, str]:
+    if planning.most_tokens is None:
+        return samples, ""
+    return limited(samples, planning.most_tokens, planning.longer)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainingArguments
 
 from hf_hetero import estimate
 from hf_hetero.agreement import broadcast
@@ -92,19 +90,10 @@ def set_up(
     return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
 
 
-class KeepCostModel(TrainerCallback):
-    """Puts the cost model of now into each checkpoint."""
-
-    def __init__(self, cost_model: Callable[[], CostModel | None]) -> None:
-        self._cost_model = cost_model
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write it beside the trainer's state, with the number of ranks it is for."""
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        cost = self._cost_model()
-        if state.is_world_process_zero and cost is not None and folder.is_dir():
-            data = {**cost.to_dict(), "num_ranks": args.world_size}
-            (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:
+    """Put it into a checkpoint, with the number of ranks it is for."""
+    data = {**cost.to_dict(), "num_ranks": num_ranks}
+    (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:

@@ -15,7 +15,7 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner, PlannerProcess
-from hf_hetero.samples import Samples
+from hf_hetero.samples import Drawn
 from hf_hetero.step import Step
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,19 @@ PLANNING_NICENESS = 5
 IMPROVING_NICENESS = 19
 WORTH_REPLACING = 0.99
 """An improved plan is taken if it needs at most this share of the time: for less, runs had better be alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What is to be planned, in which order.
+
+    Args:
+        draw: epoch, step within it -> the samples of the step; None: the data has ended before it. On rank 0 only.
+        after: a step -> the next one; None: there is none.
+    """
+
+    draw: Callable[[int, int], Drawn | None]
+    after: Callable[[Key], Key | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +90,7 @@ class PlanAhead:
 
     Args:
         source: what plans, what improves plans, and what to do when that breaks.
-        rows: (epoch, index) -> dataset rows of a step.
-        samples: of the dataset; needed on rank 0 only.
-        steps_per_epoch: steps of an epoch.
+        draws: what is to be planned.
         num_ahead: plans kept ready beyond the one asked for.
         control: group that carries the plans; None for a single process.
     """
@@ -87,25 +98,22 @@ class PlanAhead:
     def __init__(
         self,
         source: PlanSource,
-        rows: Callable[[int, int], tuple[int, ...]],
-        samples: Samples | None,
-        steps_per_epoch: int,
+        draws: Draws,
         num_ahead: int,
         control: dist.ProcessGroup | None = None,
     ) -> None:
-        self._source, self._rows, self._samples = source, rows, samples
-        self._steps_per_epoch, self._num_ahead, self._control = steps_per_epoch, num_ahead, control
+        self._source, self._draws, self._num_ahead, self._control = source, draws, num_ahead, control
         is_planner = control is None or dist.get_rank() == 0
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
         self._improver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="improve-ahead") if is_planner else None
         self._lock = threading.RLock()  # a future that is done calls back at once
-        self._coming: dict[Key, Future[Step]] = {}
+        self._coming: dict[Key, Future[Step | None]] = {}
         self._improved: dict[Key, Plan] = {}
         self._improving = False
         self._closed = False
 
-    def step(self, epoch: int, index: int) -> Step:
-        """The planned step. Waits, on all ranks, if rank 0 has not finished its plan.
+    def step(self, epoch: int, index: int) -> Step | None:
+        """The planned step; None: the data has ended. Waits, on all ranks, if rank 0 has not finished its plan.
 
         Raises:
             HeteroError: the batch cannot be planned; raised on every rank.
@@ -123,15 +131,15 @@ class PlanAhead:
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _take(self, epoch: int, index: int) -> Step:
+    def _take(self, epoch: int, index: int) -> Step | None:
         assert self._worker is not None
         with self._lock:
-            for ahead in range(self._num_ahead + 1):
-                more_epochs, at = divmod(index + ahead, self._steps_per_epoch)
-                key = (epoch + more_epochs, at)
-                if key not in self._coming:
+            key: Key | None = (epoch, index)
+            for _ in range(self._num_ahead + 1):
+                if key is not None and key not in self._coming:
                     self._coming[key] = self._worker.submit(self._solve, *key)
                     self._coming[key].add_done_callback(lambda _: self._wake_improver())
+                key = self._draws.after(key) if key is not None else None
             future = self._coming.pop((epoch, index))
             better = self._improved.pop((epoch, index), None)
             # an epoch that was cut short leaves plans behind that nobody will take
@@ -139,23 +147,23 @@ class PlanAhead:
             self._improved = {key: plan for key, plan in self._improved.items() if key in self._coming}
             self._wake_improver()
         step = self._wait(future)
-        return step if better is None else replace(step, plan=better)
+        return step if step is None or better is None else replace(step, plan=better)
 
-    def _wait(self, future: Future[Step]) -> Step:
+    def _wait(self, future: Future[Step | None]) -> Step | None:
         if future.done():
             return future.result()
         start = time.perf_counter()
         step = future.result()
-        return replace(step, wait_s=time.perf_counter() - start)
+        return replace(step, wait_s=time.perf_counter() - start) if step is not None else None
 
-    def _solve(self, epoch: int, index: int) -> Step:
-        assert self._samples is not None
-        rows = self._rows(epoch, index)
-        drawn = self._samples.of(rows)
+    def _solve(self, epoch: int, index: int) -> Step | None:
+        drawn = self._draws.draw(epoch, index)
+        if drawn is None:
+            return None
         try:
             plan = self._source.plan(drawn.lengths)
         except HeteroError as error:
-            raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(rows)}: {error}") from error
+            raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
         except Exception:
             if not self._closed:
                 logger.warning(
@@ -192,8 +200,10 @@ class PlanAhead:
         """The ready step that is needed last, of those not improved yet; None ends the improver's turn."""
         with self._lock:
             for key, future in sorted(self._coming.items(), reverse=True):
-                if key not in self._improved and future.done() and not future.cancelled() and not future.exception():
-                    return future.result()
+                if key in self._improved or not future.done() or future.cancelled() or future.exception():
+                    continue
+                if (step := future.result()) is not None:
+                    return step
             self._improving = False
             return None
 

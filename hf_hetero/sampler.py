@@ -40,6 +40,21 @@ class GlobalBatches:
         full, rest = divmod(self.num_rows, self.batch_size)
         return full + (rest > 0 and not self.drop_last)
 
+    def to_dict(self) -> dict[str, int | bool]:
+        """What decides the order, for JSON."""
+        return {
+            "rows": self.num_rows,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+        }
+
+    def after(self, step: tuple[int, int]) -> tuple[int, int]:
+        """The step that follows one, as (epoch, index)."""
+        epoch, index = step
+        return (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
+
     def rows(self, epoch: int, index: int) -> tuple[int, ...]:
         """Dataset rows of one step."""
         start = index * self.batch_size
@@ -71,7 +86,7 @@ class StepSampler(Sampler["StepShare | None"]):
     def __init__(
         self,
         batches: GlobalBatches,
-        plan_step: Callable[[int, int], Step],
+        plan_step: Callable[[int, int], Step | None],
         rank: int,
         num_trained: Callable[[], int] = lambda: 0,
     ) -> None:
@@ -88,7 +103,8 @@ class StepSampler(Sampler["StepShare | None"]):
         self._is_first_epoch = False
         epoch = self._epoch
         for index in range(len(self)):
-            yield None if index < start else StepShare(self._plan_step(epoch, index), self._rank)
+            step = self._plan_step(epoch, index) if index >= start else None
+            yield None if step is None else StepShare(step, self._rank)
 
     def set_epoch(self, epoch: int) -> None:
         """Take the order of another epoch from the next iteration on."""

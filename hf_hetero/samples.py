@@ -5,6 +5,7 @@ A step draws rows, as Trainer would. The planner shares out samples: stretches o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,13 @@ class Samples:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.row_tokens)
+
+    def fingerprint(self) -> str:
+        """The same for the same samples."""
+        content = hashlib.sha256()
+        for values in (self.row_tokens, self.first, self.starts, self.lengths):
+            content.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
+        return content.hexdigest()[:16]
 
     def of(self, rows: Sequence[int]) -> Drawn:
         """The samples of some rows, row by row."""

@@ -79,6 +79,16 @@ class StepShare:
         return tuple(sorted(needed))
 
 
+def samples_by_rank(step: Step) -> list[set[int]]:
+    """For each rank, the positions in the global batch of the samples it holds tokens of."""
+    held: list[set[int]] = [set() for _ in range(step.plan.num_ranks)]
+    for micro_batch in step.plan.micro_batches:
+        for group in micro_batch.groups:
+            for rank, spans in zip(group.ranks, layout_of(group, step.lengths).spans, strict=True):
+                held[rank].update(group.samples[span.sample] for span in spans)
+    return held
+
+
 @dataclass(frozen=True, slots=True)
 class StepExamples:
     """The rows that hold a share's samples, by position of the sample in the global batch."""

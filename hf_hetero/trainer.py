@@ -6,7 +6,7 @@ So transformers sees an accumulation of 1, and `training_step` runs as many micr
 The methods of `Trainer` that are overridden, and why:
 
     __init__                        set the model's attention, make the groups, refuse what is not exact
-    train                           a checkpoint brings its cost model
+    train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
     get_total_train_batch_size      the user's gradient_accumulation_steps still counts
     get_train_dataloader            items are planned steps
     get_batch_samples               all ranks confirm the step before it starts
@@ -23,31 +23,37 @@ import logging
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import evaluation, exactness, sharding
-from hf_hetero.agreement import confirm_step, gather
+from hf_hetero import checkpoint, evaluation, exactness, sharding
+from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
+from hf_hetero.checkpoint import Run, Saving, StopWhenAsked
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.groups import GroupPool
-from hf_hetero.loader import Planning, step_loader
+from hf_hetero.lengths import PACKED_COLUMN
+from hf_hetero.loader import TrainingData, streamed_data, training_data
 from hf_hetero.loss import token_loss
-from hf_hetero.machine import KeepCostModel, Machine, set_up
+from hf_hetero.machine import Machine, keep_cost_model, set_up
 from hf_hetero.plan import StepReport
-from hf_hetero.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
-from hf_hetero.planner import Backend, Planner, Solver
+from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.planning import Planners, planning_of
+from hf_hetero.predictions import Evaluation
 from hf_hetero.step import RankMicroBatch, StepBatch
+from hf_hetero.stream import is_stream
 from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
@@ -82,6 +88,8 @@ class HeteroTrainerMixin(Trainer):
             args = copy.copy(args)
             args.gradient_accumulation_steps = 1
         super().__init__(model, args, *others, **kwargs)
+        if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
+            theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
@@ -91,13 +99,15 @@ class HeteroTrainerMixin(Trainer):
         self._machine: Machine | None = None
         self._sharding = sharding.Sharding()
         self.cost_model: CostModel | None = None
-        self._plan_ahead: PlanAhead | None = None
+        self._data: TrainingData | None = None
         self._clock: StepClock | None = None
         self._resumed_from: str | None = None
+        self._run_before: Run | None = None
         self._fetch_s = 0.0
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
-        self.add_callback(KeepCostModel(lambda: self.cost_model))
+        self._stop = StopWhenAsked()
+        self.add_callback(self._stop)
 
     # ------------------------------------------------------------------------------------------------ set up
 
@@ -148,15 +158,52 @@ class HeteroTrainerMixin(Trainer):
         """Process groups of the run."""
         return self._set_up_planning().groups
 
+    # -------------------------------------------------------------------------------------- resuming and saving
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; a checkpoint also brings its cost model, so that plans go on as they were."""
-        found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        self._resumed_from = found or None
+        """As `Trainer.train`, from a checkpoint that is whole; it also brings its cost model and how far data was read.
+
+        Raises:
+            ConfigError: no such checkpoint, or its data were others; raised on every rank.
+        """
+        self._resumed_from, self._run_before = None, None
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint, *others, **kwargs)
+            with self._stop.listening(self.args.enable_jit_checkpoint):
+                return super().train(resume_from_checkpoint, *others, **kwargs)
         finally:
-            if self._plan_ahead is not None:
-                self._plan_ahead.close()
+            if self._data is not None:
+                self._data.close()
+
+    def _find_checkpoint(self, asked: str | bool) -> str:
+        # its cost model decides which groups there are, so they cannot carry this yet
+        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+        output_dir = Path(self.args.output_dir or ".")
+        folder, self._run_before, passed_over = broadcast(
+            lambda: checkpoint.chosen(asked, output_dir), messengers.control
+        )
+        messengers.close()
+        if passed_over and self.args.process_index == 0:
+            logger.warning("Resuming from %s. Passed over: %s", folder, " ".join(passed_over))
+        return str(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, but known to be whole, or removed."""
+        assert self._data is not None
+        assert self.cost_model is not None
+        cost, step = self.cost_model, self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        stream = self._data.stream.position(step) if self._data.stream is not None else None
+
+        def save() -> None:
+            super(HeteroTrainerMixin, self)._save_checkpoint(model, trial)
+            if self.args.should_save:
+                keep_cost_model(folder, cost, self.args.world_size)
+
+        saving = Saving(self.args, self.groups.control, may_wait=self._sharding.is_sharded)
+        run = Run(self.args.world_size, self._data.order, stream)
+        saving.write(save, folder, run, best=lambda: self.state.best_model_checkpoint)
 
     # -------------------------------------------------------------------------------------------------- data
 
@@ -172,48 +219,43 @@ class HeteroTrainerMixin(Trainer):
         """
         if self.train_dataset is None:
             raise HeteroError("Training needs a train_dataset.")
-        planning = self._planning(self._plan_source())
-        if self._plan_ahead is not None:
-            self._plan_ahead.close()
-        loader, self._plan_ahead = step_loader(
-            self.train_dataset,
-            columns=lambda dataset: self._remove_unused_columns(dataset, "training"),
-            collate=self._packer,
-            args=self.args,
-            batch_size=self.get_total_train_batch_size(self.args),
-            planning=planning,
-            global_step=lambda: self.state.global_step,
-        )
-        return loader
+        if self._data is not None:
+            self._data.close()
+        planning = planning_of(self.hetero, self._plan_source(), self.groups.control)
+        before = self._run_before if not self.args.ignore_data_skip else None
+        common: dict[str, Any] = {
+            "collate": self._packer,
+            "args": self.args,
+            "batch_size": self.get_total_train_batch_size(self.args),
+            "planning": planning,
+            "global_step": lambda: self.state.global_step,
+        }
+        if is_stream(self.train_dataset):
+            kept = before.stream if before is not None else None
+            self._data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
+        else:
+            columns = partial(self._remove_unused_columns, description="training")
+            self._data = training_data(self.train_dataset, columns, **common)
+        checkpoint.check_order(self._data.order, before.order if before is not None else {})
+        return self._data.loader
 
-    def _planning(self, source: PlanSource) -> Planning:
-        return Planning(
-            source,
-            num_ahead=self.hetero.plan_ahead_steps,
-            length_column=self.hetero.length_column,
-            control=self.groups.control,
-            most_tokens=self.hetero.max_sample_tokens,
-            longer=self.hetero.longer_samples,
-        )
+    def _columns_kept(self) -> list[str] | None:
+        """Columns of a stream that are used; None: all."""
+        if not self.args.remove_unused_columns:
+            return None
+        self._set_signature_columns_if_needed()
+        return [*(self._signature_columns or []), PACKED_COLUMN]
 
     def _plan_source(self) -> PlanSource:
-        # whether an improved plan is ready in time differs between two runs; full determinism does without
-        return planned_elsewhere(
-            self._planner, improves=self.hetero.solver == "auto" and not self.args.full_determinism
-        )
+        return self._planners().for_training(reproducible=self.args.full_determinism)
 
-    def _planner(self, solver: Solver | None = None) -> Planner:
-        """The planner for the cost model of now, which callbacks may refit."""
-        assert self.cost_model is not None
-        backend = cast("Backend", self.hetero.mip_backend)
+    def _planners(self) -> Planners:
         methods = [m for m in self.hetero.methods if self._kernel.has_lse or not m.endswith("ring")]
-        return Planner(
-            self.cost_model,
-            num_ranks=self.args.world_size,
-            solver=solver or cast("Solver", self.hetero.solver),
-            mip_backend=backend,
-            methods=methods or ["ulysses"],
-        )
+        return Planners(self.hetero, self.args.world_size, self._cost_model_of_now, methods or ["ulysses"])
+
+    def _cost_model_of_now(self) -> CostModel:
+        assert self.cost_model is not None
+        return self.cost_model
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
@@ -234,7 +276,9 @@ class HeteroTrainerMixin(Trainer):
         if step is None and error is None:
             return [], None
         digest, targets = (step.share.step.digest(), step.num_targets) if step is not None else (0, 0)
-        total = confirm_step(self.state.global_step + 1, digest, targets, error, self.groups.control)
+        total, self._stop.is_agreed = confirm_step(
+            self.state.global_step + 1, digest, targets, error, self.groups.control, self._stop.is_asked
+        )
         return [step], torch.tensor(max(total, 1), device=device)
 
     # ------------------------------------------------------------------------------------------------- step
@@ -332,16 +376,9 @@ class HeteroTrainerMixin(Trainer):
     def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
         if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
             return None
-        planning = self._planning(self._evaluation_source())
+        planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control)
         columns = partial(self._remove_unused_columns, description="evaluation")
         return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
-
-    def _evaluation_source(self) -> PlanSource:
-        # a forward pass leaves the processor to a thread; processes of its own would start anew each time
-        return PlanSource(
-            plan=lambda lengths: self._planner("fast").plan(lengths),
-            fallback=lambda lengths: self._planner("fast").static(lengths),
-        )
 
     def evaluation_loop(
         self,
@@ -361,52 +398,28 @@ class HeteroTrainerMixin(Trainer):
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
-        found = evaluation.Evaluation(
+        found = Evaluation(
             self.args, self.preprocess_logits_for_metrics, self.compute_metrics, not loss_only, self.groups.control
         )
-        model = self._evaluation_model()
+        model = evaluation.prepared_model(self)
         self.callback_handler.eval_dataloader = cast("Any", dataloader)
-        steps = iter(dataloader)
-        try:
-            for index in range(len(dataloader)):
-                [batch], num_targets = self.get_batch_samples(steps, 1, self.args.device)
-                loss, pieces = 0.0, list[evaluation.Piece]()
-                for number, micro_batch in enumerate(batch.micro_batches):
-                    context = self._context(micro_batch, number)
-                    inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": context})
-                    with torch.no_grad(), self.compute_loss_context_manager():
-                        found_loss: Any = self.compute_loss(model, inputs, not loss_only, num_targets)  # pyright: ignore
-                    part, outputs = (found_loss, None) if loss_only else found_loss
-                    loss += part.item() / self.args.world_size  # compute_loss allows for an average over ranks
-                    if not loss_only:
-                        pieces += found.pieces(batch, micro_batch, cast("Any", outputs)["logits"])
-                found.add(batch, loss, int(cast("torch.Tensor", num_targets)), pieces, index == len(dataloader) - 1)
-                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        finally:
-            dataloader.plans.close()
-        return found.output(metric_key_prefix)
 
-    def _evaluation_model(self) -> torch.nn.Module:
-        """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
-        model: Any = self.model
-        if not self.accelerator._models:  # pyright: ignore[reportPrivateUsage]
-            sharded = self.is_fsdp_enabled and not self.args.torch_compile
-            model = (
-                self.accelerator.prepare(model)
-                if sharded
-                else self.accelerator.prepare_model(model, evaluation_mode=True)
-            )
-            self.model_wrapped = model
-            if self.is_fsdp_enabled:
-                self.model = model
-        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
-            half = torch.float16 if self.args.fp16_full_eval else torch.bfloat16
-            model = model.to(dtype=half, device=self.args.device)
-        parts: tuple[Any, Any] = (model, self.optimizer)
-        for part in parts:
-            if callable(getattr(part, "eval", None)):  # some optimizers have an average to evaluate with
-                part.eval()
-        return model
+        def confirmed(steps: Iterator[StepBatch]) -> tuple[StepBatch, torch.Tensor]:
+            [batch], num_targets = self.get_batch_samples(steps, 1, self.args.device)
+            return batch, cast("torch.Tensor", num_targets)
+
+        def forward(micro_batch: RankMicroBatch, index: int, num_targets: torch.Tensor) -> tuple[float, Any]:
+            inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": self._context(micro_batch, index)})
+            with torch.no_grad(), self.compute_loss_context_manager():
+                result: Any = self.compute_loss(model, inputs, not loss_only, num_targets)  # pyright: ignore
+            loss, outputs = (result, None) if loss_only else result
+            return loss.item() / self.args.world_size, outputs  # compute_loss allows for an average over ranks
+
+        def done() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        found.run(dataloader, confirmed, forward, done)
+        return found.output(metric_key_prefix)
 
     # ------------------------------------------------------------------------------------------- accounting
 

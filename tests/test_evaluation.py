@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
-from hf_hetero.evaluation import Piece, assemble, pad_rows
 from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.predictions import Piece, assemble, pad_rows
 
 DATA = samples(LENGTHS, seed=3)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from helpers import arguments, run_ranks, tiny_model
 from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, HeteroConfig
-from hf_hetero.machine import KEPT_COST_MODEL, KeepCostModel, kept_cost_model, set_up
+from hf_hetero.machine import KEPT_COST_MODEL, keep_cost_model, kept_cost_model, set_up
 from hf_hetero.sharding import Sharding
 
 
@@ -30,9 +29,7 @@ def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> 
 def checkpoint_of(folder: Path, num_ranks: int, cost: CostModel) -> str:
     """A checkpoint as a run on so many ranks leaves it."""
     (folder / "checkpoint-3").mkdir()
-    state: Any = SimpleNamespace(global_step=3, is_world_process_zero=True)
-    args: Any = SimpleNamespace(output_dir=str(folder), world_size=num_ranks)
-    KeepCostModel(lambda: cost).on_save(args, state, None)  # pyright: ignore
+    keep_cost_model(folder / "checkpoint-3", cost, num_ranks)
     return str(folder / "checkpoint-3")
 
 
@@ -58,13 +55,9 @@ def test_the_checkpoints_comes_next(tmp_path: Path, kept_on: int, name: str) -> 
 
 
 def test_keeping(tmp_path: Path) -> None:
-    """What is kept has the documented format and the number of ranks; a folder that is not there is not made."""
+    """What is kept has the documented format and the number of ranks."""
     checkpoint = Path(checkpoint_of(tmp_path, 2, a_cost_model()))
     data = json.loads((checkpoint / KEPT_COST_MODEL).read_text())
     assert (data["format"], data["num_ranks"]) == ("hf-hetero-cost/1", 2)
     assert kept_cost_model(str(checkpoint), 2) == a_cost_model()
     assert kept_cost_model(None, 2) is None
-    state: Any = SimpleNamespace(global_step=9, is_world_process_zero=True)
-    args: Any = SimpleNamespace(output_dir=str(tmp_path), world_size=2)
-    KeepCostModel(a_cost_model).on_save(args, state, None)  # pyright: ignore
-    assert not (tmp_path / "checkpoint-9").exists()

@@ -14,6 +14,7 @@ from helpers import LENGTHS, ScriptedPlanner
 from planner.reference import small_cost
 
 from hf_hetero import InfeasibleBatch, Plan, Planner
+from hf_hetero.loader import draws_of
 from hf_hetero.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
 from hf_hetero.sampler import GlobalBatches
 from hf_hetero.samples import whole_rows
@@ -24,7 +25,7 @@ BATCHES = GlobalBatches(len(LENGTHS), 8, seed=3)
 
 def make(plan: Any, num_ahead: int = 2, fallback: Any = None, improve: Any = None) -> PlanAhead:
     source = PlanSource(plan, fallback or ScriptedPlanner(4).plan, improve)
-    return PlanAhead(source, BATCHES.rows, whole_rows(LENGTHS), len(BATCHES), num_ahead)
+    return PlanAhead(source, draws_of(BATCHES, whole_rows(LENGTHS)), num_ahead)
 
 
 def test_steps_come_in_order_with_their_rows() -> None:

@@ -1,0 +1,269 @@
+"""What a checkpoint of a planned run holds beyond Trainer's files, and whether it is whole.
+
+    checkpoint-is-incomplete.txt    there while it is written; transformers' name for it
+    hetero_run.json                 written last: where the run was, and every file's size and checksum
+
+A checkpoint is whole if the first is absent and all files are as the second says. One without either was written by a
+plain Trainer and is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from hf_hetero.agreement import raise_together
+from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.stream import Position
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "hf-hetero-run/1"
+RUN_FILE = "hetero_run.json"
+INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
+CHECKED_BYTES = 1 << 20
+"""At each end of a file. A write that was cut short leaves a file too short, or zeros at its end."""
+REMEDIES = {
+    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
+    "rows": "go back to the dataset it was trained on",
+    "lengths": "go back to the dataset, and to the tokenizer, it was trained on",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where a run was.
+
+    Args:
+        num_ranks: it ran on.
+        order: what decides which samples make which step.
+        stream: how far its stream was read; None: the dataset is no stream.
+    """
+
+    num_ranks: int
+    order: dict[str, Any] = field(default_factory=dict[str, Any])
+    stream: Position | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        stream = None if self.stream is None else self.stream.to_dict()
+        return {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """How a run writes its checkpoints.
+
+    Args:
+        args: who writes, and how many are kept.
+        control: group of all ranks; None for a single process.
+        may_wait: whether ranks wait for each other while they save, as for sharded weights. What goes wrong is then
+            raised on its rank alone, which ends the job: the others could not be told.
+    """
+
+    args: TrainingArguments
+    control: dist.ProcessGroup | None
+    may_wait: bool
+
+    def write(self, save: Callable[[], None], folder: Path, run: Run, best: Callable[[], str | None]) -> None:
+        """Save on all ranks; delete older checkpoints only when this one is whole.
+
+        Args:
+            save: writes the files of this rank.
+            folder: the checkpoint's.
+            run: where the run is.
+            best: the checkpoint that must stay.
+
+        Raises:
+            HeteroError: what went wrong on any rank; the half-written checkpoint is removed.
+        """
+        writes = self.args.should_save
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `save` would delete too early
+        try:
+            self._all(lambda: (_begin(folder) if writes else None, save()), folder)
+            self._all(lambda: _finish(folder, run) if writes else None, folder)
+        except Exception:
+            if writes:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+        if writes and limit:
+            rotate_checkpoints(str(folder.parent), limit, best(), use_mtime=True)
+
+    def _all(self, act: Callable[[], object], folder: Path) -> None:
+        """Act on all ranks, then wait for all."""
+        error: Exception | None = None
+        try:
+            act()
+        except Exception as raised:
+            error = HeteroError(f"Saving {folder} failed: {type(raised).__name__}: {raised}. Older checkpoints stay.")
+            error.__cause__ = raised
+            if self.may_wait:
+                raise error from raised
+        raise_together(error, self.control)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Saves and ends training after the step in which SIGTERM came, on all ranks after the same step.
+
+    Takes the place of transformers' callback for `enable_jit_checkpoint`, in which each rank looks for itself.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        """SIGTERM came to this rank."""
+        self.is_agreed = False
+        """It came to some rank, and all know."""
+
+    @contextmanager
+    def listening(self, enabled: bool) -> Iterator[None]:
+        """Handle SIGTERM meanwhile; signals can only be handled in the main thread."""
+        self.is_asked = self.is_agreed = False
+        if not enabled or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._asked)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _asked(self, *_: object) -> None:
+        self.is_asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop."""
+        if self.is_agreed:
+            if state.is_world_process_zero:
+                logger.warning("SIGTERM: saving a checkpoint after step %d, then training ends.", state.global_step)
+            control.should_save = control.should_training_stop = True
+
+
+def _begin(folder: Path) -> None:
+    """Mark a checkpoint as being written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).unlink(missing_ok=True)
+    (folder / INCOMPLETE_FILE).write_text("It is being written, or its writing was cut short.\n", encoding="utf-8")
+
+
+def _finish(folder: Path, run: Run) -> None:
+    """Write down what it holds, and that it is whole. Call it when all ranks have written their files."""
+    files = {str(path.relative_to(folder)): _seal(path) for path in _files(folder)}
+    data = {**run.to_dict(), "files": files}
+    (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (folder / INCOMPLETE_FILE).unlink(missing_ok=True)
+
+
+def problem_of(folder: Path) -> str | None:
+    """Why a checkpoint cannot be resumed, in words; None if it can."""
+    if not folder.is_dir():
+        return "it does not exist"
+    if (folder / INCOMPLETE_FILE).exists():
+        return "its writing was cut short"
+    if not (folder / RUN_FILE).exists():
+        return None
+    try:
+        files: dict[str, list[int]] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {RUN_FILE} cannot be read"
+    for name, seal in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != seal[0]:
+            return f"{name} has {path.stat().st_size} bytes instead of {seal[0]}"
+        if _seal(path) != seal:
+            return f"the content of {name} has changed"
+    return None
+
+
+def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and why those after it cannot be resumed."""
+    steps = {int(m[1]): path for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))}
+    problems: list[str] = []
+    for _, path in sorted(steps.items(), reverse=True):
+        if (problem := problem_of(path)) is None:
+            return path, problems
+        problems.append(f"{path.name}: {problem}.")
+    return None, problems
+
+
+def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
+    """The checkpoint to resume, where its run was, and why newer ones are passed over.
+
+    Args:
+        asked: a folder; or True: the newest whole one.
+        output_dir: of the run.
+
+    Raises:
+        ConfigError: the folder cannot be resumed, or there is none, with the reason and a remedy.
+    """
+    newest, problems = newest_whole(output_dir)
+    if asked is True:
+        if newest is None:
+            found = " ".join(problems) or "There is none."
+            raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {found} Train without it.")
+        return newest, _run_of(newest), problems
+    folder = Path(str(asked))
+    if (problem := problem_of(folder)) is not None:
+        other = newest or newest_whole(folder.parent)[0]
+        remedy = f"The newest whole one is {other}" if other is not None else "There is no whole one beside it"
+        raise ConfigError(
+            f"The checkpoint {folder} cannot be resumed: {problem}. {remedy}. (If its files were changed on purpose, "
+            f"remove {RUN_FILE}.)"
+        )
+    return folder, _run_of(folder), []
+
+
+def check_order(found: dict[str, Any], kept: dict[str, Any]) -> None:
+    """Refuse to go on with other data: what is left of an epoch would not be what was not trained yet.
+
+    Raises:
+        ConfigError: what differs, and what to do.
+    """
+    for name in kept:
+        if name in found and found[name] != kept[name]:
+            remedy = REMEDIES.get(name, f"set it to {kept[name]}")
+            raise ConfigError(
+                f"The data's {name} was {kept[name]} when the checkpoint was written and is {found[name]} now, so "
+                f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
+            )
+
+
+def _run_of(folder: Path) -> Run | None:
+    if not (folder / RUN_FILE).exists():
+        return None
+    data = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if data.get("format") != FORMAT:
+        raise HeteroError(f"{folder / RUN_FILE} is of format {data.get('format')!r}; this version reads {FORMAT!r}.")
+    stream = data.get("stream")
+    return Run(data["num_ranks"], data.get("order", {}), None if stream is None else Position(**stream))
+
+
+def _files(folder: Path) -> list[Path]:
+    own = {RUN_FILE, INCOMPLETE_FILE}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
+
+
+def _seal(path: Path) -> list[int]:
+    """Size of a file, and the checksums of its ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = zlib.crc32(file.read(CHECKED_BYTES))
+        file.seek(max(0, size - CHECKED_BYTES))
+        return [size, head, zlib.crc32(file.read(CHECKED_BYTES))]

@@ -1,0 +1,263 @@
+"""A stream is read in order, once, never further ahead than allowed; and found again where it was left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from hf_hetero import HeteroError
+from hf_hetero.errors import BadSample
+from hf_hetero.lengths import read_samples, tells_where_it_is
+from hf_hetero.samples import Samples
+from hf_hetero.stream import Position, Stream, is_stream
+
+NUM_ROWS, BATCH = 10, 4
+
+
+def row(number: int, epoch: int = 0) -> dict[str, Any]:
+    return {"input_ids": [number + 100 * epoch] * (1 + number % 3), "text": "aside"}
+
+
+class Rows(IterableDataset[Any]):
+    """Counts what was read of it; tells epochs apart."""
+
+    def __init__(self, num_rows: int = NUM_ROWS, most_epochs: int = 99) -> None:
+        self.num_rows, self.most_epochs = num_rows, most_epochs
+        self.num_read, self.epoch = 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(self.num_rows if self.epoch < self.most_epochs else 0):
+            self.num_read += 1
+            yield row(number, self.epoch)
+
+
+def samples_of(examples: list[Any]) -> Samples:
+    return read_samples(examples, "length")
+
+
+def started(dataset: Any, num_ahead: int = 2, position: Position | None = None, step: int = 0, **more: Any) -> Stream:
+    stream = Stream(dataset, BATCH, samples_of, num_ahead, **more)
+    stream.start(position or Position(), step)
+    return stream
+
+
+def tokens(batch: Any) -> list[int]:
+    """The first token of each example, in order of the rows."""
+    assert batch is not None
+    assert list(batch.examples) == sorted(set(batch.drawn.rows))
+    return [int(example["input_ids"][0]) for example in batch.examples.values()]
+
+
+EPOCH = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+EPOCHS = [[100 * epoch + number for number in batch] for epoch in range(3) for batch in EPOCH]
+
+
+def test_batches_of_epoch_after_epoch() -> None:
+    """Each row once an epoch, in order; a last batch that is not full is a step of its own."""
+    stream = started(Rows())
+    assert [tokens(stream.take(step)) for step in range(9)] == EPOCHS
+    stream.close()
+
+
+def test_last_batch_dropped() -> None:
+    """With drop_last a last batch that is not full is left out."""
+    stream = started(Rows(), drop_last=True)
+    assert [tokens(stream.take(step)) for step in range(4)] == [EPOCHS[n] for n in (0, 1, 3, 4)]
+    stream.close()
+
+
+def test_lengths_and_columns() -> None:
+    """A batch says how long its samples are, and keeps the columns it is told to."""
+    stream = started(Rows(), names=["input_ids", "labels"])
+    batch = stream.take(0)
+    assert batch is not None
+    assert batch.drawn.lengths == (1, 2, 3, 1)
+    assert batch.drawn.rows == (0, 1, 2, 3)
+    assert all(list(example) == ["input_ids"] for example in batch.examples.values())
+    second = stream.take(1)
+    assert second is not None
+    assert second.drawn.rows == (4, 5, 6, 7)
+    stream.close()
+
+
+@pytest.mark.parametrize("num_ahead", [0, 1, 3])
+def test_reads_no_further_than_allowed(num_ahead: int) -> None:
+    """However long it is left alone, it holds the next batch and those allowed ahead of it."""
+    dataset = Rows(1000)
+    stream = started(dataset, num_ahead)
+    for taken in range(3):
+        stream.batch(taken + num_ahead)  # everything allowed is there
+        time.sleep(0.05)
+        assert dataset.num_read == (taken + num_ahead + 1) * BATCH
+        stream.take(taken)
+    stream.close()
+
+
+def test_a_batch_may_be_looked_at_before_it_is_taken() -> None:
+    """Planning looks ahead; taking comes later and finds the same."""
+    stream = started(Rows())
+    ahead = [tokens(stream.batch(step)) for step in (2, 1, 0)]
+    assert ahead == [EPOCHS[2], EPOCHS[1], EPOCHS[0]]
+    assert [tokens(stream.take(step)) for step in range(3)] == EPOCHS[:3]
+    stream.close()
+
+
+@pytest.mark.parametrize("generator_seeds", [True, False])
+def test_shuffles_anew_each_epoch(generator_seeds: bool) -> None:
+    """`datasets` reshuffles by `set_epoch`; a dataset with a torch generator gets seed + epoch, as in transformers."""
+    if generator_seeds:
+
+        class Shuffled(IterableDataset[Any]):
+            generator = torch.Generator()
+
+            def __iter__(self) -> Iterator[Any]:
+                yield from (row(n) for n in torch.randperm(8, generator=self.generator).tolist())
+
+        orders = [torch.randperm(8, generator=torch.Generator().manual_seed(3 + epoch)).tolist() for epoch in range(2)]
+        dataset: Any = Shuffled()
+    else:
+        table = datasets.Dataset.from_list([row(n) for n in range(8)])
+        dataset = table.to_iterable_dataset().shuffle(seed=5, buffer_size=4)
+        orders = []
+        for epoch in range(2):
+            dataset.set_epoch(epoch)
+            orders.append([example["input_ids"][0] for example in dataset])
+    assert orders[0] != orders[1]
+    stream = started(dataset, seed=3)
+    found = [tokens(stream.take(step)) for step in range(4)]
+    assert [found[0] + found[1], found[2] + found[3]] == orders
+    stream.close()
+
+
+def test_errors_of_the_dataset_reach_the_step() -> None:
+    """What a dataset raises is raised where the batch is asked for, after the batches before it."""
+
+    class Broken(Rows):
+        def __iter__(self) -> Iterator[Any]:
+            yield from (row(n) for n in range(5))
+            raise OSError("the connection is gone")
+
+    stream = started(Broken())
+    assert tokens(stream.take(0)) == EPOCHS[0]
+    with pytest.raises(HeteroError, match=r"step 1 failed: OSError: the connection is gone"):
+        stream.take(1)
+    stream.close()
+
+
+def test_bad_samples_are_named() -> None:
+    """A sample without tokens is named by step and by the row its batch starts with."""
+    stream = started([row(0)] * 5 + [{"input_ids": []}] + [row(0)] * 9)
+    stream.take(0)
+    with pytest.raises(BadSample, match=r"Step 1, rows counted from row 4 of epoch 0 .*Row 1 has 0 tokens"):
+        stream.take(1)
+    stream.close()
+
+
+@pytest.mark.parametrize(("num_rows", "drop_last"), [(0, False), (3, True)])
+def test_nothing_to_train_on(num_rows: int, drop_last: bool) -> None:
+    """A stream without a single batch is an error, not an endless loop of epochs."""
+    stream = started(Rows(num_rows), drop_last=drop_last)
+    with pytest.raises(BadSample, match="no examples"):
+        stream.batch(0)
+
+
+def test_a_stream_that_cannot_be_started_anew_ends(caplog: pytest.LogCaptureFixture) -> None:
+    """After its only epoch it gives None, and says why."""
+    stream = started(Rows(most_epochs=1))
+    assert [tokens(stream.take(step)) for step in range(3)] == EPOCHS[:3]
+    assert stream.take(3) is None
+    assert "nothing when it is started anew" in caplog.text
+
+
+def resumable(kind: str) -> Any:
+    if kind == "torch":
+        return Rows()
+    table = datasets.Dataset.from_list([row(n) for n in range(NUM_ROWS)])
+    dataset = table.to_iterable_dataset(num_shards=2 if kind == "shards" else 1)
+    if kind == "mapped":
+        dataset = dataset.filter(lambda example: example["input_ids"][0] != 3).map(
+            lambda batch: {"input_ids": [[*ids, 7] for ids in batch["input_ids"]]}, batched=True, batch_size=3
+        )
+    return dataset.shuffle(seed=1, buffer_size=3) if kind == "buffer" else dataset
+
+
+@pytest.mark.parametrize("kind", ["torch", "table", "shards", "mapped", "buffer"])
+@pytest.mark.parametrize("num_trained", [1, 2, 3, 4, 5])
+def test_goes_on_where_it_was(kind: str, num_trained: int) -> None:
+    """From the position after any step, in any epoch, a new stream gives what the old one would have given."""
+    whole = started(resumable(kind))
+    expected = [tokens(whole.take(step)) for step in range(8)]
+    position = whole.position(num_trained)
+    whole.close()
+    assert position is not None
+    again = started(resumable(kind), position=Position(**position.to_dict()), step=num_trained)
+    assert [tokens(again.take(step)) for step in range(num_trained, 8)] == expected[num_trained:]
+    again.close()
+
+
+def test_enters_in_the_middle_where_it_can() -> None:
+    """With a state nothing is read again; a shuffle buffer's content is not in it, so it is read again."""
+    assert tells_where_it_is(resumable("mapped"))
+    assert not tells_where_it_is(resumable("buffer"))
+    assert not tells_where_it_is(resumable("torch"))
+    stream = started(resumable("table"))
+    stream.take(0)
+    position = stream.position(1)
+    stream.close()
+    assert position is not None
+    assert position.state is not None
+    dataset = Rows()
+    again = started(dataset, num_ahead=0, position=Position(batches=1, rows=4), step=1)
+    again.batch(1)
+    assert dataset.num_read == 8
+    again.close()
+
+
+def test_a_stream_that_changed_is_refused() -> None:
+    """If it ends before the place where it was left, it is another stream."""
+    stream = started(Rows(3), position=Position(batches=1, rows=4), step=1)
+    with pytest.raises(BadSample, match="ended after 3 rows; 4 were trained"):
+        stream.batch(1)
+
+
+def test_positions_of_trained_steps_are_forgotten() -> None:
+    """Positions are kept from the last trained step on."""
+    stream = started(Rows())
+    for step in range(5):
+        stream.take(step, num_trained=step)
+    assert stream.position(3) is None
+    assert stream.position(5) is not None
+    stream.close()
+
+
+def test_closing_ends_the_reader() -> None:
+    """No thread is left, whatever it was waiting for."""
+    before = threading.active_count()
+    stream = started(Rows(), num_ahead=1)
+    stream.batch(1)
+    stream.close()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+    assert stream.batch(7) is None
+
+
+def test_what_is_a_stream() -> None:
+    """Whatever has no index."""
+    table = datasets.Dataset.from_list([row(0)])
+    assert is_stream(Rows())
+    assert is_stream(table.to_iterable_dataset())
+    assert not is_stream(table)
+    assert not is_stream([row(0)])
