@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -11,6 +11,9 @@ import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
+
+LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+"""Words of torch's errors when another rank has gone or is late."""
 
 
 class GroupPool:
@@ -58,8 +61,13 @@ def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = 
 
 
 @contextmanager
-def named(operation: str, where: str) -> Iterator[None]:
+def named(operation: str, where: Callable[[], str] | str, only_lost_peers: bool = False) -> Iterator[None]:
     """Give a failing collective a name: which operation, of which ranks, at which step.
+
+    Args:
+        operation: what was done together.
+        where: step and ranks.
+        only_lost_peers: leave alone what does not look like a rank that has gone, where other code runs inside, too.
 
     Raises:
         CollectiveFailed: instead of torch's own error, which says none of that.
@@ -67,6 +75,9 @@ def named(operation: str, where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if only_lost_peers and not any(word in str(error) for word in LOST_PEER):
+            raise
+        where = where if isinstance(where, str) else where()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CollectiveFailed(
             f"{operation} failed or waited too long at {where}: {reason} Look for the first error among these ranks; "

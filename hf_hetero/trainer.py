@@ -43,7 +43,7 @@ from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import HeteroError, UnsupportedModel
-from hf_hetero.groups import GroupPool
+from hf_hetero.groups import GroupPool, named
 from hf_hetero.lengths import PACKED_COLUMN
 from hf_hetero.loader import TrainingData, streamed_data, training_data
 from hf_hetero.loss import token_loss
@@ -170,7 +170,9 @@ class HeteroTrainerMixin(Trainer):
         if resume_from_checkpoint:
             resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
         try:
-            with self._stop.listening(self.args.enable_jit_checkpoint):
+            # the wrapper's own collectives, and Trainer's
+            names = named("Training", lambda: f"step {self.state.global_step + 1}", only_lost_peers=True)
+            with names, self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
         finally:
             if self._data is not None:

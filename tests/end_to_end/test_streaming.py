@@ -94,10 +94,10 @@ def expected(steps: Any) -> dict[str, Any]:
     return reference_steps(tiny_model(dtype=torch.float64), ROWS, steps)
 
 
-def check_equal(found: dict[str, Any], reference: dict[str, Any]) -> None:
+def check_equal(found: dict[str, Any], reference: dict[str, Any], tolerance: float = 1e-12) -> None:
     for mine, theirs in zip(found["gradients"], reference["gradients"], strict=True):
-        assert largest_difference(mine, theirs) < 1e-12
-    assert largest_difference(found["weights"], reference["weights"]) < 1e-12
+        assert largest_difference(mine, theirs) < tolerance
+    assert largest_difference(found["weights"], reference["weights"]) < tolerance
 
 
 @pytest.mark.parametrize(("num_ranks", "workers"), [(1, 0), (2, 0), (2, 2)])
@@ -115,7 +115,7 @@ def test_same_steps_as_trainer() -> None:
     """One process of transformers' Trainer, on the same stream, takes the same steps."""
     theirs = run("shuffled", StockTrainer)
     ours = run_ranks(run_given, 2, "shuffled", {})[0]
-    check_equal(ours, theirs)
+    check_equal(ours, theirs, 1e-6)  # Trainer's loss is computed in fp32
 
 
 def test_a_stream_that_ends_for_good() -> None:

@@ -1,0 +1,242 @@
+"""Killed, told to stop, out of disk, spoilt, restarted elsewhere: a named end, and a resumed run that is the same."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import LENGTHS, ScriptedTrainer, largest_difference, run_ranks, samples, tiny_model, trained
+from transformers import TrainerCallback
+
+from hf_hetero import HeteroError, HeteroTrainer
+from hf_hetero.checkpoint import INCOMPLETE_FILE, RUN_FILE, problem_of
+from hf_hetero.errors import CollectiveFailed, ConfigError
+
+NUM_STEPS = 5
+MARK = "HETERO_TEST_MARK"
+
+
+class Fault(TrainerCallback):
+    """What goes wrong on one rank.
+
+    Args:
+        kind: "kill in step" | "kill while saving" | "terminate" | "disk".
+        rank: on which rank; -1: on none.
+        step: in which step.
+    """
+
+    def __init__(self, kind: str, rank: int, step: int) -> None:
+        self.kind, self.rank, self.step = kind, rank, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.process_index != self.rank or state.global_step + 1 != self.step:
+            return
+        if self.kind == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "kill in step":  # half through the model, where the others wait for this rank
+            layers = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+            layers[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index != self.rank or state.global_step != self.step:
+            return
+        if self.kind == "disk":  # files may not grow beyond this: writing fails in the middle, as on a full disk
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        if self.kind == "kill while saving":
+            save = torch.save
+
+            def killed(*args: Any, **kwargs: Any) -> None:
+                save(*args, **kwargs)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            torch.save = killed
+
+
+def run(folder: str, fault: tuple[str, int, int], changes: dict[str, Any]) -> dict[str, Any]:
+    options = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", **changes}
+    trainer_class = HeteroTrainer if options.pop("real", False) else ScriptedTrainer
+    rows = samples(LENGTHS[: options.pop("num_rows", len(LENGTHS))])
+    model = tiny_model(dtype=options.pop("dtype", torch.float32))
+    options.setdefault("per_device_train_batch_size", 8 // dist.get_world_size())
+    found = trained(model, rows, trainer_class, callbacks=[Fault(*fault)], output_dir=folder, **options)
+    return {**found, "losses": [entry["loss"] for entry in found["logs"] if "loss" in entry]}
+
+
+NO_FAULT = ("none", -1, 0)
+
+
+def check_same(found: list[Any], whole: list[Any]) -> None:
+    """The resumed run ends with the weights and the losses of the uninterrupted one, bit for bit."""
+    for mine, theirs in zip(found, whole, strict=True):
+        assert mine["losses"] == theirs["losses"]
+        assert all(torch.equal(mine["weights"][name], theirs["weights"][name]) for name in theirs["weights"])
+
+
+def checkpoints(folder: Path) -> dict[str, str | None]:
+    return {path.name: problem_of(path) for path in sorted(folder.glob("checkpoint-*"))}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank"), [("kill in step", 0), ("kill in step", 1), ("kill while saving", 0), ("kill while saving", 1)]
+)
+def test_killed(tmp_path: Path, kind: str, rank: int) -> None:
+    """SIGKILL of a rank, in a step or while it writes: the other ends with a named error; what was whole is resumed."""
+    whole = run_ranks(run, 2, str(tmp_path / "whole"), NO_FAULT, {})
+    folder, start = tmp_path / "parts", time.monotonic()
+    ended = run_ranks(run, 2, str(folder), (kind, rank, 3), {}, expect_errors=True)
+    assert time.monotonic() - start < 60
+    assert ended[rank] is None  # killed
+    assert isinstance(ended[1 - rank], CollectiveFailed)
+    assert re.search("at step [34]|exchange", str(ended[1 - rank]))
+    found = checkpoints(folder)
+    assert found.pop("checkpoint-3", "its writing was cut short") == "its writing was cut short"
+    assert found == {"checkpoint-1": None, "checkpoint-2": None}
+    rest = run_ranks(run, 2, str(folder), NO_FAULT, {"resume": True})
+    check_same(rest, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_told_to_stop(tmp_path: Path, rank: int) -> None:
+    """SIGTERM to any rank: all save after the same step and end in good order."""
+    options = {"enable_jit_checkpoint": True, "save_steps": 1000}
+    whole = run_ranks(run, 2, str(tmp_path / "whole"), NO_FAULT, options)
+    folder = tmp_path / "parts"
+    ended = run_ranks(run, 2, str(folder), ("terminate", rank, 2), options)
+    [name] = checkpoints(folder)
+    assert checkpoints(folder)[name] is None
+    assert name in ("checkpoint-2", "checkpoint-3")  # the step it came in, or the next one to be agreed on
+    assert all(one["losses"] == whole[0]["losses"][: int(name[-1])] for one in ended)
+    rest = run_ranks(run, 2, str(folder), NO_FAULT, {**options, "resume": True})
+    check_same(rest, whole)
+
+
+def test_not_told_to_stop(tmp_path: Path) -> None:
+    """Without enable_jit_checkpoint SIGTERM does what it always does."""
+    ended = run_ranks(run, 2, str(tmp_path), ("terminate", 0, 2), {"save_steps": 1000}, expect_errors=True)
+    assert ended[0] is None
+    assert isinstance(ended[1], CollectiveFailed)
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A write that fails ends all ranks with its reason; nothing half-written stays, and what was whole is resumed."""
+    whole = run_ranks(run, 2, str(tmp_path / "whole"), NO_FAULT, {})
+    folder = tmp_path / "parts"
+    limit = {"save_total_limit": 1}
+    ended = run_ranks(run, 2, str(folder), ("disk", 0, 3), limit, expect_errors=True)
+    for error in ended:
+        assert type(error) is HeteroError
+        assert "checkpoint-3 failed" in str(error)
+        assert "too large" in str(error)
+    assert checkpoints(folder) == {"checkpoint-2": None}
+    rest = run_ranks(run, 2, str(folder), NO_FAULT, {**limit, "resume": True})
+    check_same(rest, whole)
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "truncated":
+        path = folder / "optimizer.pt"
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        (folder / RUN_FILE).unlink()
+        (folder / INCOMPLETE_FILE).touch()
+        (folder / "trainer_state.json").unlink()
+
+
+@pytest.mark.parametrize("how", ["truncated", "half-written"])
+def test_spoilt_checkpoint(tmp_path: Path, how: str) -> None:
+    """The one before it is used; asked for by name, it is refused on every rank with the one to take."""
+    folder = str(tmp_path)
+    whole = run_ranks(run, 2, folder, NO_FAULT, {})
+    spoil(tmp_path / "checkpoint-5", how)
+    refused = run_ranks(run, 2, folder, NO_FAULT, {"resume": f"{folder}/checkpoint-5"}, expect_errors=True)
+    for error in refused:
+        assert isinstance(error, ConfigError)
+        assert "checkpoint-5 cannot be resumed" in str(error)
+        assert f"The newest whole one is {folder}/checkpoint-4" in str(error)
+    check_same(run_ranks(run, 2, folder, NO_FAULT, {"resume": True}), whole)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1)])
+def test_another_world(tmp_path: Path, before: int, after: int) -> None:
+    """On other ranks plans differ, learning does not, as long as a step holds the same samples."""
+    options = {"dtype": torch.float64, "real": True}
+    whole = run_ranks(run, before, str(tmp_path / "whole"), NO_FAULT, options)[0]
+    folder = str(tmp_path / "parts")
+    run_ranks(run, before, folder, NO_FAULT, {**options, "max_steps": 3})
+    rest = run_ranks(run, after, folder, NO_FAULT, {**options, "resume": True})[0]
+    assert rest["losses"] == pytest.approx(whole["losses"], abs=1e-6)  # logged as fp32
+    assert largest_difference(rest["weights"], whole["weights"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_rows": 20}, "rows was 24 when the checkpoint was written and is 20"),
+        ({"per_device_train_batch_size": 3}, "batch_size was 8 when the checkpoint was written and is 6"),
+        ({"seed": 8}, "seed was 7"),
+    ],
+)
+def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    """Another dataset, batch or seed would draw other samples: refused on all ranks, unless the data start anew."""
+    folder = str(tmp_path)
+    run_ranks(run, 2, folder, NO_FAULT, {"max_steps": 2})
+    for error in run_ranks(run, 2, folder, NO_FAULT, {**change, "resume": True}, expect_errors=True):
+        assert isinstance(error, ConfigError)
+        assert words in str(error)
+    rest = run_ranks(run, 2, folder, NO_FAULT, {**change, "resume": True, "ignore_data_skip": True})
+    assert len(rest[0]["losses"]) == NUM_STEPS
+
+
+def marked_processes(mark: str) -> list[str]:
+    """Command lines of the processes that carry a mark in their environment."""
+    found: list[str] = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+def marked_run(folder: str, mark: str, seen: str) -> None:
+    os.environ[MARK] = mark
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.is_world_process_zero:
+                Path(seen).write_text("\n".join(marked_processes(mark)))
+
+    trained(
+        tiny_model(),
+        samples(LENGTHS),
+        HeteroTrainer,
+        callbacks=[Look(), Fault("kill in step", 0, 3)],
+        output_dir=folder,
+        max_steps=NUM_STEPS,
+        dataloader_num_workers=1,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_leaves_no_process_behind(tmp_path: Path) -> None:
+    """After a rank was killed, neither planners nor readers of data are left."""
+    mark, seen = f"{os.getpid()}-{time.time_ns()}", tmp_path / "seen"
+    ended = run_ranks(marked_run, 2, str(tmp_path), mark, str(seen), expect_errors=True)
+    assert ended[0] is None
+    assert "hf_hetero.planner.process" in seen.read_text()  # they were there
+    for _ in range(100):
+        if not marked_processes(mark):
+            break
+        time.sleep(0.1)
+    assert marked_processes(mark) == []

@@ -1,0 +1,199 @@
+"""A checkpoint is known to be whole, or why not; the newest whole one is found; other data are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_hetero import HeteroError
+from hf_hetero.checkpoint import (
+    CHECKED_BYTES,
+    INCOMPLETE_FILE,
+    RUN_FILE,
+    Run,
+    Saving,
+    check_order,
+    chosen,
+    newest_whole,
+    problem_of,
+)
+from hf_hetero.errors import ConfigError
+from hf_hetero.stream import Position
+
+ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
+RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))
+
+
+def arguments_of(limit: int | None = None, should_save: bool = True) -> Any:
+    return SimpleNamespace(should_save=should_save, save_total_limit=limit)
+
+
+def files_of(folder: Path) -> Callable[[], None]:
+    """Writes what a trainer would."""
+
+    def save() -> None:
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors").write_bytes(bytes(range(256)) * 20000)
+        (folder / "shards" / "rank_0.distcp").write_bytes(b"weights")
+        (folder / "trainer_state.json").write_text("{}")
+
+    return save
+
+
+def write(output: Path, step: int, limit: int | None = None, best: str | None = None, save: Any = None) -> Path:
+    folder = output / f"checkpoint-{step}"
+    Saving(arguments_of(limit), None, may_wait=False).write(save or files_of(folder), folder, RUN, lambda: best)
+    return folder
+
+
+def test_whole(tmp_path: Path) -> None:
+    """What was written is whole, and says where the run was."""
+    folder = write(tmp_path, 3)
+    assert problem_of(folder) is None
+    assert not (folder / INCOMPLETE_FILE).exists()
+    assert chosen(True, tmp_path) == (folder, RUN, [])
+    assert chosen(str(folder), tmp_path) == (folder, RUN, [])
+    data = json.loads((folder / RUN_FILE).read_text())
+    assert data["format"] == "hf-hetero-run/1"
+    assert set(data["files"]) == {"model.safetensors", "shards/rank_0.distcp", "trainer_state.json"}
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def zero_tail(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4096] + bytes(4096))
+
+
+def spoil_head(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(b"<html>" + path.read_bytes()[6:])
+
+
+DAMAGES: list[tuple[Callable[[Path], Any], str]] = [
+    (cut, "model.safetensors has 5119999 bytes instead of 5120000"),
+    (zero_tail, "the content of model.safetensors has changed"),
+    (spoil_head, "the content of model.safetensors has changed"),
+    (lambda folder: (folder / "shards" / "rank_0.distcp").unlink(), "shards/rank_0.distcp is missing"),
+    (lambda folder: (folder / INCOMPLETE_FILE).touch(), "its writing was cut short"),
+    (lambda folder: (folder / RUN_FILE).write_text("{"), f"its {RUN_FILE} cannot be read"),
+    (lambda folder: (folder / RUN_FILE).write_text("[]"), f"its {RUN_FILE} cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("damage", "problem"), DAMAGES)
+def test_damaged(tmp_path: Path, damage: Callable[[Path], Any], problem: str) -> None:
+    """A damaged checkpoint is passed over, with the reason; asked for by name, it is refused with the one to take."""
+    older, newer = write(tmp_path, 2), write(tmp_path, 10)
+    damage(newer)
+    assert problem_of(newer) == problem
+    assert newest_whole(tmp_path) == (older, [f"checkpoint-10: {problem}."])
+    assert chosen(True, tmp_path)[0] == older
+    with pytest.raises(ConfigError) as refused:
+        chosen(str(newer), tmp_path)
+    assert problem in str(refused.value)
+    assert str(older) in str(refused.value)
+
+
+def test_middle_of_a_file_is_not_read(tmp_path: Path) -> None:
+    """Only the ends of large files are compared; this states the limit."""
+    folder = write(tmp_path, 1)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[CHECKED_BYTES + 5] ^= 1
+    path.write_bytes(content)
+    assert problem_of(folder) is None
+    content[CHECKED_BYTES - 5] ^= 1
+    path.write_bytes(content)
+    assert problem_of(folder) is not None
+
+
+def test_none(tmp_path: Path) -> None:
+    """No checkpoint, or none that is whole, is said with the reasons."""
+    with pytest.raises(ConfigError, match="There is none"):
+        chosen(True, tmp_path)
+    cut(write(tmp_path, 4))
+    with pytest.raises(ConfigError, match=r"checkpoint-4: model\.safetensors has"):
+        chosen(True, tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoint-9 cannot be resumed: it does not exist.*no whole one"):
+        chosen(str(tmp_path / "checkpoint-9"), tmp_path)
+
+
+def test_of_a_plain_trainer(tmp_path: Path) -> None:
+    """A checkpoint that says nothing is taken as it is."""
+    files_of(tmp_path / "checkpoint-5")()
+    assert chosen(True, tmp_path) == (tmp_path / "checkpoint-5", None, [])
+
+
+def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
+    """What could not be written is removed; older checkpoints stay, and the limit is as it was."""
+    older = write(tmp_path, 1)
+    folder = tmp_path / "checkpoint-2"
+    args = arguments_of(limit=1)
+
+    def save() -> None:
+        files_of(folder)()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(HeteroError, match=r"Saving .*checkpoint-2 failed: OSError: .*No space left"):
+        Saving(args, None, may_wait=False).write(save, folder, RUN, lambda: None)
+    assert not folder.exists()
+    assert problem_of(older) is None
+    assert args.save_total_limit == 1
+
+
+def test_older_ones_go_last(tmp_path: Path) -> None:
+    """Older checkpoints are deleted when the new one is whole, and not before; the best one stays."""
+    first, second = write(tmp_path, 1), write(tmp_path, 2)
+    folder = tmp_path / "checkpoint-3"
+    args, there = arguments_of(limit=2), list[bool]()
+
+    def save() -> None:
+        there.extend([args.save_total_limit is None, first.exists(), second.exists(), problem_of(folder) is not None])
+        files_of(folder)()
+
+    Saving(args, None, may_wait=False).write(save, folder, RUN, lambda: str(first))
+    assert there == [True] * 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_written_again(tmp_path: Path) -> None:
+    """A folder left behind half-written is written over."""
+    cut(write(tmp_path, 1))
+    assert problem_of(write(tmp_path, 1)) is None
+
+
+OTHER = {
+    "rows": (21, "rows was 20"),
+    "lengths": ("cd", "tokenizer"),
+    "batch_size": (4, "accumulation_steps x ranks"),
+    "seed": (8, "set it to 7"),
+    "shuffle": (False, "set it to True"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_data(name: str) -> None:
+    """Other rows, lengths, batches or order are refused, with what differs."""
+    check_order(ORDER, ORDER)
+    check_order(ORDER, {})
+    value, words = OTHER[name]
+    with pytest.raises(ConfigError, match=words):
+        check_order({**ORDER, name: value}, ORDER)
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    """A file of another version is not guessed at."""
+    folder = write(tmp_path, 1)
+    data = json.loads((folder / RUN_FILE).read_text())
+    (folder / RUN_FILE).write_text(json.dumps({**data, "format": "hf-hetero-run/9"}))
+    with pytest.raises(HeteroError, match="hf-hetero-run/9"):
+        chosen(True, tmp_path)
