@@ -56,6 +56,13 @@ class HeteroConfig:
             "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded."
         },
     )
+    chunked_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute loss and logits' gradients for a few tokens at a time, so that the logits of a "
+            "micro-batch, often its largest tensor, never exist as a whole."
+        },
+    )
     plan_evaluation: bool = field(
         default=True,
         metadata={"help": "Plan evaluation and prediction, too; otherwise they are stock, each sample on one rank."},

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from hf_hetero.lm_head import LazyLogits, loss_sum
+
 IGNORE_INDEX = -100
 
 
@@ -38,7 +40,7 @@ def token_loss(
     """Transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
 
     Args:
-        logits: shape (batch, num_tokens, vocab_size).
+        logits: shape (batch, num_tokens, vocab_size); lazy ones are never computed whole.
         labels: shape (batch, num_tokens), not shifted; read only when `shift_labels` is None.
         vocab_size: classes.
         num_items_in_batch: divides the sum; None means the mean over this call's targets.
@@ -51,6 +53,10 @@ def token_loss(
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if isinstance(logits, LazyLogits):
+        targets = shift_labels.to(logits.device)
+        total = loss_sum(logits, targets, ignore_index)
+        return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(dtype).view(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(logits.device)

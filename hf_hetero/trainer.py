@@ -22,6 +22,7 @@ import copy
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import checkpoint, evaluation, exactness, sharding
+from hf_hetero import checkpoint, evaluation, exactness, lm_head, sharding
 from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
@@ -45,6 +46,7 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.groups import GroupPool, named
 from hf_hetero.lengths import PACKED_COLUMN
+from hf_hetero.lm_head import LeanHead
 from hf_hetero.loader import TrainingData, streamed_data, training_data
 from hf_hetero.loss import token_loss
 from hf_hetero.machine import Machine, keep_cost_model, set_up
@@ -134,8 +136,19 @@ class HeteroTrainerMixin(Trainer):
         base.set_attn_implementation(interface.ATTENTION_NAME)
         if base.loss_function is ForCausalLMLoss:
             base.loss_function = token_loss
+        self._head = self._set_head(base)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         return kernel
+
+    def _set_head(self, base: Any) -> LeanHead | None:
+        """Its output embedding, if it can do without whole logits."""
+        if not self.hetero.chunked_loss or self.args.use_liger_kernel or self.args.torch_compile:
+            return None  # Liger brings a loss of its own; a compiler sees through no lazy tensor
+        head = lm_head.install(base)
+        if isinstance(head, LeanHead):
+            return head
+        logger.warning("Whole logits are computed for the loss: %s.", head)
+        return None
 
     def _compute_dtype(self) -> torch.dtype:
         if self.args.bf16 or self.args.fp16:
@@ -300,7 +313,8 @@ class HeteroTrainerMixin(Trainer):
         for index, micro_batch in enumerate(step.micro_batches):
             context = self._context(micro_batch, index)
             is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
-            with sharding.synchronising(self, model, is_synced), clock.micro_batch():
+            lazy = nullcontext() if self._head is None else self._head.lazy()
+            with lazy, sharding.synchronising(self, model, is_synced), clock.micro_batch():
                 loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
             total += loss
             if not context.reached:

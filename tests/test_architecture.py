@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "drawing", "mixes", "plan", "samples"},
+    {"topology", "drawing", "lm_head", "mixes", "plan", "samples"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"heads"},
     {"volume"},

@@ -1,0 +1,243 @@
+"""The loss without the logits is the loss; its gradients are the gradients; and what it cannot do it says."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with_lora
+from measure_lm_head import compare
+from torch.nn import functional as F
+
+from hf_hetero.lm_head import LazyLogits, LeanHead, install, loss_sum
+from hf_hetero.loss import token_loss
+
+NUM_TARGETS = 17
+
+
+def batch(masked: int = 11) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (1, 40), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :masked] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def loss_of(model: Any, inputs: dict[str, Any], lean: bool, device_type: str | None = None) -> torch.Tensor:
+    """The model's own loss, with whole logits or without; both by `token_loss`."""
+    model.train()
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base.loss_function = token_loss
+    with torch.autocast(device_type or "cpu", torch.bfloat16, enabled=device_type is not None):
+        if not lean:
+            return model(**inputs, num_items_in_batch=torch.tensor(NUM_TARGETS)).loss
+        head = install(base)
+        assert isinstance(head, LeanHead)
+        with head.lazy():
+            return model(**inputs, num_items_in_batch=torch.tensor(NUM_TARGETS)).loss
+
+
+def both(make: Any, inputs: dict[str, Any]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    found = []
+    for lean in (False, True):
+        model = make()
+        loss = loss_of(model, inputs, lean)
+        (3 * loss).backward()  # a factor, as of a loss scaler
+        found.append((loss.item(), gradients_of(model)))
+    return found
+
+
+NOT_IN_FP64 = ("gemma2", "gemma3", "qwen3-moe", "gpt-oss")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_gradients(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """For every family, those that scale or cap their logits among them, and without ever computing them whole."""
+    changes = {"logits_scaling": 3.0} if family == "granite" else {}
+    dtype, tolerance = (torch.float32, 1e-6) if family in NOT_IN_FP64 else (torch.float64, 1e-12)
+    (plain, expected), (lean, found) = both(lambda: tiny_model(family, "eager", dtype, **changes), batch())
+    assert lean == pytest.approx(plain, rel=tolerance)
+    assert largest_difference(found, expected) < tolerance
+    assert "All logits are computed" not in caplog.text
+
+
+def test_the_comparison_can_fail() -> None:
+    """If a soft cap were forgotten, it would be seen."""
+    plain = tiny_model("gemma3", "eager", final_logit_softcapping=None)
+    loss_of(plain, batch(), lean=False).backward()
+    capped = tiny_model("gemma3", "eager", final_logit_softcapping=0.5)
+    loss_of(capped, batch(), lean=True).backward()
+    assert largest_difference(gradients_of(capped), gradients_of(plain)) > 1e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights(tied: bool) -> None:
+    """A head that shares the embedding's weight adds to the same gradient."""
+    (_, expected), (_, found) = both(lambda: tiny_model(dtype=torch.float64, tie_word_embeddings=tied), batch())
+    assert largest_difference(found, expected) < 1e-12
+
+
+def test_frozen_head() -> None:
+    """With LoRA the head is frozen: it gets no gradient, the adapters get theirs."""
+    (_, expected), (_, found) = both(lambda: with_lora(tiny_model(dtype=torch.float64)), batch())
+    assert all("lora" in name for name in found)
+    assert largest_difference(found, expected) < 1e-12
+
+
+def test_no_target() -> None:
+    """Without any target the loss is zero, and so are the gradients; they are there, for a wrapper to synchronise."""
+    model = tiny_model()
+    loss = loss_of(model, batch(masked=40), lean=True)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert gradients_of(model).keys() == dict(model.named_parameters()).keys()
+    assert all(float(g.abs().max()) == 0.0 for g in gradients_of(model).values())
+
+
+def chunked(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, chunk_tokens: int) -> Any:
+    logits = LazyLogits.of(hidden, head.weight, head.bias, (lambda x: torch.tanh(x / 2) * 2,))
+    return loss_sum(logits, targets, -100, chunk_bytes=4 * head.out_features * chunk_tokens)
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 6, 7, 8, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunks(chunk_tokens: int, bias: bool) -> None:
+    """Whether a chunk holds one target, exactly all (7), one fewer or more: the same."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 13, bias=bias, dtype=torch.float64)
+    targets = torch.tensor([-100, 3, 4, -100, 12, 0, -100, 5, 5, 1])
+    found = []
+    for lean in (False, True):
+        hidden = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 10, 5).requires_grad_()
+        if lean:
+            loss = chunked(hidden, head, targets, chunk_tokens)
+        else:
+            logits = torch.tanh(head(hidden) / 2) * 2
+            loss = F.cross_entropy(logits[0], targets, ignore_index=-100, reduction="sum")
+        loss.backward()
+        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+        head.zero_grad()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_precision(autocast: bool) -> None:
+    """In bf16, many chunks are as near to the fp64 gradients as the plain loss is."""
+    exact = tiny_model(dtype=torch.float64)
+    loss_of(exact, batch(), lean=False).backward()
+    errors = []
+    for lean in (False, True):
+        model = tiny_model(dtype=torch.float32 if autocast else torch.bfloat16)
+        loss_of(model, batch(), lean, "cpu" if autocast else None).backward()
+        found = {name: g.double() for name, g in gradients_of(model).items()}
+        errors.append(largest_difference(found, gradients_of(exact)))
+        assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_scale_is_not_rounded() -> None:
+    """A factor that bf16 cannot hold scales bf16 gradients as it is: 0.875 x 257 / 256, not 0.875 x 1."""
+    head = torch.nn.Linear(4, 8, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.zeros_(head.weight)  # so each class has a probability of 1 / 8
+    logits = LazyLogits.of(torch.ones(1, 1, 4, dtype=torch.bfloat16), head.weight, None, ())
+    (257 / 256 * loss_sum(logits, torch.tensor([2]), -100)).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad[2, 0] == torch.tensor(-0.875 * 257 / 256).bfloat16() != -0.875
+
+
+def test_anything_else_makes_logits_real(caplog: pytest.LogCaptureFixture) -> None:
+    """What is not known to be elementwise gets the logits as they are, and a line in the log."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 13, dtype=torch.float64)
+    hidden = torch.randn(1, 10, 5, dtype=torch.float64, requires_grad=True)
+    expected = head(hidden) * 2
+    lazy = LazyLogits.of(hidden, head.weight, head.bias, ()) * 2
+    assert isinstance(lazy, LazyLogits)
+    assert lazy.shape == expected.shape == lazy.size()
+    assert (lazy.size(-1), lazy.dim(), lazy.ndim, lazy.numel()) == (13, 3, 3, 130)
+    assert not caplog.text
+    torch.testing.assert_close(lazy[0, 2:4], expected[0, 2:4])
+    assert "__getitem__" in caplog.text
+    torch.testing.assert_close(lazy.argmax(-1), expected.argmax(-1))
+    torch.testing.assert_close(torch.cat([expected, lazy]), torch.cat([expected, expected]))
+    torch.testing.assert_close(lazy + torch.ones(13), expected + 1)
+    torch.testing.assert_close(lazy * torch.ones(13), expected)
+    lazy.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_wrappers_may_ask(caplog: pytest.LogCaptureFixture) -> None:
+    """Device, dtype, gradient edge, hooks and conversion to fp32 leave them lazy."""
+    head = torch.nn.Linear(5, 13, dtype=torch.bfloat16)
+    lazy = LazyLogits.of(torch.ones(1, 2, 5, dtype=torch.bfloat16, requires_grad=True), head.weight, None, ())
+    assert (lazy.device.type, lazy.dtype, lazy.requires_grad) == ("cpu", torch.bfloat16, True)
+    assert lazy.grad_fn is not None
+    assert lazy.is_floating_point()
+    lazy.register_hook(lambda gradient: gradient)
+    assert isinstance(lazy.float(), LazyLogits)
+    assert isinstance(lazy.to(torch.float32), LazyLogits)
+    assert not caplog.text
+
+
+def test_only_where_asked() -> None:
+    """Outside `lazy`, in evaluation and without gradients, logits are what they always are."""
+    model = tiny_model()
+    inputs = {"input_ids": batch()["input_ids"]}
+    expected = model(**inputs).logits
+    head = install(model)
+    assert isinstance(head, LeanHead)
+    assert install(model) is head
+    with head.lazy():
+        assert type(model.eval()(**inputs).logits) is torch.Tensor
+        with torch.no_grad():
+            assert type(model.train()(**inputs).logits) is torch.Tensor
+        assert type(model(**inputs).logits) is LazyLogits
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=0)
+
+
+def test_the_model_is_as_before(tmp_path: Path) -> None:
+    """Names, parameters, saving, loading and generation do not notice."""
+    model = tiny_model(tie_word_embeddings=True)
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    ids = batch()["input_ids"]
+    expected = model.eval().generate(ids, max_new_tokens=5, do_sample=False)
+    install(model)
+    assert list(model.state_dict()) == names
+    assert all(mine is theirs for mine, theirs in zip(model.parameters(), parameters, strict=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert type(again.lm_head) is torch.nn.Linear
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_where_it_cannot_be() -> None:
+    """A head that is not a plain one, or that somebody listens to, is left alone, with the reason."""
+    model = tiny_model()
+    model.lm_head.register_forward_hook(lambda *_: None)
+    assert install(model) == "its output embedding has hooks"
+    model = tiny_model()
+    model.lm_head = type("Quantised", (torch.nn.Linear,), {})(32, 97)
+    assert install(model) == "its output embedding is a Quantised"
+
+
+def test_hidden_states_may_be_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    """If only the head trains, only it gets a gradient."""
+    caplog.set_level(logging.INFO)
+    model = tiny_model(dtype=torch.float64)
+    model.model.requires_grad_(False)
+    loss_of(model, batch(), lean=True).backward()
+    assert list(gradients_of(model)) == ["lm_head.weight"]
+
+
+@pytest.mark.slow
+def test_memory() -> None:
+    """8192 tokens of a 128K vocabulary, forward and backward: at most a third of the memory of whole logits."""
+    found = compare(8192, 131072, 64)
+    assert found["chunked"]["bytes"] <= found["whole"]["bytes"] / 3
+    assert found["chunked"]["loss"] == pytest.approx(found["whole"]["loss"], rel=1e-6)
+    assert found["chunked"]["gradient"] == pytest.approx(found["whole"]["gradient"], rel=1e-5)
