@@ -20,7 +20,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median_low as median
 from typing import Any, Literal
@@ -63,7 +63,9 @@ class RecipeArguments:
     text_column: str = field(default="text", metadata={"help": "Column of plain text"})
     assistant_only_loss: bool = field(default=False, metadata={"help": "Chats: learn only what the assistant says"})
     max_length: int | None = field(default=None, metadata={"help": "Most tokens of a sample"})
-    max_length_policy: Literal["error", "truncate"] = field(default="error", metadata={"help": "For longer samples"})
+    max_length_policy: Literal["error", "truncate", "split"] = field(
+        default="error", metadata={"help": "For longer samples: stop, drop the rest, or make several samples of each"}
+    )
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenise"})
     lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters; without it, all weights train"})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters"})
@@ -191,13 +193,15 @@ def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) 
         if args.dataset == "python-stdlib":
             say(f"{what} and are left out of this corpus.")
             data = data.select([row for row, length in enumerate(lengths) if length <= limit])
+        elif args.max_length_policy == "split":
+            say(f"{what} and will be split.")
         elif args.max_length_policy == "truncate":
             say(f"{what}; {sum(lengths[row] - limit for row in longer):,} tokens are cut off them.")
             data = data.map(truncate, fn_kwargs={"limit": limit}, num_proc=args.num_proc, desc="Truncating")
         else:
             raise HeteroError(
                 f"{what}; the longest, row {lengths.index(max(lengths))}, has {max(lengths)}. "
-                "Raise max_length, or cut them: max_length_policy: truncate."
+                "Raise max_length, or cut them: max_length_policy: truncate, or split."
             )
     lengths = data["length"][:]
     say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {median(lengths):,}, longest {max(lengths):,}")
@@ -265,6 +269,8 @@ def main(argv: Sequence[str]) -> None:
         data = load_data(args)
         tokenizer = load_tokenizer(args, data)
         data = prepare_data(args, data, tokenizer)
+    if args.max_length_policy == "split":
+        hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     watching = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
     trainer = HeteroTrainer(
         model=load_model(args, tokenizer),
@@ -276,6 +282,8 @@ def main(argv: Sequence[str]) -> None:
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if args.save_model:
+        if trainer.is_fsdp_enabled:  # checkpoints may be in parts; what others load must not be
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model()
     if trainer.is_world_process_zero():
         draw(Path(training_args.output_dir), trainer.cost_model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+import transformers
 import yaml
+from helpers import free_port, run_ranks, shard_on_cpu
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -36,8 +39,7 @@ CHAT_TEMPLATE = (
 CHAT = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "x = 1"}]
 
 
-@pytest.fixture(scope="module")
-def sft() -> ModuleType:
+def load_sft() -> Any:
     spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
     assert spec is not None
     assert spec.loader is not None
@@ -45,6 +47,11 @@ def sft() -> ModuleType:
     sys.modules["sft"] = module  # dataclasses look their types up there
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def sft() -> ModuleType:
+    return load_sft()
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +105,8 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_recipe_parses(sft: ModuleType, path: Path, tmp_path: Path) -> None:
     """A train.yaml holds only keys that the real dataclasses have, with values that they take."""
-    args, training_args, hetero = sft.parse(["--config", str(path), "--output_dir", str(tmp_path)])
+    words = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]  # bf16 wants a device
+    args, training_args, hetero = sft.parse(words)
     parsed = {**vars(args), **vars(training_args), **vars(hetero)}
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         if key not in {"output_dir", "report_to", "save_strategy", "lr_scheduler_type"}:  # turned into other types
@@ -116,18 +124,108 @@ def test_every_recipe_is_complete() -> None:
         assert f"({path.parent.name}/" in table
 
 
-def test_launch_files_start_as_many_ranks_as_they_say() -> None:
-    """Accelerate reads them; the CPU one goes through torchrun and fits the quickstart's num_ranks."""
+def launch_file_of(recipe: Path) -> Path:
+    """The accelerate file in the command of a recipe's README."""
+    found = re.search(r"--config_file (recipes/accelerate/\w+\.yaml)", (recipe.parent / "README.md").read_text())
+    assert found is not None
+    return ROOT / found[1]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_launch_files_start_as_many_ranks_as_recipes_need(path: Path) -> None:
+    """Accelerate reads the file that a README names; it starts the number of ranks that the recipe insists on."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    num_ranks = {}
-    for path in (ROOT / "recipes" / "accelerate").glob("*.yaml"):
-        config = load_config_from_file(str(path))
-        assert config.distributed_type == "MULTI_GPU"
-        assert not config.use_cpu
-        num_ranks[path.stem] = config.num_processes
-    quickstart = yaml.safe_load((ROOT / "recipes/quickstart_cpu/train.yaml").read_text(encoding="utf-8"))
-    assert num_ranks == {"cpu": quickstart["num_ranks"], "ddp": 8}
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if recipe["num_ranks"] == 1:
+        return
+    config: Any = load_config_from_file(str(launch_file_of(path)))
+    assert config.num_processes == recipe["num_ranks"]
+    assert not config.use_cpu  # which would choose the mpirun launcher
+    assert config.distributed_type == ("FSDP" if "fsdp2" in launch_file_of(path).stem else "MULTI_GPU")
+
+
+def test_every_launch_file_is_used() -> None:
+    """None lies about that no recipe shows."""
+    used = {launch_file_of(path) for path in RECIPES if yaml.safe_load(path.read_text())["num_ranks"] > 1}
+    assert used == set((ROOT / "recipes" / "accelerate").glob("*.yaml"))
+
+
+SHRUNK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHRUNK |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3_ROPE |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
+ARCHITECTURES = {  # model of a recipe -> the same kind of model, small
+    "meta-llama/Llama-3.1-8B-Instruct": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
+    "Qwen/Qwen3-8B": ("Qwen3Config", {}),
+    "Qwen/Qwen3-0.6B": ("Qwen3Config", {"tie_word_embeddings": True}),
+}
+
+
+def environment_of(launch_file: Path) -> dict[str, str]:
+    """What `accelerate launch` with this file tells its ranks."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    arguments = launch_command_parser().parse_args(["--config_file", str(launch_file), "script.py"])
+    arguments, _, _ = _validate_launch_command(arguments)
+    found = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
+    """Three steps of a recipe on this rank's CPU, as its launch file would have it; what the model was wrapped in."""
+    if launch_file is not None:
+        os.environ |= environment_of(Path(launch_file))
+    if "fsdp2" in str(launch_file):
+        shard_on_cpu()
+    script, wrappers = load_sft(), list[str]()
+
+    class Recording(script.HeteroTrainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().train(*args, **kwargs)
+            wrappers.append(type(self.model_wrapped).__name__)
+            return found
+
+    script.HeteroTrainer = Recording
+    script.main(["--config", path, *changes])
+    return wrappers[0]
+
+
+GPU_RECIPES = [path for path in RECIPES if not path.parent.name.endswith("_cpu")]
+
+
+@pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.parent.name)
+def test_three_steps_of_each_recipe(path: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """The same settings, launch file and kind of model, shrunk, on chats of very different lengths."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    kind, special = ARCHITECTURES[recipe["model"]]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(vocab_size=len(tokenizer), **SHRUNK, **special)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    said = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "x = 1\n"}]
+    rows = [{"messages": said * (1 + (7 * number) % 23)} for number in range(32)]
+    data = write_lines(tmp_path / "chats.jsonl", rows)
+
+    num_ranks = min(recipe["num_ranks"], 2)
+    changes = {
+        **{"model": tmp_path / "model", "dataset": data, "output_dir": tmp_path / "out", "max_length": 400},
+        **{"num_ranks": num_ranks, "per_device_train_batch_size": 8 // num_ranks, "max_steps": 3},
+        **{"use_cpu": "true", "dataloader_pin_memory": "false", "max_tokens_per_rank": 300, "disable_tqdm": "true"},
+        **{"save_strategy": "no"},
+    }
+    words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+    launch_file = str(launch_file_of(path)) if recipe["num_ranks"] > 1 else None
+    wrappers = run_ranks(recipe_steps, num_ranks, str(path), launch_file, words)
+    if launch_file is not None:
+        wrapper = "FSDP" if "fsdp2" in launch_file else "DistributedDataParallel"
+        assert all(name.startswith(wrapper) for name in wrappers), wrappers
+    records = read_records(tmp_path / "out")
+    assert [len(record["lengths"]) for record in records] == [8] * 3
+    assert all(record["plan"]["num_ranks"] == num_ranks for record in records)
+    saved = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"report.html", "adapter_model.safetensors" if "lora_r" in recipe else "model.safetensors"} <= saved
 
 
 def test_an_unknown_key_is_named(sft: ModuleType, tmp_path: Path) -> None:
@@ -343,3 +441,37 @@ def test_the_quickstart_runs_on_four_ranks(tmp_path: Path) -> None:
     assert [len(record["lengths"]) for record in records] == [16, 16]
     assert all(record["plan"]["num_ranks"] == 4 for record in records)
     assert (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
+    """Two launchers on loopback, as on two machines: four ranks in two nodes train together, and know which is which."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml"]
+    nodes = ["--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
+    script = ["recipes/sft.py", "--config", "recipes/quickstart_cpu/train.yaml"]
+    short = ["--max_steps", "2", "--max_tokens_per_rank", "2560", "--output_dir", str(tmp_path / "out")]
+    running = [
+        subprocess.Popen(
+            [*launch, *nodes, "--machine_rank", str(rank), *script, *short],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed = [node.communicate(timeout=400)[0] for node in running]
+    finally:
+        for node in running:
+            node.kill()
+    assert [node.returncode for node in running] == [0, 0], printed
+    records = read_records(tmp_path / "out")
+    assert [record["plan"]["num_ranks"] for record in records] == [4, 4]
+    degrees = {
+        len(group["ranks"]) for record in records for m in record["plan"]["micro_batches"] for group in m["groups"]
+    }
+    assert 4 in degrees  # files of more than 5120 tokens need both nodes
+    assert "in a node" in printed[0]

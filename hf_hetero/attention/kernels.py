@@ -8,6 +8,9 @@ kernel                 device    types                 window  softcap  sinks  l
 =====================  ========  ====================  ======  =======  =====  ======================
 `cpu.CPU`              CPU       all, fp64 too         yes     yes      yes    yes
 `plain.PLAIN`          any       all, fp64 too         yes     yes      yes    yes
+`flash.fa3()`          CUDA 9    fp16, bf16            yes     yes      yes    yes
+`flash.fa4()`          CUDA 9+   fp16, bf16            yes     yes      yes    yes
+`flash.fa2()`          CUDA 8+   fp16, bf16            yes     yes      yes    yes
 `cuda.TORCH_VARLEN`    CUDA      fp16, bf16            yes     no       yes    yes
 through transformers   CUDA      fp16, bf16            as its function's keywords      no
 =====================  ========  ====================  ======  =======  =====  ======================
@@ -23,6 +26,7 @@ import torch
 from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel
 from hf_hetero.attention.cpu import CPU
 from hf_hetero.attention.cuda import TORCH_VARLEN, through_transformers
+from hf_hetero.attention.flash import flash_kernels, named_flash_kernel
 from hf_hetero.attention.plain import PLAIN
 from hf_hetero.errors import UnsupportedModel
 
@@ -48,9 +52,7 @@ def choose_kernel(
     if dtype not in HALF:
         logger.warning("No flash kernel computes in %s: using plain attention, slow and hungry. Train in bf16.", dtype)
         return PLAIN
-    flash = wanted if wanted and "flash" in wanted else _installed_flash()
-    candidates = [through_transformers(flash)] if flash else []
-    candidates.append(TORCH_VARLEN)
+    candidates = [*_flash(wanted), TORCH_VARLEN]
     for kernel in candidates:
         if features <= kernel.features:
             return kernel
@@ -60,13 +62,20 @@ def choose_kernel(
     )
 
 
-def _installed_flash() -> str | None:
-    """The flash-attn that is installed, by transformers' name for it."""
+def _flash(wanted: str | None) -> list[Kernel]:
+    """The flash-attn that the user named, else those that are installed, fastest first."""
+    if wanted and "flash" in wanted:
+        return [named_flash_kernel(wanted) or through_transformers(wanted)]
+    return flash_kernels() or [through_transformers(name) for name in _known_to_transformers()]
+
+
+def _known_to_transformers() -> list[str]:
+    """A flash-attn that only transformers can call, such as an older one."""
     from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_3_available():
-        return "flash_attention_3"
-    return "flash_attention_2" if is_flash_attn_2_available() else None
+        return ["flash_attention_3"]
+    return ["flash_attention_2"] if is_flash_attn_2_available() else []
 
 
 def features_of(config: Any) -> frozenset[str]:

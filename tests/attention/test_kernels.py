@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from hf_hetero.attention import kernels
 from hf_hetero.attention.contract import SINKS, SOFTCAP, WINDOW
+from hf_hetero.attention.cuda import TORCH_VARLEN
 from hf_hetero.attention.kernels import choose_kernel, features_of
 from hf_hetero.errors import UnsupportedModel
+
+FLASHES = {"able": frozenset({WINDOW, SOFTCAP, SINKS}), "less": frozenset({WINDOW, SINKS})}
 
 
 def test_choice() -> None:
@@ -18,6 +24,18 @@ def test_choice() -> None:
     assert choose_kernel("cuda", torch.bfloat16, frozenset({WINDOW, SINKS})).name == "torch_varlen"
     with pytest.raises(UnsupportedModel, match="softcap"):
         choose_kernel("cuda", torch.bfloat16, frozenset({SOFTCAP}))
+
+
+def test_flash_attn_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed flash-attn that can do what is needed is preferred; the one that the user named, to all others."""
+    able, less = (replace(TORCH_VARLEN, name=name, features=features) for name, features in FLASHES.items())
+    monkeypatch.setattr(kernels, "flash_kernels", lambda: [less, able])
+    monkeypatch.setattr(kernels, "named_flash_kernel", {"flash_attention_2": able}.get)
+    assert choose_kernel("cuda", torch.bfloat16).name == "less"
+    assert choose_kernel("cuda", torch.bfloat16, frozenset({SOFTCAP})).name == "able"
+    assert choose_kernel("cuda", torch.bfloat16, wanted="flash_attention_2").name == "able"
+    assert choose_kernel("cuda", torch.bfloat16, wanted="sdpa").name == "less"
+    assert choose_kernel("cpu", torch.bfloat16, wanted="flash_attention_2").name == "cpu"
 
 
 def test_features_of_configs() -> None:

@@ -7,26 +7,29 @@ import math
 import pytest
 import torch
 
-from hf_hetero.attention.contract import WINDOW, Scores, Segments
+from hf_hetero.attention.contract import Kernel, Scores, Segments
+from hf_hetero.attention.cuda import TORCH_VARLEN
+from hf_hetero.attention.flash import flash_kernels
 from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.attention.plain import PLAIN
 
 pytestmark = pytest.mark.gpu
 
+KERNELS = [*flash_kernels(), TORCH_VARLEN]  # those that are installed
 LENGTHS = [1, 700, 33, 2048, 5, 512]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("window", [None, 128])
-def test_error_is_the_types_own(dtype: torch.dtype, kv_heads: int, window: int | None) -> None:
-    """Against fp64, the chosen kernel errs no more than 1.5 times what plain attention errs in the same type."""
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_error_is_the_types_own(kernel: Kernel, dtype: torch.dtype, kv_heads: int, window: int | None) -> None:
+    """Against fp64, a kernel errs no more than 1.5 times what plain attention errs in the same type."""
     torch.manual_seed(0)
     total, scores = sum(LENGTHS), Scores(1 / math.sqrt(64), window)
     segments = Segments.packed(LENGTHS, torch.device("cuda"))
     exact = [torch.randn(total, h, 64, device="cuda", dtype=torch.float64) for h in (8, kv_heads, kv_heads)]
     weights = torch.randn(total, 8, 64, device="cuda", dtype=torch.float64)
-    kernel = choose_kernel("cuda", dtype, scores.features)
     results: list[list[torch.Tensor]] = []
     for attend, kind in ((PLAIN, torch.float64), (PLAIN, dtype), (kernel, dtype)):
         leaves = [x.to(kind).requires_grad_() for x in exact]
@@ -39,10 +42,10 @@ def test_error_is_the_types_own(dtype: torch.dtype, kv_heads: int, window: int |
 
 
 @pytest.mark.parametrize("window", [None, 128])
-def test_parts_of_the_keys_merge_on_cuda(window: int | None) -> None:
-    """The chosen kernel with more keys than queries, and a block against merged output: what gather and ring call."""
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_parts_of_the_keys_merge_on_cuda(kernel: Kernel, window: int | None) -> None:
+    """A kernel with more keys than queries, and a block against merged output: what gather and ring call."""
     torch.manual_seed(0)
-    kernel = choose_kernel("cuda", torch.bfloat16, frozenset() if window is None else frozenset({WINDOW}))
     assert kernel.forward is not None
     assert kernel.backward is not None
     device, scores = torch.device("cuda"), Scores(1 / 8, window)
