@@ -44,7 +44,7 @@ class Dense:
     adapter_rank: int | None = None
 
     def shape(self) -> ModelShape:
-        """Weights counted, layers recomputed but not their exchanges, activations in bf16, master weights in fp32."""
+        """Weights counted, layers recomputed but not their exchanges, a chunked loss, bf16 over fp32 master weights."""
         widths = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate)
         query, key_value, inner = ((self.hidden, width) for width in widths)
         linears = [query, query, key_value, key_value, inner, inner, inner]  # one of each pair the other way round
@@ -70,6 +70,7 @@ class Dense:
             element_bytes=BF16_BYTES,
             checkpointing=True,
             keeps_exchanged=True,
+            chunked_loss=True,
         )
 
 
@@ -174,7 +175,7 @@ def _source(cluster: Cluster, shape: ModelShape, device: Device, cost: CostModel
     )
     words = [
         f"estimated, not measured: {cluster.model.title} ({shape.num_params / 1e9:.2f}B parameters, {trained}) in "
-        f"bf16 with layers recomputed but not their exchanges, {states}; "
+        f"bf16 with layers recomputed but not their exchanges, a chunked loss, {states}; "
         f"{num_nodes} x 8 {cluster.device} of {cluster.card_bytes / 1e9:.0f} GB",
         f"assumed {estimate.UTILISATION:.0%} of {peak:.0f} TFLOP/s ({estimate.ATTENTION_UTILISATION:.0%} in attention)",
         f"{device.link_bytes_per_s / 1e9:.0f} GB/s a rank over {cluster.link}",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_hetero.cost_model import CostModel
+from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.topology import Topology
 
 
@@ -76,6 +77,7 @@ class ModelShape:
         state_bytes_per_trainable: gradient, and optimizer state.
         checkpointing: whether layers are recomputed in backward.
         keeps_exchanged: whether recompute finds what was exchanged, instead of exchanging it again.
+        chunked_loss: whether the loss does without whole logits.
     """
 
     num_layers: int
@@ -92,10 +94,16 @@ class ModelShape:
     element_bytes: int
     checkpointing: bool
     keeps_exchanged: bool = False
+    chunked_loss: bool = False
 
 
 def shape_of(
-    model: torch.nn.Module, config: Any, element_bytes: int, checkpointing: bool, keeps_exchanged: bool = False
+    model: torch.nn.Module,
+    config: Any,
+    element_bytes: int,
+    checkpointing: bool,
+    keeps_exchanged: bool = False,
+    chunked_loss: bool = False,
 ) -> ModelShape:
     """Read a model's shape from its config and its weights."""
     heads = config.num_attention_heads
@@ -124,6 +132,7 @@ def shape_of(
         element_bytes=element_bytes,
         checkpointing=checkpointing,
         keeps_exchanged=checkpointing and keeps_exchanged,
+        chunked_loss=chunked_loss,
     )
 
 
@@ -158,8 +167,8 @@ def activation_bytes(shape: ModelShape) -> float:
     """Memory of a token: activations that wait for backward, and the logits.
 
     Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
-    it exchanged if that is kept, and one layer in full. The logits exist three times: once in the training type, twice
-    in fp32.
+    it exchanged if that is kept, and one layer in full. Whole logits exist three times: once in the training type,
+    twice in fp32; a chunked loss keeps the head's input and its gradient instead.
     """
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
@@ -168,7 +177,17 @@ def activation_bytes(shape: ModelShape) -> float:
     exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
     boundary = (shape.hidden + exchanged) * shape.element_bytes
     layers = shape.num_layers * boundary + layer if shape.checkpointing else shape.num_layers * layer
+    if shape.chunked_loss:
+        return layers + 2 * shape.hidden * shape.element_bytes
     return layers + shape.vocab * (shape.element_bytes + 8)
+
+
+def loss_bytes(shape: ModelShape) -> float:
+    """Memory of a chunked loss whatever the tokens: a chunk's logits three times, and the head's gradient in fp32."""
+    if not shape.chunked_loss:
+        return 0.0
+    chunk = CHUNK_BYTES * (1 + 2 * shape.element_bytes / 4)
+    return chunk + (4 * shape.vocab * shape.hidden if shape.trainable_params == shape.num_params else 0)
 
 
 def model_state_bytes(shape: ModelShape) -> float:
@@ -284,9 +303,9 @@ def estimate_cost_model(
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
-    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
+    state_bytes, micro_batch_s = model_state_bytes(shape) + loss_bytes(shape), device.layer_s * shape.num_layers
     if shards is not None:
-        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
+        state_bytes = sharded_bytes(shape, topology.num_ranks, shards) + loss_bytes(shape)
         micro_batch_s += gather_s(shape, device, topology)
     return CostModel(
         name="estimate",

@@ -19,6 +19,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
+from hf_hetero.lm_head import LeanHead
 from hf_hetero.sharding import Sharding
 from hf_hetero.topology import Topology
 
@@ -62,7 +63,14 @@ def set_up(
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
     checkpointing = sharding.checkpointing
-    shape = estimate.shape_of(model, _text_config(model), dtype.itemsize, checkpointing, hetero.keep_exchanged)
+    shape = estimate.shape_of(
+        model,
+        _text_config(model),
+        dtype.itemsize,
+        checkpointing,
+        keeps_exchanged=hetero.keep_exchanged,
+        chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
+    )
     speed = _speed(shape, args.device, dtype)
 
     def make() -> CostModel:

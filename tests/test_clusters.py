@@ -22,7 +22,7 @@ from hf_hetero.clusters import (
     write_estimates,
 )
 from hf_hetero.cost_model import SHIPPED_FOLDER, shipped_names
-from hf_hetero.estimate import activation_bytes, gathered_bytes, shape_of
+from hf_hetero.estimate import activation_bytes, gathered_bytes, loss_bytes, shape_of
 
 PUBLISHED = {"gpt-7b_64xa100_192k"}
 
@@ -66,7 +66,7 @@ def test_weights_are_counted_right(dense: Dense, rope: float) -> None:
     )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert dense.shape() == shape_of(model, config, 2, True, True)
+    assert dense.shape() == shape_of(model, config, 2, True, True, True)
 
 
 def test_adapters_are_counted() -> None:
@@ -80,14 +80,16 @@ def test_adapters_are_counted() -> None:
 def test_memory() -> None:
     """FSDP: 16 bytes a parameter over the ranks, and the gathered layers; what is left holds activations."""
     cost, shape = CostModel.load("llama-8b_8xa100_nvlink"), LLAMA_8B.shape()
-    assert cost.model_state_bytes_per_rank == pytest.approx(16 * 8.03e9 / 8 + gathered_bytes(shape), rel=1e-3)
+    fixed = gathered_bytes(shape) + loss_bytes(shape)
+    assert cost.model_state_bytes_per_rank == pytest.approx(16 * 8.03e9 / 8 + fixed, rel=1e-3)
     assert cost.memory_bytes_per_rank == USABLE_MEMORY * 80e9
     left = cost.memory_bytes_per_rank - cost.model_state_bytes_per_rank
     assert cost.capacity_tokens == int(left / activation_bytes(shape))
     wider = CostModel.load("llama-8b_64xh100_ib")
-    assert wider.model_state_bytes_per_rank == pytest.approx(16 * 8.03e9 / 64 + gathered_bytes(shape), rel=1e-3)
+    assert wider.model_state_bytes_per_rank == pytest.approx(16 * 8.03e9 / 64 + fixed, rel=1e-3)
     adapters = CostModel.load("llama-8b-lora_8xh100_nvlink")
-    assert adapters.model_state_bytes_per_rank == pytest.approx(2 * 8.03e9 + 16 * 41.9e6, rel=1e-2)
+    frozen = loss_bytes(LLAMA_8B_LORA.shape())
+    assert adapters.model_state_bytes_per_rank == pytest.approx(2 * 8.03e9 + 16 * 41.9e6 + frozen, rel=1e-2)
 
 
 def test_links() -> None:

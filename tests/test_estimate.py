@@ -22,8 +22,10 @@ from hf_hetero.estimate import (
     free_memory_bytes,
     gathered_bytes,
     linear_flops,
+    loss_bytes,
     shape_of,
 )
+from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.machine import restricted
 
 DEVICE = Device("test", 1e12, 1e10, network_bytes_per_s=1e9)
@@ -71,6 +73,17 @@ def test_checkpointing_saves_memory_and_costs_time() -> None:
     """Recompute trades activations for operations."""
     assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())
     assert linear_flops(shape(checkpointing=True)) > linear_flops(shape())
+
+
+def test_a_chunked_loss_keeps_no_logits() -> None:
+    """A token costs the head's input and its gradient instead of logits; a chunk and the head's gradient come once."""
+    model = tiny_model()
+    whole, chunked = (shape_of(model, model.config, 4, False, False, chunks) for chunks in (False, True))
+    assert activation_bytes(whole) - activation_bytes(chunked) == 97 * 12 - 2 * 32 * 4
+    assert loss_bytes(whole) == 0
+    assert loss_bytes(chunked) == 3 * CHUNK_BYTES + 4 * 97 * 32
+    frozen = with_lora(tiny_model())
+    assert loss_bytes(shape_of(frozen, model.config, 4, False, False, True)) == 3 * CHUNK_BYTES
 
 
 def test_activation_bytes_against_torch() -> None:
