@@ -57,11 +57,13 @@ class PlanMetricsCallback(StepReportCallback):
             return {}
         seconds = sum(r.seconds + r.wait_s for r in reports)
         idle = [r.idle_share for r in reports if r.idle_share is not None]
+        load = [layer for r in reports for layer in r.expert_load]
         return {
             "hetero/tokens_per_s": sum(r.num_tokens for r in reports) / seconds if seconds > 0 else 0.0,
             "hetero/step_s": seconds / len(reports),
             "hetero/planned_s": sum(r.plan.seconds for r in reports) / len(reports),
             **({"hetero/idle_share": sum(idle) / len(idle)} if idle else {}),
+            **({"hetero/expert_load": sum(load) / len(load), "hetero/expert_load_worst": max(load)} if load else {}),
             "hetero/micro_batches": sum(len(r.plan.micro_batches) for r in reports) / len(reports),
             "hetero/wait_s": sum(r.wait_s for r in reports) / len(reports),
         }

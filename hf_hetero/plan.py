@@ -191,6 +191,7 @@ class StepReport:
         plan_wait_s: the part of it that its plan was late, in seconds.
         peak_bytes: peak memory of the fullest rank, in bytes; 0 where it is not measured.
         is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
+        expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
     """
 
     step: int
@@ -203,6 +204,7 @@ class StepReport:
     plan_wait_s: float = 0.0
     peak_bytes: int = 0
     is_lockstep: bool = False
+    expert_load: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "drawing", "lm_head", "mixes", "plan", "samples"},
+    {"topology", "drawing", "expert_load", "lm_head", "mixes", "plan", "samples"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"heads"},
     {"volume"},
@@ -32,7 +32,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"planning", "stream"},
     {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources"},
     {"evaluation"},
-    {"predictions"},
+    {"predictions", "preparation"},
+    {"resumption"},
     {"trainer"},
     {"sft"},
     {""},  # hf_hetero/__init__.py, the catalogue
@@ -56,6 +57,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checkpoint",
         "evaluation",
         "predictions",
+        "preparation",
+        "resumption",
         "exactness",
         "lengths",
         "loader",

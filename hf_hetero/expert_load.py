@@ -1,0 +1,69 @@
+"""How evenly a mixture of experts uses its experts, over all tokens of a step.
+
+Whatever the plan, the counts are those of the step's tokens, so they can be compared between plans and between runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class ExpertLoad:
+    """Counts the tokens that each expert gets, by watching the model's routers.
+
+    Args:
+        model: a transformers model; it says itself which of its modules are routers (`_can_record_outputs`).
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._routers = list(_routers(model))
+        self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
+        experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
+        self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
+        for number, router in enumerate(self._routers):
+            router.register_forward_hook(self._counter(number))
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to count."""
+        return bool(self._routers) and self._num_experts > 0
+
+    def _counter(self, number: int) -> Any:
+        def count(module: torch.nn.Module, _: Any, output: Any) -> None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            chosen = next((x for x in outputs if isinstance(x, torch.Tensor) and not x.is_floating_point()), None)
+            if not module.training or chosen is None:
+                return
+            # no bincount: it waits for the device
+            counts = torch.zeros(self._num_experts, dtype=torch.int64, device=chosen.device)
+            counts.scatter_add_(0, chosen.flatten().long(), torch.ones_like(chosen.flatten(), dtype=torch.int64))
+            before = self._counts[number]
+            self._counts[number] = counts if before is None else before + counts
+
+        return count
+
+    def take(self) -> list[int]:
+        """Tokens of each expert of each layer since the last call, layer after layer: num_layers x num_experts."""
+        empty = torch.zeros(self._num_experts, dtype=torch.int64)
+        counts = [empty if layer is None else layer.cpu() for layer in self._counts]
+        self._counts = [None] * len(self._routers)
+        return torch.cat(counts).tolist()
+
+    def of_all(self, ranks: list[list[int]]) -> tuple[float, ...]:
+        """For each layer, tokens of its busiest expert by those of a mean one, from what each rank has taken.
+
+        1 is even; the number of experts, the worst.
+        """
+        layers = torch.tensor(ranks, dtype=torch.float64).sum(0).view(-1, self._num_experts)
+        return tuple((layers.amax(1) / layers.mean(1).clamp(min=1e-12)).tolist())
+
+
+def _routers(model: Any) -> Iterator[torch.nn.Module]:
+    for part in model.modules():
+        recorder = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits")
+        kind = getattr(recorder, "target_class", recorder)
+        if isinstance(kind, type):
+            yield from (module for module in model.modules() if isinstance(module, kind))
+            return

@@ -1,0 +1,126 @@
+"""From data to checkpoint and back: the loader of planned steps, and a run that goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_hetero import checkpoint
+from hf_hetero.agreement import broadcast
+from hf_hetero.checkpoint import Run, Saving, StopWhenAsked
+from hf_hetero.errors import HeteroError
+from hf_hetero.groups import GroupPool, named
+from hf_hetero.lengths import PACKED_COLUMN
+from hf_hetero.loader import TrainingData, streamed_data, training_data
+from hf_hetero.machine import keep_cost_model
+from hf_hetero.planning import planning_of
+from hf_hetero.preparation import PreparedTrainer
+from hf_hetero.stream import is_stream
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(PreparedTrainer):
+    """A Trainer whose loader gives planned steps, and whose checkpoints are known to be whole."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
+            theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
+        self._data: TrainingData | None = None
+        self._run_before: Run | None = None
+        self._stop = StopWhenAsked()
+        self.add_callback(self._stop)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Samples of a step: per device x accumulation x ranks, as without plans."""
+        return super().get_total_train_batch_size(args) * self._accumulation
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Items are planned steps. Not prepared by accelerate, which would deal them out among the ranks.
+
+        Raises:
+            BadSample: the dataset has no tokens, or an empty sample.
+        """
+        if self.train_dataset is None:
+            raise HeteroError("Training needs a train_dataset.")
+        if self._data is not None:
+            self._data.close()
+        planning = planning_of(self.hetero, self._plan_source(), self.groups.control)
+        before = self._run_before if not self.args.ignore_data_skip else None
+        common: dict[str, Any] = {
+            "collate": self._packer,
+            "args": self.args,
+            "batch_size": self.get_total_train_batch_size(self.args),
+            "planning": planning,
+            "global_step": lambda: self.state.global_step,
+        }
+        if is_stream(self.train_dataset):
+            kept = before.stream if before is not None else None
+            self._data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
+        else:
+            columns = partial(self._remove_unused_columns, description="training")
+            self._data = training_data(self.train_dataset, columns, **common)
+        checkpoint.check_order(self._data.order, before.order if before is not None else {})
+        return self._data.loader
+
+    def _columns_kept(self) -> list[str] | None:
+        """Columns of a stream that are used; None: all."""
+        if not self.args.remove_unused_columns:
+            return None
+        self._set_signature_columns_if_needed()
+        return [*(self._signature_columns or []), PACKED_COLUMN]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, from a checkpoint that is whole; it also brings its cost model and how far data was read.
+
+        Raises:
+            ConfigError: no such checkpoint, or its data were others; raised on every rank.
+        """
+        self._resumed_from, self._run_before = None, None
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        try:
+            # the wrapper's own collectives, and Trainer's
+            names = named("Training", lambda: f"step {self.state.global_step + 1}", only_lost_peers=True)
+            with names, self._stop.listening(self.args.enable_jit_checkpoint):
+                return super().train(resume_from_checkpoint, *others, **kwargs)
+        finally:
+            if self._data is not None:
+                self._data.close()
+
+    def _find_checkpoint(self, asked: str | bool) -> str:
+        # its cost model decides which groups there are, so they cannot carry this yet
+        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+        output_dir = Path(self.args.output_dir or ".")
+        folder, self._run_before, passed_over = broadcast(
+            lambda: checkpoint.chosen(asked, output_dir), messengers.control
+        )
+        messengers.close()
+        if passed_over and self.args.process_index == 0:
+            logger.warning("Resuming from %s. Passed over: %s", folder, " ".join(passed_over))
+        return str(folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, but known to be whole, or removed."""
+        assert self._data is not None
+        assert self.cost_model is not None
+        cost, step = self.cost_model, self.state.global_step
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        stream = self._data.stream.position(step) if self._data.stream is not None else None
+
+        def save() -> None:
+            super(ResumableTrainer, self)._save_checkpoint(model, trial)
+            if self.args.should_save:
+                keep_cost_model(folder, cost, self.args.world_size)
+
+        saving = Saving(self.args, self.groups.control, may_wait=self._sharding.is_sharded)
+        run = Run(self.args.world_size, self._data.order, stream)
+        saving.write(save, folder, run, best=lambda: self.state.best_model_checkpoint)
