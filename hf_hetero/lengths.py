@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,11 @@ from hf_hetero.samples import Samples, packed_rows, whole_rows
 
 Lengths = NDArray[np.int64]
 
+logger = logging.getLogger(__name__)
+
 ROWS_AT_ONCE = 1000
+WORTH_KEEPING = 10_000
+"""Fewer rows are counted in less time than it takes to look."""
 PACKED_COLUMN = "seq_lengths"
 """Tokens of each document of a packed row, as TRL's packing leaves them."""
 
@@ -25,7 +31,8 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
     """Tokens of each row of a map-style dataset. int64, shape (num_rows,).
 
     A column of lengths is taken as it is. Otherwise `input_ids` are counted, or the ones in `attention_mask` where rows
-    are padded: in a `datasets.Dataset` without decoding the tokens, elsewhere row by row under a progress bar.
+    are padded: in a `datasets.Dataset` once, without decoding the tokens, and kept in its cache by its fingerprint;
+    elsewhere row by row under a progress bar.
 
     Raises:
         BadSample: rows without `input_ids`, an empty sample, or a length that is no whole number, with its row.
@@ -157,13 +164,38 @@ def _of_table(dataset: datasets.Dataset, column: str) -> Lengths:
     if "input_ids" not in names:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / "hf_hetero" / f"{dataset._fingerprint}-{counted}.npy"  # pyright: ignore
+    if (lengths := _kept_lengths(kept, len(dataset))) is not None:
+        return lengths
     arrow: Any = dataset.select_columns([counted]).with_format("arrow")
     tables: Iterable[Any] = arrow.iter(batch_size=ROWS_AT_ONCE)
     parts = [
         _of_lists(table.column(counted), counted)
         for table in tqdm(tables, total=-(-len(dataset) // ROWS_AT_ONCE), desc="Counting tokens", leave=False)
     ]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    if len(dataset) >= WORTH_KEEPING:
+        _keep_lengths(kept, lengths)
+    return lengths
+
+
+def _kept_lengths(path: Path, num_rows: int) -> Lengths | None:
+    try:
+        lengths = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):  # none, or one that was cut short
+        return None
+    return lengths if lengths.shape == (num_rows,) and lengths.dtype == np.int64 else None
+
+
+def _keep_lengths(path: Path, lengths: Lengths) -> None:
+    """Whole or not at all; a cache that cannot be written costs a second count, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
+            np.save(file, lengths)
+        Path(file.name).replace(path)
+    except OSError as error:
+        logger.info("Token counts are not kept: %s", error)
 
 
 def _of_lists(column: Any, name: str) -> Lengths:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
+from hf_hetero import lengths
 from hf_hetero.errors import BadSample
 from hf_hetero.lengths import read_lengths
 
@@ -74,3 +76,38 @@ def test_what_is_no_length(value: Any) -> None:
     values = [value if type(value) in (str, bool) else 1.0, value]
     with pytest.raises(BadSample, match=rf"Row [01]: length is {value!r}; it must be a whole number"):
         read_lengths(datasets.Dataset.from_dict({"length": values}), "length")
+
+
+def test_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are kept under the table's fingerprint: read back, made again if spoilt, never taken for another's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(lengths, "WORTH_KEEPING", 3)
+    counts: list[int] = []
+    of_lists = lengths._of_lists
+
+    def counting(column: Any, name: str) -> Any:
+        counts.append(1)
+        return of_lists(column, name)
+
+    monkeypatch.setattr(lengths, "_of_lists", counting)
+    table = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 4)]})
+    for _ in range(2):
+        assert read_lengths(table, "length").tolist() == [3, 1, 4]
+    assert len(counts) == 1
+    [kept] = (tmp_path / "hf_hetero").iterdir()
+    kept.write_bytes(kept.read_bytes()[:-3])
+    assert read_lengths(table, "length").tolist() == [3, 1, 4]
+    assert len(counts) == 2
+    masked = table.add_column("attention_mask", [[1] * n for n in (2, 1, 1)])
+    assert read_lengths(masked, "length").tolist() == [2, 1, 1]
+    assert read_lengths(table.select([2, 0, 1]), "length").tolist() == [4, 3, 1]
+    assert len(list((tmp_path / "hf_hetero").iterdir())) == 3
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting goes on without it."""
+    (tmp_path / "hf_hetero").write_text("a file where the folder would be")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(lengths, "WORTH_KEEPING", 1)
+    table = datasets.Dataset.from_dict({"input_ids": [[1, 2]]})
+    assert read_lengths(table, "length").tolist() == [2]
