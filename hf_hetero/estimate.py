@@ -6,11 +6,11 @@ the memory of a token is not too small. Everything assumed is written into the c
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 
 from hf_hetero.cost_model import CostModel
@@ -183,11 +183,34 @@ def activation_bytes(shape: ModelShape) -> float:
 
 
 def loss_bytes(shape: ModelShape) -> float:
-    """Memory of a chunked loss whatever the tokens: a chunk's logits three times, and the head's gradient in fp32."""
+    """Memory of a chunked loss whatever the tokens: a full chunk's logits, and the head's gradient in fp32."""
     if not shape.chunked_loss:
         return 0.0
-    chunk = CHUNK_BYTES * (1 + 2 * shape.element_bytes / 4)
+    chunk = tokens_in_chunk(shape) * chunked_logits_bytes(shape)
     return chunk + (4 * shape.vocab * shape.hidden if shape.trainable_params == shape.num_params else 0)
+
+
+def tokens_in_chunk(shape: ModelShape) -> float:
+    """Most tokens whose logits a chunked loss holds at once."""
+    return CHUNK_BYTES / (4 * shape.vocab)
+
+
+def chunked_logits_bytes(shape: ModelShape) -> float:
+    """Logits of a token in a chunk: once in fp32, twice in the training type."""
+    return shape.vocab * (4 + 2 * shape.element_bytes)
+
+
+def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
+    """Bytes of a token, and bytes whatever the tokens, of a rank that holds the model's states.
+
+    Where memory ends before a chunk of the loss is full, only the logits of the tokens that fit are ever there, so
+    they are counted with each token.
+    """
+    fixed, token = state_bytes + loss_bytes(shape), activation_bytes(shape)
+    if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
+        fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
+        token += chunked_logits_bytes(shape)
+    return token, fixed
 
 
 def model_state_bytes(shape: ModelShape) -> float:
@@ -279,11 +302,10 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> D
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
-    """Nine tenths of what one rank may use: the GPU's memory, or its part of the host's free memory."""
+    """Nine tenths of what one rank may use: the GPU's memory, or its part of what the host gives without swapping."""
     if device.type == "cuda":
         return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(0.9 * free / max(ranks_on_node, 1))
+    return int(0.9 * psutil.virtual_memory().available / max(ranks_on_node, 1))
 
 
 def estimate_cost_model(
@@ -303,17 +325,18 @@ def estimate_cost_model(
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
-    state_bytes, micro_batch_s = model_state_bytes(shape) + loss_bytes(shape), device.layer_s * shape.num_layers
+    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
     if shards is not None:
-        state_bytes = sharded_bytes(shape, topology.num_ranks, shards) + loss_bytes(shape)
+        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
         micro_batch_s += gather_s(shape, device, topology)
+    token_bytes, fixed_bytes = memory_of(shape, state_bytes, topology.memory_bytes)
     return CostModel(
         name="estimate",
         source=(
             f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
             f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}; "
             f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s, {device.link_bytes_per_s / 1e9:.3g} GB/s in a node, "
-            f"{device.network_bytes_per_s / 1e9:.3g} GB/s across; {activation_bytes(shape) / 2**20:.3g} MiB a token, "
+            f"{device.network_bytes_per_s / 1e9:.3g} GB/s across; {token_bytes / 2**20:.3g} MiB a token, "
             f"{topology.memory_bytes / 2**30:.3g} GiB a rank"
         ),
         ranks_per_node=topology.ranks_per_node,
@@ -327,7 +350,7 @@ def estimate_cost_model(
         all_to_all_bytes_per_token=exchange_bytes(shape),
         all_to_all_bytes_per_s=bandwidth,
         all_to_all_latency_s=dict.fromkeys(bandwidth, exchanges * device.latency_s),
-        activation_bytes_per_token=activation_bytes(shape),
-        model_state_bytes_per_rank=state_bytes,
+        activation_bytes_per_token=token_bytes,
+        model_state_bytes_per_rank=fixed_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
     )

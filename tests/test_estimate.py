@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from hf_hetero.estimate import (
     gathered_bytes,
     linear_flops,
     loss_bytes,
+    memory_of,
     shape_of,
+    tokens_in_chunk,
 )
 from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.machine import restricted
@@ -84,6 +87,19 @@ def test_a_chunked_loss_keeps_no_logits() -> None:
     assert loss_bytes(chunked) == 3 * CHUNK_BYTES + 4 * 97 * 32
     frozen = with_lora(tiny_model())
     assert loss_bytes(shape_of(frozen, model.config, 4, False, False, True)) == 3 * CHUNK_BYTES
+
+
+def test_a_rank_too_small_for_a_chunk_counts_the_logits_it_holds() -> None:
+    """Little memory holds tokens, too; where a chunk just fills it, both ways to count give the same tokens."""
+    model = tiny_model()
+    tiny = shape_of(model, model.config, 4, False, False, True)
+    token, fixed = memory_of(tiny, 1000.0, 2.0**28)
+    assert fixed == 1000 + 4 * 97 * 32
+    assert token == activation_bytes(tiny) + 97 * 12
+    edge = 1000 + loss_bytes(tiny) + tokens_in_chunk(tiny) * activation_bytes(tiny)
+    (small, small_fixed), (large, large_fixed) = (memory_of(tiny, 1000.0, edge + more) for more in (-1, 1))
+    assert small > large
+    assert (edge - small_fixed) / small == pytest.approx((edge - large_fixed) / large)
 
 
 def test_activation_bytes_against_torch() -> None:
@@ -197,3 +213,10 @@ def test_this_machine() -> None:
     """The CPU's speed and free memory are measured, and plausible."""
     assert 1e8 < cpu_device(shape(), torch.float32).flops < 1e14
     assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45
+
+
+def test_cached_files_do_not_count_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that holds files read before can be given to a rank."""
+    told = SimpleNamespace(free=1 << 20, available=1 << 34)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: told)
+    assert free_memory_bytes(torch.device("cpu"), 2) == int(0.9 * (1 << 33))
