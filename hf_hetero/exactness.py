@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # model types whose gradients are compared with a plain Trainer's in tests/end_to_end
 TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
+    | {"deepseek_v3"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 # trainers of TRL and the like whose loss compares samples, or generates them

@@ -41,6 +41,9 @@ TINY = {
 }
 MIXED_LAYERS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+MLA |= {"head_dim": 4, "num_key_value_heads": 4}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[
     str, tuple[str, dict[str, Any]]
@@ -56,6 +59,7 @@ FAMILIES: dict[
     "olmo2": ("Olmo2", {}),
     "phi3": ("Phi3", {}),
     "qwen3-moe": ("Qwen3Moe", {**MOE, "num_experts": 4, "decoder_sparse_step": 1}),
+    "deepseek-v3": ("DeepseekV3", {**MLA, **EXPERTS, "first_k_dense_replace": 1}),
     "gpt-oss": ("GptOss", {**MIXED_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}),
 }
 

@@ -49,7 +49,7 @@ def both(make: Any, inputs: dict[str, Any]) -> list[tuple[float, dict[str, torch
     return found
 
 
-NOT_IN_FP64 = ("gemma2", "gemma3", "qwen3-moe", "gpt-oss")
+NOT_IN_FP64 = ("gemma2", "gemma3", "qwen3-moe", "deepseek-v3", "gpt-oss")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
