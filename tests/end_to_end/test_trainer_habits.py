@@ -135,10 +135,11 @@ def train_compiled() -> Any:
 
 
 @pytest.mark.slow
-def test_compiled_model_learns_the_same() -> None:
-    """torch.compile works around the attention."""
-    compiled = run_ranks(train_compiled, 2)[0]
-    eager = run_ranks(train_llama, 2)[0]["gradients"]
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_compiled_model_learns_the_same(ranks: int) -> None:
+    """torch.compile works around the attention, by every method; blocks of a ring need four ranks."""
+    compiled = run_ranks(train_compiled, ranks)[0]
+    eager = run_ranks(train_llama, ranks)[0]["gradients"]
     for ours, theirs in zip(compiled, eager, strict=True):
         assert len(ours) == len(theirs)
         for (_, a), (_, b) in zip(sorted(ours.items()), sorted(theirs.items()), strict=True):
