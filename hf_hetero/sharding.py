@@ -98,12 +98,12 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
     Raises:
         HeteroError: it is another one; gradients would not be synchronised, or memory not shared.
     """
-    wrapped: Any = getattr(model, "_orig_mod", model)  # inside torch.compile's
+    inside: Any = getattr(model, "_orig_mod", model)  # torch.compile wraps DDP; FSDP2 wraps what was compiled
     expected = FSDPModule if asks_for_fsdp(args) else DistributedDataParallel if args.world_size > 1 else None
-    if expected is not None and not isinstance(wrapped, expected):
+    if expected is not None and not isinstance(model, expected) and not isinstance(inside, expected):
         raise HeteroError(
             f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
-            f"{type(wrapped).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
+            f"{type(inside).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
         )
 
 

@@ -77,6 +77,14 @@ def test_gradients_equal_the_reference(checkpointing: str) -> None:
     check_case({"dtype": torch.float64, "args": CHECKPOINTING[checkpointing]})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "fsdp", "non-reentrant"])
+def test_gradients_of_a_compiled_model(checkpointing: str) -> None:
+    """torch.compile works around the attention where weights are sharded, too."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", **CHECKPOINTING[checkpointing]}
+    check_case({"dtype": torch.float64, "args": compiled})
+
+
 def test_gradients_of_adapters() -> None:
     """LoRA, whose frozen and trainable weights are sharded side by side."""
     check_case({"dtype": torch.float64, "lora": True})
