@@ -51,6 +51,8 @@ class CostModel:
         memory_bytes_per_rank: memory that a rank may use.
         ranks_per_node: ranks that share fast links.
         kv_bytes_per_token: keys and values of a token in all layers, one way; None leaves "ulysses" as the only method.
+        num_heads: of the model's queries; where a degree does not divide them, the rank with most of them is waited for
+            when heads are exchanged. None, or without `kv_bytes_per_token`: they count as divisible.
         num_kv_heads: of the model; with fewer of them than ranks in a block, "ulysses_ring" sends copies.
         network_bytes_per_s: what one rank sends across nodes when all do; None leaves "ulysses_ring" out.
         ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
@@ -71,6 +73,7 @@ class CostModel:
     all_to_all_latency_s: Mapping[int, float] = field(default_factory=dict[int, float])
     ranks_per_node: int | None = None
     kv_bytes_per_token: float | None = None
+    num_heads: int | None = None
     num_kv_heads: int | None = None
     network_bytes_per_s: float | None = None
     ring_overlap: float = 0.0
@@ -134,9 +137,15 @@ class CostModel:
 
     def group_seconds(self, group: Group, lengths: Sequence[int]) -> float:
         """Seconds of a plan's group, given the lengths of the global batch."""
-        if self.exchanges_heads(group):
+        if self.exchanges_heads(group) and self.head_imbalance(group.degree) == 1:
             return self.seconds((lengths[sample] for sample in group.samples), group.degree)
         return sum(self.charges(group, lengths))
+
+    def head_imbalance(self, degree: int) -> float:
+        """Heads of the rank that has most of them, by the mean; 1 where they divide, or nobody knows."""
+        if self.num_heads is None or self.kv_bytes_per_token is None:
+            return 1.0
+        return degree * -(-self.num_heads // degree) / self.num_heads
 
     def exchanges_heads(self, group: Group) -> bool:
         """Whether the first formula counts for a group: its ranks exchange heads, or it is all this model knows."""
@@ -155,14 +164,14 @@ class CostModel:
         if self.exchanges_heads(group):
             attention_s = self.attention_s_per_token2 * sum(length * length for length in held) / degree
             return (
-                attention_s,
+                attention_s * self.head_imbalance(degree),
                 linear_s,
                 (self.linear_s(degree) - self.linear_s_per_token) * tokens,
                 self.fixed_s(degree),
             )
         layout, inner = layout_of(group, lengths), group.ulysses_degree or 1
         blocks = blocks_of(layout) if inner > 1 else layout
-        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner
+        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner * self.head_imbalance(inner)
         exchange_s, fixed_s = 0.0, self.micro_batch_s
         if inner > 1:
             exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
@@ -205,6 +214,7 @@ class CostModel:
             all_to_all_bytes_per_token=0.0,
             all_to_all_latency_s=dict.fromkeys(self.all_to_all_latency_s, 0.0),
             kv_bytes_per_token=None,
+            num_heads=None,
         )
 
     def plan_seconds(self, plan: Plan, lengths: Sequence[int]) -> float:

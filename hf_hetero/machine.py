@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,11 @@ def set_up(
             "Cost model %r: %d tokens a rank, degrees %s. %s", cost.name, cost.capacity_tokens, degrees, cost.source
         )
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
-            logger.warning("%d heads do not divide by degree %s: some ranks will compute more.", heads, uneven)
+            logger.warning(
+                "%d heads do not divide by degree %s: some ranks compute more by Ulysses.",
+                heads,
+                uneven,
+            )
     return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
 
 
@@ -113,8 +117,15 @@ def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
 
 
 def restricted(cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int) -> CostModel:
-    """A cost model under the user's limits and the model's heads: a rank without a head would have nothing to do."""
-    most = min(hetero.max_degree or num_ranks, num_heads)
+    """A cost model under the user's limits and the model's heads.
+
+    Where only heads can be exchanged, a rank without one would have nothing to do; other methods may go further.
+    """
+    most = hetero.max_degree or num_ranks
+    if cost.kv_bytes_per_token is None or not {"gather", "ring"} & set(hetero.methods):
+        most = min(most, num_heads)
+    else:
+        cost = replace(cost, num_heads=num_heads)
     cost = cost.with_degrees(degree for degree in cost.degrees(num_ranks) if degree <= most)
     return cost.with_capacity(hetero.max_tokens_per_rank) if hetero.max_tokens_per_rank else cost
 

@@ -205,7 +205,9 @@ def test_limits() -> None:
     """max_degree, the number of heads and max_tokens_per_rank bind."""
     cost = estimate_cost_model(shape(), DEVICE, Topology(8, None, 2**30), (1, 2, 4, 8))
     assert restricted(cost, HeteroConfig(max_degree=2), 8, num_heads=32).degrees(8) == (1, 2)
-    assert restricted(cost, HeteroConfig(), 8, num_heads=4).degrees(8) == (1, 2, 4)
+    assert restricted(cost, HeteroConfig(), 8, num_heads=4).degrees(8) == (1, 2, 4, 8)
+    assert restricted(cost, HeteroConfig(methods=["ulysses"]), 8, num_heads=4).degrees(8) == (1, 2, 4)
+    assert restricted(replace(cost, kv_bytes_per_token=None), HeteroConfig(), 8, num_heads=4).degrees(8) == (1, 2, 4)
     assert restricted(cost, HeteroConfig(max_tokens_per_rank=77), 8, 32).capacity_tokens == 77
 
 

@@ -87,8 +87,9 @@ class Planner:
 
     @property
     def has_choice(self) -> bool:
-        """Whether groups may exchange anything but heads."""
-        return self.cost_model.kv_bytes_per_token is not None and set(self.methods) != {"ulysses"}
+        """Whether methods have their say: groups may exchange something else, or heads that do not divide."""
+        cost = self.cost_model
+        return cost.kv_bytes_per_token is not None and (set(self.methods) != {"ulysses"} or cost.num_heads is not None)
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -155,14 +156,20 @@ class Planner:
         return self._improved(problem, plan) if self.solver == "mip" else plan
 
     def _with_methods(self, plan: Plan, problem: Problem, lengths: Sequence[int]) -> Plan:
-        """The better of two plans, each with the fastest method for each of its groups.
+        """The best of two or three plans, each with the fastest method for each of its groups.
 
         One was made as if all groups exchanged heads, the other as if no exchange took time. The truth is between, and
-        the bound of the second holds whatever the methods.
+        the bound of the second holds whatever the methods. Both take heads for divisible; where they are not at large
+        degrees, a third does without those.
         """
         free = Planner(self.cost_model.with_free_exchange(), self.num_ranks, self.max_degree, self.solver)
         at_best = replace(free, mip_time_limit_s=self.mip_time_limit_s, mip_backend=self.mip_backend).plan(lengths)
-        found = [with_methods(self.cost_model, made, lengths, self.methods) for made in (plan, at_best)]
+        made_by = [plan, at_best]
+        even = [degree for degree in problem.degrees if self.cost_model.head_imbalance(degree) == 1]
+        if len(even) < len(problem.degrees) and problem.lengths[0] <= problem.capacity * even[-1]:
+            fewer = make_problem(self.cost_model.with_degrees(even), self.num_ranks, self.max_degree, lengths)
+            made_by.append(to_plan(fewer, *_fast(fewer), at_best.lower_bound_s))
+        found = [with_methods(self.cost_model, made, lengths, self.methods) for made in made_by]
         return replace(min(found, key=lambda made: made.seconds), lower_bound_s=at_best.lower_bound_s)
 
     def _improved_with_methods(self, problem: Problem, plan: Plan, lengths: Sequence[int]) -> Plan:

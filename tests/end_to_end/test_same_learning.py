@@ -31,8 +31,9 @@ from helpers import (
 from transformers import Trainer
 
 from hf_hetero import HeteroConfig, HeteroTrainer
+from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
-from hf_hetero.plan import METHODS
+from hf_hetero.plan import METHODS, Group
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -128,6 +129,34 @@ def test_gradients_on_any_number_of_ranks(num_ranks: int) -> None:
     found = run_ranks(train_as_planned, num_ranks, room)[0] if num_ranks > 1 else train_as_planned(room)
     steps = trainer_order(len(LENGTHS), len(LENGTHS), 7, 4)
     expected = reference_steps(tiny_model(dtype=torch.float64), samples(LENGTHS), steps)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert largest_difference(ours, theirs) <= 1e-12
+
+
+def train_beyond_heads(methods: list[str]) -> dict[str, Any]:
+    class Watch(StepReportCallback):
+        def on_step_report(self, args: Any, state: Any, report: Any) -> None:
+            groups.extend(report.plan.groups)
+
+    groups: list[Group] = []
+    hetero = HeteroConfig(max_tokens_per_rank=20, methods=methods)
+    model = tiny_model(dtype=torch.float64, **FEW_HEADS)
+    found = trained(model, samples(LENGTHS), HeteroTrainer, hetero, callbacks=[Watch()], per_device_train_batch_size=6)
+    return {**found, "groups": groups}
+
+
+FEW_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+
+
+@pytest.mark.parametrize("methods", [["ring"], list(METHODS)])
+def test_gradients_of_groups_with_more_ranks_than_heads(methods: list[str]) -> None:
+    """Two heads, and a sample that only four ranks can hold."""
+    found = run_ranks(train_beyond_heads, 4, methods)[0]
+    chosen = {group.method for group in found["groups"] if group.degree == 4}
+    assert chosen
+    assert chosen <= set(methods)
+    steps = trainer_order(len(LENGTHS), len(LENGTHS), 7, 4)
+    expected = reference_steps(tiny_model(dtype=torch.float64, **FEW_HEADS), samples(LENGTHS), steps)
     for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         assert largest_difference(ours, theirs) <= 1e-12
 

@@ -44,10 +44,10 @@ batches = st.lists(st.integers(1, 12_000), min_size=1, max_size=24)
 
 
 @settings(deadline=None)
-@given(batches, st.sampled_from([1, 2, 3, 4, 8]))
-def test_laws(lengths: list[int], num_ranks: int) -> None:
+@given(batches, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([None, 2, 6]))
+def test_laws(lengths: list[int], num_ranks: int, num_heads: int | None) -> None:
     """Valid; no slower than exchanging heads only; at or above the bound; seconds as the cost model counts them."""
-    cost = a_cost()
+    cost = a_cost(num_heads=num_heads)
     if max(lengths) > cost.capacity_tokens * max(d for d in cost.degrees(num_ranks) if num_ranks >= d):
         return
     plan, heads = (Planner(cost, num_ranks, methods=methods).plan(lengths) for methods in (METHODS, ("ulysses",)))
@@ -75,6 +75,26 @@ def test_each_method_is_best_somewhere() -> None:
     assert chosen(a_cost(kv_bytes_per_token=1e6), [9001], 4) == "ulysses"
     assert chosen(a_cost(ranks_per_node=8, ring_overlap=1.0, memory_bytes_per_rank=2.4e8), [9001], 4) == "ring"
     assert chosen(a_cost(), [30_001], 8) == "ulysses_ring"
+
+
+def test_more_ranks_than_heads() -> None:
+    """Exchanged, two heads keep two of eight ranks busy: that costs, so larger groups go another way."""
+    cost, group = a_cost(num_heads=2), Group(tuple(range(8)), (0,))
+    attention_s, *rest = cost.charges(group, [30_001])
+    assert attention_s == pytest.approx(4 * a_cost().charges(group, [30_001])[0])
+    assert rest == list(a_cost().charges(group, [30_001])[1:])
+    methods = {g.method for g in Planner(cost, 8).plan([30_001]).groups if g.degree > 2}
+    assert methods
+    assert "ulysses" not in methods
+    assert {g.method for g in Planner(cost, 8, methods=["ulysses"]).plan([30_001]).groups} == {"ulysses"}
+
+
+def test_large_degrees_do_not_lead_astray() -> None:
+    """Where small degrees hold a batch, a plan is no slower than without those that do not divide the heads."""
+    cost = a_cost(num_heads=2, ring_overlap=0.0, kv_bytes_per_token=1e6, memory_bytes_per_rank=4e9)
+    for lengths in (LENGTHS, [30_000, *LENGTHS], [12_000] * 3):
+        fewer = Planner(cost.with_degrees([2]), 8).plan(lengths)
+        assert Planner(cost, 8).plan(lengths).seconds <= fewer.seconds * (1 + 1e-9)
 
 
 def test_what_is_gathered_must_fit() -> None:
