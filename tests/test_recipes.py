@@ -426,6 +426,7 @@ def test_the_script_trains(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_quickstart_runs_on_four_ranks(tmp_path: Path) -> None:
     """The command of its README, cut to two steps: four ranks plan, train and report, and nothing warns."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
