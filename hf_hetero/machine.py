@@ -94,11 +94,7 @@ def set_up(
             "Cost model %r: %d tokens a rank, degrees %s. %s", cost.name, cost.capacity_tokens, degrees, cost.source
         )
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
-            logger.warning(
-                "%d heads do not divide by degree %s: some ranks compute more by Ulysses.",
-                heads,
-                uneven,
-            )
+            logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
     return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
 
 
