@@ -94,5 +94,13 @@ def scaled(cost: CostModel, factors: Floats) -> CostModel:
         network_bytes_per_s=cost.network_bytes_per_s and cost.network_bytes_per_s / exchange,
         all_to_all_latency_s={d: v * fixed for d, v in cost.all_to_all_latency_s.items()},
         micro_batch_s=cost.micro_batch_s * fixed,
+        activation_policies={
+            name: replace(
+                policy,
+                attention_s_per_token2=policy.attention_s_per_token2 * attention,
+                linear_s_per_token=policy.linear_s_per_token * linear,
+            )
+            for name, policy in cost.activation_policies.items()
+        },
         source=f"{cost.source}; times refitted to measured steps",
     )

@@ -9,6 +9,8 @@ For a group of degree d that holds samples of s tokens (FlexSP, arXiv:2412.01523
 
 A micro-batch lasts as long as its slowest group; a step is its micro-batches, one after the other.
 
+A group may also hold more tokens and take longer (`Group.activations`): each such way is an `ActivationPolicy`.
+
 That is a group whose ranks exchange heads ("ulysses"). With `kv_bytes_per_token` the model also knows the other methods
 (`charges`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
 """
@@ -18,13 +20,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from hf_hetero.activation_policy import ActivationPolicy, read_policies
 from hf_hetero.errors import ConfigError
+from hf_hetero.json_fields import read_field
 from hf_hetero.layout import blocks_of, layout_of
-from hf_hetero.plan import Group, Plan
+from hf_hetero.plan import ACTIVATIONS, Group, Plan
 from hf_hetero.volume import causal_pairs, travelling_tokens
 
 COST_FORMAT = "hf-hetero-cost/1"
@@ -56,6 +61,8 @@ class CostModel:
         num_kv_heads: of the model; with fewer of them than ranks in a block, "ulysses_ring" sends copies.
         network_bytes_per_s: what one rank sends across nodes when all do; None leaves "ulysses_ring" out.
         ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
+        activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
+        host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         name, source: what was measured, where, and how.
 
     Raises:
@@ -77,6 +84,8 @@ class CostModel:
     num_kv_heads: int | None = None
     network_bytes_per_s: float | None = None
     ring_overlap: float = 0.0
+    activation_policies: Mapping[str, ActivationPolicy] = field(default_factory=dict[str, ActivationPolicy])
+    host_memory_bytes_per_rank: float | None = None
     name: str = ""
     source: str = ""
 
@@ -97,6 +106,17 @@ class CostModel:
             )
         if not self.activation_bytes_per_token > 0:
             raise ConfigError(f"Cost model {self.name!r}: activation_bytes_per_token must be above 0.")
+        if unknown := sorted(set(self.activation_policies) - set(ACTIVATIONS)):
+            raise ConfigError(
+                f"Cost model {self.name!r}: activation_policies has {unknown}; there are {', '.join(ACTIVATIONS)}."
+            )
+        for name, policy in self.activation_policies.items():
+            attention, linear = policy.attention_s_per_token2, policy.linear_s_per_token
+            if attention < self.attention_s_per_token2 or linear < self.linear_s_per_token or policy.exchanges < 1:
+                raise ConfigError(
+                    f"Cost model {self.name!r}: activation policy {name!r} takes less time than none. "
+                    "Make what it does the rule of the run, and measure that."
+                )
         if self.capacity_tokens < 1:
             free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
             raise ConfigError(
@@ -106,9 +126,67 @@ class CostModel:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that one rank can hold in a micro-batch."""
+        """Tokens that one rank can hold in a micro-batch, of a group that does nothing to hold more."""
         free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
         return int(free // self.activation_bytes_per_token)
+
+    @cached_property
+    def under(self) -> Mapping[str | None, CostModel]:
+        """The cost model of groups by `Group.activations`: without policies to choose from, the same without any.
+
+        Policies that hold no more tokens than a faster one are left out.
+        """
+        found: dict[str | None, CostModel] = {None: replace(self, activation_policies={})}
+        for name in ACTIVATIONS:
+            if policy := self.activation_policies.get(name):
+                leaner = self._following(policy)
+                if leaner.capacity_tokens > max(known.capacity_tokens for known in found.values()):
+                    found[name] = leaner
+        return found
+
+    @property
+    def leanest(self) -> CostModel:
+        """The cost model of groups that do everything they may to hold more tokens."""
+        return list(self.under.values())[-1]
+
+    def of_group(self, group: Group) -> CostModel:
+        """What a plan's group costs by.
+
+        Raises:
+            ConfigError: it follows a policy that this cost model lacks.
+        """
+        if group.activations not in self.under:
+            raise ConfigError(
+                f"A plan's group of ranks {list(group.ranks)} has activations {group.activations!r}, about which cost "
+                f"model {self.name!r} says nothing. Plan again with this cost model."
+            )
+        return self.under[group.activations]
+
+    def with_free_memory(self) -> CostModel:
+        """The same machine if nothing that a group does to hold more took time: no plan is faster than one on it."""
+        most = self.leanest
+        return replace(
+            self.under[None],
+            activation_bytes_per_token=most.activation_bytes_per_token,
+            memory_bytes_per_rank=most.memory_bytes_per_rank,
+        )
+
+    def _following(self, policy: ActivationPolicy) -> CostModel:
+        room = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
+        if self.host_memory_bytes_per_rank is not None and policy.host_bytes_per_token > 0:
+            tokens = max(1.0, self.host_memory_bytes_per_rank / policy.host_bytes_per_token)
+            room = min(room, tokens * policy.activation_bytes_per_token)
+        kv_bytes = self.kv_bytes_per_token
+        return replace(
+            self,
+            activation_policies={},
+            activation_bytes_per_token=policy.activation_bytes_per_token,
+            attention_s_per_token2=policy.attention_s_per_token2,
+            linear_s_per_token=policy.linear_s_per_token,
+            all_to_all_bytes_per_token=self.all_to_all_bytes_per_token * policy.exchanges,
+            kv_bytes_per_token=None if kv_bytes is None else kv_bytes * policy.exchanges,
+            memory_bytes_per_rank=self.model_state_bytes_per_rank + room,
+        )
 
     def degrees(self, num_ranks: int) -> tuple[int, ...]:
         """Degrees offered on this many ranks, ascending: 1, and those with a bandwidth."""
@@ -137,6 +215,8 @@ class CostModel:
 
     def group_seconds(self, group: Group, lengths: Sequence[int]) -> float:
         """Seconds of a plan's group, given the lengths of the global batch."""
+        if group.activations is not None:
+            return self.of_group(group).group_seconds(replace(group, activations=None), lengths)
         if self.exchanges_heads(group) and self.head_imbalance(group.degree) == 1:
             return self.seconds((lengths[sample] for sample in group.samples), group.degree)
         return sum(self.charges(group, lengths))
@@ -158,6 +238,8 @@ class CostModel:
         are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
         messages of their own, and hides part of that behind attention. See `volume` for what travels.
         """
+        if group.activations is not None:
+            return self.of_group(group).charges(replace(group, activations=None), lengths)
         held, degree = [lengths[sample] for sample in group.samples], group.degree
         tokens, latency_s = sum(held) / degree, self.fixed_s(degree) - self.micro_batch_s
         linear_s = self.linear_s_per_token * tokens
@@ -222,9 +304,9 @@ class CostModel:
         return sum(max(self.group_seconds(g, lengths) for g in m.groups) for m in plan.micro_batches)
 
     def with_capacity(self, tokens: int) -> CostModel:
-        """The same machine with room for this many tokens on a rank."""
+        """The same machine with room for this many tokens on a rank, whatever its group does."""
         memory = self.model_state_bytes_per_rank + tokens * self.activation_bytes_per_token
-        return replace(self, memory_bytes_per_rank=math.ceil(memory))
+        return replace(self, memory_bytes_per_rank=math.ceil(memory), activation_policies={})
 
     def with_degrees(self, degrees: Iterable[int]) -> CostModel:
         """The same machine, offering only these degrees (and 1)."""
@@ -237,6 +319,8 @@ class CostModel:
         data = asdict(self)
         for name in ("all_to_all_bytes_per_s", "all_to_all_latency_s"):
             data[name] = {str(degree): value for degree, value in data[name].items()}
+        if not self.activation_policies:
+            del data["activation_policies"]
         return {"format": COST_FORMAT, **{key: value for key, value in data.items() if value is not None}}
 
     @classmethod
@@ -250,7 +334,11 @@ class CostModel:
             raise ConfigError(f"{where} holds a {type(data).__name__}; a cost model is a JSON object.")
         if data.get("format") != COST_FORMAT:
             raise ConfigError(f"{where}: format {data.get('format')!r} is unknown; expected {COST_FORMAT!r}.")
-        known = {item.name: _read(item, data[item.name], where) for item in fields(cls) if item.name in data}
+        known: dict[str, Any] = {}
+        for item in fields(cls):
+            if item.name in data:
+                read = read_policies if item.name == "activation_policies" else partial(read_field, item)
+                known[item.name] = read(data[item.name], where)
         needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
         if missing := sorted(needed - set(known)):
             raise ConfigError(f"{where} lacks {', '.join(missing)}.")
@@ -286,39 +374,3 @@ class CostModel:
 def shipped_names() -> tuple[str, ...]:
     """Cost models that come with the package; `hf-hetero costs` says what they are."""
     return tuple(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
-
-
-def _read(item: Field[Any], value: object, where: str) -> Any:
-    """A field's value from JSON, refused unless its kind is the one declared: "1" and true are no numbers."""
-    kind = str(item.type)
-    if value is None and kind.endswith("None"):
-        return None
-    if kind.startswith("Mapping"):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {item.name} is {value!r}; it must be an object, degree -> number.")
-        entries: Mapping[object, object] = value
-        return {_degree(item, degree, where): _number(item, number, where) for degree, number in entries.items()}
-    if kind.startswith("float"):
-        return _number(item, value, where)
-    if kind.startswith("int"):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{where}: {item.name} is {value!r}; it must be a positive whole number.")
-    elif not isinstance(value, str):
-        raise ConfigError(f"{where}: {item.name} is {value!r}; it must be text.")
-    return value
-
-
-def _number(item: Field[Any], value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{where}: {item.name} is {value!r}; it must be a number.")
-    try:
-        float(value)
-    except OverflowError:  # a whole number may have any size
-        raise ConfigError(f"{where}: {item.name} is {str(value)[:12]}...; that is too large.") from None
-    return value
-
-
-def _degree(item: Field[Any], value: object, where: str) -> int:
-    if not (isinstance(value, str) and value.isdecimal() and str(int(value)) == value):
-        raise ConfigError(f"{where}: {item.name} has the degree {value!r}; a degree is a positive whole number.")
-    return int(value)

@@ -17,6 +17,9 @@ from hf_hetero.errors import HeteroError
 PLAN_FORMAT = "hf-hetero-plan/1"
 METHODS = ("ulysses", "gather", "ring", "ulysses_ring")
 """How attention may cross the ranks of a group."""
+ACTIVATIONS = ("recompute", "offload")
+"""What a group may do to hold more tokens: compute layers again in backward; the same, and keep their inputs in host
+memory. Each takes less device memory than the one before, and no less time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,18 @@ class Group:
         samples: positions in the global batch, in the order they are packed; may be empty.
         method: how attention crosses the ranks: one of `METHODS`.
         ulysses_degree: for "ulysses_ring", the ranks of a block that share heads; the blocks form the ring. Else None.
+        activations: what it does to hold more tokens, one of `ACTIVATIONS`; None: what the whole run does.
 
     Raises:
-        HeteroError: ranks that are no aligned block, an unknown method, or blocks that do not fill the group.
+        HeteroError: ranks that are no aligned block, an unknown method or way to hold more, or blocks that do not fill
+            the group.
     """
 
     ranks: tuple[int, ...]
     samples: tuple[int, ...]
     method: str = "ulysses"
     ulysses_degree: int | None = None
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if not self.ranks:
@@ -48,6 +54,10 @@ class Group:
             )
         if self.method not in METHODS:
             raise HeteroError(f"Group of ranks {list(self.ranks)}: method {self.method!r} is none of {METHODS}.")
+        if self.activations is not None and self.activations not in ACTIVATIONS:
+            raise HeteroError(
+                f"Group of ranks {list(self.ranks)}: activations {self.activations!r} is none of {ACTIVATIONS}."
+            )
         inner = self.ulysses_degree
         if (inner is not None) != (self.method == "ulysses_ring") or (
             inner is not None and (inner < 1 or degree % inner)
@@ -136,7 +146,10 @@ class Plan:
 
     def digest(self) -> int:
         """63-bit fingerprint of what is trained and how; equal on all ranks or the step must not start."""
-        decisions = [[(g.ranks, g.samples, g.method, g.ulysses_degree) for g in m.groups] for m in self.micro_batches]
+        decisions = [
+            [(g.ranks, g.samples, g.method, g.ulysses_degree, g.activations) for g in m.groups]
+            for m in self.micro_batches
+        ]
         hashed = hashlib.sha256(json.dumps([self.num_ranks, decisions]).encode()).digest()
         return int.from_bytes(hashed[:8], "big") >> 1
 
@@ -168,12 +181,14 @@ class Plan:
 
 def _group_to_dict(group: Group) -> dict[str, Any]:
     data: dict[str, Any] = {"ranks": list(group.ranks), "samples": list(group.samples), "method": group.method}
-    return data if group.ulysses_degree is None else {**data, "ulysses_degree": group.ulysses_degree}
+    optional = {"ulysses_degree": group.ulysses_degree, "activations": group.activations}
+    return data | {name: value for name, value in optional.items() if value is not None}
 
 
 def _group_from_dict(data: Mapping[str, Any]) -> Group:
     method = data.get("method", "ulysses")
-    return Group(tuple(data["ranks"]), tuple(data["samples"]), method, data.get("ulysses_degree"))
+    more = (data.get("ulysses_degree"), data.get("activations"))
+    return Group(tuple(data["ranks"]), tuple(data["samples"]), method, *more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,19 +157,23 @@ def simulate(
     if longest > context:
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
     cost, num_ranks = planner.cost_model, planner.num_ranks
+    leanest = cost.leanest
     ways = {name: WayTotals() for name in ("adaptive", "by-heads", "static", "batch-static", "dynamic-cp", "padded")}
     by_heads = replace(planner, methods=("ulysses",))
-    by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(cost, degree, context)}
+    by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(leanest, degree, context)}
     if not by_degree:
         most = planner.degrees[-1]
         raise InfeasibleBatch(
-            f"A context of {context:,} tokens fits no degree: {most} ranks hold {most * cost.capacity_tokens:,}. "
+            f"A context of {context:,} tokens fits no degree: {most} ranks hold {most * leanest.capacity_tokens:,}. "
             "Leave longer samples out, lower the context, add ranks, or allow a larger degree."
         )
     if 1 not in by_degree:
         del ways["padded"]
     if not planner.has_choice:
         del ways["by-heads"]
+    # where groups may do something to hold more tokens, these do as little as holds the context, everywhere
+    shared = next(under for under in cost.under.values() if _holds(under, max(by_degree), context))
+    alone = next((under for under in cost.under.values() if _holds(under, 1, context)), cost)
     bound_s: list[float] = []
     planning_s: list[float] = []
     for lengths in progress(batches):
@@ -179,13 +183,13 @@ def simulate(
         ways["adaptive"].add(plan, lengths, cost)
         if "by-heads" in ways:
             ways["by-heads"].add(by_heads.plan(lengths), lengths, cost)
-        fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(cost, d, max(lengths))}
+        fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(leanest, d, max(lengths))}
         for degree, totals in by_degree.items():
             totals.add(fixed[degree], lengths, cost)
         ways["batch-static"].add(min(fixed.values(), key=lambda p: p.seconds), lengths, cost)
-        ways["dynamic-cp"].add(dynamic_cp(lengths, cost, num_ranks, planner.degrees), lengths, cost)
+        ways["dynamic-cp"].add(dynamic_cp(lengths, shared, num_ranks, planner.degrees), lengths, shared)
         if "padded" in ways:
-            _add_padded(ways["padded"], lengths, cost, num_ranks)
+            _add_padded(ways["padded"], lengths, alone, num_ranks)
     static_s = {degree: sum(totals.seconds) for degree, totals in by_degree.items()}
     best = min(static_s, key=lambda degree: static_s[degree])
     ways["static"] = by_degree[best]

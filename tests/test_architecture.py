@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "drawing", "expert_load", "lm_head", "mixes", "plan", "samples"},
+    {"topology", "drawing", "expert_load", "json_fields", "lm_head", "mixes", "plan", "samples"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"heads"},
     {"volume"},
+    {"activation_policy"},
     {"cost_model"},
     {"agreement", "attention", "dynamic_cp", "planner", "step"},
     {
@@ -73,6 +74,8 @@ WITHOUT_TORCH = {
     "config",
     "topology",
     "plan",
+    "activation_policy",
+    "json_fields",
     "cost_model",
     "layout",
     "heads",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_hetero import CostModel, Group, HeteroConfig, HeteroError, MicroBatch, Plan
+from hf_hetero.activation_policy import ActivationPolicy
 from hf_hetero.cost_model import shipped_names
 from hf_hetero.errors import ConfigError
 
@@ -29,6 +30,44 @@ def a_cost_model(**changes: Any) -> CostModel:
         "memory_bytes_per_rank": 1105,
     }
     return CostModel(**{**options, **changes})
+
+
+RECOMPUTE: dict[str, Any] = {
+    "activation_bytes_per_token": 4,
+    "attention_s_per_token2": 1.5e-6,
+    "linear_s_per_token": 2e-3,
+    "exchanges": 1.5,
+}
+OFFLOAD: dict[str, Any] = {**RECOMPUTE, "activation_bytes_per_token": 1, "host_bytes_per_token": 3}
+
+
+def with_policies(**changes: Any) -> CostModel:
+    policies = {"recompute": ActivationPolicy(**RECOMPUTE), "offload": ActivationPolicy(**OFFLOAD)}
+    return a_cost_model(activation_policies=policies, **changes)
+
+
+def test_policies() -> None:
+    """Seconds and tokens of groups that hold more, by hand; each holds more than the one before; host memory counts."""
+    cost = with_policies()
+    assert {name: under.capacity_tokens for name, under in cost.under.items()} == {
+        None: 100,
+        "recompute": 251,
+        "offload": 1005,
+    }
+    group = Group((0, 1), (0, 1), activations="recompute")
+    two = 0.5 + (1.5e-6 * 50000 + 2e-3 * 300) / 2 + 1.5 * 1000 * 300 / 2 / 1e6
+    assert (
+        cost.group_seconds(group, [100, 200])
+        == pytest.approx(two)
+        == pytest.approx(sum(cost.charges(group, [100, 200])))
+    )
+    assert cost.group_seconds(Group((0, 1), (0, 1)), [100, 200]) == a_cost_model().seconds([100, 200], 2)
+    small_host = with_policies(host_memory_bytes_per_rank=900)
+    assert small_host.leanest.capacity_tokens == 300
+    assert list(with_policies(host_memory_bytes_per_rank=600).under) == [None, "recompute"]  # offload would hold fewer
+    assert cost.with_capacity(70).leanest.capacity_tokens == 70  # a user's limit is one
+    with pytest.raises(ConfigError, match=r"ranks \[0, 1\] has activations 'recompute', about which .* says nothing"):
+        a_cost_model().group_seconds(group, [100, 200])
 
 
 def test_formula() -> None:
@@ -57,7 +96,8 @@ def test_capacity_is_exact() -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     """Save and load give the same model; the file has the documented format and string degrees."""
-    cost = a_cost_model(name="n", source="s", ranks_per_node=8)
+    cost = with_policies(name="n", source="s", ranks_per_node=8, host_memory_bytes_per_rank=900)
+    assert "activation_policies" not in a_cost_model().to_dict()
     cost.save(tmp_path / "cost.json")
     data = json.loads((tmp_path / "cost.json").read_text())
     assert data["format"] == "hf-hetero-cost/1"
@@ -96,6 +136,26 @@ def test_missing_latency_is_none() -> None:
         ({"ranks_per_node": 0}, "ranks_per_node is 0; it must be a positive whole number"),
         ({"ranks_per_node": 8.0}, "ranks_per_node is 8.0; it must be a positive whole number"),
         ({"name": 7}, "name is 7; it must be text"),
+        ({"activation_policies": [1]}, r"activation_policies is \[1\]; it must be an object"),
+        ({"activation_policies": {"recompute": 2}}, r"activation_policies\.recompute is 2; it must be an object"),
+        ({"activation_policies": {"recompute": {}}}, r"activation_policies\.recompute: .*missing 3 required"),
+        ({"activation_policies": {"forget": RECOMPUTE}}, r"activation_policies has \['forget'\]"),
+        (
+            {"activation_policies": {"recompute": {**RECOMPUTE, "exchanges": "1"}}},
+            r"recompute\.exchanges is '1'; it must be a number",
+        ),
+        (
+            {"activation_policies": {"recompute": {**RECOMPUTE, "activation_bytes_per_token": 0}}},
+            "activation policy's activation_bytes_per_token must be above 0",
+        ),
+        (
+            {"activation_policies": {"recompute": {**RECOMPUTE, "linear_s_per_token": 0.0009}}},
+            "activation policy 'recompute' takes less time than none",
+        ),
+        (
+            {"activation_policies": {"recompute": {**RECOMPUTE, "linear_s_per_token": -1}}},
+            "activation policy's linear_s_per_token is -1; it must be 0 or more",
+        ),
     ],
 )
 def test_wrong_files(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

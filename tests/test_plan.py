@@ -72,6 +72,19 @@ def test_digest_sees_decisions_and_nothing_else() -> None:
     assert Plan.from_dict(other).digest() != mixed_plan().digest()
 
 
+def test_what_groups_do_to_hold_more_travels() -> None:
+    """It is in the file where a group does something, and in the digest; what nobody knows is refused."""
+    plan = mixed_plan().to_dict()
+    assert "activations" not in plan["micro_batches"][0]["groups"][0]
+    plan["micro_batches"][0]["groups"][0]["activations"] = "recompute"
+    read = Plan.from_dict(plan)
+    assert [group.activations for group in read.groups] == ["recompute", None, None, None]
+    assert Plan.from_dict(read.to_dict()) == read
+    assert read.digest() != mixed_plan().digest()
+    with pytest.raises(HeteroError, match="activations 'forget' is none of"):
+        Group((0,), (), activations="forget")
+
+
 def test_gap_and_degrees() -> None:
     """A plan says how far from the bound it is, and reads in one line."""
     assert mixed_plan().gap == pytest.approx(0.05)

@@ -100,7 +100,7 @@ def make_problem(cost: CostModel, num_ranks: int, max_degree: int | None, length
             f"sample {order[0]} has {problem.lengths[0]} tokens; even degree {degrees[-1]} holds "
             f"{problem.capacity * degrees[-1]} ({problem.capacity} tokens a rank). "
             "Lower the maximum length, add ranks, raise the memory limit, or keep less in memory "
-            "(gradient checkpointing, and with it HeteroConfig.keep_exchanged=False)."
+            "(HeteroConfig.activation_policies, or gradient checkpointing with keep_exchanged=False)."
         )
     return problem
 

@@ -24,7 +24,7 @@ def problems(plan: Plan, lengths: Sequence[int], num_ranks: int, cost: CostModel
         if group.degree not in cost.degrees(num_ranks):
             wrong.append(f"degree {group.degree} is not offered")
         tokens = sum(int(lengths[sample]) for sample in group.samples)
-        if tokens > cost.capacity_tokens * group.degree:
+        if tokens > cost.of_group(group).capacity_tokens * group.degree:
             wrong.append(f"{tokens} tokens at degree {group.degree}")
     return wrong
 
@@ -46,7 +46,8 @@ def optimal_seconds(lengths: Sequence[int], num_ranks: int, cost: CostModel) -> 
     @functools.cache
     def group_s(subset: int, degree: int) -> float:
         held = [length for sample, length in enumerate(lengths) if subset >> sample & 1]
-        return cost.seconds(held, degree) if sum(held) <= cost.capacity_tokens * degree else math.inf
+        ways = [under for under in cost.under.values() if sum(held) <= under.capacity_tokens * degree]
+        return min((under.seconds(held, degree) for under in ways), default=math.inf)
 
     @functools.cache
     def tiled_s(subset: int, tiling: tuple[int, ...]) -> float:

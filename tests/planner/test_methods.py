@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner.reference import optimal_seconds, problems
 
 from hf_hetero import CostModel, Plan, Planner
-from hf_hetero.errors import ConfigError
+from hf_hetero.activation_policy import ActivationPolicy
+from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
 from hf_hetero.planner.methods import with_methods
 
@@ -137,3 +139,55 @@ def test_unknown_methods_are_refused() -> None:
     """By name, with those there are."""
     with pytest.raises(ConfigError, match=r"teleport.*ulysses, gather, ring, ulysses_ring"):
         Planner(a_cost(), 4, methods=["teleport"])
+
+
+POLICIES = {
+    "recompute": ActivationPolicy(3e4, 1.3e-9, 2.7e-6),
+    "offload": ActivationPolicy(1e4, 1.3e-9, 3.2e-6, exchanges=1.5),
+}
+
+
+@settings(deadline=None)
+@given(batches, st.sampled_from([1, 2, 4, 8]), st.booleans(), st.sampled_from([("ulysses",), METHODS]))
+def test_laws_of_policies(lengths: list[int], num_ranks: int, knows_kv: bool, methods: tuple[str, ...]) -> None:
+    """Valid; no slower than one policy for all groups, or one degree; the bound is below all of them."""
+    cost = a_cost(activation_policies=POLICIES, **({} if knows_kv else {"kv_bytes_per_token": None}))
+    planner = Planner(cost, num_ranks, methods=methods)
+    if max(lengths) > cost.leanest.capacity_tokens * planner.degrees[-1]:
+        with pytest.raises(InfeasibleBatch, match="activation_policies"):
+            planner.plan(lengths)
+        return
+    plan, static = planner.plan(lengths), planner.static(lengths)
+    assert problems(plan, lengths, num_ranks, cost) == [] == problems(static, lengths, num_ranks, cost)
+    assert plan.seconds == pytest.approx(cost.plan_seconds(plan, lengths))
+    assert static.seconds == pytest.approx(cost.plan_seconds(static, lengths))
+    assert plan.seconds <= static.seconds * (1 + 1e-9)
+    for under in cost.under.values():
+        if max(lengths) <= under.capacity_tokens * planner.degrees[-1]:
+            alone = Planner(under, num_ranks, methods=methods).plan(lengths)
+            assert plan.seconds <= alone.seconds * (1 + 1e-9)
+            assert plan.lower_bound_s <= min(alone.seconds, static.seconds, plan.seconds) * (1 + 1e-9)
+    improved = planner.improve(plan, lengths)
+    assert improved.seconds <= plan.seconds * (1 + 1e-9)
+    assert improved.lower_bound_s <= improved.seconds * (1 + 1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 12_000), min_size=1, max_size=6), st.sampled_from([1, 2, 4]))
+def test_policies_against_brute_force(lengths: list[int], num_ranks: int) -> None:
+    """Within a fifth of the best of all plans, which is at or above the bound."""
+    cost = a_cost(activation_policies=POLICIES, kv_bytes_per_token=None)
+    if max(lengths) > cost.leanest.capacity_tokens * num_ranks:
+        return
+    plan, best_s = Planner(cost, num_ranks).plan(lengths), optimal_seconds(lengths, num_ranks, cost)
+    assert plan.lower_bound_s * (1 - 1e-9) <= best_s <= plan.seconds * (1 + 1e-9)
+    assert plan.seconds <= 1.2 * best_s
+
+
+def test_only_who_must_recomputes() -> None:
+    """A sample too long for all ranks otherwise recomputes; a micro-batch without such a one does not."""
+    cost = a_cost(activation_policies=POLICIES, kv_bytes_per_token=None)
+    plan = Planner(cost, 2).plan([20_000, 3900, 3900])
+    by_sample = {group.samples: group.activations for group in plan.groups}
+    assert by_sample == {(0,): "recompute", (1,): None, (2,): None}
+    assert not any(group.activations for group in Planner(cost, 2).plan([3900, 3900]).groups)

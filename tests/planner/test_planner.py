@@ -137,7 +137,7 @@ def test_a_sample_that_nothing_holds_is_refused() -> None:
     assert str(refused.value) == (
         "sample 17 has 262144 tokens; even degree 8 holds 131072 (16384 tokens a rank). "
         "Lower the maximum length, add ranks, raise the memory limit, or keep less in memory "
-        "(gradient checkpointing, and with it HeteroConfig.keep_exchanged=False)."
+        "(HeteroConfig.activation_policies, or gradient checkpointing with keep_exchanged=False)."
     )
 
 

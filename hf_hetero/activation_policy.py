@@ -1,0 +1,71 @@
+"""What a group costs that does something to hold more tokens (`plan.ACTIVATIONS`).
+
+Some samples of a run are too long, or a micro-batch too full, for what activations take when all of them are kept. To
+recompute layers everywhere makes every sample pay a third more. A plan decides for each group: ByteScale offloads by
+need (arXiv:2502.21231), MEMO by how much a long sample's attention hides (arXiv:2407.12117).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+from hf_hetero.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ActivationPolicy:
+    """What differs from the costs of the rest of the run.
+
+    Args:
+        activation_bytes_per_token: memory of a token on the device.
+        attention_s_per_token2, linear_s_per_token: as in `CostModel`.
+        exchanges: bytes that ranks exchange, by what they exchange otherwise.
+        host_bytes_per_token: memory of a token in the host.
+
+    Raises:
+        ConfigError: a number is negative, not finite, or 0 where there must be memory.
+    """
+
+    activation_bytes_per_token: float
+    attention_s_per_token2: float
+    linear_s_per_token: float
+    exchanges: float = 1.0
+    host_bytes_per_token: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"An activation policy's {name} is {value!r}; it must be 0 or more.")
+        if not self.activation_bytes_per_token > 0:
+            raise ConfigError("An activation policy's activation_bytes_per_token must be above 0.")
+
+
+def read_policies(value: object, where: str) -> dict[str, ActivationPolicy]:
+    """Policies by name, from a cost model's JSON.
+
+    Raises:
+        ConfigError: not an object of objects, or a field that is missing or no number.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: activation_policies is {value!r}; it must be an object, name -> policy.")
+    entries: Mapping[object, object] = value
+    found: dict[str, ActivationPolicy] = {}
+    for name, entry in entries.items():
+        place = f"{where}: activation_policies.{name}"
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{place} is {entry!r}; it must be an object.")
+        data: Mapping[object, object] = entry
+        numbers: dict[str, float] = {}
+        for item in fields(ActivationPolicy):
+            if item.name in data:
+                number = data[item.name]
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    raise ConfigError(f"{place}.{item.name} is {number!r}; it must be a number.")
+                numbers[item.name] = number
+        try:
+            found[str(name)] = ActivationPolicy(**numbers)
+        except (TypeError, ConfigError) as error:  # a field that is missing, or out of range
+            raise ConfigError(f"{place}: {error}") from error
+    return found
