@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hf_hetero.errors import ConfigError
-from hf_hetero.plan import METHODS
+from hf_hetero.plan import ACTIVATIONS, METHODS
 
 SOLVERS = ("auto", "fast", "mip")
 LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
@@ -63,6 +63,20 @@ class HeteroConfig:
             "micro-batch, often its largest tensor, never exist as a whole."
         },
     )
+    activation_policies: list[str] = field(
+        default_factory=lambda: ["recompute"],
+        metadata={
+            "help": "What groups may do to hold more tokens, where a plan gains by it. recompute: compute layers again "
+            "in backward. offload: the same, with what is kept for that in host memory."
+        },
+    )
+    chunked_mlp: bool = field(
+        default=True,
+        metadata={
+            "help": "Where layers are recomputed, let their MLPs go a few tokens at a time, so that inner tensors of a "
+            "micro-batch never exist as a whole."
+        },
+    )
     plan_evaluation: bool = field(
         default=True,
         metadata={"help": "Plan evaluation and prediction, too; otherwise they are stock, each sample on one rank."},
@@ -103,5 +117,7 @@ class HeteroConfig:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ConfigError(f"HeteroConfig.methods={self.methods!r}: choose from {', '.join(METHODS)}.")
+        if unknown := [policy for policy in self.activation_policies if policy not in ACTIVATIONS]:
+            raise ConfigError(f"HeteroConfig.activation_policies={unknown!r}: choose from {', '.join(ACTIVATIONS)}.")
         if not self.group_timeout_s > 0:
             raise ConfigError(f"HeteroConfig.group_timeout_s={self.group_timeout_s}: it must be above 0 seconds.")

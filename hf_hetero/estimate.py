@@ -7,12 +7,15 @@ the memory of a token is not too small. Everything assumed is written into the c
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
 import torch
 
+from hf_hetero import chunked_mlp
+from hf_hetero.activation_policy import ActivationPolicy
 from hf_hetero.cost_model import CostModel
 from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.topology import Topology
@@ -28,6 +31,7 @@ class Device:
         network_bytes_per_s: what one rank's part of its node's network carries when all ranks send.
         latency_s: fixed time of one exchange.
         layer_s: fixed time of a layer's forward and backward pass, whatever it holds.
+        host_bytes_per_s: what one rank copies to or from its host.
         ring_overlap: share of a ring's attention behind which its exchange hides.
     """
 
@@ -37,6 +41,7 @@ class Device:
     network_bytes_per_s: float = 6e9
     latency_s: float = 3e-5
     layer_s: float = 2e-4
+    host_bytes_per_s: float = 12e9  # one way to page-locked memory: half of PCIe 4.0 x16, for ranks share a switch
     ring_overlap: float = 0.5  # assumed: half of the time a kernel leaves the links free, or the copies slow it down
 
 
@@ -59,6 +64,7 @@ KNOWN_DEVICES = (
 )
 UTILISATION = 0.45  # share of the peak that training of dense models reaches in practice
 ATTENTION_UTILISATION = 0.35  # flash kernels reach less of it, backward included
+COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVIDIA/nccl issues 864 and 964)
 # Share of the time to gather sharded weights that does not hide behind computation. FlexSP's authors fitted a fixed
 # cost of 0.63 s a micro-batch where moving its weights takes 1.1 s: 64 A100, 400 Gb/s a node. See the test.
 EXPOSED_GATHER = 0.5
@@ -76,8 +82,10 @@ class ModelShape:
         element_bytes: of an activation.
         state_bytes_per_trainable: gradient, and optimizer state.
         checkpointing: whether layers are recomputed in backward.
-        keeps_exchanged: whether recompute finds what was exchanged, instead of exchanging it again.
+        keeps_exchanged: whether a recompute finds what was exchanged, instead of exchanging it again.
         chunked_loss: whether the loss does without whole logits.
+        chunked_mlp: whether recomputed MLPs do without whole inner tensors.
+        offloads: whether what recompute needs waits in the host's memory.
     """
 
     num_layers: int
@@ -95,6 +103,8 @@ class ModelShape:
     checkpointing: bool
     keeps_exchanged: bool = False
     chunked_loss: bool = False
+    chunked_mlp: bool = False
+    offloads: bool = False
 
 
 def shape_of(
@@ -104,6 +114,7 @@ def shape_of(
     checkpointing: bool,
     keeps_exchanged: bool = False,
     chunked_loss: bool = False,
+    chunked_mlp: bool = False,
 ) -> ModelShape:
     """Read a model's shape from its config and its weights."""
     heads = config.num_attention_heads
@@ -131,8 +142,9 @@ def shape_of(
         param_bytes=sum(p.numel() * p.element_size() for p in params),
         element_bytes=element_bytes,
         checkpointing=checkpointing,
-        keeps_exchanged=checkpointing and keeps_exchanged,
+        keeps_exchanged=keeps_exchanged,
         chunked_loss=chunked_loss,
+        chunked_mlp=chunked_mlp,
     )
 
 
@@ -167,19 +179,34 @@ def activation_bytes(shape: ModelShape) -> float:
     """Memory of a token: activations that wait for backward, and the logits.
 
     Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
-    it exchanged if that is kept, and one layer in full. Whole logits exist three times: once in the training type,
-    twice in fp32; a chunked loss keeps the head's input and its gradient instead.
+    it exchanged if that is kept, and one layer in full, of whose MLP only input and output if it goes in chunks. What
+    is offloaded is there for two layers at a time: one that computes, and one whose copies are on their way. Whole
+    logits exist three times: once in the training type, twice in fp32; a chunked loss keeps the head's input and its
+    gradient instead.
     """
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
-    kept_by_mlp = 4 * shape.intermediate + shape.hidden
+    kept_by_mlp = (0 if shape.checkpointing and shape.chunked_mlp else 4 * shape.intermediate) + shape.hidden
     layer = (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
-    exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
-    boundary = (shape.hidden + exchanged) * shape.element_bytes
-    layers = shape.num_layers * boundary + layer if shape.checkpointing else shape.num_layers * layer
+    waiting = min(2, shape.num_layers) if shape.offloads else shape.num_layers
+    layers = waiting * boundary_bytes(shape) + layer if shape.checkpointing else shape.num_layers * layer
     if shape.chunked_loss:
         return layers + 2 * shape.hidden * shape.element_bytes
     return layers + shape.vocab * (shape.element_bytes + 8)
+
+
+def boundary_bytes(shape: ModelShape) -> float:
+    """What a layer that is recomputed keeps of a token: its input, and what it exchanged if that is kept."""
+    exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
+    return (shape.hidden + exchanged) * shape.element_bytes
+
+
+def mlp_bytes(shape: ModelShape) -> float:
+    """Memory of an MLP in chunks whatever the tokens: a chunk's inner tensors twice, and its gradients in fp32."""
+    if not (shape.checkpointing and shape.chunked_mlp):
+        return 0.0
+    gradients = 4 * 3 * shape.hidden * shape.intermediate if shape.trainable_params == shape.num_params else 0
+    return 2 * chunked_mlp.CHUNK_BYTES + gradients
 
 
 def loss_bytes(shape: ModelShape) -> float:
@@ -203,10 +230,13 @@ def chunked_logits_bytes(shape: ModelShape) -> float:
 def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
     """Bytes of a token, and bytes whatever the tokens, of a rank that holds the model's states.
 
-    Where memory ends before a chunk of the loss is full, only the logits of the tokens that fit are ever there, so
-    they are counted with each token.
+    The loss and the MLPs take their chunks one after the other, so that the larger counts. Where memory ends before a
+    chunk of the loss is full, only the logits of the tokens that fit are ever there, so they are counted with each
+    token; an MLP that never fills a chunk is as if it had none.
     """
-    fixed, token = state_bytes + loss_bytes(shape), activation_bytes(shape)
+    if shape.checkpointing and shape.chunked_mlp and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
+        shape = replace(shape, chunked_mlp=False)
+    fixed, token = state_bytes + max(loss_bytes(shape), mlp_bytes(shape)), activation_bytes(shape)
     if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
         fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
         token += chunked_logits_bytes(shape)
@@ -301,11 +331,20 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> D
     return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3, ring_overlap=0.0)
 
 
-def free_memory_bytes(device: torch.device, ranks_on_node: int) -> int:
-    """Nine tenths of what one rank may use: the GPU's memory, or its part of what the host gives without swapping."""
+def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicators: int = 0) -> int:
+    """What one rank may use: of the GPU's memory, or its part of what the host gives without swapping.
+
+    On a GPU, a twentieth is left to the CUDA context and the allocator, and each communicator takes its buffers.
+    """
     if device.type == "cuda":
-        return int(0.9 * torch.cuda.get_device_properties(device).total_memory)
+        total = torch.cuda.get_device_properties(device).total_memory
+        return int(max(0.5 * total, 0.95 * total - num_communicators * COMMUNICATOR_BYTES))
     return int(0.9 * psutil.virtual_memory().available / max(ranks_on_node, 1))
+
+
+def host_memory_bytes(device: torch.device, ranks_on_node: int) -> int | None:
+    """What one rank may use of the host for what its GPU puts there: its part of half of what is free; else None."""
+    return int(0.5 * psutil.virtual_memory().available / max(ranks_on_node, 1)) if device.type == "cuda" else None
 
 
 def estimate_cost_model(
@@ -314,6 +353,7 @@ def estimate_cost_model(
     topology: Topology,
     degrees: tuple[int, ...],
     shards: Shards | None = None,
+    policies: Collection[str] = (),
 ) -> CostModel:
     """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known.
 
@@ -321,6 +361,7 @@ def estimate_cost_model(
         shape, device, topology: what is estimated.
         degrees: to offer; 1 always is.
         shards: how model states are sharded over all ranks; None: each rank holds them all.
+        policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
     """
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
@@ -344,7 +385,7 @@ def estimate_cost_model(
         num_kv_heads=shape.kv_heads,
         network_bytes_per_s=device.network_bytes_per_s if topology.crosses_nodes(topology.num_ranks) else None,
         ring_overlap=device.ring_overlap,
-        attention_s_per_token2=attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION),
+        attention_s_per_token2=attention_s(shape, device),
         linear_s_per_token=linear_flops(shape) / device.flops,
         micro_batch_s=micro_batch_s,
         all_to_all_bytes_per_token=exchange_bytes(shape),
@@ -353,4 +394,40 @@ def estimate_cost_model(
         activation_bytes_per_token=token_bytes,
         model_state_bytes_per_rank=fixed_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
+        activation_policies=_policies(shape, device, state_bytes, topology.memory_bytes, policies),
+        host_memory_bytes_per_rank=topology.host_memory_bytes,
     )
+
+
+def attention_s(shape: ModelShape, device: Device) -> float:
+    """Seconds of a token squared."""
+    return attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION)
+
+
+def _policies(
+    shape: ModelShape, device: Device, state_bytes: float, memory_bytes: float, policies: Collection[str]
+) -> dict[str, ActivationPolicy]:
+    """What groups cost that recompute layers, or also offload what that needs.
+
+    Copies to the host and back hide behind what is computed with a token alone; attention would hide more of them.
+    """
+    _, fixed_bytes = memory_of(shape, state_bytes, memory_bytes)
+    found: dict[str, ActivationPolicy] = {}
+    for name in policies:
+        changed = replace(shape, checkpointing=True, offloads=name == "offload")
+        token_bytes, changed_fixed_bytes = memory_of(changed, state_bytes, memory_bytes)
+        tokens = (memory_bytes - changed_fixed_bytes) / token_bytes
+        linear_s, host_bytes = linear_flops(changed) / device.flops, 0.0
+        if changed.offloads:
+            host_bytes = shape.num_layers * boundary_bytes(changed)
+            linear_s = max(linear_s, 2 * host_bytes / device.host_bytes_per_s)
+        if tokens >= 1:
+            found[name] = ActivationPolicy(
+                # chunks of MLPs are whole whatever the tokens; spread over the tokens they leave room for
+                activation_bytes_per_token=(memory_bytes - fixed_bytes) / tokens,
+                attention_s_per_token2=attention_s(changed, device),
+                linear_s_per_token=linear_s,
+                exchanges=exchange_bytes(changed) / exchange_bytes(shape),
+                host_bytes_per_token=host_bytes,
+            )
+    return found

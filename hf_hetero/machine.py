@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_hetero import estimate
+from hf_hetero.activations import Activations
 from hf_hetero.agreement import broadcast
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
@@ -47,6 +49,7 @@ def set_up(
     hetero: HeteroConfig,
     dtype: torch.dtype,
     sharding: Sharding,
+    activations: Activations,
     checkpoint: str | None = None,
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
@@ -58,8 +61,7 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    ranks_per_node = _ranks_per_node()
-    topology = Topology(world, ranks_per_node, estimate.free_memory_bytes(args.device, ranks_per_node or world))
+    topology = _topology(args.device, world)
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
     checkpointing = sharding.checkpointing
@@ -70,19 +72,22 @@ def set_up(
         checkpointing,
         keeps_exchanged=hetero.keep_exchanged,
         chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
+        chunked_mlp=activations.chunked_mlps,
     )
+    policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
     speed = _speed(shape, args.device, dtype)
 
     def make() -> CostModel:
         if hetero.cost_model:
-            return restricted(CostModel.load(hetero.cost_model), hetero, world, heads)
+            return restricted(CostModel.load(hetero.cost_model), hetero, world, heads, policies)
         if (kept := kept_cost_model(checkpoint, world)) is not None:
-            return restricted(kept, hetero, world, heads)
+            return restricted(kept, hetero, world, heads, policies)
         spread = None
         if sharding.is_sharded:
             spread = estimate.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
-        cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread)
-        return restricted(cost, hetero, world, heads)
+        gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
+        cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
+        return restricted(cost, hetero, world, heads, policies)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)
@@ -90,9 +95,9 @@ def set_up(
     messengers.close()
     if args.process_index == 0:
         degrees = ", ".join(map(str, cost.degrees(world)))
-        logger.warning(
-            "Cost model %r: %d tokens a rank, degrees %s. %s", cost.name, cost.capacity_tokens, degrees, cost.source
-        )
+        held = ", ".join(f"{under.capacity_tokens} with {policy}" for policy, under in cost.under.items() if policy)
+        tokens = f"{cost.capacity_tokens} tokens a rank{f' ({held})' if held else ''}"
+        logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
             logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
     return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
@@ -112,11 +117,14 @@ def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
     return CostModel.from_dict(data, where=str(path)) if data.get("num_ranks") == num_ranks else None
 
 
-def restricted(cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int) -> CostModel:
-    """A cost model under the user's limits and the model's heads.
+def restricted(
+    cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int, policies: Collection[str] = ()
+) -> CostModel:
+    """A cost model under the user's limits, the model's heads, and what its layers can do to hold more.
 
     Where only heads can be exchanged, a rank without one would have nothing to do; other methods may go further.
     """
+    cost = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in policies})
     most = hetero.max_degree or num_ranks
     if cost.kv_bytes_per_token is None or not {"gather", "ring"} & set(hetero.methods):
         most = min(most, num_heads)
@@ -135,6 +143,13 @@ def _text_config(model: torch.nn.Module) -> Any:
     return config.get_text_config()
 
 
-def _ranks_per_node() -> int | None:
+def _topology(device: torch.device, num_ranks: int) -> Topology:
     local = os.environ.get("LOCAL_WORLD_SIZE")
-    return int(local) if local and dist.is_initialized() else None
+    ranks_per_node = int(local) if local and dist.is_initialized() else None
+    ranks, num_communicators = ranks_per_node or num_ranks, len(Topology(num_ranks).degrees)
+    return Topology(
+        num_ranks,
+        ranks_per_node,
+        estimate.free_memory_bytes(device, ranks, num_communicators),
+        estimate.host_memory_bytes(device, ranks),
+    )

@@ -11,6 +11,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, de
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero import exactness, lm_head, sharding
+from hf_hetero.activations import Activations
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
@@ -110,8 +111,20 @@ class PreparedTrainer(Trainer):
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
             self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
+            self._activations = Activations(
+                exactness.base_model(self.model),
+                recomputes=self._sharding.checkpointing,
+                in_chunks=self.hetero.chunked_mlp,
+                compiled=self.args.torch_compile,
+            )
             self._machine = set_up(
-                self.model, self.args, self.hetero, self._compute_dtype(), self._sharding, self._resumed_from
+                self.model,
+                self.args,
+                self.hetero,
+                self._compute_dtype(),
+                self._sharding,
+                self._activations,
+                self._resumed_from,
             )
             self.cost_model = self._machine.cost_model
         return self._machine
@@ -137,6 +150,10 @@ class PreparedTrainer(Trainer):
         rank = self.args.process_index if self.args.world_size > 1 else 0
         inner = micro_batch.layout.inner
         first = rank - rank % inner
+        num_tokens = micro_batch.inputs["input_ids"].shape[1]
+        hidden = exactness.base_model(self.model).config.get_text_config().hidden_size
+        recomputed = self._activations.recomputed(group.activations) and torch.is_grad_enabled()
+        policy = group.activations if recomputed else None
         return AttentionContext(
             micro_batch.layout,
             group.ranks,
@@ -148,7 +165,8 @@ class PreparedTrainer(Trainer):
             step=self.state.global_step + 1,
             micro_batch=index,
             inner_group=self.groups.get(tuple(range(first, first + inner))),
-            keeps=self.hetero.keep_exchanged and self._sharding.checkpointing and torch.is_grad_enabled(),
+            keeps=self.hetero.keep_exchanged and recomputed,
+            store=self._activations.store(policy, self.args.device, num_tokens, hidden),
         )
 
     def _step_callbacks(self) -> list[StepReportCallback]:

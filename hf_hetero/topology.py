@@ -15,6 +15,7 @@ class Topology:
         num_ranks: ranks of the whole run (torch's world size).
         ranks_per_node: ranks that share one node's fast links; None means all of them.
         memory_bytes: memory that one rank may use, in bytes; None means unknown.
+        host_memory_bytes: memory of the host that one rank may use beside, in bytes; None means unknown.
 
     Raises:
         ConfigError: a count is not a positive integer.
@@ -23,9 +24,10 @@ class Topology:
     num_ranks: int
     ranks_per_node: int | None = None
     memory_bytes: int | None = None
+    host_memory_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_ranks", "ranks_per_node", "memory_bytes"):
+        for name in ("num_ranks", "ranks_per_node", "memory_bytes", "host_memory_bytes"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"Topology.{name} is {value!r}: it must be a positive integer.")

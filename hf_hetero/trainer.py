@@ -112,7 +112,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             context = self._context(micro_batch, index)
             is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
             lazy = nullcontext() if self._head is None else self._head.lazy()
-            with lazy, sharding.synchronising(self, model, is_synced), clock.micro_batch():
+            saving = self._activations.following(micro_batch.group.activations, context.store)
+            with lazy, saving, sharding.synchronising(self, model, is_synced), clock.micro_batch():
                 loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
             total += loss
             if not context.reached:

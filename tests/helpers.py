@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
-from hf_hetero.plan import METHODS
+from hf_hetero.chunked_mlp import ChunkedMLP
+from hf_hetero.plan import ACTIVATIONS, METHODS
 from hf_hetero.plan_ahead import PlanSource
 
 IGNORE = -100
@@ -194,11 +195,11 @@ def keep_float64(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def with_lora(model: Any) -> Any:
+def with_lora(model: Any, targets: Sequence[str] = ("q_proj", "v_proj")) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(r=4, target_modules=list(targets), task_type="CAUSAL_LM", init_lora_weights=False)
     return get_peft_model(model, config)
 
 
@@ -232,7 +233,7 @@ SHAPES = {
 
 
 class ScriptedPlanner:
-    """Plans that no cost model would choose: mixed degrees, 1 to 4 micro-batches, groups without samples."""
+    """Plans that no cost model would choose: mixed degrees and policies, 1 to 4 micro-batches, empty groups."""
 
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
@@ -246,7 +247,12 @@ class ScriptedPlanner:
             shape = SHAPES[self.num_ranks][(m + key) % len(SHAPES[self.num_ranks])]
             filled = shape[: max(1, len(shape) - m % 2)]  # every second micro-batch leaves a group empty
             groups = [
-                Group(ranks, tuple(chunk[n :: len(filled)]) if ranks in filled else (), *crossing(ranks, m + n + key))
+                Group(
+                    ranks,
+                    tuple(chunk[n :: len(filled)]) if ranks in filled else (),
+                    *crossing(ranks, m + n + key),
+                    activations=(None, *ACTIVATIONS)[(m + n + key) % 3],
+                )
                 for n, ranks in enumerate(shape)
             ]
             micro_batches.append(MicroBatch(tuple(groups)))
@@ -328,6 +334,7 @@ def trained(
 ) -> dict[str, Any]:
     """Train on the ranks of this process group; gradients of each step, weights, logs."""
     world = dist.get_world_size() if dist.is_initialized() else 1
+    ChunkedMLP.chunk_bytes = 1 << 13  # a few tokens of a tiny model
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder, **changes}

@@ -10,9 +10,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "drawing", "expert_load", "json_fields", "lm_head", "mixes", "plan", "samples"},
+    {
+        "topology",
+        "chunked_mlp",
+        "drawing",
+        "expert_load",
+        "json_fields",
+        "lm_head",
+        "mixes",
+        "offload",
+        "plan",
+        "samples",
+    },
     {"config", "layout", "groups", "loss", "sharding", "timing"},
-    {"heads"},
+    {"activations", "heads"},
     {"volume"},
     {"activation_policy"},
     {"cost_model"},
@@ -48,6 +59,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"evaluation", "lengths", "loader"},
     "transformers": {
+        "activations",
         "attention.interface",
         "attention.cuda",
         "attention.kernels",

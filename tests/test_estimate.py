@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import tiny_model, with_lora
 
-from hf_hetero import CostModel, HeteroConfig, Planner, Topology
+from hf_hetero import CostModel, HeteroConfig, Planner, Topology, chunked_mlp
 from hf_hetero.estimate import (
     Device,
     ModelShape,
@@ -22,14 +22,17 @@ from hf_hetero.estimate import (
     exchange_bytes,
     free_memory_bytes,
     gathered_bytes,
+    host_memory_bytes,
     linear_flops,
     loss_bytes,
     memory_of,
+    mlp_bytes,
     shape_of,
     tokens_in_chunk,
 )
 from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.machine import restricted
+from hf_hetero.plan import ACTIVATIONS
 
 DEVICE = Device("test", 1e12, 1e10, network_bytes_per_s=1e9)
 
@@ -69,7 +72,9 @@ def test_kept_exchanges_cost_memory_and_save_traffic() -> None:
     repeats, keeps = (shape_of(model, model.config, 4, True, kept) for kept in (False, True))
     assert exchange_bytes(repeats) == 1.5 * exchange_bytes(keeps)
     assert activation_bytes(keeps) - activation_bytes(repeats) == (4 + 2 + 2 + 4) * 8 * 2 * 4
-    assert not shape_of(model, model.config, 4, False, True).keeps_exchanged  # nothing is recomputed
+    whole = shape_of(model, model.config, 4, False, True)  # nothing is recomputed
+    assert exchange_bytes(whole) == exchange_bytes(shape_of(model, model.config, 4, False, False))
+    assert activation_bytes(whole) == activation_bytes(shape_of(model, model.config, 4, False, False))
 
 
 def test_checkpointing_saves_memory_and_costs_time() -> None:
@@ -209,6 +214,55 @@ def test_limits() -> None:
     assert restricted(cost, HeteroConfig(methods=["ulysses"]), 8, num_heads=4).degrees(8) == (1, 2, 4)
     assert restricted(replace(cost, kv_bytes_per_token=None), HeteroConfig(), 8, num_heads=4).degrees(8) == (1, 2, 4)
     assert restricted(cost, HeteroConfig(max_tokens_per_rank=77), 8, 32).capacity_tokens == 77
+
+
+def test_policies() -> None:
+    """Each holds more tokens than the one before and takes no less time; what is offloaded fits the host."""
+    topology = Topology(8, None, 2**34)
+    model = tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
+    big = shape_of(model, model.config, 2, False, True, True, True)
+    cost = estimate_cost_model(big, DEVICE, topology, (1, 2, 4, 8), None, ACTIVATIONS)
+    plain, recompute, offload = cost.under.values()
+    assert plain.capacity_tokens * 4 < recompute.capacity_tokens < offload.capacity_tokens / 1.5
+    assert plain.linear_s_per_token * 8 / 6 == pytest.approx(recompute.linear_s_per_token)
+    assert recompute.linear_s_per_token < offload.linear_s_per_token  # copies take longer than such a small model
+    fast = replace(DEVICE, host_bytes_per_s=1e15)
+    hidden = estimate_cost_model(big, fast, topology, (1, 2, 4, 8), None, ACTIVATIONS).under["offload"]
+    assert hidden.linear_s_per_token == recompute.linear_s_per_token
+    small = estimate_cost_model(big, DEVICE, replace(topology, host_memory_bytes=2**33), (1, 2), None, ACTIVATIONS)
+    host_bytes = cost.activation_policies["offload"].host_bytes_per_token
+    assert small.leanest.capacity_tokens * host_bytes <= 2**33
+    recomputes = replace(big, checkpointing=True)
+    same = estimate_cost_model(recomputes, DEVICE, topology, (1, 2), None, ["offload"])
+    assert same.capacity_tokens == recompute.capacity_tokens
+    assert same.leanest.capacity_tokens == offload.capacity_tokens
+    assert restricted(cost, HeteroConfig(), 8, 8, ["recompute"]).leanest.capacity_tokens == recompute.capacity_tokens
+    assert restricted(cost, HeteroConfig(), 8, 8).leanest.capacity_tokens == plain.capacity_tokens
+
+
+def test_chunks_of_mlps() -> None:
+    """Where layers are recomputed their inner tensors do not count, but for a chunk; not where memory ends before."""
+    model = tiny_model()
+    whole, chunked = (shape_of(model, model.config, 4, True, False, True, chunks) for chunks in (False, True))
+    assert activation_bytes(whole) - activation_bytes(chunked) == 4 * 48 * 4
+    assert mlp_bytes(whole) == 0
+    assert mlp_bytes(chunked) == 2 * chunked_mlp.CHUNK_BYTES + 4 * 3 * 32 * 48
+    assert memory_of(chunked, 0.0, 2.0**34) == (activation_bytes(chunked), loss_bytes(chunked))
+    assert memory_of(chunked, 0.0, 2.0**29) == memory_of(whole, 0.0, 2.0**29)
+    kept = shape_of(model, model.config, 4, False, False, True, True)
+    assert (mlp_bytes(kept), activation_bytes(kept)) == (0, activation_bytes(replace(kept, chunked_mlp=False)))
+
+
+def test_a_gpu_gives_memory_to_communicators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes half a GB; a card never counts as less than half free; the host gives half, shared by its ranks."""
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    gpu = torch.device("cuda", 0)
+    assert free_memory_bytes(gpu, 8) == int(76e9)
+    assert free_memory_bytes(gpu, 8, num_communicators=4) == int(74e9)
+    assert free_memory_bytes(gpu, 8, num_communicators=400) == int(40e9)
+    assert host_memory_bytes(gpu, 8) == (1 << 40) // 16
+    assert host_memory_bytes(torch.device("cpu"), 8) is None
 
 
 def test_this_machine() -> None:

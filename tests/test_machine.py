@@ -12,6 +12,7 @@ from helpers import arguments, run_ranks, tiny_model
 from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, HeteroConfig
+from hf_hetero.activations import Activations
 from hf_hetero.machine import KEPT_COST_MODEL, keep_cost_model, kept_cost_model, set_up
 from hf_hetero.sharding import Sharding
 
@@ -19,7 +20,9 @@ from hf_hetero.sharding import Sharding
 def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     world = torch.distributed.get_world_size()
     args, hetero = arguments(folder, world), HeteroConfig(**config)
-    machine = set_up(tiny_model(), args, hetero, torch.float32, Sharding(), checkpoint)
+    model = tiny_model()
+    activations = Activations(model, recomputes=False, in_chunks=hetero.chunked_mlp, compiled=False)
+    machine = set_up(model, args, hetero, torch.float32, Sharding(), activations, checkpoint)
     ranks = tuple(range(world))
     found = {"cost": machine.cost_model.to_dict(), "has_group": machine.groups.get(ranks) is not None}
     machine.groups.close()

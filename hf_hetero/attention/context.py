@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from hf_hetero.attention.contract import Kernel
 from hf_hetero.layout import Layout
+from hf_hetero.offload import HostStore, Parcel
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -32,6 +33,7 @@ class AttentionContext:
         step, micro_batch: for messages only.
         inner_group: process group of this rank's block, where the layout has blocks.
         keeps: layers are computed again in backward (gradient checkpointing): keep what was exchanged until then.
+        store: keep it there; None: on the device.
 
     Attributes:
         group_rank: this rank's position in the group.
@@ -52,15 +54,17 @@ class AttentionContext:
         micro_batch: int = 0,
         inner_group: dist.ProcessGroup | None = None,
         keeps: bool = False,
+        store: HostStore | None = None,
     ) -> None:
         self.layout, self.ranks, self.process_group, self.inner_group = layout, ranks, process_group, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
+        self.store = store
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
         self.num_tokens = layout.rank_tokens[self.group_rank]
         self.reached: set[int] = set()
         self._made: dict[Any, Any] = {}
-        self._kept: dict[tuple[int, str], Tensors | None] = {}
+        self._kept: dict[tuple[int, str], tuple[torch.Tensor | Parcel, ...] | None] = {}
 
     def where(self, layer: int) -> str:
         """Place of an operation, for messages."""
@@ -82,10 +86,19 @@ class AttentionContext:
         key = (layer, operation)
         if _in_backward():
             kept = self._kept.pop(key, None)
-            return compute() if kept is None else kept
+            return compute() if kept is None else tuple(map(self._fetched, kept))
         found = compute()
-        self._kept[key] = None if key in self._kept else tuple(x.detach() for x in found)
+        self._kept[key] = None if key in self._kept else tuple(map(self._put_away, found))
         return found
+
+    def _put_away(self, tensor: torch.Tensor) -> torch.Tensor | Parcel:
+        return tensor.detach() if self.store is None else self.store.put(tensor)
+
+    def _fetched(self, kept: torch.Tensor | Parcel) -> torch.Tensor:
+        if isinstance(kept, torch.Tensor):
+            return kept
+        assert self.store is not None
+        return self.store.get(kept)
 
 
 def _in_backward() -> bool:

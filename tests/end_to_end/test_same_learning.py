@@ -8,6 +8,8 @@ samples of one token.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,10 +32,11 @@ from helpers import (
 )
 from transformers import Trainer
 
-from hf_hetero import HeteroConfig, HeteroTrainer
+from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
+from hf_hetero.activation_policy import ActivationPolicy
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
-from hf_hetero.plan import METHODS, Group
+from hf_hetero.plan import ACTIVATIONS, METHODS, Group
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -65,11 +68,12 @@ def check_case(case: dict[str, Any], num_ranks: int = 4, tolerance: float | None
 
 
 def test_plans_mix_everything() -> None:
-    """The plans of four steps have every method of attention in a group that shares samples, and every degree."""
+    """The plans of four steps have every method, degree and policy in a group that has samples."""
     plans = [ScriptedPlanner(4).plan([LENGTHS[row] for row in step]) for step in STEPS]
     filled = [group for plan in plans for group in plan.groups if group.samples]
     assert {group.degree for group in filled} == {1, 2, 4}
     assert {group.method for group in filled if group.degree > 1} == set(METHODS)
+    assert {group.activations for group in filled} == {None, *ACTIVATIONS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
@@ -157,6 +161,32 @@ def test_gradients_of_groups_with_more_ranks_than_heads(methods: list[str]) -> N
     assert chosen <= set(methods)
     steps = trainer_order(len(LENGTHS), len(LENGTHS), 7, 4)
     expected = reference_steps(tiny_model(dtype=torch.float64, **FEW_HEADS), samples(LENGTHS), steps)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert largest_difference(ours, theirs) <= 1e-12
+
+
+def train_with_little_memory(cost_file: str) -> dict[str, Any]:
+    class Watch(StepReportCallback):
+        def on_step_report(self, args: Any, state: Any, report: Any) -> None:
+            groups.extend(report.plan.groups)
+
+    groups: list[Group] = []
+    hetero = HeteroConfig(cost_model=cost_file, activation_policies=list(ACTIVATIONS))
+    model = tiny_model(dtype=torch.float64)
+    found = trained(model, samples(LENGTHS), HeteroTrainer, hetero, callbacks=[Watch()], per_device_train_batch_size=12)
+    return {**found, "groups": groups}
+
+
+def test_gradients_where_some_groups_recompute(tmp_path: Path) -> None:
+    """The planner's own plans where both ranks together hold 40 tokens, 60 by recompute, and the longest sample is 64."""
+    policies = {"recompute": ActivationPolicy(2 / 3, 1.2e-6, 1.2e-4), "offload": ActivationPolicy(0.5, 1.2e-6, 1.5e-4)}
+    machine = {"all_to_all_bytes_per_token": 1.0, "all_to_all_bytes_per_s": {2: 1e6}, "memory_bytes_per_rank": 20.0}
+    cost = CostModel(1e-6, 1e-4, 1e-3, **machine, activation_bytes_per_token=1.0, model_state_bytes_per_rank=0.0)
+    replace(cost, activation_policies=policies).save(tmp_path / "cost.json")
+    found = run_ranks(train_with_little_memory, 2, str(tmp_path / "cost.json"))[0]
+    assert {group.activations for group in found["groups"] if group.samples} == {None, *ACTIVATIONS}
+    steps = trainer_order(len(LENGTHS), len(LENGTHS), 7, 4)
+    expected = reference_steps(tiny_model(dtype=torch.float64), samples(LENGTHS), steps)
     for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
         assert largest_difference(ours, theirs) <= 1e-12
 

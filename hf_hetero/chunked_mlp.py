@@ -1,0 +1,138 @@
+"""A layer's MLP for a few tokens at a time, forward and backward, where the layer is computed again in backward.
+
+Layers that are recomputed keep next to nothing, so that what a rank can hold is soon decided by the one layer that is
+whole at a time, and of that by the MLP: its inner tensors are several times as wide as a hidden state. A token's MLP
+depends on that token only. So forward keeps nothing but the MLP's input, and backward computes inner tensors and their
+gradients chunk by chunk (StreamBP, arXiv:2506.03077; TiledMLP of ALST, arXiv:2506.13996).
+
+The recompute of the layer ends where the last tensor that it kept is found again. That is the MLP's input, kept by a
+node of its own before the MLP (`_Keep`). So with non-reentrant checkpointing the MLP is computed twice, as it would be
+without chunks, not three times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = 1 << 28
+"""Inner tensors of a chunk."""
+INNER_TENSORS = 4
+"""Of a gated MLP: gate, up, the activated gate, and their product."""
+
+
+class ChunkedMLP(torch.nn.Module):
+    """Made of an MLP by `install`: a subclass of its class, with the same weights under the same names.
+
+    Attributes:
+        in_chunks: whether training goes chunk by chunk; else the MLP is as it was.
+    """
+
+    in_chunks: bool = False
+    chunk_bytes: int = CHUNK_BYTES
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape (..., hidden) in and out."""
+        if not (self.in_chunks and self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        kept = _Kept()
+        return _InChunks.apply(_Keep.apply(x, kept) if x.requires_grad else x, kept, self, *self.parameters())
+
+
+def install(layer: torch.nn.Module) -> ChunkedMLP | None:
+    """Let the MLP of a layer go chunk by chunk; None where it is not known that each token's is its own."""
+    mlp: Any = getattr(layer, "mlp", None)
+    if isinstance(mlp, ChunkedMLP):
+        return mlp
+    if not isinstance(mlp, torch.nn.Module) or not type(mlp).__name__.endswith("MLP") or not _is_by_token(mlp):
+        return None
+    # as FSDP2 does with the modules it shards: a class of this one instance, so that names and weights stay
+    mlp.__class__ = type(f"Chunked{type(mlp).__name__}", (ChunkedMLP, type(mlp)), {})
+    assert isinstance(mlp, ChunkedMLP)
+    return mlp
+
+
+def widest_inner(mlp: torch.nn.Module) -> int:
+    """Width of an MLP's inner tensors."""
+    return max((m.out_features for m in mlp.modules() if isinstance(m, torch.nn.Linear)), default=1)
+
+
+def _is_by_token(mlp: torch.nn.Module) -> bool:
+    """Whether it is made of linear layers and what has no weights and draws no random numbers."""
+    leaves = [m for m in mlp.modules() if not list(m.children())]
+    return all(
+        isinstance(m, torch.nn.Linear)
+        or not (list(m.parameters(recurse=False)) or (isinstance(m, torch.nn.Dropout) and m.p > 0))
+        for m in leaves
+    )
+
+
+class _Kept:
+    """Joins the two nodes below: the second finds its input at the first, or else keeps it itself."""
+
+    node: Any = None
+
+
+class _Keep(torch.autograd.Function):
+    """Its input, kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: _Kept) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        kept.node = ctx
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad_outputs[0], None
+
+
+class _InChunks(torch.autograd.Function):
+    """The MLP without anything kept; its gradients from its input, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kept: _Kept, mlp: ChunkedMLP, *params: torch.nn.Parameter) -> torch.Tensor:
+        ctx.kept, ctx.mlp, ctx.params = kept, mlp, params
+        if kept.node is None:  # nothing before it gets a gradient
+            ctx.save_for_backward(x)
+        device = x.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        chunks = [_whole(mlp, chunk) for chunk in _rows(x).split(_chunk_tokens(x, mlp))]
+        return torch.cat(chunks).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        [x] = (ctx.kept.node or ctx).saved_tensors
+        mlp, size = ctx.mlp, _chunk_tokens(x, ctx.mlp)
+        needed = [p for p in ctx.params if p.requires_grad]
+        # chunks are added up in fp32: in bf16 a sum of many would lose what one product keeps
+        sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in needed]
+        device, dtype, enabled = ctx.autocast
+        of_x: list[torch.Tensor] = []
+        for chunk, gradient in zip(_rows(x).split(size), _rows(grad_outputs[0]).split(size), strict=True):
+            leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
+            with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+                out = _whole(mlp, leaf)
+            inputs = [leaf, *needed] if ctx.needs_input_grad[0] else needed
+            found = list(torch.autograd.grad(out, inputs, gradient))
+            if ctx.needs_input_grad[0]:
+                of_x.append(found.pop(0))
+            for total, part in zip(sums, found, strict=True):
+                total += part
+        by_param = dict(zip(map(id, needed), sums, strict=True))
+        of_params = [None if id(p) not in by_param else by_param[id(p)].to(p.dtype) for p in ctx.params]
+        return (torch.cat(of_x).view(x.shape) if of_x else None, None, None, *of_params)
+
+
+def _whole(mlp: ChunkedMLP, x: torch.Tensor) -> torch.Tensor:
+    return super(ChunkedMLP, mlp).forward(x)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _chunk_tokens(x: torch.Tensor, mlp: ChunkedMLP) -> int:
+    return max(1, mlp.chunk_bytes // (INNER_TENSORS * x.element_size() * widest_inner(mlp)))

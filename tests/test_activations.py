@@ -1,0 +1,94 @@
+"""What groups do to hold more tokens: less is kept, as the estimate has it; the layers are left as they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import gradients_of, largest_difference, tiny_model
+
+from hf_hetero.activations import Activations
+from hf_hetero.chunked_mlp import ChunkedMLP
+from hf_hetero.estimate import activation_bytes, boundary_bytes, shape_of
+from hf_hetero.plan import ACTIVATIONS
+
+TOKENS = 64
+CPU = torch.device("cpu")
+
+
+def deep_model() -> Any:
+    return tiny_model(hidden_size=64, intermediate_size=160, num_hidden_layers=5, vocab_size=11).train()
+
+
+def under(policy: str | None, model: Any, in_chunks: bool = True) -> tuple[int, dict[str, torch.Tensor]]:
+    """Bytes that autograd keeps on the device after forward, weights aside, and gradients, of one micro-batch."""
+    activations = Activations(model, recomputes=False, in_chunks=in_chunks, compiled=False)
+    store = activations.store(policy, CPU, TOKENS, 64)
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if (pointer := x.untyped_storage().data_ptr()) not in weights:
+            kept[pointer] = x.untyped_storage().nbytes()
+        return x
+
+    ids = torch.randint(0, 11, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), activations.following(policy, store):
+        out = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        num_bytes = sum(kept.values())
+        out.square().sum().backward()
+    return num_bytes, gradients_of(model)
+
+
+def test_each_policy_keeps_less_and_learns_the_same() -> None:
+    """On the device stay: all; the inputs of layers; next to nothing. Gradients are the same numbers."""
+    plain, expected = under(None, deep_model(), in_chunks=False)
+    recomputed, by_recompute = under("recompute", deep_model())
+    offloaded, by_offload = under("offload", deep_model())
+    assert plain > 4 * recomputed > 16 * offloaded
+    for found in (by_recompute, by_offload):
+        assert largest_difference(found, expected) <= 1e-6
+    shape = shape_of(deep_model(), deep_model().config, 4, True)
+    # beside them: what norms and embeddings outside of layers keep
+    assert boundary_bytes(shape) * 5 * TOKENS <= recomputed <= 1.5 * boundary_bytes(shape) * 5 * TOKENS
+    assert activation_bytes(shape) < activation_bytes(shape_of(deep_model(), deep_model().config, 4, False))
+
+
+@pytest.mark.parametrize("policy", [None, *ACTIVATIONS])
+def test_switches_are_set_for_one_micro_batch(policy: str | None) -> None:
+    """While it runs, and back to what they were, even after an error."""
+    model = deep_model()
+    model.model.layers[1].gradient_checkpointing = True
+    activations = Activations(model, recomputes=False, in_chunks=True, compiled=False)
+    seen: list[tuple[bool, bool]] = []
+
+    def micro_batch() -> None:
+        with activations.following(policy, None):
+            seen.extend((layer.gradient_checkpointing, layer.mlp.in_chunks) for layer in model.model.layers)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        micro_batch()
+    on = policy is not None
+    assert seen == [(on or number == 1, on) for number in range(5)]
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [False, True, False, False, False]
+    assert not any(layer.mlp.in_chunks for layer in model.model.layers)
+
+
+def test_what_a_run_offers() -> None:
+    """Not what all its layers do anyway; nothing where a compiler took over, or no layer can; chunks where wanted."""
+    kinds = {"in_chunks": True, "compiled": False}
+    assert Activations(deep_model(), recomputes=False, **kinds).policies == ACTIVATIONS
+    assert Activations(deep_model(), recomputes=True, **kinds).policies == ("offload",)
+    assert Activations(torch.nn.Linear(2, 2), recomputes=False, **kinds).policies == ()
+    compiled = Activations(deep_model(), recomputes=False, in_chunks=True, compiled=True)
+    assert not compiled.policies
+    assert not compiled.chunked_mlps
+    model = deep_model()
+    assert not Activations(model, recomputes=True, in_chunks=False, compiled=False).chunked_mlps
+    assert not any(isinstance(m, ChunkedMLP) for m in model.modules())
+    every = Activations(model, recomputes=True, in_chunks=True, compiled=False)
+    with every.following(None, None):
+        assert all(layer.mlp.in_chunks for layer in model.model.layers)
+        assert not any(layer.gradient_checkpointing for layer in model.model.layers)  # somebody else arranges it
