@@ -114,6 +114,9 @@ class LazyLogits(torch.Tensor):
         if func in ELEMENTWISE and not any(isinstance(x, torch.Tensor) for x in (*args[1:], *kwargs.values())):
             hidden, weight, bias, changes = lazy.parts()
             return LazyLogits.of(hidden, weight, bias, (*changes, lambda logits: func(logits, *args[1:], **kwargs)))
+        if func in CLONES:
+            hidden, weight, bias, changes = lazy.parts()
+            return LazyLogits.of(hidden.clone(), weight, bias, changes)
         if getattr(func, "__name__", "") in ABOUT_THE_GRAPH:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -145,6 +148,8 @@ ELEMENTWISE = {
     T.float,
     T.to,
 }
+CLONES = {T.clone, torch.clone}
+"""Asked for by DistributedDataParallel of what a model gives, where some weights may be unused."""
 ABOUT_THE_GRAPH = {"__get__", "__set__", "register_hook", "is_floating_point", "is_complex", "__repr__", "type"}
 """Attributes (device, dtype, requires_grad, grad_fn) and what wrappers of the model ask of any output."""
 

@@ -77,7 +77,9 @@ class HostStore:
         return back
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | Parcel:
-        return self.put(tensor, opens=True) if tuple(tensor.shape) == self._shape else tensor
+        if type(tensor) is not torch.Tensor or tuple(tensor.shape) != self._shape:
+            return tensor  # what stands for logits, say, has the shape of hidden states
+        return self.put(tensor, opens=True)
 
     def _unpack(self, kept: torch.Tensor | Parcel) -> torch.Tensor:
         return self.get(kept) if isinstance(kept, Parcel) else kept

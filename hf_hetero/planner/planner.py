@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
-from hf_hetero.plan import METHODS, MicroBatch, Plan
+from hf_hetero.plan import METHODS, Plan
+from hf_hetero.planner import policies
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.fast import fast_draft
@@ -78,7 +79,7 @@ class Planner:
         """
         started = time.perf_counter()
         if len(self.cost_model.under) > 1:
-            plan = self._with_policies(lengths)
+            plan = policies.plan_with(self, lengths)
         else:
             problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
             if not problem.lengths:
@@ -108,7 +109,7 @@ class Planner:
             InfeasibleBatch: a sample that no degree, or not this one, can hold.
         """
         if len(self.cost_model.under) > 1:
-            return self._static_with_policies(lengths, degree)
+            return policies.static_with(self, lengths, degree)
         started = time.perf_counter()
         if degree is not None and degree not in self.degrees:
             raise ConfigError(
@@ -135,7 +136,7 @@ class Planner:
             ConfigError: the plan is for other samples or ranks.
         """
         if len(self.cost_model.under) > 1:
-            return self._improved_with_policies(plan, lengths)
+            return policies.improved_with(self, plan, lengths)
         started = time.perf_counter()
         problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
         if (plan.num_ranks, plan.num_samples) != (self.num_ranks, len(problem.lengths)):
@@ -155,52 +156,6 @@ class Planner:
             self._improved_with_methods(problem, plan, lengths) if self.has_choice else self._improved(problem, plan)
         )
         return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
-
-    def _with_policies(self, lengths: Sequence[int]) -> Plan:
-        """The best of several plans, each group of which does what it must to hold its tokens, and no more.
-
-        One was made as if holding more tokens took no time, and its bound holds whatever groups do; the others as if
-        all groups did the same.
-        """
-        at_best = self._on(self.cost_model.with_free_memory()).plan(lengths)
-        if not lengths:
-            return at_best
-        made_by, longest = [at_best], max(lengths)
-        for cost in self.cost_model.under.values():
-            if longest <= cost.capacity_tokens * self.degrees[-1]:
-                made_by.append(self._on(cost).plan(lengths))
-        allowed = self.methods if self.has_choice else ("ulysses",)
-        found = [with_methods(self.cost_model, made, lengths, allowed) for made in made_by]
-        best = replace(min(found, key=lambda made: made.seconds), lower_bound_s=at_best.lower_bound_s)
-        return self.improve(best, lengths) if self.solver == "mip" else best
-
-    def _static_with_policies(self, lengths: Sequence[int], degree: int | None) -> Plan:
-        """The best plan in which all groups have one degree and do the same to hold their tokens."""
-        found: list[Plan] = []
-        refused: InfeasibleBatch | None = None
-        for activations, cost in self.cost_model.under.items():
-            try:
-                plan = self._on(cost).static(lengths, degree)
-            except InfeasibleBatch as error:
-                refused = error
-                continue
-            found.append(_with_activations(plan, activations))
-        if not found:
-            assert refused is not None
-            raise refused
-        free = make_problem(self.cost_model.with_free_memory(), self.num_ranks, self.max_degree, lengths)
-        return replace(min(found, key=lambda plan: plan.seconds), lower_bound_s=lower_bound(free))
-
-    def _improved_with_policies(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """The plan improved as one of groups that do nothing to hold more tokens; as it is, where some do."""
-        if any(group.activations for group in plan.groups):
-            return plan
-        better = replace(self, cost_model=self.cost_model.under[None]).improve(plan, lengths)
-        return replace(better, lower_bound_s=plan.lower_bound_s)  # what was proven holds without policies only
-
-    def _on(self, cost: CostModel) -> Planner:
-        """A planner for a machine like this one."""
-        return replace(self, cost_model=cost, solver="fast")
 
     def _planned(self, problem: Problem) -> Plan:
         """The best plan whose groups exchange heads, and its bound."""
@@ -240,15 +195,6 @@ class Planner:
         if found.solver is not None:
             return to_plan(problem, found.draft, found.solver, found.bound)
         return replace(plan, lower_bound_s=found.bound)
-
-
-def _with_activations(plan: Plan, activations: str | None) -> Plan:
-    """The plan with all groups that hold samples doing the same."""
-    micro_batches = tuple(
-        MicroBatch(tuple(replace(g, activations=activations) if g.samples else g for g in m.groups))
-        for m in plan.micro_batches
-    )
-    return replace(plan, micro_batches=micro_batches)
 
 
 def _positive_integer(value: object) -> bool:

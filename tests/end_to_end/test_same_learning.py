@@ -8,6 +8,7 @@ samples of one token.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,10 @@ def train_with_little_memory(cost_file: str) -> dict[str, Any]:
 
 
 def test_gradients_where_some_groups_recompute(tmp_path: Path) -> None:
-    """The planner's own plans where both ranks together hold 40 tokens, 60 by recompute, and the longest sample is 64."""
-    policies = {"recompute": ActivationPolicy(2 / 3, 1.2e-6, 1.2e-4), "offload": ActivationPolicy(0.5, 1.2e-6, 1.5e-4)}
+    """The planner's own plans where two ranks hold 40 tokens, 60 by recompute, and the longest sample has 64."""
+    policies = {"recompute": ActivationPolicy(2 / 3, 1e-6, 1.5e-4), "offload": ActivationPolicy(0.5, 1e-6, 1e-3)}
     machine = {"all_to_all_bytes_per_token": 1.0, "all_to_all_bytes_per_s": {2: 1e6}, "memory_bytes_per_rank": 20.0}
-    cost = CostModel(1e-6, 1e-4, 1e-3, **machine, activation_bytes_per_token=1.0, model_state_bytes_per_rank=0.0)
+    cost = CostModel(1e-6, 1e-4, 1e-5, **machine, activation_bytes_per_token=1.0, model_state_bytes_per_rank=0.0)
     replace(cost, activation_policies=policies).save(tmp_path / "cost.json")
     found = run_ranks(train_with_little_memory, 2, str(tmp_path / "cost.json"))[0]
     assert {group.activations for group in found["groups"] if group.samples} == {None, *ACTIVATIONS}
@@ -250,6 +251,24 @@ def test_weights_equal_the_plain_trainer(changes: dict[str, Any], tmp_path: Any)
             assert mine[key] == pytest.approx(other[key], rel=1e-5), key
     assert found[0]["state"]["epoch"] == state.epoch
     assert found[0]["state"]["tokens"] == sum(LENGTHS) * 2  # Trainer counts padding as well, so it says more
+
+
+def warnings_while_training(changes: dict[str, Any]) -> list[str]:
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    logging.getLogger("hf_hetero.lm_head").addHandler(Listener())
+    trained(tiny_model(), samples(LENGTHS), **changes)
+    return said
+
+
+@pytest.mark.parametrize("changes", [{}, {"ddp_find_unused_parameters": False}, {"bf16": True}])
+def test_whole_logits_are_not_computed_under_ddp(changes: dict[str, Any]) -> None:
+    """Whatever the wrapper does with what the model gives, and says nothing about it."""
+    assert run_ranks(warnings_while_training, 2, changes) == [[], []]
 
 
 # ---------------------------------------------------------------------------------------------- negative controls
