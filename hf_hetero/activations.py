@@ -32,30 +32,30 @@ class Activations:
         compiled: the model is; a compiler sees through none of this.
 
     Attributes:
-        policies: what groups may do beyond what all of them do.
-        chunked_mlps: whether recomputed layers have MLPs that go chunk by chunk.
+        policies: what groups may do beyond what all of them do; others change nothing.
     """
 
     def __init__(self, model: torch.nn.Module, recomputes: bool, in_chunks: bool, compiled: bool) -> None:
-        self._layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        modules = () if compiled else model.modules()
+        self._layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
         self._recomputes, self._stream = recomputes, None
-        found = map(chunked_mlp.install, self._layers) if in_chunks and not compiled else ()
+        found = map(chunked_mlp.install, self._layers) if in_chunks else ()
         self._mlps: list[ChunkedMLP] = [mlp for mlp in found if mlp is not None]
-        able = ACTIVATIONS if self._layers and not compiled else ()
+        able = ACTIVATIONS if self._layers else ()
         self.policies = tuple(policy for policy in able if policy != "recompute" or not recomputes)
 
     @property
     def chunked_mlps(self) -> bool:
-        """As above."""
+        """Whether recomputed layers have MLPs that go chunk by chunk."""
         return bool(self._mlps)
 
     def recomputed(self, policy: str | None) -> bool:
         """Whether layers are computed again in backward, in a group that does this."""
-        return self._recomputes or policy is not None
+        return self._recomputes or policy in self.policies
 
     def store(self, policy: str | None, device: torch.device, num_tokens: int, hidden: int) -> HostStore | None:
         """Where a group that offloads puts what it keeps; None for one that does not."""
-        if policy != "offload":
+        if policy != "offload" or policy not in self.policies:
             return None
         if self._stream is None:
             self._stream = stream_for(device)
@@ -66,7 +66,7 @@ class Activations:
         """For forward and backward of one micro-batch."""
         before = [layer.gradient_checkpointing for layer in self._layers]
         try:
-            if policy is not None and not self._recomputes:
+            if policy in self.policies and not self._recomputes:
                 for layer in self._layers:
                     _recompute(layer)
             for mlp in self._mlps:

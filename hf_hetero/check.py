@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from hf_hetero import exactness
 from hf_hetero.attention import kernels
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.heads import share_heads
+from hf_hetero.memory import tokens_by_lever
+from hf_hetero.model_shape import shape_of
 from hf_hetero.probe import MOST_NUMBERS, Probe, build, num_numbers, probe, shrunk
+from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
 
@@ -32,6 +35,7 @@ class Check:
         kernel: on a GPU in bf16, by name; or why there is none.
         num_heads, num_kv_heads: of attention; 0 without.
         methods: degree -> method -> how its heads fit, in words.
+        tokens_a_rank: what a rank holds of it, by the ways to save memory (`memory.LEVERS`), by estimate.
         reasons: why the model is refused; empty if it is not.
         probe: the trial of a tiny instance.
     """
@@ -44,6 +48,7 @@ class Check:
     num_heads: int
     num_kv_heads: int
     methods: dict[int, dict[str, str]]
+    tokens_a_rank: dict[str, int]
     reasons: tuple[str, ...]
     probe: Probe
 
@@ -64,12 +69,18 @@ class Check:
         return {"format": "hf-hetero-check/1", "ok": self.ok, "verdict": self.verdict, **asdict(self)}
 
 
-def check(name: str, max_degree: int = 64) -> Check:
+def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float = 80e9) -> Check:
     """Check a model by its name on the hub, its folder, or its config file.
+
+    Args:
+        name: of the model.
+        max_degree: largest degree to look at.
+        num_ranks, card_bytes: of the run whose memory is estimated.
 
     Raises:
         ConfigError: there is no such config, or it is not one that transformers knows; or `max_degree` is below 1.
     """
+    Topology(num_ranks)  # refuses what is no number of ranks
     if max_degree < 1:
         raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
     config = _config(name)
@@ -90,9 +101,20 @@ def check(name: str, max_degree: int = 64) -> Check:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         methods={d: fits(d, num_heads, num_kv_heads) for d in _degrees(max_degree)},
+        tokens_a_rank=_tokens_a_rank(config, num_ranks, card_bytes),
         reasons=reasons,
         probe=tried,
     )
+
+
+def _tokens_a_rank(config: Any, num_ranks: int, card_bytes: float) -> dict[str, int]:
+    """In bf16 over fp32 weights; nothing for what cannot be built, or has no attention."""
+    try:
+        model = build(config, "meta")
+        shape = shape_of(model, config.get_text_config(decoder=True), element_bytes=2, checkpointing=False)
+    except Exception:  # said by the probe
+        return {}
+    return tokens_by_lever(replace(shape, param_bytes=4 * shape.num_params), num_ranks, card_bytes)
 
 
 def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:

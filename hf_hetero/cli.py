@@ -103,8 +103,9 @@ def _costs(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     from hf_hetero.check import check  # torch and transformers, which planning does without
 
-    found = check(args.model, args.max_degree).to_dict()
-    print(json.dumps(found) if args.json else check_table(found))
+    found = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
+    about = f"{args.memory_gib:g} GiB, weights sharded over {args.ranks} ranks"
+    print(json.dumps(found) if args.json else check_table(found, about))
     return 0 if found["ok"] else 1
 
 
@@ -207,7 +208,7 @@ def costs_table() -> str:
     return "\n".join(rows)
 
 
-def check_table(found: Mapping[str, Any]) -> str:
+def check_table(found: Mapping[str, Any], card: str) -> str:
     """What is known of a model, for people; the verdict last."""
     probe = found["probe"]
     tested = "compared with plain training in this version's tests" if found["tested"] else "not compared in tests yet"
@@ -225,10 +226,21 @@ def check_table(found: Mapping[str, Any]) -> str:
         f"kernel    on a GPU in bf16: {found['kernel']}",
         f"heads     {heads if found['num_heads'] else 'none'}",
         *_methods_table(found["methods"]),
+        *_tokens_table(found["tokens_a_rank"], card),
         f"probe     {tried}",
         *textwrap.wrap(found["verdict"], 110, initial_indent="verdict   ", subsequent_indent=" " * 10),
     ]
     return "\n".join(lines)
+
+
+def _tokens_table(tokens: Mapping[str, int], card: str) -> list[str]:
+    """How long a sample one rank holds: a line for each way to save memory."""
+    if not tokens:
+        return []
+    lines = [f"memory    tokens of the longest sample that one rank holds by estimate ({card})"]
+    for number, (lever, held) in enumerate(tokens.items()):
+        lines.append(f"{'' if number == 0 else '+ '}{lever}".rjust(28) + f"{held:>12,}")
+    return lines
 
 
 def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
@@ -278,6 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     checked = verbs.add_parser("check", help="can this model be trained? Its config, and a tiny instance of it")
     checked.add_argument("model", help="name on the hub, folder, or config.json; no weights are loaded")
     checked.add_argument("--max-degree", type=int, default=64, help="largest degree to look at; default: 64")
+    checked.add_argument("--ranks", type=int, default=8, help="ranks over which weights are sharded; default: 8")
+    checked.add_argument("--memory-gib", type=float, default=80.0, help="memory of a card, in GiB; default: 80")
     checked.add_argument("--json", action="store_true", help="print it as JSON (hf-hetero-check/1)")
     checked.set_defaults(run=_check)
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from hf_hetero import estimate
 from hf_hetero.cost_model import SHIPPED_FOLDER, CostModel
-from hf_hetero.estimate import Device, ModelShape, Shards
+from hf_hetero.estimate import Device
+from hf_hetero.memory import Shards
+from hf_hetero.model_shape import ModelShape
 from hf_hetero.topology import Topology
 
 USABLE_MEMORY = 0.9  # of the card's; the rest is for the allocator, NCCL and the CUDA context

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_hetero.backward import in_backward
+
 
 class ExpertLoad:
     """Counts the tokens that each expert gets, by watching the model's routers.
@@ -34,7 +36,7 @@ class ExpertLoad:
         def count(module: torch.nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             chosen = next((x for x in outputs if isinstance(x, torch.Tensor) and not x.is_floating_point()), None)
-            if not module.training or chosen is None:
+            if not module.training or chosen is None or in_backward():  # counted when it was first computed
                 return
             # no bincount: it waits for the device
             counts = torch.zeros(self._num_experts, dtype=torch.int64, device=chosen.device)

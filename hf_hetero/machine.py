@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_hetero import estimate
+from hf_hetero import estimate, memory
 from hf_hetero.activations import Activations
 from hf_hetero.agreement import broadcast
 from hf_hetero.config import HeteroConfig
@@ -22,6 +22,7 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
 from hf_hetero.lm_head import LeanHead
+from hf_hetero.model_shape import ModelShape, shape_of
 from hf_hetero.sharding import Sharding
 from hf_hetero.topology import Topology
 
@@ -65,7 +66,7 @@ def set_up(
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     # timed on all ranks at once, as training will run
     checkpointing = sharding.checkpointing
-    shape = estimate.shape_of(
+    shape = shape_of(
         model,
         _text_config(model),
         dtype.itemsize,
@@ -84,7 +85,7 @@ def set_up(
             return restricted(kept, hetero, world, heads, policies)
         spread = None
         if sharding.is_sharded:
-            spread = estimate.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+            spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
         gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
         cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
         return restricted(cost, hetero, world, heads, policies)
@@ -134,7 +135,7 @@ def restricted(
     return cost.with_capacity(hetero.max_tokens_per_rank) if hetero.max_tokens_per_rank else cost
 
 
-def _speed(shape: estimate.ModelShape, device: torch.device, dtype: torch.dtype) -> estimate.Device:
+def _speed(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> estimate.Device:
     return estimate.cuda_device(device, dtype) if device.type == "cuda" else estimate.cpu_device(shape, dtype)
 
 
@@ -150,6 +151,6 @@ def _topology(device: torch.device, num_ranks: int) -> Topology:
     return Topology(
         num_ranks,
         ranks_per_node,
-        estimate.free_memory_bytes(device, ranks, num_communicators),
-        estimate.host_memory_bytes(device, ranks),
+        memory.free_memory_bytes(device, ranks, num_communicators),
+        memory.host_memory_bytes(device, ranks),
     )

@@ -245,10 +245,16 @@ def idle_share(busy_s: Sequence[Sequence[float]]) -> float:
 
 
 def describe_groups(micro_batch: MicroBatch) -> str:
-    """Degrees of a micro-batch's groups, largest first: '4 2x2' is one group of 4 ranks and two of 2."""
-    degrees = micro_batch.degrees
-    counts = {degree: degrees.count(degree) for degree in degrees}
-    return " ".join(f"{degree}x{count}" if count > 1 else f"{degree}" for degree, count in counts.items())
+    """Degrees of a micro-batch's groups, largest first: '4 2rx2' is one group of 4 ranks and two of 2.
+
+    "r" marks groups that recompute layers to hold more tokens, "o" those that also offload.
+    """
+    names = [
+        f"{group.degree}{group.activations[0] if group.activations else ''}"
+        for group in sorted(micro_batch.groups, key=lambda group: -group.degree)
+    ]
+    counts = {name: names.count(name) for name in names}
+    return " ".join(f"{name}x{count}" if count > 1 else name for name, count in counts.items())
 
 
 def describe_degrees(plan: Plan) -> str:

@@ -10,7 +10,8 @@ from helpers import gradients_of, largest_difference, tiny_model
 
 from hf_hetero.activations import Activations
 from hf_hetero.chunked_mlp import ChunkedMLP
-from hf_hetero.estimate import activation_bytes, boundary_bytes, shape_of
+from hf_hetero.memory import activation_bytes, boundary_bytes
+from hf_hetero.model_shape import shape_of
 from hf_hetero.plan import ACTIVATIONS
 
 TOKENS = 64

@@ -277,8 +277,17 @@ def test_check(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", model, "--max-degree", "8"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == [
-        *("model", "versions", "kernel", "heads", "degree", "2", "4", "8", "probe", "verdict")
+        *("model", "versions", "kernel", "heads", "degree", "2", "4", "8", "memory"),
+        *("everything", "+", "+", "+", "+", "probe", "verdict"),
     ]
+    held = list(data["tokens_a_rank"].values())
+    assert held == sorted(held)
+    assert held[0] < held[-1]
+    assert [line.split()[-1] for line in printed[9:14]] == [f"{tokens:,}" for tokens in held]
+    assert main(["check", model, "--ranks", "64", "--memory-gib", "24", "--json"]) == 0
+    smaller = json.loads(capsys.readouterr().out)["tokens_a_rank"]
+    assert all(0 < tokens < known for tokens, known in zip(smaller.values(), held, strict=True))
+    assert "num_ranks is 0" in refused(capsys, "check", model, "--ranks", "0")
     assert printed[3].split()[1:3] == ["8", "of"]
     for line in printed[5:8]:
         for words in data["methods"][line.split()[0]].values():

@@ -22,7 +22,8 @@ from hf_hetero.clusters import (
     write_estimates,
 )
 from hf_hetero.cost_model import SHIPPED_FOLDER, shipped_names
-from hf_hetero.estimate import activation_bytes, gathered_bytes, loss_bytes, shape_of
+from hf_hetero.memory import activation_bytes, gathered_bytes, loss_bytes
+from hf_hetero.model_shape import shape_of
 
 PUBLISHED = {"gpt-7b_64xa100_192k"}
 

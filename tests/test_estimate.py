@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_model, with_lora
 
-from hf_hetero import CostModel, HeteroConfig, Planner, Topology, chunked_mlp
+from hf_hetero import CostModel, HeteroConfig, Planner, Topology
 from hf_hetero.estimate import (
     Device,
-    ModelShape,
-    Shards,
-    activation_bytes,
     attention_flops,
-    boundary_bytes,
     cpu_device,
     estimate_cost_model,
     exchange_bytes,
+    linear_flops,
+)
+from hf_hetero.machine import restricted
+from hf_hetero.memory import (
+    Shards,
+    activation_bytes,
+    boundary_bytes,
     free_memory_bytes,
     gathered_bytes,
-    host_memory_bytes,
-    linear_flops,
-    loss_bytes,
-    memory_of,
-    mlp_bytes,
-    shape_of,
-    tokens_in_chunk,
 )
-from hf_hetero.lm_head import CHUNK_BYTES
-from hf_hetero.machine import restricted
+from hf_hetero.model_shape import ModelShape, shape_of
 from hf_hetero.plan import ACTIVATIONS
 
 DEVICE = Device("test", 1e12, 1e10, network_bytes_per_s=1e9)
@@ -82,49 +76,6 @@ def test_checkpointing_saves_memory_and_costs_time() -> None:
     """Recompute trades activations for operations."""
     assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())
     assert linear_flops(shape(checkpointing=True)) > linear_flops(shape())
-
-
-def test_a_chunked_loss_keeps_no_logits() -> None:
-    """A token costs the head's input and its gradient instead of logits; a chunk and the head's gradient come once."""
-    model = tiny_model()
-    whole, chunked = (shape_of(model, model.config, 4, False, False, chunks) for chunks in (False, True))
-    assert activation_bytes(whole) - activation_bytes(chunked) == 97 * 12 - 2 * 32 * 4
-    assert loss_bytes(whole) == 0
-    assert loss_bytes(chunked) == 3 * CHUNK_BYTES + 4 * 97 * 32
-    frozen = with_lora(tiny_model())
-    assert loss_bytes(shape_of(frozen, model.config, 4, False, False, True)) == 3 * CHUNK_BYTES
-
-
-def test_a_rank_too_small_for_a_chunk_counts_the_logits_it_holds() -> None:
-    """Little memory holds tokens, too; where a chunk just fills it, both ways to count give the same tokens."""
-    model = tiny_model()
-    tiny = shape_of(model, model.config, 4, False, False, True)
-    token, fixed = memory_of(tiny, 1000.0, 2.0**28)
-    assert fixed == 1000 + 4 * 97 * 32
-    assert token == activation_bytes(tiny) + 97 * 12
-    edge = 1000 + loss_bytes(tiny) + tokens_in_chunk(tiny) * activation_bytes(tiny)
-    (small, small_fixed), (large, large_fixed) = (memory_of(tiny, 1000.0, edge + more) for more in (-1, 1))
-    assert small > large
-    assert (edge - small_fixed) / small == pytest.approx((edge - large_fixed) / large)
-
-
-def test_activation_bytes_against_torch() -> None:
-    """The memory of a token is within a factor of two of what autograd really keeps, logits left out."""
-    model, tokens = tiny_model(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=11), 256
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if (pointer := x.untyped_storage().data_ptr()) not in weights:
-            kept[pointer] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = model.model(input_ids=torch.randint(0, 11, (1, tokens)), use_cache=False).last_hidden_state
-    found = shape_of(model, model.config, 4, False)
-    estimated = (activation_bytes(found) - found.vocab * 12) * tokens
-    assert 0.5 < estimated / sum(kept.values()) < 2
-    assert out.requires_grad
 
 
 def test_says_what_it_assumed() -> None:
@@ -185,15 +136,6 @@ def test_sharded_states() -> None:
     assert added_up.model_state_bytes_per_rank == pytest.approx(states + shape().trainable_params * 4)
 
 
-def test_gathered_layers() -> None:
-    """Two layers' weights and one's gradients, and the embeddings' and the head's: counted on the model itself."""
-    model = tiny_model()
-    layer = sum(p.numel() for p in model.model.layers[0].parameters())
-    everything = sum(p.numel() for p in model.parameters())
-    outside = everything - len(model.model.layers) * layer
-    assert gathered_bytes(shape()) == pytest.approx(4 * (3 * layer + 2 * outside), rel=0.02)
-
-
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 8, 12])
 def test_every_rank_count_can_be_planned(num_ranks: int) -> None:
     """On any number of ranks the estimate gives valid plans, up to a sample that needs all of them."""
@@ -241,39 +183,7 @@ def test_policies() -> None:
     assert restricted(cost, HeteroConfig(), 8, 8).leanest.capacity_tokens == plain.capacity_tokens
 
 
-def test_chunks_of_mlps() -> None:
-    """Where layers are recomputed their inner tensors do not count, but for a chunk; not where memory ends before."""
-    model = tiny_model()
-    whole, chunked = (shape_of(model, model.config, 4, True, False, True, chunks) for chunks in (False, True))
-    assert activation_bytes(whole) - activation_bytes(chunked) == 4 * 48 * 4
-    assert mlp_bytes(whole) == 0
-    assert mlp_bytes(chunked) == 2 * chunked_mlp.CHUNK_BYTES + 4 * 3 * 32 * 48
-    assert memory_of(chunked, 0.0, 2.0**34) == (activation_bytes(chunked), loss_bytes(chunked))
-    assert memory_of(chunked, 0.0, 2.0**29) == memory_of(whole, 0.0, 2.0**29)
-    kept = shape_of(model, model.config, 4, False, False, True, True)
-    assert (mlp_bytes(kept), activation_bytes(kept)) == (0, activation_bytes(replace(kept, chunked_mlp=False)))
-
-
-def test_a_gpu_gives_memory_to_communicators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes half a GB; a card never counts as less than half free; the host gives half, shared by its ranks."""
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
-    gpu = torch.device("cuda", 0)
-    assert free_memory_bytes(gpu, 8) == int(76e9)
-    assert free_memory_bytes(gpu, 8, num_communicators=4) == int(74e9)
-    assert free_memory_bytes(gpu, 8, num_communicators=400) == int(40e9)
-    assert host_memory_bytes(gpu, 8) == (1 << 40) // 16
-    assert host_memory_bytes(torch.device("cpu"), 8) is None
-
-
 def test_this_machine() -> None:
     """The CPU's speed and free memory are measured, and plausible."""
     assert 1e8 < cpu_device(shape(), torch.float32).flops < 1e14
     assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45
-
-
-def test_cached_files_do_not_count_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that holds files read before can be given to a rank."""
-    told = SimpleNamespace(free=1 << 20, available=1 << 34)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: told)
-    assert free_memory_bytes(torch.device("cpu"), 2) == int(0.9 * (1 << 33))

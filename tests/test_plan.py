@@ -89,6 +89,8 @@ def test_gap_and_degrees() -> None:
     """A plan says how far from the bound it is, and reads in one line."""
     assert mixed_plan().gap == pytest.approx(0.05)
     assert describe_degrees(mixed_plan()) == "[2 1x2] [4]"
+    marked = (Group((0, 1), (0,), activations="recompute"), Group((2,), (1,), activations="offload"), Group((3,), ()))
+    assert describe_degrees(Plan(4, (MicroBatch(marked),))) == "[2r 1o 1]"
     assert Plan(1, ()).gap == 0
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.attention.contract import Kernel
+from hf_hetero.backward import in_backward
 from hf_hetero.layout import Layout
 from hf_hetero.offload import HostStore, Parcel
 
@@ -84,7 +85,7 @@ class AttentionContext:
         if not self.keeps:
             return compute()
         key = (layer, operation)
-        if _in_backward():
+        if in_backward():
             kept = self._kept.pop(key, None)
             return compute() if kept is None else tuple(map(self._fetched, kept))
         found = compute()
@@ -99,8 +100,3 @@ class AttentionContext:
             return kept
         assert self.store is not None
         return self.store.get(kept)
-
-
-def _in_backward() -> bool:
-    # as torch.utils.checkpoint itself asks; -1 outside of a backward pass
-    return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]

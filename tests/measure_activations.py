@@ -1,0 +1,82 @@
+"""Peak memory and time of a step by what groups do to hold more: `python tests/measure_activations.py [TOKENS]`.
+
+Each runs in a process of its own, one thread, forward and backward of a model of 8 layers of 1024, MLPs of 4096, in
+fp32, with a chunked loss, and chunks of 32 MiB in MLPs. Memory is the highest resident set less that before the step
+(weights and their gradients). Offloading is left out: on a CPU the host's memory is the device's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from measure_lm_head import resident
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hf_hetero import lm_head
+from hf_hetero.activations import Activations
+from hf_hetero.chunked_mlp import ChunkedMLP
+from hf_hetero.lm_head import LeanHead
+from hf_hetero.loss import token_loss
+
+KINDS = {  # what groups do, and whether MLPs go in chunks
+    "kept": (None, False),
+    "recompute": ("recompute", False),
+    "recompute, MLPs in chunks": ("recompute", True),
+}
+WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1024}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20}
+
+
+def measured(kind: str, tokens: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**WIDTHS, **HEADS, attn_implementation="sdpa")).train()
+    model.loss_function = token_loss
+    policy, in_chunks = KINDS[kind]
+    activations = Activations(model, recomputes=False, in_chunks=in_chunks, compiled=False)
+    ChunkedMLP.chunk_bytes = 1 << 25  # as small beside a layer as 256 MiB are where a rank holds ten times the tokens
+    head = lm_head.install(model)
+    assert isinstance(head, LeanHead)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ids = torch.randint(0, 1024, (1, tokens))
+    before, start = resident("VmRSS"), time.perf_counter()
+    with activations.following(policy, None), head.lazy():
+        loss = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=tokens).loss
+        loss.backward()
+    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    return {"bytes": peak, "seconds": seconds, "loss": loss.item(), "gradient": float(norm)}
+
+
+def compare(tokens: int) -> dict[str, dict[str, float]]:
+    """All kinds, each in a process of its own."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in KINDS:
+        command = [sys.executable, __file__, kind, str(tokens)]
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        found[kind] = json.loads(ran.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    if len(sys.argv) == 3:
+        print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))
+        return
+    found = compare(int(sys.argv[1]) if len(sys.argv) == 2 else 4096)
+    for kind, row in found.items():
+        share = row["bytes"] / found["kept"]["bytes"]
+        print(
+            f"{kind:26} {row['bytes'] / 2**30:6.2f} GiB  {share:5.2f}  {row['seconds']:6.1f} s   loss {row['loss']:.6f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
