@@ -1,8 +1,8 @@
 """Peak memory and time of a step by what groups do to hold more: `python tests/measure_activations.py [TOKENS]`.
 
-Each runs in a process of its own, one thread, forward and backward of a model of 8 layers of 1024, MLPs of 4096, in
-fp32, with a chunked loss, and chunks of 32 MiB in MLPs. Memory is the highest resident set less that before the step
-(weights and their gradients). Offloading is left out: on a CPU the host's memory is the device's.
+Each runs in a process of its own, one thread, forward and backward of a model of 4 layers of 1024, MLPs of 4096, in
+fp32, with a chunked loss, and chunks of 32 MiB in MLPs. Memory is what tensors take that the step makes. Offloading is
+left out: on a CPU the host's memory is the device's.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 import time
+from itertools import accumulate
+from typing import Any
 
 import torch
-from measure_lm_head import resident
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_hetero import lm_head
@@ -28,8 +30,8 @@ KINDS = {  # what groups do, and whether MLPs go in chunks
     "recompute": ("recompute", False),
     "recompute, MLPs in chunks": ("recompute", True),
 }
-WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "vocab_size": 1024}
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1 << 20}
+WIDTHS = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 1024}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 1 << 15}
 
 
 def measured(kind: str, tokens: int) -> dict[str, float]:
@@ -44,14 +46,21 @@ def measured(kind: str, tokens: int) -> dict[str, float]:
     assert isinstance(head, LeanHead)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    ids = torch.randint(0, 1024, (1, tokens))
-    before, start = resident("VmRSS"), time.perf_counter()
-    with activations.following(policy, None), head.lazy():
+    ids, start = torch.randint(0, 1024, (1, tokens)), time.perf_counter()
+    profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiled, activations.following(policy, None), head.lazy():
         loss = model(input_ids=ids, labels=ids, use_cache=False, num_items_in_batch=tokens).loss
         loss.backward()
-    seconds, peak = time.perf_counter() - start, resident("VmHWM") - before
+    seconds = time.perf_counter() - start
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    return {"bytes": peak, "seconds": seconds, "loss": loss.item(), "gradient": float(norm)}
+    return {"bytes": peak_bytes(profiled), "seconds": seconds, "loss": loss.item(), "gradient": float(norm)}
+
+
+def peak_bytes(profiled: Any) -> int:
+    """Most bytes that tensors made meanwhile took at once."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
 
 
 def compare(tokens: int) -> dict[str, dict[str, float]]:
@@ -70,7 +79,7 @@ def main() -> None:
     if len(sys.argv) == 3:
         print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))
         return
-    found = compare(int(sys.argv[1]) if len(sys.argv) == 2 else 4096)
+    found = compare(int(sys.argv[1]) if len(sys.argv) == 2 else 8192)
     for kind, row in found.items():
         share = row["bytes"] / found["kept"]["bytes"]
         print(

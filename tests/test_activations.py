@@ -12,6 +12,7 @@ from hf_hetero.activations import Activations
 from hf_hetero.chunked_mlp import ChunkedMLP
 from hf_hetero.memory import activation_bytes, boundary_bytes
 from hf_hetero.model_shape import shape_of
+from hf_hetero.offload import HostStore
 from hf_hetero.plan import ACTIVATIONS
 
 TOKENS = 64
@@ -54,6 +55,15 @@ def test_each_policy_keeps_less_and_learns_the_same() -> None:
     # beside them: what norms and embeddings outside of layers keep
     assert boundary_bytes(shape) * 5 * TOKENS <= recomputed <= 1.5 * boundary_bytes(shape) * 5 * TOKENS
     assert activation_bytes(shape) < activation_bytes(shape_of(deep_model(), deep_model().config, 4, False))
+
+
+def test_a_wrong_offload_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above can fail: what comes back from the host decides the gradients."""
+    _, expected = under(None, deep_model())
+    get = HostStore.get
+    monkeypatch.setattr(HostStore, "get", lambda store, parcel: get(store, parcel) * 1.01)
+    _, found = under("offload", deep_model())
+    assert largest_difference(found, expected) > 1e-4
 
 
 @pytest.mark.parametrize("policy", [None, *ACTIVATIONS])
