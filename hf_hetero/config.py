@@ -40,7 +40,8 @@ class HeteroConfig:
     mip_backend: str = field(default="highs", metadata={"help": "Who solves integer programs: highs or cbc."})
     plan_ahead_steps: int = field(default=4, metadata={"help": "Plans kept ready before their step."})
     max_tokens_per_rank: int | None = field(
-        default=None, metadata={"help": "Tokens one rank can hold in a micro-batch; overrides the cost model's memory."}
+        default=None,
+        metadata={"help": "Tokens one rank may hold in a micro-batch; overrides memory and activation_policies."},
     )
     keep_exchanged: bool = field(
         default=True,
