@@ -1,14 +1,14 @@
 """What a group does to hold more tokens, done to the model: layers recomputed, inputs offloaded, MLPs in chunks.
 
-The switches are attributes of the layers, set for one micro-batch: transformers documents its own
-(`GradientCheckpointingLayer`), and `chunked_mlp` has one. They stay set until backward is through, because recomputed
-layers must do what they did.
+Layers are changed for one micro-batch: by the attributes that transformers documents (`GradientCheckpointingLayer`)
+and by the class of their MLPs (`chunked_mlp`). They stay changed until backward is through, because recomputed layers
+must do what they did; then they are as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_hetero import chunked_mlp
-from hf_hetero.chunked_mlp import ChunkedMLP
+from hf_hetero.chunked_mlp import chunked_class
 from hf_hetero.offload import HostStore, stream_for
 from hf_hetero.plan import ACTIVATIONS
 
@@ -39,8 +38,8 @@ class Activations:
         modules = () if compiled else model.modules()
         self._layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
         self._recomputes, self._stream = recomputes, None
-        found = map(chunked_mlp.install, self._layers) if in_chunks else ()
-        self._mlps: list[ChunkedMLP] = [mlp for mlp in found if mlp is not None]
+        pairs = [(layer.mlp, chunked_class(layer)) for layer in self._layers if in_chunks and hasattr(layer, "mlp")]
+        self._mlps = [(mlp, kind) for mlp, kind in pairs if kind is not None]
         able = ACTIVATIONS if self._layers else ()
         self.policies = tuple(policy for policy in able if policy != "recompute" or not recomputes)
 
@@ -64,23 +63,23 @@ class Activations:
     @contextmanager
     def following(self, policy: str | None, store: HostStore | None) -> Iterator[None]:
         """For forward and backward of one micro-batch."""
-        before = [layer.gradient_checkpointing for layer in self._layers]
-        try:
+        with ExitStack() as undone:
             if policy in self.policies and not self._recomputes:
                 for layer in self._layers:
-                    _recompute(layer)
-            for mlp in self._mlps:
-                mlp.in_chunks = self.recomputed(policy)
-            with nullcontext() if store is None else store.hooks():
-                yield
-        finally:
-            for layer, recomputed in zip(self._layers, before, strict=True):
-                layer.gradient_checkpointing = recomputed
-            for mlp in self._mlps:
-                mlp.in_chunks = False
+                    _set(undone, layer, "gradient_checkpointing", True)
+                    _set(undone, layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+            if self.recomputed(policy):
+                for mlp, kind in self._mlps:
+                    _set(undone, mlp, "__class__", kind)
+            if store is not None:
+                undone.enter_context(store.hooks())
+            yield
 
 
-def _recompute(layer: Any) -> None:
-    layer.gradient_checkpointing = True
-    if not hasattr(layer, "_gradient_checkpointing_func"):
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+def _set(undone: ExitStack, thing: Any, name: str, value: Any) -> None:
+    """Set an attribute until the stack is undone."""
+    if hasattr(thing, name):
+        undone.callback(setattr, thing, name, getattr(thing, name))
+    else:
+        undone.callback(delattr, thing, name)
+    setattr(thing, name, value)

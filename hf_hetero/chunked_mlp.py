@@ -8,6 +8,9 @@ gradients chunk by chunk (StreamBP, arXiv:2506.03077; TiledMLP of ALST, arXiv:25
 The recompute of the layer ends where the last tensor that it kept is found again. That is the MLP's input, kept by a
 node of its own before the MLP (`_Keep`). So with non-reentrant checkpointing the MLP is computed twice, as it would be
 without chunks, not three times.
+
+An MLP is given another class for a micro-batch, as FSDP2 gives one for good to the modules it shards: names, weights
+and hooks stay, and afterwards nothing is left of it.
 """
 
 from __future__ import annotations
@@ -23,34 +26,29 @@ INNER_TENSORS = 4
 
 
 class ChunkedMLP(torch.nn.Module):
-    """Made of an MLP by `install`: a subclass of its class, with the same weights under the same names.
+    """What an MLP is while it goes chunk by chunk: of a class made by `chunked_class`, with its own weights."""
 
-    Attributes:
-        in_chunks: whether training goes chunk by chunk; else the MLP is as it was.
-    """
-
-    in_chunks: bool = False
     chunk_bytes: int = CHUNK_BYTES
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Shape (..., hidden) in and out."""
-        if not (self.in_chunks and self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        kept = _Kept()
+        if len(args) != 1 or kwargs or not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        [x], kept = args, _Kept()
         return _InChunks.apply(_Keep.apply(x, kept) if x.requires_grad else x, kept, self, *self.parameters())
 
 
-def install(layer: torch.nn.Module) -> ChunkedMLP | None:
-    """Let the MLP of a layer go chunk by chunk; None where it is not known that each token's is its own."""
+def chunked_class(layer: torch.nn.Module) -> type[ChunkedMLP] | None:
+    """The class that a layer's MLP is to have while it goes chunk by chunk; its own one is its base.
+
+    None where there is no MLP, or it is not known that each token's is its own.
+    """
     mlp: Any = getattr(layer, "mlp", None)
-    if isinstance(mlp, ChunkedMLP):
-        return mlp
     if not isinstance(mlp, torch.nn.Module) or not type(mlp).__name__.endswith("MLP") or not _is_by_token(mlp):
         return None
-    # as FSDP2 does with the modules it shards: a class of this one instance, so that names and weights stay
-    mlp.__class__ = type(f"Chunked{type(mlp).__name__}", (ChunkedMLP, type(mlp)), {})
-    assert isinstance(mlp, ChunkedMLP)
-    return mlp
+    if isinstance(mlp, ChunkedMLP):
+        return type(mlp)
+    return type(f"Chunked{type(mlp).__name__}", (ChunkedMLP, type(mlp)), {})
 
 
 def widest_inner(mlp: torch.nn.Module) -> int:

@@ -10,8 +10,7 @@ import torch
 from helpers import tiny_model, with_lora
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero import chunked_mlp
-from hf_hetero.chunked_mlp import INNER_TENSORS, ChunkedMLP, widest_inner
+from hf_hetero.chunked_mlp import INNER_TENSORS, ChunkedMLP, chunked_class, widest_inner
 
 HIDDEN = 32
 
@@ -22,11 +21,11 @@ def layer_of(family: str = "llama", dtype: torch.dtype = torch.float64) -> Any:
 
 def in_chunks(layer: Any, tokens: int) -> ChunkedMLP:
     """The layer's MLP, so many tokens at a time."""
-    mlp = chunked_mlp.install(layer)
-    assert mlp is not None
-    mlp.chunk_bytes = tokens * INNER_TENSORS * widest_inner(mlp) * next(mlp.parameters()).element_size()
-    mlp.in_chunks = True
-    return mlp.train()
+    kind = chunked_class(layer)
+    assert kind is not None
+    layer.mlp.__class__ = kind
+    layer.mlp.chunk_bytes = tokens * INNER_TENSORS * widest_inner(layer.mlp) * layer.mlp.down_proj.weight.element_size()
+    return layer.mlp.train()
 
 
 def hidden_states(num_tokens: int = 11, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -97,7 +96,7 @@ def test_inner_tensors_never_exist_as_a_whole() -> None:
     out.sum().backward()
     assert rows == [3, 3, 3, 2] * 2
     whole = copy.deepcopy(mlp)
-    whole.in_chunks = False
+    whole.__class__ = type(mlp).__mro__[2]
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         whole(x)
@@ -122,30 +121,28 @@ def test_a_recomputed_layer_computes_its_mlp_twice() -> None:
 
 
 def test_names_weights_and_evaluation_stay() -> None:
-    """The state dict is as it was; without gradients, in evaluation, or switched off, the MLP is as it was."""
+    """The state dict is as it was; without gradients, in evaluation, or called in another way, so is the MLP."""
     layer = layer_of()
     before, whole = list(layer.state_dict()), copy.deepcopy(layer.mlp)
     mlp = in_chunks(layer, 3)
     assert isinstance(mlp, type(whole))
     assert list(layer.state_dict()) == before
-    assert chunked_mlp.install(layer) is mlp
     x = hidden_states()
     with torch.no_grad():
         assert torch.equal(mlp(x), whole(x))
+    assert torch.equal(mlp(x=x), whole(x))
     assert torch.equal(mlp.eval()(x), whole(x))
-    mlp.train().in_chunks = False
-    assert torch.equal(mlp(x), whole(x))
 
 
 def test_only_where_tokens_do_not_meet() -> None:
     """Experts, noise, and what is no MLP stay as they are."""
-    assert chunked_mlp.install(layer_of("qwen3-moe", torch.float32)) is None
+    assert chunked_class(layer_of("qwen3-moe", torch.float32)) is None
     noisy = layer_of()
     noisy.mlp.act_fn = torch.nn.Dropout(0.1)
-    assert chunked_mlp.install(noisy) is None
+    assert chunked_class(noisy) is None
     noisy.mlp.act_fn = torch.nn.Dropout(0.0)
-    assert chunked_mlp.install(noisy) is not None
-    assert chunked_mlp.install(torch.nn.Linear(2, 2)) is None
+    assert chunked_class(noisy) is not None
+    assert chunked_class(torch.nn.Linear(2, 2)) is None
     strange = torch.nn.Module()
     strange.mlp = torch.nn.Sequential(torch.nn.Linear(2, 2))
-    assert chunked_mlp.install(strange) is None
+    assert chunked_class(strange) is None
