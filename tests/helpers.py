@@ -9,7 +9,8 @@ import queue
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -287,6 +288,21 @@ class Recorder(TrainerCallback):
 
 def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {plain_name(name): whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+@contextmanager
+def kept_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps meanwhile for backward, weights aside."""
+    kept: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        if (pointer := x.untyped_storage().data_ptr()) not in weights:
+            kept[pointer] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        yield kept
 
 
 def plain_name(name: str) -> str:

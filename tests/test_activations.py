@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import gradients_of, largest_difference, tiny_model
+from helpers import gradients_of, kept_by_autograd, largest_difference, tiny_model
 
 from hf_hetero.activations import Activations
 from hf_hetero.chunked_mlp import ChunkedMLP
@@ -28,16 +28,8 @@ def under(policy: str | None, model: Any, in_chunks: bool = True) -> tuple[int, 
     """Bytes that autograd keeps on the device after forward, weights aside, and gradients, of one micro-batch."""
     activations = Activations(model, recomputes=False, in_chunks=in_chunks, compiled=False)
     store = activations.store(policy, CPU, TOKENS, 64)
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if (pointer := x.untyped_storage().data_ptr()) not in weights:
-            kept[pointer] = x.untyped_storage().nbytes()
-        return x
-
     ids = torch.randint(0, 11, (1, TOKENS), generator=torch.Generator().manual_seed(0))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), activations.following(policy, store):
+    with kept_by_autograd(model) as kept, activations.following(policy, store):
         out = model.model(input_ids=ids, use_cache=False).last_hidden_state
         num_bytes = sum(kept.values())
         out.square().sum().backward()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import tiny_model, with_lora
+from helpers import kept_by_autograd, tiny_model, with_lora
 from test_estimate import shape
 
 from hf_hetero import chunked_mlp
@@ -54,15 +54,7 @@ def test_a_rank_too_small_for_a_chunk_counts_the_logits_it_holds() -> None:
 def test_activation_bytes_against_torch() -> None:
     """The memory of a token is within a factor of two of what autograd really keeps, logits left out."""
     model, tokens = tiny_model(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=11), 256
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        if (pointer := x.untyped_storage().data_ptr()) not in weights:
-            kept[pointer] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with kept_by_autograd(model) as kept:
         out = model.model(input_ids=torch.randint(0, 11, (1, tokens)), use_cache=False).last_hidden_state
     found = shape_of(model, model.config, 4, False)
     estimated = (activation_bytes(found) - found.vocab * 12) * tokens
