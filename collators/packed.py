@@ -169,6 +169,38 @@ class PackedCollator:
         )
         return Sample(input_ids, None if labels is None else labels.long(), positions, inputs, weights)
 
+    def check_padding(self, rows: Iterable[Example]) -> None:
+        """Refuse a collator that pads on the left, where Trainer's loss would learn first tokens from the padding.
+
+        Args:
+            rows: of the dataset; two of different lengths show it.
+
+        Raises:
+            BadSample: it does, and first tokens have labels.
+        """
+        if self.example_collator is None:
+            return
+        by_length: dict[int, Example] = {}
+        for number, example in enumerate(rows):
+            by_length.setdefault(len(self.sample(example, f"row {number}").input_ids), example)
+            if len(by_length) == 2:
+                break
+        else:
+            return
+        shorter = min(by_length)
+        kept = [by_length[shorter], *(example for length, example in by_length.items() if length != shorter)]
+        if self.columns is not None:
+            kept = [{key: values for key, values in example.items() if key in self.columns} for example in kept]
+        batch = self.example_collator([dict(example) for example in kept])
+        if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
+            return
+        first = int(torch.as_tensor(mask[0]).bool().int().argmax())
+        if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
+            raise BadSample(
+                "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
+                'padding before it. Pad on the right: tokenizer.padding_side = "right".'
+            )
+
     def _check_carried(self, example: Example, found: Mapping[str, torch.Tensor], name: str) -> None:
         """Refuse what a rank that holds a part of the row could not be given its part of."""
         num_tokens = len(found["input_ids"])

@@ -66,7 +66,7 @@ def take_off(head: torch.nn.Linear) -> None:
     """The output embedding as it was, unless a wrapper has changed it since."""
     if type(head) is LeanHead:
         vars(head).pop("_is_lazy", None)
-        head.__class__ = torch.nn.Linear
+        cast("Any", head).__class__ = torch.nn.Linear
 
 
 class LazyLogits(torch.Tensor):

@@ -25,6 +25,9 @@ from hf_hetero.stream import is_stream
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = 16
+"""Rows among which two of different lengths are sought."""
+
 
 class ResumableTrainer(PreparedTrainer):
     """A Trainer whose loader gives planned steps, and whose checkpoints are known to be whole."""
@@ -59,8 +62,9 @@ class ResumableTrainer(PreparedTrainer):
         """The planned steps of a run."""
         planning = planning_of(self.hetero, self._plan_source(), self.groups.control)
         before = self._run_before if not self.args.ignore_data_skip else None
+        packer = self._packer(needs_labels=True)
         common: dict[str, Any] = {
-            "collate": self._packer(needs_labels=True),
+            "collate": packer,
             "args": self.args,
             "batch_size": self.get_total_train_batch_size(self.args),
             "planning": planning,
@@ -70,6 +74,8 @@ class ResumableTrainer(PreparedTrainer):
             kept = before.stream if before is not None else None
             data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
         else:
+            dataset: Any = self.train_dataset
+            packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
             columns = partial(self._remove_unused_columns, description="training")
             data = training_data(self.train_dataset, columns, **common)
         try:

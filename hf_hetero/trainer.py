@@ -102,7 +102,8 @@ class HeteroTrainerMixin(ResumableTrainer):
         if not num_targets and not self._has_learned:
             raise BadSample(
                 f"Step {self.state.global_step + 1} has no target token: each label of its "
-                f"{len(batch.share.step.rows)} samples is {IGNORE_INDEX}, so there is nothing to learn. Look at how labels are made."
+                f"{len(batch.share.step.rows)} samples is {IGNORE_INDEX}, so there is nothing to learn. Look at how "
+                "labels are made."
             )
         self._has_learned = True
         rows, at_once = len(set(batch.share.step.rows)), self._train_batch_size * self.args.world_size
