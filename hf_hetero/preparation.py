@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import exactness, lm_head, sharding
+from hf_hetero import exactness, lm_head, loss, sharding
 from hf_hetero.activations import Activations
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
@@ -21,7 +21,6 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.expert_load import ExpertLoad
 from hf_hetero.groups import GroupPool
 from hf_hetero.lm_head import LeanHead
-from hf_hetero.loss import token_loss
 from hf_hetero.machine import Machine, set_up
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
@@ -85,8 +84,7 @@ class PreparedTrainer(Trainer):
         )
         interface.register()
         base.set_attn_implementation(interface.ATTENTION_NAME)
-        if base.loss_function is ForCausalLMLoss:
-            base.loss_function = token_loss
+        loss.install(base, ForCausalLMLoss)
         self._head = self._set_head(base)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         return kernel
