@@ -6,6 +6,7 @@ Whatever the plan, the counts are those of the step's tokens, so they can be com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ class ExpertLoad:
         self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
-        for number, router in enumerate(self._routers):
-            router.register_forward_hook(self._counter(number))
+        self._is_paused = False
+        self._hooks = [
+            router.register_forward_hook(self._counter(number)) for number, router in enumerate(self._routers)
+        ]
 
     def __bool__(self) -> bool:
         """Whether there is anything to count."""
@@ -36,8 +39,8 @@ class ExpertLoad:
         def count(module: torch.nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             chosen = next((x for x in outputs if isinstance(x, torch.Tensor) and not x.is_floating_point()), None)
-            if not module.training or chosen is None or in_backward():  # counted when it was first computed
-                return
+            if self._is_paused or not module.training or chosen is None or in_backward():
+                return  # what is recomputed was counted when it was first computed
             # no bincount: it waits for the device
             counts = torch.zeros(self._num_experts, dtype=torch.int64, device=chosen.device)
             counts.scatter_add_(0, chosen.flatten().long(), torch.ones_like(chosen.flatten(), dtype=torch.int64))
@@ -45,6 +48,15 @@ class ExpertLoad:
             self._counts[number] = counts if before is None else before + counts
 
         return count
+
+    @contextmanager
+    def of_tokens(self, num_tokens: int) -> Iterator[None]:
+        """For a micro-batch with so many tokens of samples; with none, the token that is run instead does not count."""
+        self._is_paused = num_tokens == 0
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def take(self) -> list[int]:
         """Tokens of each expert of each layer since the last call, layer after layer: num_layers x num_experts."""
@@ -60,6 +72,11 @@ class ExpertLoad:
         """
         layers = torch.tensor(ranks, dtype=torch.float64).sum(0).view(-1, self._num_experts)
         return tuple((layers.amax(1) / layers.mean(1).clamp(min=1e-12)).tolist())
+
+    def close(self) -> None:
+        """Stop watching; the model is as before."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
 
 def _routers(model: Any) -> Iterator[torch.nn.Module]:

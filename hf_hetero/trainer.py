@@ -113,7 +113,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
             lazy = nullcontext() if self._head is None else self._head.lazy()
             saving = self._activations.following(micro_batch.group.activations, context.store)
-            with lazy, saving, sharding.synchronising(self, model, is_synced), clock.micro_batch():
+            counting = self._experts.of_tokens(context.num_tokens)
+            with lazy, saving, counting, sharding.synchronising(self, model, is_synced), clock.micro_batch():
                 loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
             total += loss
             if not context.reached:
@@ -121,20 +122,20 @@ class HeteroTrainerMixin(ResumableTrainer):
                     f"{type(exactness.base_model(self.model)).__name__} never called its attention through "  # pyright: ignore
                     "transformers' interface, so samples cannot be shared among ranks. Use plain Trainer."
                 )
-        busy_s = clock.read()
-        self._report(step, time.perf_counter() - start, busy_s, num_items_in_batch)
+        busy_s, peak_bytes = clock.read(), clock.peak_bytes()
+        self._report(step, time.perf_counter() - start, busy_s, peak_bytes, num_items_in_batch)
         return total
 
     def _start_clock(self, model: torch.nn.Module) -> StepClock:
         """For the first step: by now accelerate has wrapped the model."""
         sharding.check_wrapper(model, self.args)
-        self._clock = StepClock(self.model, self.args.device)  # pyright: ignore[reportArgumentType]
+        # transformers' own count of memory needs the peak of the run
+        self._clock = StepClock(self.model, self.args.device, self.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
         return self._clock
 
-    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
+    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], peak_bytes: int, num_targets: Any) -> None:
         assert self.cost_model is not None
-        peak = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
-        mine = [peak, *(round(1e9 * s) for s in busy_s)]
+        mine = [peak_bytes, *(round(1e9 * s) for s in busy_s)]
         control = self.groups.control
         rows = gather(mine, control)
         report = StepReport(

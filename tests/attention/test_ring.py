@@ -113,8 +113,7 @@ def streams_of(layout: Layout, how: str, num_layers: int, monkeypatch: pytest.Mo
 
 
 def by_own_index(stream: Sequence[Post]) -> list[Post]:
-    """The same posts of one layer, but in backward gradients leave one post after the keys they are of, whatever the
-    numbers of the rounds that this rank is idle in."""
+    """The same posts of one layer, but in backward gradients leave one post after the keys they are of."""
     keys, homes = ([post for post in stream if post[0].tag % 2 == odd] for odd in (0, 1))
     forward, again = keys[: len(homes)], keys[len(homes) :]
     backward = [post for index, home in enumerate(homes) for post in (*again[index + 1 : index + 2], home)]
@@ -136,7 +135,7 @@ PACKS = cut_packs(40)
 
 @pytest.mark.parametrize("how", ["plain", "recomputed", "kept"])
 def test_no_order_of_messages_is_a_circle(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward, backward, and recompute that posts again: all messages meet, in every pack, with the right other half."""
+    """Forward, backward, and recompute that posts again: in every pack all messages meet their other halves."""
     for layout in PACKS:
         assert not unfinished(streams_of(layout, how, 2, monkeypatch)), layout
 
