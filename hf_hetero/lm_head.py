@@ -83,7 +83,7 @@ def uninstall(model: Any) -> None:
     if head._num_installed <= 0 and type(head) is LeanHead:  # pyright: ignore[reportPrivateUsage]
         vars(head).pop("_is_lazy", None)
         vars(head).pop("_num_installed", None)
-        head.__class__ = torch.nn.Linear
+        cast("Any", head).__class__ = torch.nn.Linear
 
 
 class LazyLogits(torch.Tensor):
