@@ -15,7 +15,7 @@ from hf_hetero.backward import in_backward
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert gets, by watching the model's routers.
+    """Counts the tokens that each expert gets, by watching the model's routers while a micro-batch runs.
 
     Args:
         model: a transformers model; it says itself which of its modules are routers (`_can_record_outputs`).
@@ -26,10 +26,6 @@ class ExpertLoad:
         self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
-        self._is_paused = False
-        self._hooks = [
-            router.register_forward_hook(self._counter(number)) for number, router in enumerate(self._routers)
-        ]
 
     def __bool__(self) -> bool:
         """Whether there is anything to count."""
@@ -39,8 +35,8 @@ class ExpertLoad:
         def count(module: torch.nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             chosen = next((x for x in outputs if isinstance(x, torch.Tensor) and not x.is_floating_point()), None)
-            if self._is_paused or not module.training or chosen is None or in_backward():
-                return  # what is recomputed was counted when it was first computed
+            if not module.training or chosen is None or in_backward():  # counted when it was first computed
+                return
             # no bincount: it waits for the device
             counts = torch.zeros(self._num_experts, dtype=torch.int64, device=chosen.device)
             counts.scatter_add_(0, chosen.flatten().long(), torch.ones_like(chosen.flatten(), dtype=torch.int64))
@@ -50,13 +46,15 @@ class ExpertLoad:
         return count
 
     @contextmanager
-    def of_tokens(self, num_tokens: int) -> Iterator[None]:
-        """For a micro-batch with so many tokens of samples; with none, the token that is run instead does not count."""
-        self._is_paused = num_tokens == 0
+    def micro_batch(self, num_tokens: int) -> Iterator[None]:
+        """Count what is routed inside; nothing where a rank has no tokens and runs one of no sample instead."""
+        watched = enumerate(self._routers if num_tokens else ())
+        hooks = [router.register_forward_hook(self._counter(number)) for number, router in watched]
         try:
             yield
         finally:
-            self._is_paused = False
+            for hook in hooks:
+                hook.remove()
 
     def take(self) -> list[int]:
         """Tokens of each expert of each layer since the last call, layer after layer: num_layers x num_experts."""
@@ -72,11 +70,6 @@ class ExpertLoad:
         """
         layers = torch.tensor(ranks, dtype=torch.float64).sum(0).view(-1, self._num_experts)
         return tuple((layers.amax(1) / layers.mean(1).clamp(min=1e-12)).tolist())
-
-    def close(self) -> None:
-        """Stop watching; the model is as before."""
-        while self._hooks:
-            self._hooks.pop().remove()
 
 
 def _routers(model: Any) -> Iterator[torch.nn.Module]:

@@ -113,7 +113,7 @@ class HeteroTrainerMixin(ResumableTrainer):
             is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
             lazy = nullcontext() if self._head is None else self._head.lazy()
             saving = self._activations.following(micro_batch.group.activations, context.store)
-            counting = self._experts.of_tokens(context.num_tokens)
+            counting = self._experts.micro_batch(context.num_tokens)
             with lazy, saving, counting, sharding.synchronising(self, model, is_synced), clock.micro_batch():
                 loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
             total += loss
