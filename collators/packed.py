@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
@@ -225,7 +224,6 @@ class PackedCollator:
             )
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        # the model shifts labels itself here; the first one is never a target
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -235,7 +233,7 @@ class PackedCollator:
             "input_ids": pad([row.input_ids for row in rows], self.pad_token_id),
             "attention_mask": pad([torch.ones_like(row.input_ids) for row in rows], 0),
         }
-        labels = [F.pad(row.labels[1:], (1, 0), value=IGNORE_INDEX) for row in rows if row.labels is not None]
+        labels = [row.labels for row in rows if row.labels is not None]
         return {**batch, "labels": pad(labels, IGNORE_INDEX)} if len(labels) == len(rows) else batch
 
 

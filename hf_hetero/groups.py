@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
@@ -23,15 +24,25 @@ class GroupPool:
     wait for communication. Only aligned blocks are needed, so a rank belongs to one group of each degree. A timeout is
     passed to each group because torch does not hand down the one of `init_process_group`.
 
+    Each group's first message is one of all its ranks, sent here. NCCL joins the ranks of a group by the first message,
+    and where that is one of two ranks only, as in a ring, torch calls the behaviour undefined (`batch_isend_irecv`).
+
     Without torch.distributed (a single process) the pool is empty.
 
     Args:
         degrees: sizes of the groups; 1 needs none.
         timeout_s: seconds that an operation inside a group may wait.
         control_timeout_s: seconds that ranks may wait for each other between steps (saving, evaluating).
+        device: of what the groups exchange.
     """
 
-    def __init__(self, degrees: Iterable[int], timeout_s: float, control_timeout_s: float) -> None:
+    def __init__(
+        self,
+        degrees: Iterable[int],
+        timeout_s: float,
+        control_timeout_s: float,
+        device: torch.device | None = None,
+    ) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
         if not dist.is_initialized():
@@ -41,6 +52,9 @@ class GroupPool:
         for degree in sorted(set(degrees) - {1}):
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), timeout_s)
+                if dist.get_rank() in ranks:
+                    with named("The first exchange of a group", f"ranks {list(ranks)}"):
+                        dist.all_reduce(torch.zeros(1, device=device), group=self._groups[ranks])
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The process group of these ranks; None for a single rank, which needs none."""

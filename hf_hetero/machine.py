@@ -101,7 +101,7 @@ def set_up(
         logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
             logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
-    return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
+    return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device))
 
 
 def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:

@@ -53,6 +53,9 @@ class PreparedTrainer(Trainer):
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
+        if self.data_collator is default_data_collator:
+            # transformers' takes rows of one length only
+            self.data_collator = PackedCollator(makes_labels=False)
         choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
 
         self._machine: Machine | None = None
@@ -112,7 +115,7 @@ class PreparedTrainer(Trainer):
         collator: Any = self.data_collator
         if isinstance(collator, PackedCollator):
             return collator
-        if collator is default_data_collator or type(collator) is DataCollatorWithPadding:
+        if type(collator) is DataCollatorWithPadding:
             pad = getattr(self.processing_class, "pad_token_id", None)
             return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False)
         # theirs keeps serving stock batches; here it makes the labels of one sample at a time

@@ -151,7 +151,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             total += self._micro_batch_loss(model, micro_batch, index, index == last, num_items_in_batch, clock)
         self._step_s += time.perf_counter() - start
         if inputs.numbers.stop > last:
-            self._report(inputs.batch, self._step_s, clock.read(), num_items_in_batch)
+            busy_s, peak_bytes = clock.read(), clock.peak_bytes()
+            self._report(inputs.batch, self._step_s, busy_s, peak_bytes, num_items_in_batch)
             self._step_s = 0.0
         return total
 
@@ -169,7 +170,8 @@ class HeteroTrainerMixin(ResumableTrainer):
         lazy = nullcontext() if self._fitted.head is None else self._fitted.head.lazy()
         saving = self._activations.following(micro_batch.group.activations, context.store)
         synchronising = sharding.synchronising(self, model, self._sharding.syncs_each or is_last)
-        with lazy, saving, synchronising, clock.micro_batch():
+        counting = self._fitted.experts.micro_batch(context.num_tokens)
+        with lazy, saving, counting, synchronising, clock.micro_batch():
             loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
         if not context.reached:
             raise UnsupportedModel(
@@ -181,16 +183,16 @@ class HeteroTrainerMixin(ResumableTrainer):
     def _start_clock(self, model: torch.nn.Module) -> StepClock:
         """For the first step: by now accelerate has wrapped the model."""
         sharding.check_wrapper(model, self.args)
-        self._clock = StepClock(self.model, self.args.device)  # pyright: ignore[reportArgumentType]
+        # transformers' own count of memory needs the peak of the run
+        self._clock = StepClock(self.model, self.args.device, self.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
         self._step_s = 0.0
         return self._clock
 
-    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
+    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], peak_bytes: int, num_targets: Any) -> None:
         assert self.cost_model is not None
         assert self._fitted is not None
         experts = self._fitted.experts
-        peak = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
-        mine = [peak, *(round(1e9 * s) for s in busy_s)]
+        mine = [peak_bytes, *(round(1e9 * s) for s in busy_s)]
         control = self.groups.control
         rows = gather(mine, control)
         report = StepReport(

@@ -41,6 +41,28 @@ def test_every_group_works(num_ranks: int, degrees: tuple[int, ...]) -> None:
         assert max(map(len, sums)) == num_ranks
 
 
+def first_exchanges(degrees: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Ranks and device of every exchange of this rank while the groups are made."""
+    found: list[tuple[tuple[int, ...], str]] = []
+    exchange = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        found.append((tuple(dist.get_process_group_ranks(group)), tensor.device.type))
+        return exchange(tensor, *args, group=group, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noting)
+        GroupPool(degrees, 20, 20, torch.device("cpu")).close()
+    return found
+
+
+def test_a_groups_first_exchange_is_of_all_its_ranks() -> None:
+    """Before anybody uses a group, each of its ranks has exchanged something in it, once, and all in the same order."""
+    for rank, found in enumerate(run_ranks(first_exchanges, 4, (1, 2, 4))):
+        pair = (0, 1) if rank < 2 else (2, 3)
+        assert found == [(pair, "cpu"), ((0, 1, 2, 3), "cpu")]
+
+
 def test_single_process_has_no_groups() -> None:
     """Without torch.distributed there is nothing to make, and control messages stay at home."""
     pool = GroupPool((1, 2), 1, 1)
