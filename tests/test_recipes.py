@@ -365,6 +365,32 @@ def test_a_completion_is_learned_and_its_prompt_is_not(
     assert found["labels"][0] == [-100] * len(prompt) + expected(tokenizer, "x = 1")
 
 
+@pytest.mark.parametrize(
+    ("row", "assistant_only"),
+    [
+        ({"text": "import os"}, False),
+        ({"messages": CHAT, "tools": TOOLS, "chat_template_kwargs": {"mood": "calm"}}, True),
+        ({"prompt": "import os\n", "completion": "x = 1"}, False),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "tools": json.dumps(TOOLS)}, False),
+        ({"prompt": CHAT, "completion": CHAT}, True),
+    ],
+    ids=["text", "chat", "pair", "pair-of-chats", "pair-of-chats-assistant-only"],
+)
+def test_rows_become_what_trl_makes_of_them(
+    sft: ModuleType, with_tools: Any, model_folder: Path, tmp_path: Path, row: dict[str, Any], assistant_only: bool
+) -> None:
+    """Tokens and labels are those of TRL's SFTTrainer."""
+    trl = pytest.importorskip("trl")
+    table = datasets.Dataset.from_list([row] * 2)
+    options = {"max_length": None, "assistant_only_loss": assistant_only, "use_cpu": True, "bf16": False}
+    config = trl.SFTConfig(str(tmp_path), report_to=[], activation_checkpointing=False, **options)
+    theirs = trl.SFTTrainer(str(model_folder), config, train_dataset=table, processing_class=copy.deepcopy(with_tools))
+    args = sft.RecipeArguments(assistant_only_loss=assistant_only)
+    for ours, prepared in zip(sft.prepare_data(args, table, with_tools), theirs.train_dataset, strict=True):
+        assert ours["input_ids"] == prepared["input_ids"]
+        assert ours.get("labels", ours["input_ids"]) == prepared["labels"]
+
+
 def test_a_template_that_marks_nothing_is_refused(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
     """assistant_only_loss needs `{% generation %}`; without it nothing would be learned, by a run that looks well."""
     plain = copy.deepcopy(tokenizer)
