@@ -19,12 +19,13 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from inspect import formatannotation
 from itertools import accumulate, takewhile
 from pathlib import Path
 from statistics import median_low as median
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import datasets
 import yaml
@@ -77,6 +78,24 @@ class RecipeArguments:
     calibrate: bool = field(default=False, metadata={"help": "Refit the cost model to measured steps on the way"})
     save_model: bool = field(default=True, metadata={"help": "Save the trained model under output_dir"})
 
+    def __post_init__(self) -> None:
+        """A YAML file may hold anything."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not fits(value, kind):
+                raise HeteroError(f"{name}={value!r:.60}: it must be {formatannotation(kind)}.")
+            if type(value) is int and value < 1:
+                raise HeteroError(f"{name}={value}: it must be at least 1.")
+
+
+def fits(value: object, kind: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(item, get_args(kind)[0]) for item in value)
+    return any(fits(value, one) for one in get_args(kind)) if get_args(kind) else type(value) is kind
+
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -85,20 +104,43 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, TrainingArguments, Hete
     """Fields from the file after `--config`, then from the command line.
 
     Raises:
-        HeteroError: a key that no dataclass has, with the one that was probably meant.
+        HeteroError: a file that cannot be read, a value of another type, or a key that no dataclass has, with the one
+            that was probably meant.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     path = first.parse_known_args(argv)[0].config
     parser = HfArgumentParser((RecipeArguments, TrainingArguments, HeteroConfig), allow_abbrev=False)
+    parser.error = refuse
     known = set(vars(parser.parse_args([]))) - {"config"}
     if path:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        with explaining(f"Cannot read {path}"):
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise HeteroError(f"{path} holds {values!r:.60}; it must hold lines of `key: value`.")
         refuse_unknown(path, values, known)
         parser.set_defaults(**values)
-    *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
+    with explaining("These settings cannot be"):
+        *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
     refuse_unknown("the command line", [word.lstrip("-").split("=")[0] for word in unknown], known)
     return tuple(parsed)
+
+
+def refuse(message: str) -> NoReturn:
+    """In place of argparse's page of usage."""
+    raise HeteroError(f"{message.rstrip('.')}. `python recipes/sft.py --help` says what can be.")
+
+
+@contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Say in one line what failed within: files, libraries and the hub raise errors of many kinds."""
+    try:
+        yield
+    except HeteroError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise HeteroError(f"{what}: {type(error).__name__}: {said:.300}") from error
 
 
 def refuse_unknown(where: str, keys: Iterable[str], known: set[str]) -> None:
@@ -127,7 +169,11 @@ def load_data(args: RecipeArguments) -> datasets.Dataset:
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
     if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
         found = datasets.load_from_disk(args.dataset)
-        return found[args.dataset_split] if isinstance(found, dict) else found
+        if not isinstance(found, dict):
+            return found
+        if args.dataset_split not in found:
+            raise HeteroError(f"dataset_split={args.dataset_split!r}: {args.dataset!r} has only {', '.join(found)}.")
+        return found[args.dataset_split]
     if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
         if not (files := sorted(glob.glob(args.dataset))):
             raise HeteroError(f"dataset={args.dataset!r}: there is no such file.")
@@ -155,22 +201,19 @@ def tokenise(
         HeteroError: what is wrong with the row, and its number.
     """
     try:
-        if "input_ids" in row:
-            found = from_tokens(row)
-        elif "messages" in row:
-            found = from_chat(row, tokenizer, assistant_only)
-        elif row.keys() >= PAIR:
-            found = from_pair(row, tokenizer, assistant_only)
-        else:
-            found = {"input_ids": encode(tokenizer, as_text(row, text_column), ends=True)}
-        if not found["input_ids"]:
-            raise HeteroError("it has no tokens. Filter empty samples out of the dataset.")
+        with explaining("it cannot be tokenised, so mend it, or leave it out"):
+            if "input_ids" in row:
+                found = from_tokens(row)
+            elif "messages" in row:
+                found = from_chat(row, tokenizer, assistant_only)
+            elif row.keys() >= PAIR:
+                found = from_pair(row, tokenizer, assistant_only)
+            else:
+                found = {"input_ids": encode(tokenizer, as_text(row, text_column), ends=True)}
+            if not found["input_ids"]:
+                raise HeteroError("it has no tokens. Filter empty samples out of the dataset.")
     except HeteroError as error:
         raise HeteroError(f"Row {number}: {error}") from error
-    except Exception as error:  # tokenizers and chat templates raise errors of many kinds
-        said = (str(error).strip().splitlines() or [""])[0]
-        what = f"Row {number} cannot be tokenised: {type(error).__name__}: {said}"
-        raise HeteroError(f"{what} Mend the row, or leave it out.") from error
     return {**found, "length": len(found["input_ids"])}
 
 
@@ -457,14 +500,18 @@ def main(argv: Sequence[str]) -> None:
     set_seed(training_args.seed)
     # the first rank downloads and fills the caches, which the others then read
     with training_args.main_process_first(desc="data"):
-        data = load_data(args)
-        tokenizer = load_tokenizer(args, data)
+        with explaining(f"Cannot load dataset={args.dataset!r}"):
+            data = load_data(args)
+        with explaining(f"Cannot load tokenizer={args.tokenizer or args.model!r}"):
+            tokenizer = load_tokenizer(args, data)
         data = prepare_data(args, data, tokenizer)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     watching = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
+    with explaining("Cannot make the model"):
+        model = load_model(args, tokenizer)
     trainer = HeteroTrainer(
-        model=load_model(args, tokenizer),
+        model=model,
         args=training_args,
         train_dataset=data,
         processing_class=tokenizer,

@@ -251,6 +251,95 @@ def test_the_command_line_overrides_the_file(sft: ModuleType, tmp_path: Path) ->
     assert args.model_config == {"model_type": "llama"}
 
 
+BAD_VALUES: dict[str, list[Any]] = {
+    "max_length": ["many", -3, 0, [1], 2.5, True],
+    "vocab_size": [0, -1, "x", [1], None],
+    "num_proc": [0, -2, "x"],
+    "lora_r": [0, -1, "x", [2]],
+    "lora_target_modules": [3, [3], {"a": 1}],
+    "dtype": [3, None],
+    "dataset": [3, None, []],
+    "text_column": [3, None, []],
+    "model": [3, []],
+    "model_config": [3, []],
+    "tokenizer": [3],
+    "max_length_policy": ["cut", 3, None],
+    "assistant_only_loss": ["maybe", 3, None],
+    "save_model": ["maybe", [1]],
+    "learning_rate": ["fast"],
+    "optim": ["best"],
+    "solver": ["best"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
+def test_a_value_that_cannot_be_is_named(sft: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
+    """Whatever a file gives to a key, of another type or out of range, is an error of one line that names it."""
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump({"use_cpu": True, "output_dir": str(tmp_path), key: value}))
+    with pytest.raises(HeteroError) as caught:
+        sft.parse(["--config", str(path)])
+    said = str(caught.value)
+    assert "\n" not in said
+    assert str(value) in said
+    assert key in said or key == "optim"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "FileNotFoundError"),
+        ("a: [1", "ParserError"),
+        ("- model", r"holds \['model'\]; it must hold lines of `key: value`"),
+        ("words", "holds 'words'"),
+        ("3: 4", "holds {3: 4}"),
+    ],
+)
+def test_a_file_that_is_no_recipe(sft: ModuleType, tmp_path: Path, text: str | None, message: str) -> None:
+    """No file, no YAML, or YAML of another kind: the error names the file."""
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(HeteroError, match=rf"my\.yaml.*{message}"):
+        sft.parse(["--config", str(path)])
+
+
+MISSING = {
+    "dataset": (["nowhere.jsonl", "/nowhere", "", "empty.jsonl"], "dataset="),
+    "tokenizer": (["/nowhere"], "tokenizer='/nowhere'"),
+    "model": (["/nowhere"], "Cannot make the model"),
+    "model_config": (["{", "{}", '{"model_type": "nothing"}'], "Cannot make the model"),
+    "dtype": (["floaty"], "floaty"),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (values, _) in MISSING.items() for value in values])
+def test_what_is_missing_is_named(
+    sft: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str
+) -> None:
+    """Data, tokenizers and models that are not there, or are none, are errors of one line, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("")
+    write_lines(Path("rows.jsonl"), [{"text": "x"}])
+    shape = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    settings = {"dataset": "rows.jsonl", "tokenizer": "train", "vocab_size": 300, "use_cpu": True, "output_dir": "out"}
+    settings |= {"model_config": shape} if key != "model" else {}
+    Path("my.yaml").write_text(yaml.safe_dump({**settings, key: value}))
+    with pytest.raises(HeteroError) as caught:
+        sft.main(["--config", "my.yaml"])
+    assert MISSING[key][1] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    """The script ends with status 1 and what is wrong, without a traceback."""
+    command = [sys.executable, "recipes/sft.py", "--use_cpu", "true", "--max_length", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "sft.py: max_length=0: it must be at least 1."
+    assert "Traceback" not in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
