@@ -47,8 +47,10 @@ from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
 
 END = "<|endoftext|>"
 IGNORED = -100  # the label of a token that is not learned
-PAIR = {"prompt", "completion"}
-TOKEN_COLUMNS = {"input_ids", "labels", "attention_mask", "position_ids", "assistant_masks", "completion_mask"}
+# no sets here, nor in what rows go through: their order changes from process to process, and `datasets` caches by it
+PAIR = ("prompt", "completion")
+MASKS = ("assistant_masks", "completion_mask")
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids", *MASKS)
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
@@ -206,7 +208,7 @@ def tokenise(
                 found = from_tokens(row)
             elif "messages" in row:
                 found = from_chat(row, tokenizer, assistant_only)
-            elif row.keys() >= PAIR:
+            elif all(name in row for name in PAIR):
                 found = from_pair(row, tokenizer, assistant_only)
             else:
                 found = {"input_ids": encode(tokenizer, as_text(row, text_column), ends=True)}
@@ -221,7 +223,7 @@ def from_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens and labels as they are, less their padding, and the documents of a row that was packed."""
     columns = {name: row[name] for name in TOKEN_COLUMNS if name in row}
     for name, values in columns.items():
-        if not isinstance(values, list) or not set(map(type, values)) <= {int, bool}:
+        if not isinstance(values, list) or not all(type(value) in (int, bool) for value in values):
             raise HeteroError(f"{name} is {values!r:.60}; it must be a list of whole numbers.")
         if len(values) != len(columns["input_ids"]):
             raise HeteroError(f"it has {len(columns['input_ids'])} input_ids, but {len(values)} {name}.")
@@ -229,10 +231,10 @@ def from_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     at = [place for place, number in enumerate(numbers) if number]
     kept = {name: [values[place] for place in at] for name, values in columns.items()}
     found = {"input_ids": kept["input_ids"]}
-    masks = [kept[name] for name in ("assistant_masks", "completion_mask") if name in kept]
+    masks = [kept[name] for name in MASKS if name in kept]
     if "labels" in kept or masks:
         found["labels"] = kept["labels"] if "labels" in kept else learned(kept["input_ids"], masks)
-    if {"seq_lengths", "position_ids", "attention_mask"} & row.keys():
+    if any(name in row for name in ("seq_lengths", "position_ids", "attention_mask")):
         found["seq_lengths"] = documents(at, kept, row.get("seq_lengths"))
     return found
 
@@ -374,7 +376,7 @@ def check_columns(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any)
     columns = set(data.column_names)
     if not len(data):
         raise HeteroError(f"dataset={args.dataset!r} has no rows in its split {args.dataset_split!r}.")
-    if not {"input_ids", "messages", args.text_column} & columns and not columns >= PAIR:
+    if not {"input_ids", "messages", args.text_column} & columns and not columns >= set(PAIR):
         raise HeteroError(
             f"dataset={args.dataset!r} has no 'input_ids', 'messages' or {args.text_column!r} column, only "
             f"{data.column_names}, and no 'prompt' with its 'completion'. Name the column of plain text: text_column."
@@ -382,7 +384,7 @@ def check_columns(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any)
     if "input_ids" in columns:
         chats = "assistant_masks" in columns
     else:
-        pairs_of_chats = columns >= PAIR and isinstance(data.with_format(None)[0]["prompt"], list)
+        pairs_of_chats = columns >= set(PAIR) and isinstance(data.with_format(None)[0]["prompt"], list)
         chats = "messages" in columns or pairs_of_chats
         if chats and tokenizer.chat_template is None:
             raise HeteroError(
@@ -405,7 +407,7 @@ def truncate(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
     """The first `limit` tokens of a sample, or of each document of a packed row, and what is left in all."""
     parts = row.get("seq_lengths") or [row["length"]]
     spans = [(end - part, end - part + min(part, limit)) for part, end in zip(parts, accumulate(parts), strict=True)]
-    names = {"input_ids", "labels"} & row.keys()
+    names = [name for name in ("input_ids", "labels") if name in row]
     found = {name: [x for start, end in spans for x in row[name][start:end]] for name in names}
     if "seq_lengths" in row:
         found["seq_lengths"] = [end - start for start, end in spans]

@@ -583,6 +583,28 @@ def test_a_row_that_cannot_be_used_is_named(
         prepared(sft, tokenizer, write_lines(tmp_path / "rows.jsonl", [good, good, good, bad, good]))
 
 
+@pytest.mark.slow
+def test_every_process_finds_what_another_has_tokenised() -> None:
+    """`datasets` caches rows by the functions they go through, whose names must not depend on the order of sets."""
+    code = (
+        "import runpy; from datasets.fingerprint import Hasher; "
+        "script = runpy.run_path('recipes/sft.py', run_name='sft_'); "
+        "print(*(Hasher.hash(script[name]) for name in ('stdlib_files', 'tokenise', 'truncate')))"
+    )
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(names) == 1
+
+
 def test_a_row_is_named_by_several_processes(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
     """The number is that of the row in the dataset, whoever tokenises it."""
     source = write_lines(tmp_path / "rows.jsonl", [{"text": None if n == 5 else "x"} for n in range(8)])
