@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,13 @@ class Sample:
     def targets(self) -> torch.Tensor:
         """The label after each token; the last one has nothing to predict."""
         return shift_labels(self.labels)
+
+    def fingerprint(self) -> int:
+        """63 bits of its tokens and labels."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.input_ids, self.labels):
+            digest.update(tensor.contiguous().numpy())
+        return int.from_bytes(digest.digest(), "big") >> 1
 
     def part(self, start: int, end: int) -> Sample:
         """A stretch of it, as a sample of its own."""
@@ -75,7 +83,8 @@ class PackedCollator:
             inputs = pack_spans(spans, [samples.get(position) for position in group.samples])
             micro_batches.append(RankMicroBatch(group, layout, inputs))
         total = sum(num_targets(m.inputs["shift_labels"]) for m in micro_batches)
-        return StepBatch(share, tuple(micro_batches), total)
+        fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
+        return StepBatch(share, tuple(micro_batches), total, fingerprints)
 
     def _sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         if "input_ids" not in example:

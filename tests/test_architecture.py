@@ -33,7 +33,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"memory", "probe"},
     {"estimate"},
     {"planning", "stream"},
-    {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources"},
+    {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources", "stopping"},
     {"evaluation"},
     {"predictions", "preparation"},
     {"resumption"},
@@ -69,6 +69,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "machine",
         "probe",
         "sharding",
+        "stopping",
         "trainer",
     },
 }
