@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,14 @@ class Sample:
         if self.labels is None:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
         return shift_labels(self.labels)
+
+    def fingerprint(self) -> int:
+        """63 bits of all that is its own."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy())
+        return int.from_bytes(digest.digest(), "big") >> 1
 
     def part(self, start: int, end: int) -> Sample:
         """A stretch of it, as a sample of its own."""
@@ -111,7 +120,8 @@ class PackedCollator:
             inputs = pack_spans(spans, held, unshifted=self.keeps_labels_unshifted)
             total += sum(num_targets(_sample(held, span).targets[span.start : span.end]) for span in spans)
             micro_batches.append(RankMicroBatch(group, layout, spans, inputs, _labels(spans, held)))
-        return StepBatch(share, tuple(micro_batches), total)
+        fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
+        return StepBatch(share, tuple(micro_batches), total, fingerprints)
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         """One row as what is trained on: without its padding, with its labels.

@@ -13,17 +13,14 @@ import json
 import logging
 import re
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_hetero.agreement import raise_together
@@ -116,42 +113,6 @@ class Saving:
             if self.may_wait:
                 raise error from raised
         raise_together(error, self.control)
-
-
-class StopWhenAsked(TrainerCallback):
-    """Saves and ends training after the step in which SIGTERM came, on all ranks after the same step.
-
-    Takes the place of transformers' callback for `enable_jit_checkpoint`, in which each rank looks for itself.
-    """
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        """SIGTERM came to this rank."""
-        self.is_agreed = False
-        """It came to some rank, and all know."""
-
-    @contextmanager
-    def listening(self, enabled: bool) -> Iterator[None]:
-        """Handle SIGTERM meanwhile; signals can only be handled in the main thread."""
-        self.is_asked = self.is_agreed = False
-        if not enabled or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._asked)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _asked(self, *_: object) -> None:
-        self.is_asked = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop."""
-        if self.is_agreed:
-            if state.is_world_process_zero:
-                logger.warning("SIGTERM: saving a checkpoint after step %d, then training ends.", state.global_step)
-            control.should_save = control.should_training_stop = True
 
 
 def _begin(folder: Path) -> None:

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero import evaluation, overrides, sharding
-from hf_hetero.agreement import confirm_step, gather
+from hf_hetero.agreement import confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.loss import IGNORE_INDEX
@@ -123,9 +123,10 @@ class HeteroTrainerMixin(ResumableTrainer):
         if step is None and error is None:
             return None, 0
         digest, targets = (step.share.step.digest(), step.num_targets) if step is not None else (0, 0)
-        total, self._stop.is_agreed = confirm_step(
-            self.state.global_step + 1, digest, targets, error, self.groups.control, self._stop.is_asked
-        )
+        number, control = self.state.global_step + 1, self.groups.control
+        total = confirm_step(number, digest, targets, error, control)
+        assert step is not None
+        confirm_rows(number, step.share.step.shared_rows(), step.fingerprints, control)
         return step, total
 
     # ------------------------------------------------------------------------------------------------- step
@@ -313,6 +314,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             for callback in self._step_callbacks():
                 logs.update(callback.metrics())
         super().log(logs, start_time)
+        if start_time is not None:  # from the loop of training, on all ranks; a script may log on one
+            self._decision.join(self.control)
 
 
 class HeteroTrainer(HeteroTrainerMixin):
