@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
+from hf_hetero.limits import Limits
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
@@ -47,16 +48,22 @@ class PackedCollator:
             making labels (`DataCollatorForLanguageModeling`, for one). Without it, an example's `labels` are used, or
             its `input_ids` where it has none.
         pad_token_id: fills the rows of an ordinary batch.
+        limits: what the model has room for. The trainer sets it.
+        counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
+            nothing predicts: Trainer does so for some models. The trainer sets it.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
     pad_token_id: int = 0
+    limits: Limits = field(default_factory=Limits, repr=False)
+    counts_first_label: bool = field(default=False, repr=False)
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Tensors of a step, or of an ordinary batch.
 
         Raises:
-            BadSample: no `input_ids`, no tokens, labels of another length, or not the tokens that were planned for.
+            BadSample: no `input_ids`, no tokens, labels of another length, not the tokens that were planned for, or
+                more or others than the model has.
         """
         return self._step(batch) if isinstance(batch, StepExamples) else self._padded(batch)
 
@@ -67,6 +74,7 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self._sample(example, f"row {row}", drawn.row_tokens[position])
+            self.limits.check_length(drawn.lengths[position], f"row {row}")
             samples[position] = whole[row].part(start, start + drawn.lengths[position])
         micro_batches: list[RankMicroBatch] = []
         for group in share.groups:
@@ -74,7 +82,8 @@ class PackedCollator:
             spans = layout.spans[group.ranks.index(share.rank)]
             inputs = pack_spans(spans, [samples.get(position) for position in group.samples])
             micro_batches.append(RankMicroBatch(group, layout, inputs))
-        total = sum(num_targets(m.inputs["shift_labels"]) for m in micro_batches)
+        counted = "labels" if self.counts_first_label else "shift_labels"
+        total = sum(num_targets(m.inputs[counted]) for m in micro_batches)
         return StepBatch(share, tuple(micro_batches), total)
 
     def _sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
@@ -106,6 +115,7 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
+        self.limits.check_tokens(input_ids, labels, name)
         return Sample(input_ids, labels)
 
     @staticmethod

@@ -53,7 +53,7 @@ class ResumableTrainer(PreparedTrainer):
             raise HeteroError("Training needs a train_dataset.")
         if self._data is not None:
             self._data.close()
-        planning = planning_of(self.hetero, self._plan_source(), self.groups.control)
+        planning = planning_of(self.hetero, self._plan_source(), self.groups.control, self._packer.limits)
         before = self._run_before if not self.args.ignore_data_skip else None
         common: dict[str, Any] = {
             "collate": self._packer,

@@ -171,7 +171,7 @@ class HeteroTrainerMixin(ResumableTrainer):
     def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
         if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
             return None
-        planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control)
+        planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control, self._packer.limits)
         columns = partial(self._remove_unused_columns, description="evaluation")
         return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
 
