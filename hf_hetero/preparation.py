@@ -14,20 +14,25 @@ from hf_hetero import exactness, lm_head, sharding
 from hf_hetero.activations import Activations
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.expert_load import ExpertLoad
 from hf_hetero.groups import GroupPool
+from hf_hetero.limits import limits_of
 from hf_hetero.lm_head import LeanHead
 from hf_hetero.loss import token_loss
 from hf_hetero.machine import Machine, set_up
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
+from hf_hetero.probe import check_untested
 from hf_hetero.step import RankMicroBatch
 
 logger = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
 
 class PreparedTrainer(Trainer):
@@ -53,6 +58,7 @@ class PreparedTrainer(Trainer):
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
+        self._try_untested()
 
         self._packer = self._make_packer()
         self._kernel = self._set_attention()
@@ -63,6 +69,16 @@ class PreparedTrainer(Trainer):
         self._resumed_from: str | None = None
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
+
+    def _try_untested(self) -> None:
+        """A second's trial of a tiny instance, where nobody has compared such models yet."""
+        base = exactness.base_model(self.model)
+        if not exactness.is_tested(base):
+            messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+            try:
+                check_untested(base, messengers.control)
+            finally:
+                messengers.close()
 
     def _make_packer(self) -> PackedCollator:
         collator: Any = self.data_collator
@@ -85,6 +101,7 @@ class PreparedTrainer(Trainer):
         )
         interface.register()
         base.set_attn_implementation(interface.ATTENTION_NAME)
+        self._tables = TablesBySample(base)
         if base.loss_function is ForCausalLMLoss:
             base.loss_function = token_loss
         self._head = self._set_head(base)
@@ -101,13 +118,20 @@ class PreparedTrainer(Trainer):
         logger.warning("Whole logits are computed for the loss: %s.", head)
         return None
 
+    def _counts_first_label(self) -> bool:
+        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
+        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
+        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
+
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        return exactness.base_model(self.model).dtype
+        """What attention computes in, whoever asked for it: the arguments or the launcher."""
+        own: torch.dtype = exactness.base_model(self.model).dtype
+        return AUTOCAST.get(self.accelerator.mixed_precision, own)
 
     def _set_up_planning(self) -> Machine:
-        """Made when training first starts, kept for later runs."""
+        """Made when training first starts, kept for later runs; but the limits are those of the model of now."""
+        self._packer.limits = limits_of(exactness.base_model(self.model))
+        self._packer.counts_first_label = self._counts_first_label()
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
             self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
