@@ -13,6 +13,7 @@ import torch
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
+from hf_hetero.limits import Limits
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
 from hf_hetero.samples import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
@@ -85,6 +86,9 @@ class PackedCollator:
         model_inputs: what the model's forward takes; of these, what a row has for each token is handed on.
         columns: of a row that are looked at; None: all. Others are left out before `example_collator` sees them.
         keeps_labels_unshifted: give `labels` as transformers does, for a loss that shifts them itself.
+        limits: what the model has room for. The trainer sets it.
+        counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
+            nothing predicts: Trainer does so for some models. The trainer sets it.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -94,12 +98,15 @@ class PackedCollator:
     model_inputs: frozenset[str] = frozenset()
     columns: frozenset[str] | None = None
     keeps_labels_unshifted: bool = False
+    limits: Limits = field(default_factory=Limits, repr=False)
+    counts_first_label: bool = field(default=False, repr=False)
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Tensors of a step, or of an ordinary batch.
 
         Raises:
-            BadSample: no `input_ids`, no tokens, labels of another length, or not the tokens that were planned for.
+            BadSample: no `input_ids`, no tokens, labels of another length, not the tokens that were planned for, or
+                more or others than the model has.
         """
         return self._step(batch) if isinstance(batch, StepExamples) else self._padded(batch)
 
@@ -110,6 +117,7 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self.sample(example, f"row {row}", drawn.row_tokens[position])
+            self.limits.check_length(drawn.lengths[position], f"row {row}")
             samples[position] = whole[row].part(start, start + drawn.lengths[position])
         micro_batches: list[RankMicroBatch] = []
         total = 0
@@ -118,7 +126,7 @@ class PackedCollator:
             spans = layout.spans[group.ranks.index(share.rank)]
             held = [samples.get(position) for position in group.samples]
             inputs = pack_spans(spans, held, unshifted=self.keeps_labels_unshifted)
-            total += sum(num_targets(_sample(held, span).targets[span.start : span.end]) for span in spans)
+            total += sum(self._num_counted(_sample(held, span), span) for span in spans)
             micro_batches.append(RankMicroBatch(group, layout, spans, inputs, _labels(spans, held)))
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
@@ -171,12 +179,19 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
+        self.limits.check_tokens(input_ids, labels, name)
         self._check_first_label(labels, kept, name)
         inputs = {key: values for key, values in found.items() if key in self.model_inputs}
         weights = (
             {key: values for key, values in found.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
         return Sample(input_ids, None if labels is None else labels.long(), positions, inputs, weights)
+
+    def _num_counted(self, sample: Sample, span: Span) -> int:
+        """Tokens of a span that count among those by which the loss of a step is divided."""
+        if self.counts_first_label and sample.labels is not None:
+            return num_targets(sample.labels[span.start : span.end])
+        return num_targets(sample.targets[span.start : span.end])
 
     def check_padding(self, rows: Iterable[Example]) -> None:
         """Refuse a collator that pads on the left, where Trainer's loss would learn first tokens from the padding.

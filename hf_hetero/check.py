@@ -15,9 +15,10 @@ from hf_hetero import exactness
 from hf_hetero.attention import kernels
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.heads import share_heads
+from hf_hetero.limits import limits_of
 from hf_hetero.memory import tokens_by_lever
 from hf_hetero.model_shape import shape_of
-from hf_hetero.probe import MOST_NUMBERS, Probe, build, num_numbers, probe, shrunk
+from hf_hetero.probe import Probe, build, tried
 from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
@@ -35,6 +36,7 @@ class Check:
         kernel: on a GPU in bf16, by name; or why there is none.
         num_heads, num_kv_heads: of attention; 0 without.
         methods: degree -> method -> how its heads fit, in words.
+        longest: tokens of the longest sample that it can be trained on; None: any.
         tokens_a_rank: what a rank holds of it, by the ways to save memory (`memory.LEVERS`), by estimate.
         reasons: why the model is refused; empty if it is not.
         probe: the trial of a tiny instance.
@@ -48,6 +50,7 @@ class Check:
     num_heads: int
     num_kv_heads: int
     methods: dict[int, dict[str, str]]
+    longest: int | None
     tokens_a_rank: dict[str, int]
     reasons: tuple[str, ...]
     probe: Probe
@@ -59,10 +62,12 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """In words: "can be trained", "refused because ..." or "not tested: ..."."""
+        """In words: "can be trained", maybe up to some length, "refused because ..." or "not tested: ..."."""
         if self.reasons:
             return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
-        return f"not tested: {self.probe.failure}" if self.probe.failure else "can be trained"
+        if self.probe.failure:
+            return f"not tested: {self.probe.failure}"
+        return "can be trained" if self.longest is None else f"can be trained on samples of up to {self.longest} tokens"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -91,7 +96,8 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         kernel = kernels.choose_kernel("cuda", torch.bfloat16, kernels.features_of(text)).name
     except HeteroError as error:
         kernel = str(error)
-    reasons, tried = _try(config)
+    reasons, trial = _try(config)
+    outline = _outline(config)
     return Check(
         name=name,
         model_type=config.model_type,
@@ -101,17 +107,32 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         methods={d: fits(d, num_heads, num_kv_heads) for d in _degrees(max_degree)},
-        tokens_a_rank=_tokens_a_rank(config, num_ranks, card_bytes),
+        longest=_longest(outline),
+        tokens_a_rank=_tokens_a_rank(outline, text, num_ranks, card_bytes),
         reasons=reasons,
-        probe=tried,
+        probe=trial,
     )
 
 
-def _tokens_a_rank(config: Any, num_ranks: int, card_bytes: float) -> dict[str, int]:
-    """In bf16 over fp32 weights; nothing for what cannot be built, or has no attention."""
+def _outline(config: PretrainedConfig) -> Any:
+    """The model without weights; None for what cannot be built, which the probe says."""
     try:
-        model = build(config, "meta")
-        shape = shape_of(model, config.get_text_config(decoder=True), element_bytes=2, checkpointing=False)
+        return build(config, "meta")
+    except Exception:
+        return None
+
+
+def _longest(model: Any) -> int | None:
+    try:
+        return limits_of(model).longest
+    except Exception:  # what has no embeddings of tokens is refused
+        return None
+
+
+def _tokens_a_rank(model: Any, text: Any, num_ranks: int, card_bytes: float) -> dict[str, int]:
+    """In bf16 over fp32 weights; nothing for what has no attention."""
+    try:
+        shape = shape_of(model, text, element_bytes=2, checkpointing=False)
     except Exception:  # said by the probe
         return {}
     return tokens_by_lever(replace(shape, param_bytes=4 * shape.num_params), num_ranks, card_bytes)
@@ -179,15 +200,8 @@ def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
         return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {_one_line(error)}")
     if reasons:
         return reasons, untried
-    small = shrunk(config)
-    try:
-        if (numbers := num_numbers(build(small, "meta"))) > MOST_NUMBERS:
-            return (), Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
-        model = build(small, "cpu")
-    except Exception as error:
-        return (), Probe(failure=f"a tiny instance cannot be built: {type(error).__name__}: {_one_line(error)}")
-    tried = probe(model)
-    return (tried.problem,) if tried.problem else (), tried
+    found = tried(config)
+    return (found.problem,) if found.problem else (), found
 
 
 def _one_line(error: Exception) -> str:

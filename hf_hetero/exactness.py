@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero import sharding
+from hf_hetero.attention import rotary
 from hf_hetero.errors import ConfigError, UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,18 @@ STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sli
 
 
 def base_model(model: torch.nn.Module | None) -> Any:
-    """The transformers model inside a peft one, or the model itself."""
+    """The transformers model inside a peft one, or the model itself, which may bring adapters of its own."""
     assert model is not None
     wrapped: Any = model
-    return wrapped.get_base_model() if hasattr(wrapped, "peft_config") else wrapped
+    if isinstance(wrapped, PreTrainedModel) or not hasattr(wrapped, "peft_config"):
+        return wrapped
+    # peft's model of mixed adapters has no such method
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped.base_model.model
+
+
+def is_tested(model: PreTrainedModel) -> bool:
+    """Whether the model's architecture is compared with plain training in this package's tests."""
+    return model.config.model_type in TESTED_MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -53,13 +62,6 @@ def check_model(trainer: Trainer) -> None:
     """
     model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
     _raise_all(type(base_model(model)).__name__, [*model_problems(model), *_trainer_problems(trainer)])
-    config: Any = base_model(model).config
-    if config.model_type not in TESTED_MODEL_TYPES:
-        logger.warning(
-            "Model type %r is not among those tested for exact gradients (%s).",
-            config.model_type,
-            ", ".join(sorted(TESTED_MODEL_TYPES)),
-        )
     if dropouts := sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}):
         logger.warning(
             "The model has dropout (p = %s): its noise is drawn on each rank, so two plans see different noise of the "
@@ -135,7 +137,8 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
     for name, adapter in adapters.items():
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
-    if config.is_encoder_decoder or not type(base).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+    names = [architecture.__name__ for architecture in type(base).__mro__]  # a user's own class inherits from one
+    if config.is_encoder_decoder or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
@@ -149,6 +152,7 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
         yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
     if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
+    yield from rotary.problems(base)
     for name in ATTENTION_DROPOUTS:
         if dropout := getattr(config, name, 0.0):
             # its layers have read the config already

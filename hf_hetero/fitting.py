@@ -1,7 +1,7 @@
 """A user's model fitted for planned steps, and given back as it was.
 
-What is set: the attention that crosses ranks, a loss that stays in fp64 where weights are, an output embedding that
-does without whole logits. None of it touches a weight.
+What is set: the attention that crosses ranks, rotary tables that follow each sample, a loss that stays in fp64 where
+weights are, an output embedding that does without whole logits. None of it touches a weight.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero import lm_head, loss
 from hf_hetero.attention import interface, kernels
+from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.exactness import base_model
 from hf_hetero.expert_load import ExpertLoad
 from hf_hetero.lm_head import LeanHead
@@ -48,6 +49,7 @@ class Fitted:
         interface.register()
         self._undone.callback(_give_back_attention, base, base.config._attn_implementation)
         base.set_attn_implementation(interface.ATTENTION_NAME)
+        self._undone.callback(TablesBySample(base).remove)
         loss.install(base, ForCausalLMLoss)
         self._undone.callback(loss.uninstall, base)
         self.head = self._set_head() if chunked_loss else None

@@ -186,6 +186,7 @@ def read_rows(dataset: Any, planning: Planning) -> tuple[int, str, Samples | Non
         samples, done = _within_limits(read_samples(dataset, planning.length_column), planning)
         if done:
             logger.warning("%s", done)
+        planning.limits.check_lengths(samples)
         read.append(samples)
         return len(samples), samples.fingerprint()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch.distributed as dist
 
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
+from hf_hetero.limits import Limits
 from hf_hetero.plan_ahead import PlanSource, planned_elsewhere
 from hf_hetero.planner import Backend, Planner, Solver
 
@@ -24,6 +25,7 @@ class Planning:
         length_column: column with each row's tokens.
         most_tokens: of a sample; None: any number.
         longer: what to do with longer ones: "error", "truncate" or "split".
+        limits: what the model has room for.
         control: group that carries the plans; None for a single process.
     """
 
@@ -33,10 +35,13 @@ class Planning:
     control: dist.ProcessGroup | None
     most_tokens: int | None = None
     longer: str = "error"
+    limits: Limits = field(default_factory=Limits)
 
 
-def planning_of(hetero: HeteroConfig, source: PlanSource, control: dist.ProcessGroup | None) -> Planning:
-    """As the user's settings say."""
+def planning_of(
+    hetero: HeteroConfig, source: PlanSource, control: dist.ProcessGroup | None, limits: Limits
+) -> Planning:
+    """As the user's settings say, for a model with such limits."""
     return Planning(
         source,
         num_ahead=hetero.plan_ahead_steps,
@@ -44,6 +49,7 @@ def planning_of(hetero: HeteroConfig, source: PlanSource, control: dist.ProcessG
         control=control,
         most_tokens=hetero.max_sample_tokens,
         longer=hetero.longer_samples,
+        limits=limits,
     )
 
 

@@ -22,15 +22,18 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.fitting import Fitted, choose_kernel
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import contiguous
+from hf_hetero.limits import limits_of
 from hf_hetero.machine import Machine, set_up
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
+from hf_hetero.probe import check_untested
 from hf_hetero.step import RankMicroBatch
 
 logger = logging.getLogger(__name__)
 
 PLANNED_INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids"})
 """What every batch of a causal language model has; of these, each plan makes its own."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
 
 class PreparedTrainer(Trainer):
@@ -57,6 +60,7 @@ class PreparedTrainer(Trainer):
             # transformers' takes rows of one length only
             self.data_collator = PackedCollator(makes_labels=False)
         choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
+        self._try_untested()
 
         self._machine: Machine | None = None
         self._sharding = sharding.Sharding()
@@ -64,6 +68,16 @@ class PreparedTrainer(Trainer):
         self._resumed_from: str | None = None
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
+
+    def _try_untested(self) -> None:
+        """A second's trial of a tiny instance, where nobody has compared such models yet."""
+        base = exactness.base_model(self.model)
+        if not exactness.is_tested(base):
+            messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+            try:
+                check_untested(base, messengers.control)
+            finally:
+                messengers.close()
 
     # ------------------------------------------------------------------------------------------------- the model
 
@@ -103,10 +117,15 @@ class PreparedTrainer(Trainer):
         assert self._fitted is not None
         return self._fitted.kernel
 
+    def _counts_first_label(self) -> bool:
+        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
+        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
+        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
+
     def _compute_dtype(self) -> torch.dtype:
-        if self.args.bf16 or self.args.fp16:
-            return torch.bfloat16 if self.args.bf16 else torch.float16
-        return exactness.base_model(self.model).dtype
+        """What attention computes in, whoever asked for it: the arguments or the launcher."""
+        own: torch.dtype = exactness.base_model(self.model).dtype
+        return AUTOCAST.get(self.accelerator.mixed_precision, own)
 
     # ------------------------------------------------------------------------------------------ tensors and loss
 
@@ -130,6 +149,8 @@ class PreparedTrainer(Trainer):
             model_inputs=taken - PLANNED_INPUTS,
             columns=taken if self.args.remove_unused_columns else None,
             keeps_labels_unshifted=bool(self._own_loss()),
+            limits=limits_of(exactness.base_model(self.model)),
+            counts_first_label=self._counts_first_label(),
         )
 
     def _own_loss(self) -> str:

@@ -2,27 +2,35 @@
 
 No weights are loaded and no GPU is needed: the same kinds of layers with the same heads, a few experts and a short
 vocabulary. One packed forward and backward pass through this package's attention is compared with each sample alone
-through stock attention.
+through stock attention. Random numbers and whatever else the process shares are left as they were.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import suppress
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from hf_hetero.attention import interface
+from hf_hetero import exactness
+from hf_hetero.agreement import broadcast
+from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.cpu import CPU
 from hf_hetero.collators.packed import Sample, pack_spans
-from hf_hetero.errors import HeteroError
+from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.loss import shift_labels, token_loss
+
+logger = logging.getLogger(__name__)
 
 LENGTHS = (11, 1, 6, 23)
 SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
@@ -79,14 +87,41 @@ class Probe:
 # ------------------------------------------------------------------------------------------------- a tiny instance
 
 
-def build(config: PretrainedConfig, device: str) -> Any:
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Stock settings of torch meanwhile; these and random numbers are the caller's own again afterwards."""
+    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
+            # the host's generator alone: torch.manual_seed would seed those of all devices
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedModel] | None = None) -> Any:
     """The causal language model of a config, with stock attention; the same weights each time.
 
-    On "meta" it has no weights, so that any size will do.
+    Args:
+        config: of transformers.
+        device: on "meta" it has no weights, so that any size will do.
+        architecture: the model's class; None: that of transformers for such configs.
     """
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    make: Callable[..., Any] = AutoModelForCausalLM.from_config
+    if architecture is not None:
+        make = architecture._from_config  # pyright: ignore[reportPrivateUsage]  # what the former calls, too
+    with undisturbed(), torch.device(device):
+        return make(config, attn_implementation="eager")
 
 
 def num_numbers(model: torch.nn.Module) -> int:
@@ -122,7 +157,10 @@ def _shrink(config: Any) -> None:
 
 
 def _switch_rotary_tables_early(config: Any) -> None:
-    """Some rotary tables change when the longest sample beside a token is long: let the probe's longest one be."""
+    """Some rotary tables are others for a long sample: let the probe's longest one be long.
+
+    Of those that would stay others for the samples after it, let it not be: such samples are refused when they come.
+    """
     rope: Any = getattr(config, "rope_parameters", None) or {}
     tables = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # one, or one for each kind of layer
     types = {table.get("rope_type") for table in tables}
@@ -133,7 +171,7 @@ def _switch_rotary_tables_early(config: Any) -> None:
             if table.get("rope_type") == "longrope":
                 table["original_max_position_embeddings"] = SWITCH_TOKENS
     if "dynamic" in types:
-        _set(config, "max_position_embeddings", SWITCH_TOKENS)
+        _set(config, "max_position_embeddings", max(config.max_position_embeddings, *LENGTHS))
 
 
 def _keep_one_layer_of_each_kind(config: Any) -> None:
@@ -159,12 +197,60 @@ def _set(config: Any, name: str, value: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- the trial
 
 
+def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None = None) -> Probe:
+    """What a tiny instance of a config does; or why there is none.
+
+    Args:
+        config: of transformers; stays as it is.
+        architecture: as for `build`.
+    """
+    try:
+        small = shrunk(config)
+        if (numbers := num_numbers(build(small, "meta", architecture))) > MOST_NUMBERS:
+            return Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
+        model = build(small, "cpu", architecture)
+    except Exception as error:
+        return Probe(failure=f"a tiny instance cannot be built: {_said(error)}")
+    return probe(model)
+
+
+def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) -> None:
+    """Try a tiny instance of an architecture that is not among the tested ones. A collective of all ranks.
+
+    Args:
+        model: of transformers; its config and its class are read.
+        control: carries what rank 0 found to the others; None for a single process.
+
+    Raises:
+        UnsupportedModel: with what the tiny instance does under a plan; on every rank.
+    """
+    name, kind = type(model).__name__, model.config.model_type
+    found = broadcast(lambda: tried(model.config, type(model)), control)
+    if found.problem:
+        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {found.problem}")
+    if found.failure:
+        logger.warning(
+            "%s (model type %r) is not among those tested for exact gradients (%s), and could not be tried: %s.",
+            name,
+            kind,
+            ", ".join(sorted(exactness.TESTED_MODEL_TYPES)),
+            found.failure,
+        )
+    else:
+        logger.info("%s (model type %r): a tiny instance learns the same under a plan.", name, kind)
+
+
 def probe(model: Any) -> Probe:
     """One packed pass under a plan, against each sample alone.
 
     Both in evaluation mode, so that dropout outside of attention, which is allowed, does not hide other differences;
     then one forward pass in training mode, for what is refused only there.
     """
+    with undisturbed():
+        return _probe(model)
+
+
+def _probe(model: Any) -> Probe:
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
@@ -193,6 +279,7 @@ def probe(model: Any) -> Probe:
     batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
     try:
         interface.register()
+        rotary.TablesBySample(model)
         model.set_attn_implementation(interface.ATTENTION_NAME)
         found = _pass(model, [batch])
         with torch.no_grad():
@@ -227,9 +314,8 @@ def _judged(model: Any, reached: set[int], found: dict[str, torch.Tensor], expec
     elif not max(loss_error, gradient_error) <= TOLERANCE:
         problem = (
             f"a tiny instance learns differently when samples are packed: the loss differs by {loss_error:.0e}, "
-            f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, as "
-            "rotary tables do that depend on the longest of them (rope_type longrope or dynamic), or positions are not "
-            "taken from position_ids."
+            f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, "
+            "or positions are not taken from position_ids."
         )
     return Probe(len(layers), len(reached), loss_error, gradient_error, problem)
 

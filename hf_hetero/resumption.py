@@ -62,9 +62,9 @@ class ResumableTrainer(PreparedTrainer):
 
     def _training_data(self, loader: DataLoader[Any]) -> TrainingData:
         """The planned steps of a run."""
-        planning = planning_of(self.hetero, self._plan_source(), self.groups.control)
-        before = self._run_before if not self.args.ignore_data_skip else None
         packer = self._packer(needs_labels=True)
+        planning = planning_of(self.hetero, self._plan_source(), self.groups.control, packer.limits)
+        before = self._run_before if not self.args.ignore_data_skip else None
         common: dict[str, Any] = {
             "collate": packer,
             "args": self.args,

@@ -281,7 +281,7 @@ class HeteroTrainerMixin(ResumableTrainer):
             keeps_batches=is_prediction,
         )
         model = evaluation.prepared_model(self)
-        planning = planning_of(self.hetero, self._planners().for_evaluation(), found.control)
+        planning = planning_of(self.hetero, self._planners().for_evaluation(), found.control, packer.limits)
         columns = partial(self._remove_unused_columns, description="evaluation")
         loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}

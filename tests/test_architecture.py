@@ -18,6 +18,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"activation_policy"},
     {"cost_model"},
     {"agreement", "attention", "dynamic_cp", "planner", "step"},
+    {"limits"},
     {
         "exactness",
         "lengths",

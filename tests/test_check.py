@@ -14,6 +14,7 @@ from transformers.loss.loss_utils import ForTokenClassification
 
 from hf_hetero import check as room
 from hf_hetero import exactness
+from hf_hetero import probe as trial
 from hf_hetero.check import Check, check, fits
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS
@@ -105,7 +106,7 @@ def test_what_cannot_be_tried_is_not_tested(tmp_path: Path, monkeypatch: pytest.
     assert not incomplete.ok
     unbuilt = checked(tmp_path, transformers.Dots1Config(n_routed_experts=None))
     assert unbuilt.verdict.startswith("not tested: transformers cannot build it: TypeError")
-    monkeypatch.setattr(room, "MOST_NUMBERS", 1000)
+    monkeypatch.setattr(trial, "MOST_NUMBERS", 1000)
     assert "would still have" in (huge := checked(tmp_path, config_of("llama"))).verdict
     assert not huge.ok
 
@@ -114,12 +115,13 @@ def test_no_weights_of_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """What is built in memory, and not only outlined, is small, however large the model."""
     built: list[tuple[str, int]] = []
 
-    def recorded(config: Any, device: str, build: Any = room.build) -> Any:
-        model = build(config, device)
-        built.append((device, room.num_numbers(model)))
+    def recorded(config: Any, device: str, architecture: Any = None, build: Any = trial.build) -> Any:
+        model = build(config, device, architecture)
+        built.append((device, trial.num_numbers(model)))
         return model
 
     monkeypatch.setattr(room, "build", recorded)
+    monkeypatch.setattr(trial, "build", recorded)
     large = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
     found = checked(tmp_path, transformers.LlamaConfig(**large, intermediate_size=28672))
     assert found.ok
@@ -129,6 +131,17 @@ def test_no_weights_of_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     built.clear()
     assert not checked(tmp_path, transformers.Gemma3Config()).ok
     assert {device for device, _ in built} == {"meta"}
+
+
+def test_the_longest_sample_is_said(tmp_path: Path) -> None:
+    """Where there is one: a rotary table that would stay grown after it, or no more positions."""
+    assert checked(tmp_path / "any", config_of("llama")).longest is None
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    found = checked(tmp_path / "dynamic", config_of("llama", rope_parameters=rope, max_position_embeddings=2048))
+    assert found.ok
+    assert found.verdict == "can be trained on samples of up to 2048 tokens"
+    gpt2 = checked(tmp_path / "gpt2", transformers.GPT2Config(attn_pdrop=0.0, n_positions=512))
+    assert gpt2.verdict == "can be trained on samples of up to 512 tokens"
 
 
 def test_a_config_file_will_do(tmp_path: Path) -> None:

@@ -138,10 +138,54 @@ def test_number_of_ranks(tmp_path: Path) -> None:
         make(tmp_path, hetero=HeteroConfig(num_ranks=8))
 
 
-def test_untested_family_and_dropout_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """What is exact by construction but not tested, or random by nature, is said and allowed."""
-    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, resid_pdrop=0.05)
+def gpt2(**changes: Any) -> Any:
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0, **changes)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_dropout_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is random by nature is said and allowed."""
     with caplog.at_level(logging.WARNING):
-        make(tmp_path, transformers.GPT2LMHeadModel(config))
-    assert "'gpt2' is not among those tested" in caplog.text
+        make(tmp_path, gpt2(resid_pdrop=0.05))
     assert "dropout (p = 0.05, 0.1)" in caplog.text
+
+
+def test_untested_architectures_are_tried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a tiny instance shows decides; only what cannot be tried is warned of, and allowed."""
+    with caplog.at_level(logging.INFO, logger="hf_hetero"):
+        make(tmp_path, gpt2())
+        make(tmp_path)
+    tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.probe"]
+    assert tried == ["GPT2LMHeadModel (model type 'gpt2'): a tiny instance learns the same under a plan."]
+    small = {"head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
+    with pytest.raises(UnsupportedModel, match=r"NemotronForCausalLM cannot .* does not hand its keyword arguments"):
+        make(tmp_path, transformers.NemotronForCausalLM(transformers.NemotronConfig(**SIZE, **small)))
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    """A user's own, with another argument."""
+
+    def __init__(self, config: Any, times: int) -> None:
+        super().__init__(config)
+        self.times = times
+
+
+class Averaged(transformers.LlamaForCausalLM):
+    """A user's own, in which samples of a batch know of each other."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().forward(*args, **kwargs)
+        if found.loss is not None:
+            found.loss = found.loss + 1e-2 * found.logits.square().mean()
+        return found
+
+
+def test_classes_of_users_are_tried(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A subclass of a tested architecture may change anything: it is tried itself, by its own class."""
+    config = tiny_model().config
+    with pytest.raises(UnsupportedModel, match=r"Averaged cannot .* learns differently when samples are packed"):
+        make(tmp_path, Averaged(config))
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, Doubled(config, 2))
+    assert "Doubled (model type 'llama') is not among those tested" in caplog.text
+    assert "missing 1 required positional argument: 'times'" in caplog.text

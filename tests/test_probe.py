@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import logging
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from helpers import FAMILIES, TINY
 from torch.nn import functional as F
 
-from hf_hetero.attention import interface, methods
-from hf_hetero.probe import Probe, build, num_numbers, probe, shrunk
+from hf_hetero.attention import interface, methods, rotary
+from hf_hetero.probe import Probe, build, check_untested, num_numbers, probe, shrunk
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [9.0] * 4, "short_factor": [1.0] * 4}
 
@@ -114,13 +117,42 @@ def test_the_text_part_is_shrunk() -> None:
     assert small.num_hidden_layers == 6 < config.get_text_config().num_hidden_layers
 
 
+def numbers() -> list[float]:
+    return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+
+def test_the_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Random numbers go on as if nothing had been, those of devices are not seeded, the user's model is not touched."""
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.0)
+    model = transformers.GPT2LMHeadModel(config)
+    before, weights = config.to_dict(), copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(torch, "manual_seed", None)  # it would seed every device
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = numbers()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.no_grad(), torch.device("meta"), torch.autocast("cpu"), caplog.at_level(logging.INFO):
+            check_untested(model, None)
+            assert not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            assert torch.empty(1).is_meta
+            assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert "a tiny instance learns the same" in caplog.text
+    assert numbers() == expected
+    assert model.config.to_dict() == before
+    assert model.training
+    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_a_tiny_instance_is_the_same_each_time() -> None:
-    """And the caller's random numbers go on as if nothing had been."""
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
+    """Of any class that the config is good for."""
     first, second = (build(config_of("llama"), "cpu").state_dict() for _ in range(2))
-    assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -200,20 +232,22 @@ def test_a_mask_that_is_learned() -> None:
     assert "get no gradient, model.layers.0.self_attn" in probed(transformers.DogeConfig()).problem
 
 
-@pytest.mark.parametrize(
-    ("family", "rope"),
-    [
-        ("phi3", {**LONGROPE, "original_max_position_embeddings": 4096}),
-        ("llama", {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}),
-    ],
-)
-def test_rotary_tables_that_depend_on_other_samples(family: str, rope: dict[str, Any]) -> None:
-    """Tables that change with the longest sample of a pack mix samples, though none of the probe is that long."""
-    config = config_of(family, rope_parameters=rope, max_position_embeddings=131072)
-    assert probe(build(config, "cpu")).ok
-    assert "rope_type longrope or dynamic" in probed(config).problem
-    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
-    assert probed(config_of("llama", rope_parameters=linear)).ok
+@pytest.mark.parametrize("family", ["phi3", "llama", "phimoe"])
+def test_rotary_tables_by_the_longest_sample(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that change with the longest sample of a pack are made to follow each; without that they are found."""
+    rope = {**LONGROPE, "original_max_position_embeddings": 4096, "short_mscale": 1.1, "long_mscale": 1.3}
+    own = {"rope_parameters": rope, "max_position_embeddings": 131072}
+    config = transformers.PhimoeConfig(**{**TINY, **own}) if family == "phimoe" else config_of(family, **own)
+    assert probed(config).ok
+    monkeypatch.setattr(rotary.TablesBySample, "_by_sample", lambda *_: None)
+    assert "learns differently when samples are packed" in probed(config).problem
+    assert probe(build(config, "cpu")).ok  # none of the probe's samples is that long
+
+
+def test_rotary_tables_that_stay_grown() -> None:
+    """Dynamic tables are the same for all samples that are short enough, and others are refused when they come."""
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    assert probed(config_of("llama", rope_parameters=rope, max_position_embeddings=16)).ok
 
 
 def own_forward(model: Any, input_ids: Any, position_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:

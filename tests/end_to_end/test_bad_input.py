@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch.distributed as dist
 from helpers import (
@@ -69,6 +70,35 @@ def test_labels_of_another_length(workers: int) -> None:
     data = with_change(7, labels=[1, 2, 3])
     errors = errors_of(train_on, data, {}, {"dataloader_num_workers": workers})
     assert all("row 7 has 64 input_ids but 3 labels" in str(error) for error in errors), errors
+
+
+@pytest.mark.parametrize(("key", "what"), [("input_ids", "token"), ("labels", "label")])
+def test_a_token_that_the_model_does_not_have(key: str, what: str) -> None:
+    """Before any kernel has run, every rank names the row, the token and the vocabulary."""
+    values = list(samples(LENGTHS)[7]["input_ids"])
+    values[5] = 97
+    for error in errors_of(train_on, with_change(7, **{key: values}), {}, {}):
+        assert f"row 7 has {what} 97 at position 5, but the model has 97: 0 to 96" in str(error)
+
+
+def train_dynamic(lengths: list[int], streamed: bool) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    data = samples(lengths)
+    trained(
+        tiny_model(rope_parameters=rope, max_position_embeddings=16),
+        datasets.Dataset.from_list(data).to_iterable_dataset() if streamed else data,
+        trainer_class=HeteroTrainer,
+    )
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["dataset", "stream"])
+def test_a_rotary_table_that_would_stay_grown(streamed: bool) -> None:
+    """Samples that leave it as it is are learned from; one that would not is refused by its row and its tokens."""
+    short = [length % 16 + 1 for length in LENGTHS]
+    run_ranks(train_dynamic, 2, short, streamed)
+    for error in errors_of(train_dynamic, [*short[:7], 17, *short[8:]], streamed):
+        assert "ow 7 has 17 tokens, more than 16" in str(error)
+        assert "rotary table (rope_type 'dynamic')" in str(error)
 
 
 def test_a_sample_no_degree_can_hold() -> None:
