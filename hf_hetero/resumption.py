@@ -71,6 +71,14 @@ class ResumableTrainer(PreparedTrainer):
         checkpoint.check_order(self._data.order, before.order if before is not None else {})
         return self._data.loader
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer's; but how many epochs of a stream there were, only the checkpoint knows."""
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        entered = self._data.entered if self._data is not None else None
+        if entered is None:
+            return found
+        return entered.epoch, entered.batches * self.args.gradient_accumulation_steps
+
     def _columns_kept(self) -> list[str] | None:
         """Columns of a stream that are used; None: all."""
         if not self.args.remove_unused_columns:

@@ -10,6 +10,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
     resumption.ResumableTrainer
         get_total_train_batch_size      the user's gradient_accumulation_steps still counts
         get_train_dataloader            items are planned steps
+        _init_training_state            in which epoch a stream was left
         train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
     trainer.HeteroTrainerMixin
         get_batch_samples               all ranks confirm the step before it starts
