@@ -99,12 +99,13 @@ class StreamSampler(Sampler["Dealt | None"]):
             return position.epoch, position.batches
         self._stream.start(Position(), 0)
         epoch = index = 0
-        for _ in range(num_trained):
-            while self._stream.take(epoch, index) is None:
-                if not index:
-                    raise HeteroError(f"The stream ended before step {num_trained}, which was trained. It changed.")
+        while self._stream.num_taken < num_trained:
+            if self._stream.take(epoch, index) is not None:
+                index += 1
+            elif index:
                 epoch, index = epoch + 1, 0
-            index += 1
+            else:
+                raise HeteroError(f"The stream ended before step {num_trained}, which was trained. It changed.")
         return epoch, index
 
     def _leave(self, epoch: int, index: int) -> None:

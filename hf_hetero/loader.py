@@ -117,7 +117,7 @@ def streamed_data(
     num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
     stream: Stream | None = None
     if planning.control is None or args.process_index == 0:
-        num_steps = args.max_steps if args.max_steps > 0 else None
+        accumulation = args.gradient_accumulation_steps
         stream = Stream(
             dataset,
             batch_size,
@@ -125,7 +125,8 @@ def streamed_data(
             num_ahead=planning.num_ahead,
             names=names,
             seed=_data_seed(args),
-            num_steps=num_steps,
+            num_steps=args.max_steps if args.max_steps > 0 else None,
+            min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
         )
     plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
     if kept is not None and num_rows is not None and kept.batches * batch_size >= num_rows:

@@ -4,7 +4,9 @@ Rank 0 reads it, a bounded number of batches ahead of training, and deals each r
 source is read once whatever the number of ranks, and need not give every rank the same.
 
 An epoch of `Trainer` is one reading of the stream, from its start to its end. When it ends it is started anew, with
-`set_epoch`. A last batch that is not full is a step of its own: `Trainer` ignores `dataloader_drop_last` for streams.
+`set_epoch`. A last batch that is not full is trained, too: `Trainer` ignores `dataloader_drop_last` for streams. But
+where its rows are too few to fill all batches of an accumulation, `Trainer` takes no optimizer step after it: its
+gradient is added to that of the next epoch's first step.
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ class Stream:
         seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
         num_steps: steps there may be, epochs together; None: any number.
         num_epochs: how often it is read; None: as long as it gives anything.
+        min_rows: fewest examples after which an optimizer step is taken.
     """
 
     def __init__(
@@ -88,9 +91,11 @@ class Stream:
         seed: int = 0,
         num_steps: int | None = None,
         num_epochs: int | None = None,
+        min_rows: int = 1,
     ) -> None:
         self._dataset, self._batch_size, self._samples_of = dataset, batch_size, samples_of
         self._num_ahead, self._seed, self._num_steps, self._num_epochs = num_ahead, seed, num_steps, num_epochs
+        self._min_rows = min_rows
         self._names = None if names is None else frozenset(names)
         self._has_state = tells_where_it_is(dataset)
         self._changed = threading.Condition()
@@ -100,7 +105,7 @@ class Stream:
         self._ready: dict[Key, Batch] = {}
         self._num_batches: dict[int, int] = {}  # of the epochs that have ended
         self._after: dict[int, Position] = {}
-        self._num_read = self._num_taken = 0  # steps, epochs together
+        self._num_read = self._num_taken = 0  # optimizer steps, epochs together
         self._end: HeteroError | bool = False
 
     def start(self, position: Position, step: int) -> None:
@@ -141,9 +146,10 @@ class Stream:
         with self._changed:
             if batch is not None:
                 self._ready.pop((epoch, index), None)
+            if batch is not None and self._is_step(batch):
                 self._num_taken += 1
                 self._after[self._num_taken] = batch.after
-            elif epoch in self._num_batches:
+            elif batch is None and epoch in self._num_batches:
                 self._after[self._num_taken] = Position(epoch + 1)
             self._after = {number: position for number, position in self._after.items() if number >= num_trained}
             self._changed.notify_all()
@@ -167,6 +173,14 @@ class Stream:
             self._end = True
             self._ready.clear()
             self._changed.notify_all()
+
+    @property
+    def num_taken(self) -> int:
+        """Optimizer steps whose batches were taken."""
+        return self._num_taken
+
+    def _is_step(self, batch: Batch) -> bool:
+        return len(batch.examples) >= self._min_rows
 
     def _is_known(self, key: Key) -> bool:
         return key in self._ready or self._is_past(key) or self._end is not False
@@ -214,7 +228,7 @@ class Stream:
             if reader != self._reader:
                 return False
             self._ready[key] = batch
-            self._num_read += 1
+            self._num_read += self._is_step(batch)
             self._changed.notify_all()
             if self._num_steps is not None and self._num_read >= self._num_steps:
                 return False

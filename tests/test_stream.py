@@ -102,6 +102,19 @@ def test_no_more_than_wanted() -> None:
     once.close()
 
 
+def test_rows_too_few_for_a_step() -> None:
+    """They are a batch, but no optimizer step: positions are counted by steps, and go on in the next epoch."""
+    stream = started(Rows(), min_rows=3)
+    assert taken(stream, KEYS[:3]) == EPOCH
+    assert stream.position(2) == Position(0, 2, 8)
+    assert stream.position(3) is None
+    assert stream.take(0, 3) is None
+    assert stream.position(2) == Position(1)
+    assert tokens(stream.take(1, 0)) == EPOCHS[3]
+    assert stream.position(3) == Position(1, 1, 4)
+    stream.close()
+
+
 def test_an_epoch_may_be_left_early() -> None:
     """Started elsewhere it gives what comes there; who still waits for the epoch that was left gets None."""
     stream = started(Rows(1000), num_ahead=2)
