@@ -107,7 +107,10 @@ class PreparedTrainer(Trainer):
         return exactness.base_model(self.model).dtype
 
     def _set_up_planning(self) -> Machine:
-        """Made when training first starts, kept for later runs."""
+        """Made when training or evaluation first starts, kept for later runs; a checkpoint brings its own cost model."""
+        if self._machine is not None and not self._machine.serves(self._resumed_from):
+            self._machine.groups.close()
+            self._machine = None
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
             self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import checkpoint
+from hf_hetero import checkpoint, sharding
 from hf_hetero.agreement import broadcast
 from hf_hetero.checkpoint import Run, Saving, StopWhenAsked
 from hf_hetero.errors import HeteroError
@@ -95,6 +95,7 @@ class ResumableTrainer(PreparedTrainer):
         self._resumed_from, self._run_before = None, None
         if resume_from_checkpoint:
             resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        sharding.forget_evaluation(self)
         try:
             # the wrapper's own collectives, and Trainer's
             names = named("Training", lambda: f"step {self.state.global_step + 1}", only_lost_peers=True)
