@@ -82,6 +82,8 @@ class StreamSampler(Sampler["Dealt | None"]):
                 yield from [None] * (num_trained if self._kept is None else self._kept.batches)
         elif not self._has_ended:
             self._leave(*self._next)
+        elif self._stream is not None and self._stream.one_by_one:
+            self._stream.start(Position(self._next[0]), self._num_trained())
         self._has_ended = False
         epoch, index = self._next
         while (step := self._plan_step(epoch, index)) is not None:

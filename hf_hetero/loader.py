@@ -121,7 +121,7 @@ def streamed_data(
         stream = Stream(
             dataset,
             batch_size,
-            _samples_of(planning),
+            samples_of(planning),
             num_ahead=planning.num_ahead,
             names=names,
             seed=_data_seed(args),
@@ -157,17 +157,18 @@ def draws_of_stream(stream: Stream | None) -> Draws:
     return Draws(draw, after=lambda key: key if stream is None else stream.after(key))
 
 
-def _samples_of(planning: Planning) -> Callable[[Sequence[Any]], Samples]:
+def samples_of(planning: Planning) -> Callable[[Sequence[Any]], Samples]:
+    """Examples of a stream -> the samples they hold, under the user's limits."""
     said = list[str]()
 
-    def samples_of(examples: Sequence[Any]) -> Samples:
+    def read(examples: Sequence[Any]) -> Samples:
         samples, done = _within_limits(read_samples(examples, planning.length_column), planning)
         if done:  # in every step, maybe
             logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
             said.append(done)
         return samples
 
-    return samples_of
+    return read
 
 
 def draws_of(batches: GlobalBatches, samples: Samples | None) -> Draws:

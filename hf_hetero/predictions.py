@@ -36,7 +36,7 @@ class Piece:
 
     Args:
         row: of the dataset.
-        start: position of the span in its row.
+        start: position of the span among the tokens of its row that were not cut off.
         values: predictions, labels, inputs: those that were asked for.
     """
 
@@ -73,7 +73,7 @@ class Evaluation:
     def run(
         self,
         loader: EvaluationLoader,
-        confirmed: Callable[[Iterator[StepBatch]], tuple[StepBatch, torch.Tensor]],
+        confirmed: Callable[[Iterator[StepBatch]], tuple[StepBatch, torch.Tensor] | None],
         forward: Callable[[RankMicroBatch, int, torch.Tensor], tuple[float, Any]],
         done: Callable[[], None],
     ) -> None:
@@ -81,28 +81,31 @@ class Evaluation:
 
         Args:
             loader: of the steps; its plans are closed at the end.
-            confirmed: the next step, once all ranks hold it, and its target tokens.
+            confirmed: the next step, once all ranks hold it, and its target tokens; None: there is no other.
             forward: micro-batch, its number, target tokens of the step -> its part of their mean loss, model output.
             done: called after each step.
         """
         steps = iter(loader)
         try:
-            for index in range(len(loader)):
-                batch, num_targets = confirmed(steps)
+            coming = confirmed(steps)
+            while coming is not None:
+                batch, num_targets = coming
+                coming = confirmed(steps)  # a stream does not know which one is its last before it has ended
                 loss, pieces = 0.0, list[Piece]()
                 for number, micro_batch in enumerate(batch.micro_batches):
                     part, outputs = forward(micro_batch, number, num_targets)
                     loss += part
                     if self.keeps_outputs:
                         pieces += self.pieces(batch, micro_batch, outputs["logits"])
-                self.add(batch, loss, int(num_targets), pieces, is_last=index == len(loader) - 1)
+                self.add(batch, loss, int(num_targets), pieces, is_last=coming is None)
                 done()
         finally:
-            loader.plans.close()
+            loader.close()
 
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, logits: torch.Tensor) -> list[Piece]:
         """A micro-batch's outputs, cut into the spans that this rank holds. `logits`: (1, num_tokens, vocab_size)."""
         group, drawn = micro_batch.group, batch.share.step.drawn
+        starts = drawn.kept_starts()
         spans = micro_batch.layout.spans[group.ranks.index(batch.share.rank)]
         found: list[Piece] = []
         at = 0
@@ -116,7 +119,7 @@ class Evaluation:
             if "inputs" in self.args.include_for_metrics:
                 values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
             position = group.samples[span.sample]
-            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, values))
+            found.append(Piece(drawn.rows[position], starts[position] + span.start, values))
             at += span.num_tokens
         return found
 

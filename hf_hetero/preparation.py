@@ -107,7 +107,7 @@ class PreparedTrainer(Trainer):
         return exactness.base_model(self.model).dtype
 
     def _set_up_planning(self) -> Machine:
-        """Made when training or evaluation first starts, kept for later runs; a checkpoint brings its own cost model."""
+        """Made when it is first needed, and kept for later runs; but a checkpoint brings its own cost model."""
         if self._machine is not None and not self._machine.serves(self._resumed_from):
             self._machine.groups.close()
             self._machine = None

@@ -77,7 +77,7 @@ class Stream:
         names: columns to keep; None: all.
         seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
         num_steps: steps there may be, epochs together; None: any number.
-        num_epochs: how often it is read; None: as long as it gives anything.
+        one_by_one: each epoch waits until it is started; else the next one is read as soon as one ends.
         min_rows: fewest examples after which an optimizer step is taken.
     """
 
@@ -90,11 +90,11 @@ class Stream:
         names: Sequence[str] | None = None,
         seed: int = 0,
         num_steps: int | None = None,
-        num_epochs: int | None = None,
+        one_by_one: bool = False,
         min_rows: int = 1,
     ) -> None:
         self._dataset, self._batch_size, self._samples_of = dataset, batch_size, samples_of
-        self._num_ahead, self._seed, self._num_steps, self._num_epochs = num_ahead, seed, num_steps, num_epochs
+        self._num_ahead, self._seed, self._num_steps, self.one_by_one = num_ahead, seed, num_steps, one_by_one
         self._min_rows = min_rows
         self._names = None if names is None else frozenset(names)
         self._has_state = tells_where_it_is(dataset)
@@ -204,7 +204,7 @@ class Stream:
 
     def _read(self, position: Position, reader: int) -> None:
         """Epoch after epoch, until one gives nothing."""
-        while self._num_epochs is None or position.epoch < self._num_epochs:
+        while True:
             found = position.batches
             for batch in self._batches(self._open(position, reader), position, reader):
                 if not self._put((position.epoch, found), batch, reader):
@@ -219,6 +219,7 @@ class Stream:
                 self._changed.notify_all()
             if not found:
                 logger.warning("The stream gives nothing when it is started anew: training ends here.")
+            if not found or self.one_by_one:
                 return
             position = Position(epoch=position.epoch + 1)
 

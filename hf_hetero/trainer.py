@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero import evaluation, exactness, sharding
-from hf_hetero.agreement import confirm_step, gather
+from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.plan import StepReport
@@ -42,6 +42,7 @@ from hf_hetero.planning import planning_of
 from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
 from hf_hetero.step import RankMicroBatch, StepBatch
+from hf_hetero.stream import is_stream
 from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
@@ -163,16 +164,29 @@ class HeteroTrainerMixin(ResumableTrainer):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast("Any", self.eval_dataset)[dataset]
-        return self._evaluation_loader(dataset) or super().get_eval_dataloader(eval_dataset)
+        if (loader := self._evaluation_loader(dataset)) is not None:
+            return loader
+        unpacked = evaluation.without_packed_rows(dataset)
+        return super().get_eval_dataloader(eval_dataset if unpacked is dataset else unpacked)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Items are planned steps, where the dataset can be planned; else stock."""
-        return self._evaluation_loader(test_dataset) or super().get_test_dataloader(test_dataset)
+        if (loader := self._evaluation_loader(test_dataset)) is not None:
+            return loader
+        return super().get_test_dataloader(evaluation.without_packed_rows(test_dataset))
 
     def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
-        if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
+        if not self.hetero.plan_evaluation or dataset is None:
             return None
-        planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control)
+        streams, control = is_stream(dataset), self.groups.control
+        can_be_planned = partial(evaluation.can_be_planned, dataset, self.args)
+        if not (broadcast(can_be_planned, control) if streams else can_be_planned()):
+            return None
+        planning = planning_of(self.hetero, self._planners().for_evaluation(), control)
+        if streams:
+            return evaluation.streamed_evaluation_loader(
+                dataset, self._columns_kept(), self._packer, self.args, planning
+            )
         columns = partial(self._remove_unused_columns, description="evaluation")
         return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
 
@@ -200,9 +214,9 @@ class HeteroTrainerMixin(ResumableTrainer):
         model = evaluation.prepared_model(self)
         self.callback_handler.eval_dataloader = cast("Any", dataloader)
 
-        def confirmed(steps: Iterator[StepBatch]) -> tuple[StepBatch, torch.Tensor]:
-            [batch], num_targets = self.get_batch_samples(steps, 1, self.args.device)
-            return batch, cast("torch.Tensor", num_targets)
+        def confirmed(steps: Iterator[StepBatch]) -> tuple[StepBatch, torch.Tensor] | None:
+            batches, num_targets = self.get_batch_samples(steps, 1, self.args.device)
+            return (batches[0], cast("torch.Tensor", num_targets)) if batches else None
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: torch.Tensor) -> tuple[float, Any]:
             inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": self._context(micro_batch, index)})

@@ -96,9 +96,13 @@ def test_no_more_than_wanted() -> None:
     assert stream.batch(0, 2) is None
     assert dataset.num_read == 2 * BATCH
     stream.close()
-    once = started(Rows(), num_ahead=9, num_epochs=1)
+    dataset = Rows()
+    once = started(dataset, num_ahead=9, one_by_one=True)
     assert taken(once, KEYS[:3]) == EPOCH
     assert once.batch(0, 3) is once.batch(1, 0) is None
+    assert dataset.num_read == NUM_ROWS
+    once.start(Position(1), 3)
+    assert tokens(once.take(1, 0)) == EPOCHS[3]
     once.close()
 
 
