@@ -186,7 +186,10 @@ class PreparedTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------- planning
 
     def _set_up_planning(self) -> Machine:
-        """Made when planned steps first start, kept for later runs."""
+        """Made when it is first needed, and kept for later runs; but a checkpoint brings its own cost model."""
+        if self._machine is not None and not self._machine.serves(self._resumed_from):
+            self._machine.groups.close()
+            self._machine = None
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
             self._machine = set_up(

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import checkpoint
+from hf_hetero import checkpoint, sharding
 from hf_hetero.agreement import broadcast
 from hf_hetero.checkpoint import Run, Saving
 from hf_hetero.errors import HeteroError
@@ -87,6 +87,14 @@ class ResumableTrainer(PreparedTrainer):
             raise
         return data
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer's; but how many epochs of a stream there were, only the checkpoint knows."""
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        entered = self._data.entered if self._data is not None else None
+        if entered is None:
+            return found
+        return entered.epoch, entered.batches * self.args.gradient_accumulation_steps
+
     def _columns_kept(self) -> list[str] | None:
         """Columns of a stream that are used; None: all."""
         if not self.args.remove_unused_columns:
@@ -107,6 +115,7 @@ class ResumableTrainer(PreparedTrainer):
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
+            sharding.forget_evaluation(self)
             words = ending_in_words(lambda: self.state.global_step + 1)
             with words, self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)

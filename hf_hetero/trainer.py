@@ -10,6 +10,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
         __init__                        refuse what is not exact
     resumption.ResumableTrainer
         get_train_dataloader            Trainer's; when training starts, also prepare the planned steps
+        _init_training_state            in which epoch a stream was left
         train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
     trainer.HeteroTrainerMixin
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
@@ -24,6 +25,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -33,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero import evaluation, overrides, sharding
-from hf_hetero.agreement import confirm_rows, confirm_step, gather
+from hf_hetero.agreement import broadcast, confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.loss import IGNORE_INDEX
@@ -42,6 +44,7 @@ from hf_hetero.planning import planning_of
 from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
+from hf_hetero.stream import is_stream
 from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
@@ -218,13 +221,16 @@ class HeteroTrainerMixin(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
-        loader = super().get_eval_dataloader(eval_dataset)
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._noted(loader, cast("Any", self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset)
+        if isinstance(dataset, str):
+            dataset = cast("Any", self.eval_dataset)[dataset]
+        watched = evaluation.watched(dataset)
+        loader = super().get_eval_dataloader(eval_dataset if watched is dataset else watched)
+        return self._noted(loader, dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
-        return self._noted(super().get_test_dataloader(test_dataset), test_dataset)
+        return self._noted(super().get_test_dataloader(evaluation.watched(test_dataset)), test_dataset)
 
     def _noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
         self._evaluated[loader] = dataset
@@ -232,12 +238,13 @@ class HeteroTrainerMixin(ResumableTrainer):
 
     def _is_planned(self, dataset: Any) -> bool:
         """Whether an evaluation is; else it is Trainer's own."""
-        if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
+        if not self.hetero.plan_evaluation or dataset is None:
             return False
         for name, owner in overrides.own(self, overrides.EVALUATION).items():
             logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
             return False
-        return True
+        can_be_planned = partial(evaluation.can_be_planned, dataset, self.args)
+        return broadcast(can_be_planned, self.groups.control) if is_stream(dataset) else can_be_planned()
 
     def evaluation_loop(
         self,
@@ -253,13 +260,14 @@ class HeteroTrainerMixin(ResumableTrainer):
             HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
         """
         dataset = self._evaluated.get(dataloader)
-        if not self._is_planned(dataset):
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         is_new = self._fit()
         try:
+            if not self._is_planned(dataset):
+                evaluation.refuse_packed_rows(dataset)
+                return super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             self.callback_handler.eval_dataloader = cast("Any", dataloader)
             found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
             return found.output(metric_key_prefix)
@@ -277,13 +285,17 @@ class HeteroTrainerMixin(ResumableTrainer):
             self.compute_metrics,
             not loss_only,
             self._set_up_planning().groups.control,
-            has_labels=evaluation.has_labels(dataset, packer),
+            has_labels=is_stream(dataset) or evaluation.has_labels(dataset, packer),
             keeps_batches=is_prediction,
         )
         model = evaluation.prepared_model(self)
         planning = planning_of(self.hetero, self._planners().for_evaluation(), found.control, packer.limits)
-        columns = partial(self._remove_unused_columns, description="evaluation")
-        loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
+        if is_stream(dataset):
+            packer = replace(packer, needs_labels=True)  # a stream does not show its first row
+            loader = evaluation.streamed_evaluation_loader(dataset, self._columns_kept(), packer, self.args, planning)
+        else:
+            columns = partial(self._remove_unused_columns, description="evaluation")
+            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:

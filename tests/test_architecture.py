@@ -35,6 +35,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"memory", "probe"},
     {"estimate"},
     {"planning", "stream", "own_loss"},
+    {"dealing"},
     {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources", "stopping"},
     {"evaluation", "fitting"},
     {"predictions", "preparation"},
