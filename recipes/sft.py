@@ -467,7 +467,7 @@ def load_tokenizer(args: RecipeArguments, data: datasets.Dataset) -> Any:
         trainer = trainers.BpeTrainer(
             vocab_size=args.vocab_size, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
-        made.train_from_iterator(filter(None, data[args.text_column]), trainer)
+        made.train_from_iterator((text for text in data[args.text_column] if isinstance(text, str)), trainer)
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as new, suppress(OSError):
             PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END).save_pretrained(f"{new}/whole")

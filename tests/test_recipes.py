@@ -583,6 +583,16 @@ def test_a_row_that_cannot_be_used_is_named(
         prepared(sft, tokenizer, write_lines(tmp_path / "rows.jsonl", [good, good, good, bad, good]))
 
 
+def test_a_row_is_named_although_a_tokenizer_is_made_of_the_data(sft: ModuleType, tmp_path: Path) -> None:
+    """A tokenizer is made of the texts there are; it is the row without one that stops the run."""
+    args = sft.RecipeArguments(tokenizer="train", vocab_size=300)
+    for bad in (None, 3):
+        source = write_lines(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": bad}])
+        data = sft.load_data(sft.RecipeArguments(dataset=str(source)))
+        with pytest.raises(HeteroError, match=f"Row 1: text is {bad}; it must be text"):
+            sft.prepare_data(args, data, sft.load_tokenizer(args, data))
+
+
 @pytest.mark.slow
 def test_every_process_finds_what_another_has_tokenised() -> None:
     """`datasets` caches rows by the functions they go through, whose names must not depend on the order of sets."""

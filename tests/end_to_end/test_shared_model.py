@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LENGTHS, ScriptedTrainer, arguments, largest_difference, samples, tiny_model
+from helpers import (
+    LENGTHS,
+    ScriptedTrainer,
+    arguments,
+    largest_difference,
+    run_ranks,
+    samples,
+    shard_on_cpu,
+    tiny_model,
+)
 from transformers import Trainer, TrainerCallback
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.lm_head import uninstall
 
 
 class InBetween(TrainerCallback):
@@ -50,3 +60,25 @@ def test_trainers_may_share_a_model(how: str, tmp_path: Path) -> None:
     """The weights are those of plain Trainers used in the same way."""
     ours, theirs = (learned(kind, how, str(tmp_path)) for kind in (ScriptedTrainer, Trainer))
     assert largest_difference(ours, theirs) < 1e-5
+
+
+def sharded(folder: str, gives_back: bool) -> dict[str, Any]:
+    """Losses of a model that FSDP2 trains and then evaluates; its head may be given back in between."""
+    shard_on_cpu()
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+    model, data = tiny_model(), samples(LENGTHS)
+    args = arguments(folder, 2, max_steps=2, per_device_eval_batch_size=3, **sharding)
+    trainer = ScriptedTrainer(model, args, train_dataset=data, eval_dataset=data[:6])
+    losses = [trainer.train().training_loss]
+    if gives_back:
+        uninstall(model)
+    losses.append(trainer.evaluate()["eval_loss"])
+    return {"losses": losses, "head": type(model.lm_head).__name__}
+
+
+def test_a_sharded_head_serves_on(tmp_path: Path) -> None:
+    """FSDP2 holds on to the head as it found it, and evaluates with it after it was given back."""
+    kept, given_back = (run_ranks(sharded, 2, str(tmp_path), gives_back) for gives_back in (False, True))
+    assert [rank["head"] for rank in given_back] == ["FSDPLeanHead"] * 2
+    for rank in range(2):
+        assert given_back[rank]["losses"] == pytest.approx(kept[rank]["losses"], rel=1e-6)
