@@ -13,6 +13,7 @@ from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
+from hf_hetero.rows import nested
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
 Example = Mapping[str, Any]
@@ -47,10 +48,12 @@ class PackedCollator:
             making labels (`DataCollatorForLanguageModeling`, for one). Without it, an example's `labels` are used, or
             its `input_ids` where it has none.
         pad_token_id: fills the rows of an ordinary batch.
+        length_column: of the dataset, by which steps are planned; None: its tokens were counted.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
     pad_token_id: int = 0
+    length_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Tensors of a step, or of an ordinary batch.
@@ -89,6 +92,8 @@ class PackedCollator:
             row = self.example_collator([dict(example)])
             example = {name: row[name][0] for name in ("input_ids", "labels", "attention_mask") if name in row}
         input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        if input_ids.ndim != 1:
+            raise nested(name)
         labels = example.get("labels")
         labels = input_ids if labels is None else torch.as_tensor(labels, dtype=torch.long)
         if labels.shape != input_ids.shape:
@@ -101,12 +106,27 @@ class PackedCollator:
             input_ids, labels = input_ids[kept], labels[kept]
         if planned_tokens is not None and input_ids.numel() != planned_tokens:
             raise BadSample(
-                f"{name} has {input_ids.numel()} tokens but was planned with {planned_tokens}. "
-                "Remove the dataset's length column, or make it count what is trained on."
+                f"{name} has {input_ids.numel()} tokens but was planned with {planned_tokens}. {self._remedy()}"
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
         return Sample(input_ids, labels)
+
+    def num_tokens(self, example: Example, name: str) -> int:
+        """Tokens of the sample that an example becomes.
+
+        Raises:
+            BadSample: as for a step.
+        """
+        return self._sample(example, name).input_ids.numel()
+
+    def _remedy(self) -> str:
+        """Against a sample of another length than was planned for."""
+        if self.length_column is not None:
+            return f"Remove the dataset's {self.length_column} column, or make it count what is trained on."
+        theirs = getattr(self.example_collator, "__qualname__", type(self.example_collator).__qualname__)
+        also = "" if self.example_collator is None else f", and the collator {theirs},"
+        return f"So many were counted before: the dataset{also} must give a row as many tokens at each read."
 
     @staticmethod
     def _restarts(example: Example) -> bool:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
-from hf_hetero.loader import draws_of, read_rows
+from hf_hetero.epochs import Epochs, read_rows
+from hf_hetero.lengths import gives_tokens
+from hf_hetero.loader import batches_of, rows_of, step_loader, with_column
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero.sampler import StepSampler
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -26,12 +29,7 @@ def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
     """Whether an evaluation can be planned: samples of tokens, with an index, that nothing is generated from."""
     if getattr(args, "predict_with_generate", False) or isinstance(dataset, datasets.IterableDataset | IterableDataset):
         return False
-    if isinstance(dataset, datasets.Dataset):
-        return "input_ids" in dataset.column_names
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        return False
-    first: Any = dataset[0]
-    return isinstance(first, Mapping) and "input_ids" in first
+    return gives_tokens(dataset)
 
 
 def evaluation_loader(
@@ -40,31 +38,32 @@ def evaluation_loader(
     collate: Callable[..., Any],
     args: TrainingArguments,
     planning: Planning,
+    names: Sequence[str] | None = None,
+    sampler: Any = None,
 ) -> EvaluationLoader:
     """A loader of all samples, each once, in order. Its `plans` are to be closed after use.
 
     Args:
         dataset: map-style.
-        columns: removes the columns that the model does not need.
+        columns: removes the columns that the model does not need from a table.
         collate: a step's examples -> this rank's tensors.
         args: size of a batch, workers.
         planning: where plans come from.
+        names: keys to keep of the rows of a dataset that is no table; None: all.
+        sampler: gives other rows, or another order (`Trainer._get_eval_sampler`); None: all, in order.
 
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_rows, _, samples = read_rows(dataset, planning)
-    batches = GlobalBatches(num_rows, args.eval_batch_size * args.world_size, seed=0, shuffle=False)
-    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
-    sampler: Any = StepSampler(batches, plans.step, args.process_index if planning.control is not None else 0)
-    loader = EvaluationLoader(
-        StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        prefetch_factor=args.dataloader_prefetch_factor,
-    )
+    rows, size = rows_of(dataset, columns, names), args.eval_batch_size * args.world_size
+    batches = batches_of(dataset, sampler or SequentialSampler(dataset), args, size, planning, drop_last=False)
+    epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
+    plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
+    rank = args.process_index if planning.control is not None else 0
+    begin = partial(epochs.begin, forget=plans.forget)
+    steps: Any = StepSampler(batches, plans.step, rank, begin=begin)
+    collate = with_column(collate, epochs.column)
+    loader = step_loader(rows, steps, collate, args, is_training=False, kind=EvaluationLoader)
     loader.plans = plans
     return loader
 

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import datasets
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
 
 from hf_hetero.agreement import broadcast
+from hf_hetero.collators import PackedCollator
+from hf_hetero.counting import tokens_of
+from hf_hetero.epochs import Epochs, read_rows, within_limits
+from hf_hetero.epochs import draws_of as draws_of
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
-from hf_hetero.samples import Drawn, Samples, limited
+from hf_hetero.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
+from hf_hetero.samples import Drawn, Samples
 from hf_hetero.stream import Dealt, Position, Stream, StreamSampler
 
 logger = logging.getLogger(__name__)
@@ -54,40 +61,41 @@ def training_data(
     batch_size: int,
     planning: Planning,
     global_step: Callable[[], int],
+    names: Sequence[str] | None = None,
+    sampler: Any = None,
 ) -> TrainingData:
     """The planned steps of a map-style dataset.
 
     Args:
         dataset: map-style.
-        columns: removes the columns that the model does not need.
+        columns: removes the columns that the model does not need from a table.
         collate: a step's examples -> this rank's tensors.
         args: seed, workers, and how the last batch is treated.
         batch_size: samples of a step, over all ranks.
         planning: where plans come from.
         global_step: optimizer steps done when the first epoch starts.
+        names: keys to keep of the rows of another dataset; None: all.
+        sampler: gives the order of rows (`Trainer._get_train_sampler`); None: as `args` say.
 
     Raises:
         BadSample: rows without tokens, on every rank.
+        ConfigError: the dataset is not the same on all ranks, on every rank.
     """
-    num_rows, content, samples = read_rows(dataset, planning)
-    batches = GlobalBatches(
-        num_rows=num_rows,
-        batch_size=batch_size,
-        seed=_data_seed(args),
-        shuffle=args.train_sampling_strategy == "random",
-        drop_last=args.dataloader_drop_last,
-    )
+    rows = rows_of(dataset, columns, names)
+    batches = batches_of(dataset, sampler, args, batch_size, planning, drop_last=args.dataloader_drop_last)
+    epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
     num_steps = max(len(batches), 1)
-    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
+    plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
     # `Trainer` skips these when it resumes within an epoch
-    sampler = StepSampler(
+    step_sampler = StepSampler(
         batches,
         plans.step,
         args.process_index if planning.control is not None else 0,
         num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
+        begin=partial(epochs.begin, forget=plans.forget),
     )
-    rows = StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset)
-    return TrainingData(_loader(rows, sampler, collate, args), plans, {**batches.to_dict(), "lengths": content})
+    loader = step_loader(rows, step_sampler, with_column(collate, epochs.column), args, is_training=True)
+    return TrainingData(loader, plans, {**batches.to_dict(), **epochs.content})
 
 
 def streamed_data(
@@ -109,9 +117,10 @@ def streamed_data(
         kept: where a checkpoint says to go on.
     """
     num_steps, said = args.max_steps, list[str]()
+    count = partial(tokens_of, collate)
 
     def samples_of(examples: Sequence[Any]) -> Samples:
-        samples, done = _within_limits(read_samples(examples, planning.length_column), planning)
+        samples, done = within_limits(read_samples(examples, planning.length_column, count), planning)
         if done:  # in every step, maybe
             logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
             said.append(done)
@@ -138,55 +147,79 @@ def streamed_data(
     sampler = StreamSampler(
         stream, plans.step, planning.control, num_steps, global_step, kept, skips=not args.ignore_data_skip
     )
-    return TrainingData(_loader(Dealt(), sampler, collate, args), plans, {"batch_size": batch_size}, stream)
+    return TrainingData(
+        step_loader(Dealt(), sampler, collate, args, is_training=True), plans, {"batch_size": batch_size}, stream
+    )
 
 
-def draws_of(batches: GlobalBatches, samples: Samples | None) -> Draws:
-    """The samples of each step. `samples` is needed on rank 0 only."""
+def rows_of(dataset: Any, columns: Callable[[Any], Any], names: Sequence[str] | None) -> StepDataset:
+    """A dataset as `Trainer` reads it: columns of a table go before, keys of other rows after they are read.
 
-    def draw(epoch: int, index: int) -> Drawn:
-        assert samples is not None
-        return samples.of(batches.rows(epoch, index))
+    Args:
+        dataset: map-style.
+        columns: removes those columns of a table that the model does not need.
+        names: keys to keep of the rows of another dataset; None: all.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        return StepDataset(columns(dataset))
+    return StepDataset(dataset, names)
 
-    return Draws(draw, batches.after)
 
+def step_loader(
+    dataset: Any,
+    sampler: Any,
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    is_training: bool,
+    kind: type[DataLoader[Any]] = DataLoader,
+) -> Any:
+    """A DataLoader of steps, with the workers that were asked for.
 
-def _loader(dataset: Any, sampler: Any, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
-    return DataLoader(
+    Among several ranks, and where several items make one step, items keep their order also with
+    `dataloader_in_order=False`, which allows for another but asks for none.
+    """
+    has_free_order = args.world_size == 1 and args.gradient_accumulation_steps == 1
+    seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+    return kind(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers,
+        persistent_workers=args.dataloader_persistent_workers and is_training,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order or not has_free_order,
+        worker_init_fn=seeding if is_training else None,
     )
 
 
+def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:
+    """The collator, told which column steps are planned by."""
+    return replace(collate, length_column=column) if isinstance(collate, PackedCollator) else collate
+
+
 def _data_seed(args: TrainingArguments) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
+    """What accelerate seeds its sampler with: by then `Trainer` has seeded torch, and the user may have again."""
+    return torch.random.initial_seed() if args.data_seed is None else args.data_seed
 
 
-def read_rows(dataset: Any, planning: Planning) -> tuple[int, str, Samples | None]:
-    """Number of rows and a fingerprint of their lengths; and what samples they hold on rank 0, which alone plans.
+def batches_of(
+    dataset: Any, sampler: Any, args: TrainingArguments, batch_size: int, planning: Planning, drop_last: bool
+) -> GlobalBatches:
+    """The rows of each step, in the order in which accelerate's loaders would draw them.
 
-    Raises:
-        BadSample: rows without tokens, or samples that are too long, on every rank.
+    Args:
+        dataset: map-style.
+        sampler: of its rows; None: as `args` say for training.
+        args: seeds, and whether accelerate's own sampler shuffles.
+        batch_size: rows of a step, over all ranks.
+        planning: the control group.
+        drop_last: leave out a last batch that is not full.
     """
-    read: list[Samples] = []
-
-    def count() -> tuple[int, str]:
-        samples, done = _within_limits(read_samples(dataset, planning.length_column), planning)
-        if done:
-            logger.warning("%s", done)
-        read.append(samples)
-        return len(samples), samples.fingerprint()
-
-    num_rows, content = broadcast(count, planning.control)
-    return num_rows, content, read[0] if read else None
-
-
-def _within_limits(samples: Samples, planning: Planning) -> tuple[Samples, str]:
-    if planning.most_tokens is None:
-        return samples, ""
-    return limited(samples, planning.most_tokens, planning.longer)
+    is_seedable = bool(args.accelerator_config.use_seedable_sampler)  # pyright: ignore
+    order = Order(shuffle=args.train_sampling_strategy == "random")
+    if sampler is not None or (order.shuffle and not is_seedable):
+        order = order_of(sampler or RandomSampler(dataset), dataset, is_seedable, args.world_size, args.data_seed)
+    seed = broadcast(lambda: _data_seed(args), planning.control)
+    return GlobalBatches(len(dataset), batch_size, seed, order.shuffle, drop_last, order.sampler)

@@ -17,11 +17,11 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.checkpoint import Run, Saving, StopWhenAsked
 from hf_hetero.errors import HeteroError
 from hf_hetero.groups import GroupPool, named
-from hf_hetero.lengths import PACKED_COLUMN
 from hf_hetero.loader import TrainingData, streamed_data, training_data
 from hf_hetero.machine import keep_cost_model
 from hf_hetero.planning import planning_of
 from hf_hetero.preparation import PreparedTrainer
+from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.stream import is_stream
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class ResumableTrainer(PreparedTrainer):
             self._data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
         else:
             columns = partial(self._remove_unused_columns, description="training")
-            self._data = training_data(self.train_dataset, columns, **common)
+            self._data = training_data(self.train_dataset, columns, names=self._columns_kept(), **common)
         checkpoint.check_order(self._data.order, before.order if before is not None else {})
         return self._data.loader
 

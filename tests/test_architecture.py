@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "backward", "drawing", "json_fields", "mixes", "plan", "samples"},
+    {"topology", "backward", "drawing", "json_fields", "mixes", "plan", "rows", "samples"},
     {"chunked_mlp", "expert_load", "lm_head", "offload"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"activations", "heads"},
@@ -32,7 +32,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     },
     {"memory", "probe"},
     {"estimate"},
-    {"planning", "stream"},
+    {"counting", "planning", "stream"},
+    {"epochs"},
     {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources"},
     {"evaluation"},
     {"predictions", "preparation"},
@@ -88,6 +89,7 @@ WITHOUT_TORCH = {
     "dynamic_cp",
     "mixes",
     "report",
+    "rows",
     "samples",
     "simulate",
     "simulation_picture",
