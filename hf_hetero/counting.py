@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_hetero.agreement import gather, gather_objects, raise_together
+from hf_hetero.agreement import broadcast, gather, gather_objects, raise_together
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample, ConfigError, HeteroError
 from hf_hetero.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
@@ -204,7 +204,8 @@ def _read(source: Source, rows: Sequence[int]) -> Work[_Found]:
     found = _Found({}, {}, {})
     for row in rows:
         [example] = source.rows.read([row])
-        found.tokens[row] = tokens_of(source.collate, example, row)
+        found.tokens[row] = tokens = tokens_of(source.collate, example, row)
+        checked(np.asarray([tokens]), first=row)
         found.documents[row] = documents_of_row(example)
         found.contents[row] = _content(example)
         yield 1
@@ -222,12 +223,17 @@ def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | N
         found = in_rounds(_read(source, share), num_rows, control)
     mine = (list(found.tokens.values()), list(found.documents.values()))
     shares = gather_objects(mine, control) if len(first) < num_rows else [mine]
-    if rank:
-        return None
-    lengths = np.asarray([tokens for counted, _ in shares for tokens in counted], dtype=np.int64)
-    packed = [row for _, documents in shares for row in documents]
-    # of a table, the column may not be among those that are read
-    return samples_of(checked(lengths), table_documents(source.dataset) if is_plain_table(source.dataset) else packed)
+    made: list[Samples] = []
+
+    def make() -> None:
+        lengths = np.asarray([tokens for counted, _ in shares for tokens in counted], dtype=np.int64)
+        documents: Any = [row for _, packed in shares for row in packed]
+        if is_plain_table(source.dataset):  # the column may not be among those that are read
+            documents = table_documents(source.dataset)
+        made.append(samples_of(lengths, documents))
+
+    broadcast(make, control)
+    return made[0] if made else None
 
 
 def _compare(source: Source, found: _Found, control: dist.ProcessGroup | None) -> None:

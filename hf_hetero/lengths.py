@@ -10,8 +10,7 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -22,6 +21,8 @@ from hf_hetero.samples import Samples, samples_of
 Lengths = NDArray[np.int64]
 
 logger = logging.getLogger(__name__)
+
+compute: Any = pyarrow.compute  # its functions are made at run time
 
 ROWS_AT_ONCE = 1000
 WORTH_KEEPING = 10_000
@@ -204,14 +205,17 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
     if "input_ids" not in names:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
-    kept = Path(datasets.config.HF_DATASETS_CACHE) / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
+    cache = Path(datasets.config.HF_DATASETS_CACHE)  # pyright: ignore[reportAttributeAccessIssue]
+    kept = cache / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
     if (lengths := _kept_lengths(kept, len(dataset))) is not None:
         return checked(lengths)
     arrow: Any = dataset.select_columns(list({counted, "input_ids"})).with_format("arrow")
     tables: Iterable[Any] = arrow.iter(batch_size=ROWS_AT_ONCE)
     parts: list[Lengths] = []
     for table in tables:
-        if is_list(table.schema.field("input_ids").type.value_type):
+        if not is_list(kind := table.schema.field("input_ids").type):
+            raise BadSample(f"The dataset's input_ids are of type {kind}, not lists of tokens. Tokenise it first.")
+        if is_list(kind.value_type):
             raise nested("Row 0")
         parts.append(_of_lists(table.column(counted), counted))
         yield len(parts[-1])
@@ -229,7 +233,7 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
     """
     values: Any = dataset.data.column(column)
     order: Any = dataset._indices  # pyright: ignore[reportPrivateUsage]
-    if pa.types.is_integer(values.type) and not values.null_count:
+    if pyarrow.types.is_integer(values.type) and not values.null_count:
         lengths = values.to_numpy().astype(np.int64, copy=False)
         return lengths if order is None else lengths[order.column(0).to_numpy()]
     return _whole_numbers(np.asarray(dataset.with_format(None)[column]).tolist(), column)
@@ -238,7 +242,7 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
 def is_list(kind: Any) -> bool:
     """Whether values of an arrow type are lists of any kind."""
     tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
-    return any(getattr(pa.types, test)(kind) for test in tests if hasattr(pa.types, test))
+    return any(getattr(pyarrow.types, test)(kind) for test in tests if hasattr(pyarrow.types, test))
 
 
 def _kept_lengths(path: Path, num_rows: int) -> Lengths | None:
@@ -264,9 +268,9 @@ def _of_lists(column: Any, name: str) -> Lengths:
     """Entries of each list of a column, whatever kind of arrow list it is; of a mask, those that are not 0."""
     parts: list[Lengths] = [np.zeros(0, dtype=np.int64)]
     for chunk in column.chunks:
-        sizes = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        sizes = compute.fill_null(compute.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         if name == "attention_mask":
-            held = pc.fill_null(pc.list_flatten(chunk), 0).to_numpy(zero_copy_only=False) != 0
+            held = compute.fill_null(compute.list_flatten(chunk), 0).to_numpy(zero_copy_only=False) != 0
             before, ends = np.concatenate([[0], np.cumsum(held)]), np.cumsum(sizes)
             sizes = before[ends] - before[ends - sizes]
         parts.append(sizes)

@@ -67,7 +67,9 @@ class ResumableTrainer(PreparedTrainer):
             self._data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
         else:
             columns = partial(self._remove_unused_columns, description="training")
-            self._data = training_data(self.train_dataset, columns, names=self._columns_kept(), **common)
+            self._data = training_data(
+                self.train_dataset, columns, names=self._columns_kept(), sampler=self._get_train_sampler(), **common
+            )
         checkpoint.check_order(self._data.order, before.order if before is not None else {})
         return self._data.loader
 

@@ -37,7 +37,9 @@ def is_nested(ids: Any) -> bool:
     """Whether tokens are not simply one after the other: lists of lists, arrays of other than one dimension."""
     if hasattr(ids, "ndim"):
         return ids.ndim != 1
-    return len(ids) > 0 and (hasattr(ids[0], "__len__") or getattr(ids[0], "ndim", 0) > 0)
+    return (
+        len(ids) > 0 and hasattr(ids[0], "__len__") and not isinstance(ids[0], str) and getattr(ids[0], "ndim", 1) > 0
+    )
 
 
 def nested(name: str) -> BadSample:
@@ -48,13 +50,17 @@ def nested(name: str) -> BadSample:
     )
 
 
-def checked(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+def checked(lengths: NDArray[np.int64], first: int = 0) -> NDArray[np.int64]:
     """The same, if each row has a token.
+
+    Args:
+        lengths: tokens of rows that follow one another, shape (num_rows,).
+        first: number of the first of them.
 
     Raises:
         BadSample: an empty sample, with its row.
     """
     if lengths.size and lengths.min() < 1:
         row = int(lengths.argmin())
-        raise BadSample(f"Row {row} has {lengths[row]} tokens. Filter empty samples out of the dataset.")
+        raise BadSample(f"Row {first + row} has {lengths[row]} tokens. Filter empty samples out of the dataset.")
     return lengths

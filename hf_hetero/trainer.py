@@ -173,7 +173,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             return None
         planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control)
         columns = partial(self._remove_unused_columns, description="evaluation")
-        return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning, self._columns_kept())
+        names, sampler = self._columns_kept(), self._get_eval_sampler(dataset)
+        return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning, names, sampler)
 
     def evaluation_loop(
         self,
