@@ -113,7 +113,7 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
         sizes = _each(lambda: (len(source.dataset), _identity(source)), control)
         _refuse_others([num_rows for num_rows, _ in sizes], "The dataset differs between ranks: rank {} has {} rows")
         num_rows, identity = sizes[0]
-        is_one = bool(identity) and len(set(sizes)) == 1
+        is_one = control is None or (bool(identity) and len(set(sizes)) == 1)
         is_first = control is None or dist.get_rank() == 0
         found = in_rounds(_stored(source) if is_first or not is_one else _nothing(), num_rows, control)
         if any(unknown for [unknown] in gather([int(found is None and (is_first or not is_one))], control)):
