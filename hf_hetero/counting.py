@@ -193,21 +193,22 @@ def _stored(source: Source) -> Work[Samples | None]:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What some rows gave, by row: tokens, those of each document, and a fingerprint of the content."""
+    """What some rows gave, by row: tokens, those of each document, and, if asked for, a fingerprint of the content."""
 
     tokens: dict[int, int]
     documents: dict[int, list[int] | None]
     contents: dict[int, int]
 
 
-def _read(source: Source, rows: Sequence[int]) -> Work[_Found]:
+def _read(source: Source, rows: Sequence[int], prints: bool = True) -> Work[_Found]:
     found = _Found({}, {}, {})
     for row in rows:
         [example] = source.rows.read([row])
         found.tokens[row] = tokens = tokens_of(source.collate, example, row)
         checked(np.asarray([tokens]), first=row)
         found.documents[row] = documents_of_row(example)
-        found.contents[row] = _content(example)
+        if prints:
+            found.contents[row] = _content(example)
         yield 1
     return found
 
@@ -220,7 +221,7 @@ def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | N
     _compare(source, found, control)
     if len(first) < num_rows:
         share = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
-        found = in_rounds(_read(source, share), num_rows, control)
+        found = in_rounds(_read(source, share, prints=False), num_rows, control)
     mine = (list(found.tokens.values()), list(found.documents.values()))
     shares = gather_objects(mine, control) if len(first) < num_rows else [mine]
     made: list[Samples] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -140,7 +141,7 @@ def streamed_data(
             num_ahead=planning.num_ahead,
             names=names,
             drop_last=args.dataloader_drop_last,
-            seed=_data_seed(args),
+            seed=args.seed if args.data_seed is None else args.data_seed,
         )
     draws = Draws(draw, after=lambda step: (0, step[1] + 1) if step[1] + 1 < num_steps else None)
     plans = PlanAhead(planning.source, draws, planning.num_ahead, planning.control)
@@ -196,10 +197,14 @@ def step_loader(
 
 def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:
     """The collator, told which column steps are planned by."""
-    return replace(collate, length_column=column) if isinstance(collate, PackedCollator) else collate
+    if column is None or not isinstance(collate, PackedCollator):
+        return collate
+    told = copy.copy(collate)
+    told.length_column = column
+    return told
 
 
-def _data_seed(args: TrainingArguments) -> int:
+def _order_seed(args: TrainingArguments) -> int:
     """What accelerate seeds its sampler with: by then `Trainer` has seeded torch, and the user may have again."""
     return torch.random.initial_seed() if args.data_seed is None else args.data_seed
 
@@ -221,5 +226,5 @@ def batches_of(
     order = Order(shuffle=args.train_sampling_strategy == "random")
     if sampler is not None or (order.shuffle and not is_seedable):
         order = order_of(sampler or RandomSampler(dataset), dataset, is_seedable, args.world_size, args.data_seed)
-    seed = broadcast(lambda: _data_seed(args), planning.control)
+    seed = broadcast(lambda: _order_seed(args), planning.control)
     return GlobalBatches(len(dataset), batch_size, seed, order.shuffle, drop_last, order.sampler)
