@@ -10,34 +10,29 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from hf_hetero.agreement import broadcast, gather, gather_objects, raise_together
 from hf_hetero.collators import PackedCollator
-from hf_hetero.errors import BadSample, ConfigError, HeteroError
+from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
+from hf_hetero.rounds import Work, each, in_rounds
 from hf_hetero.rows import checked, documents_of_row, tokens_of_row
 from hf_hetero.sampler import StepDataset
 from hf_hetero.samples import Samples, samples_of
 
-T = TypeVar("T")
 Integers = NDArray[np.int64]
-Work = Generator[int, None, T]
-"""Gives, after each stretch of work, how many rows it has dealt with; returns what it found."""
 
 logger = logging.getLogger(__name__)
 
-ROUND_S = 1.0
 COMPARED = 512
 """Rows that every rank reads, to see that all read the same: all of a small dataset, some of a large one."""
 READ_TWICE = 8
@@ -110,7 +105,7 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
         ConfigError: the dataset is not the same on all ranks; on every rank.
     """
     with _undisturbed():
-        sizes = _each(lambda: (len(source.dataset), _identity(source)), control)
+        sizes = each(lambda: (len(source.dataset), _identity(source)), control)
         _refuse_others([num_rows for num_rows, _ in sizes], "The dataset differs between ranks: rank {} has {} rows")
         num_rows, identity = sizes[0]
         is_one = control is None or (bool(identity) and len(set(sizes)) == 1)
@@ -123,39 +118,6 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
             prints = gather_objects(found.fingerprint() if found is not None else "", control)
             _refuse_others(prints, "The lengths of rows differ between ranks: rank {} has fingerprint {}")
     return Counted(num_rows, found if is_first else None, source.column if source.has_column else None)
-
-
-def in_rounds(work: Work[T], num_rows: int, control: dist.ProcessGroup | None) -> T:
-    """Do some work on every rank; no rank leaves before all are done, or one has failed.
-
-    Args:
-        work: of this rank.
-        num_rows: that all ranks together deal with, for the progress bar.
-        control: group of all ranks; None for a single process.
-
-    Raises:
-        HeteroError: what went wrong on any rank, on every rank.
-    """
-    error: Exception | None = None
-    result, is_done, mine, shown = None, False, 0, 0
-    is_shown = control is None or dist.get_rank() == 0
-    with tqdm(total=num_rows, desc="Counting tokens", unit=" rows", leave=False, delay=1, disable=not is_shown) as bar:
-        while True:
-            end = time.monotonic() + ROUND_S
-            try:
-                while not is_done and time.monotonic() < end:
-                    mine += next(work)
-            except StopIteration as stop:
-                result, is_done = stop.value, True
-            except Exception as raised:
-                error = _named(raised, control)
-            said = gather([int(error is not None), int(is_done), mine], control)
-            if any(failed for failed, _, _ in said):
-                raise_together(error, control)
-            bar.update(sum(counted for _, _, counted in said) - shown)
-            shown = sum(counted for _, _, counted in said)
-            if all(done for _, done, _ in said):
-                return result  # type: ignore[return-value]
 
 
 def spread(num_rows: int, most: int) -> list[int]:
@@ -268,27 +230,6 @@ def _refuse_others(values: Sequence[Any], what: str) -> None:
     for rank, value in enumerate(values):
         if value != values[0]:
             raise ConfigError(f"{what.format(rank, value)}, rank 0 {values[0]}. {REMEDY}")
-
-
-def _each(make: Callable[[], T], control: dist.ProcessGroup | None) -> list[T]:
-    """What every rank makes; what goes wrong on one is raised on all."""
-    made: list[T] = []
-    error: Exception | None = None
-    try:
-        made.append(make())
-    except Exception as raised:
-        error = _named(raised, control)
-    raise_together(error, control)
-    return gather_objects(made[0], control)
-
-
-def _named(error: Exception, control: dist.ProcessGroup | None) -> Exception:
-    """An error that other ranks understand, too; a single process keeps what the user's own code raised."""
-    if control is None or isinstance(error, HeteroError):
-        return error
-    named = HeteroError(f"Reading the dataset failed: {type(error).__name__}: {error}")
-    named.__cause__ = error
-    return named
 
 
 def _content(example: Mapping[str, Any]) -> int:

@@ -205,8 +205,8 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
     if "input_ids" not in names:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
-    cache = Path(datasets.config.HF_DATASETS_CACHE)  # pyright: ignore[reportAttributeAccessIssue]
-    kept = cache / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
+    folder = Path(datasets.config.HF_DATASETS_CACHE)  # pyright: ignore[reportAttributeAccessIssue]
+    kept = folder / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
     if (lengths := _kept_lengths(kept, len(dataset))) is not None:
         return checked(lengths)
     arrow: Any = dataset.select_columns(list({counted, "input_ids"})).with_format("arrow")

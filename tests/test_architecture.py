@@ -23,6 +23,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "lengths",
         "model_shape",
         "plan_ahead",
+        "rounds",
         "profile",
         "report",
         "sampler",

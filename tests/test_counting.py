@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import time
 from typing import Any
@@ -115,7 +116,7 @@ def test_counting_leaves_generators_alone() -> None:
             return {"input_ids": [token] * self.lengths[row]}
 
     def state() -> list[Any]:
-        return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+        return [torch.get_rng_state().tolist(), random.getstate(), pickle.dumps(np.random.get_state())]
 
     before = state()
     counted(Drawing([1, 2, 3]))
