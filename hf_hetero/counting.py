@@ -25,7 +25,7 @@ from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
 from hf_hetero.rounds import Work, each, in_rounds
-from hf_hetero.rows import checked, documents_of_row, tokens_of_row
+from hf_hetero.rows import as_array, checked, documents_of_row, tokens_of_row
 from hf_hetero.sampler import StepDataset
 from hf_hetero.samples import Samples, samples_of
 
@@ -112,6 +112,9 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
         is_first = control is None or dist.get_rank() == 0
         found = in_rounds(_stored(source) if is_first or not is_one else _nothing(), num_rows, control)
         if any(unknown for [unknown] in gather([int(found is None and (is_first or not is_one))], control)):
+            logger.info(
+                "%d rows are read to count their tokens; a true %r column would spare it.", num_rows, source.column
+            )
             return Counted(num_rows, _read_together(source, num_rows, control), None)
         if not is_one:
             _compare(source, in_rounds(_read(source, spread(num_rows, COMPARED)), num_rows, control), control)
@@ -235,8 +238,12 @@ def _refuse_others(values: Sequence[Any], what: str) -> None:
 def _content(example: Mapping[str, Any]) -> int:
     print_ = hashlib.blake2b(digest_size=8)
     for name in ("input_ids", "labels"):
-        if (values := example.get(name)) is not None:
-            print_.update(np.asarray(values).astype(np.int64).tobytes())
+        if (values := example.get(name)) is None:
+            continue
+        try:
+            print_.update(as_array(values).astype(np.int64).tobytes())
+        except (TypeError, ValueError):  # what only the user's collator makes numbers of
+            print_.update(repr(values).encode())
     return int.from_bytes(print_.digest(), "big", signed=True)
 
 

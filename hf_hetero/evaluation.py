@@ -56,7 +56,8 @@ def evaluation_loader(
         BadSample: rows without tokens, on every rank.
     """
     rows, size = rows_of(dataset, columns, names), args.eval_batch_size * args.world_size
-    batches = batches_of(dataset, sampler or SequentialSampler(dataset), args, size, planning, drop_last=False)
+    sampler = SequentialSampler(dataset) if sampler is None else sampler
+    batches = batches_of(dataset, sampler, args, size, planning, drop_last=False)
     epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
     plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
     rank = args.process_index if planning.control is not None else 0

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
-from hf_hetero.agreement import broadcast
+from hf_hetero.agreement import broadcast, gather
 from hf_hetero.collators import PackedCollator
 from hf_hetero.counting import tokens_of
 from hf_hetero.epochs import Epochs, read_rows, within_limits
 from hf_hetero.epochs import draws_of as draws_of
+from hf_hetero.errors import ConfigError
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
@@ -221,10 +222,22 @@ def batches_of(
         batch_size: rows of a step, over all ranks.
         planning: the control group.
         drop_last: leave out a last batch that is not full.
+
+    Raises:
+        ConfigError: a sampler that draws another number of rows on another rank, on every rank.
     """
     is_seedable = bool(args.accelerator_config.use_seedable_sampler)  # pyright: ignore
     order = Order(shuffle=args.train_sampling_strategy == "random")
     if sampler is not None or (order.shuffle and not is_seedable):
-        order = order_of(sampler or RandomSampler(dataset), dataset, is_seedable, args.world_size, args.data_seed)
+        sampler = RandomSampler(dataset) if sampler is None else sampler
+        order = order_of(sampler, dataset, is_seedable, args.world_size, args.data_seed)
+    if order.sampler is not None:
+        name, sizes = type(order.sampler).__name__, gather([len(order.sampler)], planning.control)
+        for rank, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise ConfigError(
+                    f"The sampler {name} draws {size[0]} rows on rank {rank}, {sizes[0][0]} on rank 0. Let it draw from "
+                    "the whole dataset on every rank; HeteroTrainer deals the rows out itself."
+                )
     seed = broadcast(lambda: _order_seed(args), planning.control)
     return GlobalBatches(len(dataset), batch_size, seed, order.shuffle, drop_last, order.sampler)

@@ -25,7 +25,12 @@ def tokens_of_row(example: Mapping[str, Any], row: int) -> int:
     ids, mask = example["input_ids"], example.get("attention_mask")
     if is_nested(ids):
         raise nested(f"Row {row}")
-    return len(ids) if mask is None else int(np.count_nonzero(np.asarray(mask)))
+    return len(ids) if mask is None else int(np.count_nonzero(as_array(mask)))
+
+
+def as_array(values: Any) -> NDArray[Any]:
+    """Lists, arrays, and tensors wherever they lie, as an array."""
+    return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def documents_of_row(example: Mapping[str, Any]) -> list[int] | None:

@@ -137,10 +137,10 @@ def order_of(sampler: Any, dataset: Any, is_seedable: bool, num_ranks: int, data
         num_ranks: of the run.
         data_seed: that was asked for; None: torch's.
     """
-    if type(sampler) is SequentialSampler:
+    if type(sampler) is SequentialSampler and len(sampler) == len(dataset):
         return Order(shuffle=False)
     if isinstance(sampler, RandomSampler) and is_seedable:
-        if not sampler.replacement and len(sampler) == len(dataset):
+        if not sampler.replacement and len(sampler) == len(sampler.data_source) == len(dataset):
             return Order(shuffle=True)
         generator = sampler.generator
         options: dict[str, Any] = {"replacement": sampler.replacement, "num_samples": len(sampler)}

@@ -54,6 +54,9 @@ SAMPLERS: dict[str, Any] = {
     "replacement": lambda data: torch.utils.data.RandomSampler(data, replacement=True, num_samples=17),
     "generator": lambda data: torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(3)),
     "sequential": lambda data: torch.utils.data.SequentialSampler(data),
+    "a part": lambda _: torch.utils.data.RandomSampler(range(7)),
+    "a part, often": lambda _: torch.utils.data.RandomSampler(range(7), num_samples=23),
+    "the first": lambda _: torch.utils.data.SequentialSampler(range(5)),
     "weighted": lambda _: torch.utils.data.WeightedRandomSampler([1.0, 2.0, 3.0], 9),
     "subset": lambda _: torch.utils.data.SubsetRandomSampler([5, 2, 7]),
 }

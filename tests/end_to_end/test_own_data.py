@@ -144,6 +144,21 @@ def test_epochs_on_two_ranks() -> None:
         assert largest_difference(weights, expected) < 1e-4
 
 
+def train_by_uneven_samplers() -> None:
+    class Uneven(HeteroTrainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return torch.utils.data.SubsetRandomSampler(range(12 + self.args.process_index))
+
+    trained(tiny_model(), samples(LENGTHS), trainer_class=Uneven)
+
+
+def test_samplers_that_shard() -> None:
+    """A sampler that gives a rank its own rows is refused on all of them, for ranks would take other steps."""
+    for error in run_ranks(train_by_uneven_samplers, 2, expect_errors=True):
+        assert isinstance(error, HeteroError)
+        assert "SubsetRandomSampler draws 13 rows on rank 1, 12 on rank 0" in str(error)
+
+
 def test_rows_drawn_anew(tmp_path: Any) -> None:
     """Rows of another length at each read are refused before the first step, and no length column is blamed."""
 
