@@ -236,8 +236,8 @@ def batches_of(
         for rank, size in enumerate(sizes):
             if size != sizes[0]:
                 raise ConfigError(
-                    f"The sampler {name} draws {size[0]} rows on rank {rank}, {sizes[0][0]} on rank 0. Let it draw from "
-                    "the whole dataset on every rank; HeteroTrainer deals the rows out itself."
+                    f"The sampler {name} draws {size[0]} rows on rank {rank}, {sizes[0][0]} on rank 0. Let it draw "
+                    "from the whole dataset on every rank; HeteroTrainer deals the rows out itself."
                 )
     seed = broadcast(lambda: _order_seed(args), planning.control)
     return GlobalBatches(len(dataset), batch_size, seed, order.shuffle, drop_last, order.sampler)
