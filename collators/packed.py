@@ -15,7 +15,7 @@ from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.limits import Limits
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
-from hf_hetero.samples import PACKED_COLUMN
+from hf_hetero.rows import PACKED_COLUMN, nested
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
 Example = Mapping[str, Any]
@@ -89,6 +89,7 @@ class PackedCollator:
         limits: what the model has room for. The trainer sets it.
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
+        length_column: of the dataset, by which steps are planned; None: its tokens were counted.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -100,6 +101,7 @@ class PackedCollator:
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
+    length_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Tensors of a step, or of an ordinary batch.
@@ -151,6 +153,8 @@ class PackedCollator:
             row = self.example_collator([dict(example)])
             example = {key: values[0] for key, values in row.items() if _has_rows(values)}
         input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        if input_ids.ndim != 1:
+            raise nested(name)
         per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
         found = {key: values for key, values in per_token.items() if values is not None}
         self._check_carried(example, found, name)
@@ -174,8 +178,7 @@ class PackedCollator:
             )
         if planned_tokens is not None and input_ids.numel() != planned_tokens:
             raise BadSample(
-                f"{name} has {input_ids.numel()} tokens but was planned with {planned_tokens}. "
-                "Remove the dataset's length column, or make it count what is trained on."
+                f"{name} has {input_ids.numel()} tokens but was planned with {planned_tokens}. {self._remedy()}"
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
@@ -247,6 +250,22 @@ class PackedCollator:
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."
             )
+
+    def num_tokens(self, example: Example, name: str) -> int:
+        """Tokens of the sample that an example becomes.
+
+        Raises:
+            BadSample: as for a step.
+        """
+        return self.sample(example, name).input_ids.numel()
+
+    def _remedy(self) -> str:
+        """Against a sample of another length than was planned for."""
+        if self.length_column is not None:
+            return f"Remove the dataset's {self.length_column} column, or make it count what is trained on."
+        theirs = getattr(self.example_collator, "__qualname__", type(self.example_collator).__qualname__)
+        also = "" if self.example_collator is None else f", and the collator {theirs},"
+        return f"So many were counted before: the dataset{also} must give a row as many tokens at each read."
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]

@@ -163,8 +163,9 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> D
     The exchange is gloo over loopback: about 1 GB/s and 2 ms, assumed.
     """
     tokens, products = 512, 0
-    x = torch.randn(tokens, shape.hidden).to(dtype)
-    up = torch.randn(shape.hidden, shape.intermediate).to(dtype)
+    own = torch.Generator().manual_seed(0)  # torch's decides the order of rows
+    x = torch.randn(tokens, shape.hidden, generator=own).to(dtype)
+    up = torch.randn(shape.hidden, shape.intermediate, generator=own).to(dtype)
     start = time.perf_counter()
     while (elapsed := time.perf_counter() - start) < timed_s:
         torch.nn.functional.silu(x @ up)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import datasets
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from hf_hetero.agreement import broadcast
 from hf_hetero.collators import PackedCollator
 from hf_hetero.dealing import DealtDataset, StreamSampler
+from hf_hetero.epochs import Epochs, read_rows
 from hf_hetero.errors import ConfigError
-from hf_hetero.loader import draws_of, draws_of_stream, read_rows, samples_of
+from hf_hetero.lengths import gives_tokens
+from hf_hetero.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
-from hf_hetero.samples import PACKED_COLUMN
+from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.sampler import StepSampler
 from hf_hetero.stream import Stream, check_whole, num_rows_of
 
 
@@ -41,12 +43,7 @@ def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
         return False
     if isinstance(dataset, IterableDataset):
         return _gives_tokens(dataset)
-    if isinstance(dataset, datasets.Dataset):
-        return "input_ids" in dataset.column_names
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        return False
-    first: Any = dataset[0]
-    return isinstance(first, Mapping) and "input_ids" in first
+    return gives_tokens(dataset)
 
 
 def _gives_tokens(stream: Any) -> bool:
@@ -65,33 +62,33 @@ def evaluation_loader(
     collate: Callable[..., Any],
     args: TrainingArguments,
     planning: Planning,
+    names: Sequence[str] | None = None,
+    sampler: Any = None,
 ) -> EvaluationLoader:
     """A loader of all samples, each once, in order. Its `plans` are to be closed after use.
 
     Args:
         dataset: map-style.
-        columns: removes the columns that the model does not need.
+        columns: removes the columns that the model does not need from a table.
         collate: a step's examples -> this rank's tensors.
         args: size of a batch, workers.
         planning: where plans come from.
+        names: keys to keep of the rows of a dataset that is no table; None: all.
+        sampler: gives other rows, or another order (`Trainer._get_eval_sampler`); None: all, in order.
 
     Raises:
         BadSample: rows without tokens, on every rank.
     """
-    num_rows, _, samples = read_rows(dataset, planning)
-    batch_size = args.eval_batch_size * args.world_size
-    num_dropped = num_rows % batch_size if args.dataloader_drop_last else 0
-    batches = GlobalBatches(num_rows, batch_size, seed=0, shuffle=False, num_dropped=num_dropped)
-    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
-    sampler: Any = StepSampler(batches, plans.step, args.process_index if planning.control is not None else 0)
-    loader = EvaluationLoader(
-        StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        prefetch_factor=args.dataloader_prefetch_factor,
-    )
+    rows, size = rows_of(dataset, columns, names), args.eval_batch_size * args.world_size
+    sampler = SequentialSampler(dataset) if sampler is None else sampler
+    batches = batches_of(dataset, sampler, args, size, planning, at_once=size)
+    epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
+    plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
+    rank = args.process_index if planning.control is not None else 0
+    begin = partial(epochs.begin, forget=plans.forget)
+    steps: Any = StepSampler(batches, plans.step, rank, begin=begin)
+    collate = with_column(collate, epochs.column)
+    loader = step_loader(rows, steps, collate, args, is_training=False, kind=EvaluationLoader)
     loader.plans = plans
     return loader
 
@@ -133,7 +130,7 @@ def streamed_evaluation_loader(
     num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
     stream: Stream | None = None
     if planning.control is None or args.process_index == 0:
-        stream = Stream(dataset, batch_size, samples_of(planning), planning.num_ahead, names, one_by_one=True)
+        stream = Stream(dataset, batch_size, samples_of(planning, collate), planning.num_ahead, names, one_by_one=True)
     plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
     has_workers = args.dataloader_num_workers > 0
     sampler: Any = StreamSampler(

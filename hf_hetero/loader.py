@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import datasets
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainingArguments
+from transformers.trainer_utils import seed_worker
 
-from hf_hetero.agreement import broadcast
+from hf_hetero.agreement import broadcast, gather
+from hf_hetero.collators import PackedCollator
+from hf_hetero.counting import tokens_of
 from hf_hetero.dealing import DealtDataset, StreamSampler
+from hf_hetero.epochs import Epochs, read_rows, within_limits
+from hf_hetero.epochs import draws_of as draws_of
+from hf_hetero.errors import ConfigError
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
-from hf_hetero.samples import Drawn, Samples, limited
+from hf_hetero.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
+from hf_hetero.samples import Drawn, Samples
 from hf_hetero.stream import Position, Stream, check_whole, num_rows_of
 
 logger = logging.getLogger(__name__)
@@ -64,40 +73,42 @@ def training_data(
     batch_size: int,
     planning: Planning,
     global_step: Callable[[], int],
+    names: Sequence[str] | None = None,
+    sampler: Any = None,
 ) -> TrainingData:
     """The planned steps of a map-style dataset.
 
     Args:
         dataset: map-style.
-        columns: removes the columns that the model does not need.
+        columns: removes the columns that the model does not need from a table.
         collate: a step's examples -> this rank's tensors.
         args: seed, workers, and how the last batch is treated.
         batch_size: samples of a step, over all ranks.
         planning: where plans come from.
         global_step: optimizer steps done when the first epoch starts.
+        names: keys to keep of the rows of another dataset; None: all.
+        sampler: gives the order of rows (`Trainer._get_train_sampler`); None: as `args` say.
 
     Raises:
         BadSample: rows without tokens, on every rank.
+        ConfigError: the dataset is not the same on all ranks, on every rank.
     """
-    num_rows, content, samples = read_rows(dataset, planning)
-    num_at_once = batch_size // args.gradient_accumulation_steps
-    batches = GlobalBatches(
-        num_rows=num_rows,
-        batch_size=batch_size,
-        seed=_data_seed(args),
-        shuffle=args.train_sampling_strategy == "random",
-        num_dropped=num_rows % num_at_once if args.dataloader_drop_last else 0,
-    )
+    rows = rows_of(dataset, columns, names)
+    at_once = batch_size // args.gradient_accumulation_steps
+    batches = batches_of(dataset, sampler, args, batch_size, planning, at_once)
+    epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
     num_steps = max(len(batches), 1)
-    plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
-    sampler = StepSampler(
+    plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
+    # as `Trainer` counts when it resumes
+    step_sampler = StepSampler(
         batches,
         plans.step,
         args.process_index if planning.control is not None else 0,
         first=lambda: (global_step() // num_steps, 0 if args.ignore_data_skip else global_step() % num_steps),
+        begin=partial(epochs.begin, forget=plans.forget),
     )
-    rows = StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset)
-    return TrainingData(_loader(rows, sampler, collate, args), plans, {**batches.to_dict(), "lengths": content})
+    loader = step_loader(rows, step_sampler, with_column(collate, epochs.column), args, is_training=True)
+    return TrainingData(loader, plans, {**batches.to_dict(), **epochs.content})
 
 
 def streamed_data(
@@ -128,10 +139,10 @@ def streamed_data(
         stream = Stream(
             dataset,
             batch_size,
-            samples_of(planning),
+            samples_of(planning, collate),
             num_ahead=planning.num_ahead,
             names=names,
-            seed=_data_seed(args),
+            seed=args.seed if args.data_seed is None else args.data_seed,
             num_steps=args.max_steps if args.max_steps > 0 else None,
             min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
         )
@@ -149,7 +160,7 @@ def streamed_data(
         num_rows=num_rows,
         batch_size=batch_size,
     )
-    loader = _loader(DealtDataset(num_rows), sampler, collate, args)
+    loader = step_loader(DealtDataset(num_rows), sampler, collate, args, is_training=True)
     return TrainingData(loader, plans, {"batch_size": batch_size}, stream, kept)
 
 
@@ -164,12 +175,14 @@ def draws_of_stream(stream: Stream | None) -> Draws:
     return Draws(draw, after=lambda key: key if stream is None else stream.after(key))
 
 
-def samples_of(planning: Planning) -> Callable[[Sequence[Any]], Samples]:
+def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Sequence[Any]], Samples]:
     """Examples of a stream -> the samples they hold, under the user's limits."""
     said = list[str]()
 
+    count = partial(tokens_of, collate)
+
     def read(examples: Sequence[Any]) -> Samples:
-        samples, done = _within_limits(read_samples(examples, planning.length_column), planning)
+        samples, done = within_limits(read_samples(examples, planning.length_column, count), planning)
         if done:  # in every step, maybe
             logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
             said.append(done)
@@ -178,53 +191,100 @@ def samples_of(planning: Planning) -> Callable[[Sequence[Any]], Samples]:
     return read
 
 
-def draws_of(batches: GlobalBatches, samples: Samples | None) -> Draws:
-    """The samples of each step. `samples` is needed on rank 0 only."""
-
-    def draw(epoch: int, index: int) -> Drawn:
-        assert samples is not None
-        return samples.of(batches.rows(epoch, index))
-
-    return Draws(draw, batches.after)
+def sampler_of(loader: Any) -> Any:
+    """What draws the rows of a map-style dataset, below all that accelerate has put around it."""
+    batches = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    return batches.sampler
 
 
-def _loader(dataset: Any, sampler: Any, collate: Callable[..., Any], args: TrainingArguments) -> DataLoader[Any]:
-    return DataLoader(
+def rows_of(dataset: Any, columns: Callable[[Any], Any], names: Sequence[str] | None) -> StepDataset:
+    """A dataset as `Trainer` reads it: columns of a table go before, keys of other rows after they are read.
+
+    Args:
+        dataset: map-style.
+        columns: removes those columns of a table that the model does not need.
+        names: keys to keep of the rows of another dataset; None: all.
+    """
+    if isinstance(dataset, datasets.Dataset):
+        return StepDataset(columns(dataset))
+    return StepDataset(dataset, names)
+
+
+def step_loader(
+    dataset: Any,
+    sampler: Any,
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    is_training: bool,
+    kind: type[DataLoader[Any]] = DataLoader,
+) -> Any:
+    """A DataLoader of steps, with the workers that were asked for.
+
+    Among several ranks, and where several items make one step, items keep their order also with
+    `dataloader_in_order=False`, which allows for another but asks for none.
+    """
+    has_free_order = args.world_size == 1 and args.gradient_accumulation_steps == 1
+    seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+    return kind(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        persistent_workers=args.dataloader_persistent_workers,
+        persistent_workers=args.dataloader_persistent_workers and is_training,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
         prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order or not has_free_order,
+        worker_init_fn=seeding if is_training else None,
     )
 
 
-def _data_seed(args: TrainingArguments) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
+def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:
+    """The collator, told which column steps are planned by."""
+    if column is None or not isinstance(collate, PackedCollator):
+        return collate
+    told = copy.copy(collate)
+    told.length_column = column
+    return told
 
 
-def read_rows(dataset: Any, planning: Planning) -> tuple[int, str, Samples | None]:
-    """Number of rows and a fingerprint of their lengths; and what samples they hold on rank 0, which alone plans.
+def _order_seed(args: TrainingArguments) -> int:
+    """What accelerate seeds its sampler with: by then `Trainer` has seeded torch, and the user may have again."""
+    return torch.random.initial_seed() if args.data_seed is None else args.data_seed
+
+
+def batches_of(
+    dataset: Any, sampler: Any, args: TrainingArguments, batch_size: int, planning: Planning, at_once: int
+) -> GlobalBatches:
+    """The rows of each step, in the order in which accelerate's loaders would draw them.
+
+    Args:
+        dataset: map-style.
+        sampler: of its rows; None: as `args` say for training.
+        args: seeds, and whether accelerate's own sampler shuffles.
+        batch_size: rows of a step, over all ranks.
+        planning: the control group.
+        at_once: rows of one batch of each rank, all ranks together: `dataloader_drop_last` leaves out fewer.
 
     Raises:
-        BadSample: rows without tokens, or samples that are too long, on every rank.
+        ConfigError: a sampler that draws another number of rows on another rank, on every rank.
     """
-    read: list[Samples] = []
-
-    def count() -> tuple[int, str]:
-        samples, done = _within_limits(read_samples(dataset, planning.length_column), planning)
-        if done:
-            logger.warning("%s", done)
-        planning.limits.check_lengths(samples)
-        read.append(samples)
-        return len(samples), samples.fingerprint()
-
-    num_rows, content = broadcast(count, planning.control)
-    return num_rows, content, read[0] if read else None
-
-
-def _within_limits(samples: Samples, planning: Planning) -> tuple[Samples, str]:
-    if planning.most_tokens is None:
-        return samples, ""
-    return limited(samples, planning.most_tokens, planning.longer)
+    is_seedable = bool(args.accelerator_config.use_seedable_sampler)  # pyright: ignore
+    order = Order(shuffle=args.train_sampling_strategy == "random")
+    if sampler is not None or (order.shuffle and not is_seedable):
+        sampler = RandomSampler(dataset) if sampler is None else sampler
+        order = order_of(sampler, dataset, is_seedable, args.world_size, args.data_seed)
+    if order.sampler is not None:
+        name, sizes = type(order.sampler).__name__, gather([len(order.sampler)], planning.control)
+        for rank, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise ConfigError(
+                    f"The sampler {name} draws {size[0]} rows on rank {rank}, {sizes[0][0]} on rank 0. Let it draw "
+                    "from the whole dataset on every rank; HeteroTrainer deals the rows out itself."
+                )
+    seed = broadcast(lambda: _order_seed(args), planning.control)
+    num_rows = len(dataset) if order.sampler is None else len(order.sampler)
+    num_dropped = num_rows % at_once if args.dataloader_drop_last else 0
+    return GlobalBatches(len(dataset), batch_size, seed, order.shuffle, num_dropped, order.sampler)

@@ -131,6 +131,12 @@ class PlanAhead:
         """
         return broadcast(lambda: self._take(epoch, index), self._control)
 
+    def forget(self) -> None:
+        """Drop the coming plans: what they are for has changed."""
+        with self._lock:
+            self._coming.clear()
+            self._improved.clear()
+
     def close(self) -> None:
         """Forget the coming plans and end what makes them."""
         with self._lock:

@@ -16,11 +16,11 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.checkpoint import Run, Saving
 from hf_hetero.errors import HeteroError
 from hf_hetero.groups import GroupPool
-from hf_hetero.lengths import PACKED_COLUMN
-from hf_hetero.loader import TrainingData, streamed_data, training_data
+from hf_hetero.loader import TrainingData, sampler_of, streamed_data, training_data
 from hf_hetero.machine import keep_cost_model
 from hf_hetero.planning import planning_of
 from hf_hetero.preparation import PreparedTrainer
+from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.stopping import OneDecision, StopWhenAsked, ending_in_words
 from hf_hetero.stream import is_stream
 
@@ -79,7 +79,7 @@ class ResumableTrainer(PreparedTrainer):
             dataset: Any = self.train_dataset
             packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
             columns = partial(self._remove_unused_columns, description="training")
-            data = training_data(self.train_dataset, columns, **common)
+            data = training_data(dataset, columns, names=self._columns_kept(), sampler=sampler_of(loader), **common)
         try:
             checkpoint.check_order(data.order, before.order if before is not None else {})
         except BaseException:

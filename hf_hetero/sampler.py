@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from accelerate.data_loader import SeedableRandomSampler
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 
+from hf_hetero.errors import HeteroError
 from hf_hetero.step import Step, StepExamples, StepShare
+
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -17,14 +23,16 @@ class GlobalBatches:
     """The samples of each step, the same on all ranks, and the same that `Trainer` would take.
 
     One process of `Trainer` shuffles with `randperm` seeded by seed + epoch (accelerate's `SeedableRandomSampler`) and
-    cuts the permutation into batches; several processes take turns, which gives a step the same samples.
+    cuts the permutation into batches; several processes take turns, which gives a step the same samples. Any other
+    sampler is asked for the rows of an epoch when the epoch begins, and not before.
 
     Args:
         num_rows: of the dataset.
         batch_size: rows of an optimizer step, over all ranks.
-        seed: `data_seed`, or `seed`.
+        seed: of the permutations.
         shuffle: False keeps the dataset's order.
         num_dropped: rows at the end of each epoch's order that are left out.
+        sampler: gives the rows of an epoch, in order; asked on every rank, so that generators move on alike.
     """
 
     num_rows: int
@@ -32,18 +40,29 @@ class GlobalBatches:
     seed: int
     shuffle: bool = True
     num_dropped: int = 0
-    _orders: dict[int, list[int]] = field(default_factory=dict[int, list[int]], repr=False, compare=False)
+    sampler: Any = None
+    _orders: dict[int, Rows] = field(default_factory=dict[int, Rows], repr=False, compare=False)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        return -(-(self.num_rows - self.num_dropped) // self.batch_size)
+        return -(-self.rows_of_epoch // self.batch_size)
 
-    def to_dict(self) -> dict[str, int | bool]:
+    @property
+    def rows_of_epoch(self) -> int:
+        """Rows that an epoch takes: those of the dataset, or as many as the sampler says, less what is left out."""
+        return (self.num_rows if self.sampler is None else len(self.sampler)) - self.num_dropped
+
+    @property
+    def is_known_ahead(self) -> bool:
+        """Whether the rows of an epoch are known before it begins."""
+        return self.sampler is None
+
+    def to_dict(self) -> dict[str, int | bool | str]:
         """What decides the order, for JSON."""
         return {
             "rows": self.num_rows,
             "batch_size": self.batch_size,
-            "seed": self.seed,
+            **({"seed": self.seed} if self.sampler is None else {"sampler": type(self.sampler).__name__}),
             "shuffle": self.shuffle,
             "dropped": self.num_dropped,
         }
@@ -53,21 +72,85 @@ class GlobalBatches:
         epoch, index = step
         return (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
 
-    def rows(self, epoch: int, index: int) -> tuple[int, ...]:
-        """Dataset rows of one step."""
-        start = index * self.batch_size
-        return tuple(self._order(epoch)[start : min(start + self.batch_size, self.num_rows - self.num_dropped)])
+    def begin(self, epoch: int) -> None:
+        """Ask the sampler for the rows of an epoch; there is nothing to do without one.
 
-    def _order(self, epoch: int) -> Sequence[int]:
-        if not self.shuffle:
-            return range(self.num_rows)
-        if epoch not in self._orders:
+        Raises:
+            HeteroError: it gives another number of rows than it says, or rows that the dataset does not have.
+        """
+        if self.sampler is None:
+            return
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+        name, num_rows = type(self.sampler).__name__, len(self.sampler)
+        rows = np.fromiter(self.sampler, dtype=np.int64)
+        if len(rows) != num_rows:
+            raise HeteroError(f"The sampler {name} gave {len(rows)} rows in epoch {epoch}, but its len is {num_rows}.")
+        for row in rows[(rows < -self.num_rows) | (rows >= self.num_rows)][:1]:
+            raise HeteroError(f"The sampler {name} gave row {row}; the dataset has {self.num_rows} rows.")
+        self._orders.clear()
+        self._orders[epoch] = np.where(rows < 0, rows + self.num_rows, rows)
+
+    def rows(self, epoch: int, index: int) -> tuple[int, ...]:
+        """Dataset rows of one step; of a sampler's epoch, once it has begun."""
+        start = index * self.batch_size
+        end = min(start + self.batch_size, self.rows_of_epoch)
+        if self.sampler is None and not self.shuffle:
+            return tuple(range(start, end))
+        return tuple(self._order(epoch)[start:end].tolist())
+
+    def _order(self, epoch: int) -> Rows:
+        if epoch not in self._orders and self.sampler is None:
             # plan-ahead looks from one epoch into the next, and never back
             for past in [known for known in self._orders if known < epoch - 1]:
                 del self._orders[past]
             generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._orders[epoch] = torch.randperm(self.num_rows, generator=generator).tolist()
+            self._orders[epoch] = torch.randperm(self.num_rows, generator=generator).numpy()
         return self._orders[epoch]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """In which order rows are drawn.
+
+    Args:
+        shuffle: by permutations that the seed and the epoch decide; False: the dataset's own order.
+        sampler: decides instead, where neither is what it does.
+    """
+
+    shuffle: bool
+    sampler: Any = None
+
+
+def order_of(sampler: Any, dataset: Any, is_seedable: bool, num_ranks: int, data_seed: int | None) -> Order:
+    """The order in which accelerate's loaders draw the rows of a sampler.
+
+    accelerate puts a `SeedableRandomSampler` in the place of any `RandomSampler`, unless told not to
+    (`use_seedable_sampler=False`); then, among several ranks, it gives a sampler without a generator one that is seeded
+    by torch's, once, when the loader is made (`accelerate.data_loader.prepare_data_loader`).
+
+    Args:
+        sampler: of torch's kind: can be iterated, has a length.
+        dataset: that it draws from.
+        is_seedable: whether accelerate's own may take its place.
+        num_ranks: of the run.
+        data_seed: that was asked for; None: torch's.
+    """
+    if type(sampler) is SequentialSampler and len(sampler) == len(dataset):
+        return Order(shuffle=False)
+    if isinstance(sampler, RandomSampler) and is_seedable:
+        if not sampler.replacement and len(sampler) == len(sampler.data_source) == len(dataset):
+            return Order(shuffle=True)
+        generator = sampler.generator
+        options: dict[str, Any] = {"replacement": sampler.replacement, "num_samples": len(sampler)}
+        return Order(
+            shuffle=True,
+            sampler=SeedableRandomSampler(sampler.data_source, **options, generator=generator, data_seed=data_seed),
+        )
+    if num_ranks > 1 and not is_seedable and getattr(sampler, "generator", 0) is None:
+        given: Any = sampler
+        given.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+    return Order(shuffle=True, sampler=sampler)
 
 
 class StepSampler(Sampler[StepShare]):
@@ -78,6 +161,7 @@ class StepSampler(Sampler[StepShare]):
         plan_step: plans (or receives) the step of an epoch; called in order, on all ranks.
         rank: this rank.
         first: epoch and step to begin with, asked when the first iteration starts; each later one is the next epoch.
+        begin: called with an epoch before its first step, on all ranks.
     """
 
     def __init__(
@@ -86,8 +170,10 @@ class StepSampler(Sampler[StepShare]):
         plan_step: Callable[[int, int], Step | None],
         rank: int,
         first: Callable[[], tuple[int, int]] = lambda: (0, 0),
+        begin: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._batches, self._plan_step, self._rank, self._first = batches, plan_step, rank, first
+        self._begin = begin
         self._epoch: int | None = None
 
     def __len__(self) -> int:
@@ -98,6 +184,7 @@ class StepSampler(Sampler[StepShare]):
         """Steps of an epoch in order."""
         epoch, start = self._first() if self._epoch is None else (self._epoch + 1, 0)
         self._epoch = epoch
+        self._begin(epoch)
         for index in range(start, len(self)):
             step = self._plan_step(epoch, index)
             assert step is not None  # only streams end early
@@ -105,23 +192,53 @@ class StepSampler(Sampler[StepShare]):
 
 
 class StepDataset(Dataset[StepExamples]):
-    """Reads the samples of a share, and no others. torch hands a batch sampler's item over whole."""
+    """Reads the samples of a share, and no others. torch hands a batch sampler's item over whole.
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    Args:
+        dataset: map-style.
+        names: keys of an example to keep, as transformers' `RemoveColumnsCollator` does, which leaves alone what is no
+            dict; None: all.
+    """
+
+    def __init__(self, dataset: Any, names: Sequence[str] | None = None) -> None:
+        self._dataset, self._names = dataset, None if names is None else frozenset(names)
+        self._epoch: int | None = None
 
     def __len__(self) -> int:
         """Samples of the dataset."""
         return len(self._dataset)
 
-    def __getitems__(self, share: StepShare) -> StepExamples:
-        """The samples of one step that this rank holds tokens of."""
-        row_of = {position: share.step.rows[position] for position in share.samples()}
-        rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
-        examples: list[Mapping[str, Any]]
+    @property
+    def changes_with_epochs(self) -> bool:
+        """Whether the dataset wants to be told of each epoch."""
+        return hasattr(self._dataset, "set_epoch")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the dataset that an epoch begins, as accelerate's loaders do."""
+        if self.changes_with_epochs:
+            self._dataset.set_epoch(epoch)
+            self._epoch = epoch
+
+    def read(self, rows: Sequence[int]) -> list[Any]:
+        """Some examples, with the keys that are wanted."""
+        examples: list[Any]
         if hasattr(self._dataset, "__getitems__"):
-            examples = self._dataset.__getitems__(rows)
+            examples = list(self._dataset.__getitems__(rows))
         else:
             examples = [self._dataset[row] for row in rows]
-        read = dict(zip(rows, examples, strict=True))
+        return [self._kept(example) for example in examples]
+
+    def _kept(self, example: Any) -> Any:
+        if self._names is None or not isinstance(example, dict):
+            return example
+        values = cast("dict[str, Any]", example)
+        return {name: value for name, value in values.items() if name in self._names}
+
+    def __getitems__(self, share: StepShare) -> StepExamples:
+        """The samples of one step that this rank holds tokens of."""
+        if share.step.epoch != self._epoch:  # a worker's copy, which nobody else tells
+            self.set_epoch(share.step.epoch)
+        row_of = {position: share.step.rows[position] for position in share.samples()}
+        rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
+        read = dict(zip(rows, self.read(rows), strict=True))
         return StepExamples(share, {position: read[row] for position, row in row_of.items()})

@@ -16,9 +16,6 @@ from hf_hetero.errors import BadSample
 
 Integers = NDArray[np.int64]
 
-PACKED_COLUMN = "seq_lengths"
-"""Tokens of each document of a packed row, as TRL's packing leaves them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Samples:
@@ -105,6 +102,23 @@ def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: 
         row = int(np.searchsorted(first, document_tokens.argmin(), side="right")) - 1
         raise BadSample(f"Row {row}: seq_lengths holds a document of {document_tokens.min()} tokens.")
     return Samples(row_tokens, first, ends[:-1] - np.repeat(ends[first[:-1]], num_documents), document_tokens)
+
+
+def samples_of(lengths: Integers, documents: Sequence[Sequence[int] | None] | None) -> Samples:
+    """The samples of rows of so many tokens.
+
+    Args:
+        lengths: tokens of each row, shape (num_rows,).
+        documents: tokens of the documents of each row; None: a row is one.
+
+    Raises:
+        BadSample: a row whose documents are not all of it.
+    """
+    if documents is None or not any(row is not None for row in documents):
+        return whole_rows(lengths)
+    held = [[int(length)] if row is None else list(row) for row, length in zip(documents, lengths, strict=True)]
+    num_documents = np.fromiter(map(len, held), dtype=np.int64, count=len(held))
+    return packed_rows(lengths, num_documents, np.asarray([n for row in held for n in row], dtype=np.int64))
 
 
 def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, str]:

@@ -295,7 +295,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             loader = evaluation.streamed_evaluation_loader(dataset, self._columns_kept(), packer, self.args, planning)
         else:
             columns = partial(self._remove_unused_columns, description="evaluation")
-            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
+            names = self._columns_kept()
+            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning, names)
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:

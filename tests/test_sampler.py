@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import pytest
 import torch
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from helpers import LENGTHS, ScriptedPlanner, samples
 
-from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero import HeteroError
+from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler, order_of
 from hf_hetero.samples import whole_rows
 from hf_hetero.step import Step
 
@@ -35,6 +37,114 @@ def test_last_batch(num_dropped: int, sizes: list[int]) -> None:
 def test_no_shuffle_keeps_the_order() -> None:
     """Sequential sampling is the dataset's order in every epoch."""
     assert GlobalBatches(5, 3, seed=0, shuffle=False).rows(4, 1) == (3, 4)
+
+
+def test_the_datasets_order_costs_nothing() -> None:
+    """A step of a million rows in their own order takes no list of them all."""
+    batches = GlobalBatches(1_000_000, 8, seed=0, shuffle=False)
+    start = perf_counter()
+    assert batches.rows(0, 124_999) == tuple(range(999_992, 1_000_000))
+    for index in range(0, len(batches), 10):
+        batches.rows(0, index)
+    assert perf_counter() - start < 1
+
+
+SAMPLERS: dict[str, Any] = {
+    "random": lambda data: torch.utils.data.RandomSampler(data),
+    "replacement": lambda data: torch.utils.data.RandomSampler(data, replacement=True, num_samples=17),
+    "generator": lambda data: torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(3)),
+    "sequential": lambda data: torch.utils.data.SequentialSampler(data),
+    "a part": lambda _: torch.utils.data.RandomSampler(range(7)),
+    "a part, often": lambda _: torch.utils.data.RandomSampler(range(7), num_samples=23),
+    "the first": lambda _: torch.utils.data.SequentialSampler(range(5)),
+    "weighted": lambda _: torch.utils.data.WeightedRandomSampler([1.0, 2.0, 3.0], 9),
+    "subset": lambda _: torch.utils.data.SubsetRandomSampler([5, 2, 7]),
+}
+
+
+@pytest.mark.parametrize("is_seedable", [True, False])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("kind", list(SAMPLERS))
+def test_orders_are_those_of_accelerates_loaders(kind: str, num_ranks: int, is_seedable: bool) -> None:
+    """Whatever the sampler, epochs take the rows that a loader prepared by accelerate takes, in its order."""
+    data = list(range(23))
+
+    def theirs() -> list[list[int]]:
+        torch.manual_seed(11)
+        options = {"put_on_device": False, "even_batches": False, "use_seedable_sampler": is_seedable}
+        found: list[list[list[int]]] = []
+        for rank in range(num_ranks):
+            torch.manual_seed(11)
+            loader = torch.utils.data.DataLoader(data, 1, sampler=SAMPLERS[kind](data), collate_fn=list)  # type: ignore[arg-type]
+            prepared = prepare_data_loader(loader, num_processes=num_ranks, process_index=rank, **options)
+            epochs = []
+            for epoch in range(2):
+                prepared.set_epoch(epoch)
+                epochs.append([row for batch in prepared for row in batch])
+            found.append(epochs)
+        turns = []
+        for epoch in range(2):
+            longest = max(len(rank[epoch]) for rank in found)
+            turns.append([rank[epoch][turn] for turn in range(longest) for rank in found if turn < len(rank[epoch])])
+        return turns
+
+    def ours() -> list[list[int]]:
+        torch.manual_seed(11)
+        order = order_of(SAMPLERS[kind](data), data, is_seedable, num_ranks, data_seed=None)
+        batches = GlobalBatches(23, 4, torch.random.initial_seed(), order.shuffle, sampler=order.sampler)
+        epochs = []
+        for epoch in range(2):
+            torch.empty((), dtype=torch.int64).random_()  # torch's loaders seed their workers first
+            batches.begin(epoch)
+            epochs.append([row for index in range(len(batches)) for row in batches.rows(epoch, index)])
+        return epochs
+
+    assert ours() == theirs()
+
+
+def test_a_sampler_must_give_what_it_says() -> None:
+    """Rows that are not there, or another number of them, are refused with the sampler's name."""
+
+    class Wrong(list[int]):
+        def __len__(self) -> int:
+            return 3
+
+    with pytest.raises(HeteroError, match="Wrong gave 2 rows in epoch 4, but its len is 3"):
+        GlobalBatches(10, 2, 0, sampler=Wrong([1, 2])).begin(4)
+    with pytest.raises(HeteroError, match="list gave row 10; the dataset has 10 rows"):
+        GlobalBatches(10, 2, 0, sampler=[1, 10]).begin(0)
+
+
+def test_rows_keep_what_the_model_takes() -> None:
+    """Keys that the model does not take go, as with transformers' RemoveColumnsCollator; what is no dict stays."""
+    from transformers import BatchEncoding
+
+    rows: list[Any] = [{"input_ids": [1], "note": "a"}, BatchEncoding({"input_ids": [2], "note": "b"})]
+    plain, encoding = StepDataset(rows, names=["input_ids"]).read([0, 1])
+    assert plain == {"input_ids": [1]}
+    assert encoding is rows[1]
+    assert StepDataset(rows).read([0]) == rows[:1]
+
+
+def test_a_workers_copy_learns_of_the_epoch() -> None:
+    """A copy of the dataset that nobody told of the epoch is told by the first step of it."""
+
+    class Told:
+        epochs: tuple[int, ...] = ()
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs += (epoch,)
+
+        def __getitem__(self, row: int) -> Any:
+            return {"input_ids": [row] * LENGTHS[row]}
+
+    data = Told()
+    reader = StepDataset(data)
+    for epoch, index in [(1, 0), (1, 1), (2, 0)]:
+        share = StepSampler(GlobalBatches(24, 12, 0), make_step, 0)
+        share.set_epoch(epoch)
+        reader.__getitems__(list(share)[index])
+    assert data.epochs == (1, 2)
 
 
 def make_step(epoch: int, index: int) -> Step:
