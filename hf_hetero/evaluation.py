@@ -1,8 +1,8 @@
-"""Evaluation and prediction under plans: which datasets, and a loader of their steps."""
+"""Evaluation and prediction under plans: which datasets, a loader of their steps, and what a model gives for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import datasets
@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from hf_hetero.collators import PackedCollator
 from hf_hetero.loader import draws_of, read_rows
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
@@ -54,7 +55,9 @@ def evaluation_loader(
         BadSample: rows without tokens, on every rank.
     """
     num_rows, _, samples = read_rows(dataset, planning)
-    batches = GlobalBatches(num_rows, args.eval_batch_size * args.world_size, seed=0, shuffle=False)
+    batch_size = args.eval_batch_size * args.world_size
+    num_dropped = num_rows % batch_size if args.dataloader_drop_last else 0
+    batches = GlobalBatches(num_rows, batch_size, seed=0, shuffle=False, num_dropped=num_dropped)
     plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
     sampler: Any = StepSampler(batches, plans.step, args.process_index if planning.control is not None else 0)
     loader = EvaluationLoader(
@@ -67,6 +70,22 @@ def evaluation_loader(
     )
     loader.plans = plans
     return loader
+
+
+def has_labels(dataset: Any, packer: PackedCollator) -> bool:
+    """Whether there is a loss to take; without labels there are only outputs."""
+    return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
+
+
+def ignored_outputs(model: Any) -> list[str]:
+    """Outputs of a model that are no prediction."""
+    return list(getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
+
+
+def outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
+    """A model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
+    kept = tuple(value for name, value in outputs.items() if name not in left_out)
+    return kept[0] if len(kept) == 1 else kept
 
 
 def prepared_model(trainer: Trainer) -> torch.nn.Module:

@@ -25,11 +25,7 @@ TESTED_MODEL_TYPES = frozenset(
     | {"deepseek_v3"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
-# trainers of TRL and the like whose loss compares samples, or generates them
-COMPARING_TRAINERS = frozenset(
-    {"BCOTrainer", "CPOTrainer", "DPOTrainer", "GKDTrainer", "GRPOTrainer", "KTOTrainer", "ORPOTrainer", "PPOTrainer"}
-    | {"PRMTrainer", "RewardTrainer", "RLOOTrainer", "Seq2SeqTrainer"}
-)
+STEPS_IN_BACKWARD = frozenset({"lomo", "adalomo"})
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -47,19 +43,6 @@ def base_model(model: torch.nn.Module | None) -> Any:
 def is_tested(model: PreTrainedModel) -> bool:
     """Whether the model's architecture is compared with plain training in this package's tests."""
     return model.config.model_type in TESTED_MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
-
-
-def check_trainer_class(trainer_class: type) -> None:
-    """Refuse trainers whose loss is more than a sum over tokens.
-
-    Raises:
-        UnsupportedModel: with the class.
-    """
-    for name in sorted(COMPARING_TRAINERS & {base.__name__ for base in trainer_class.__mro__}):
-        raise UnsupportedModel(
-            f"{name} compares or generates samples: its loss is no sum over the tokens of single ones, so they cannot "
-            "be shared out one by one. Put the mixin before Trainer or SFTTrainer."
-        )
 
 
 def check_arguments(args: TrainingArguments) -> None:
@@ -118,11 +101,14 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
         yield "auto_find_batch_size=True changes the global batch; the planner already fits memory, so unset it."
     if args.train_sampling_strategy not in ("random", "sequential"):
         yield f"train_sampling_strategy={args.train_sampling_strategy!r}: the planner balances lengths; use 'random'."
+    if (optim := str(getattr(args.optim, "value", args.optim))).endswith("_layerwise") or optim in STEPS_IN_BACKWARD:
+        yield f"optim={optim!r} steps inside backward, and a step has as many of these as its plan; use another one."
     yield from sharding.argument_problems(args)
     for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
         if options.get(name):
             yield f"accelerator_config.{name} does not apply to planned steps; unset it."
-    if (options.get("gradient_accumulation_kwargs") or {}).get("num_steps"):
+    # transformers itself leaves a 1 there
+    if (options.get("gradient_accumulation_kwargs") or {}).get("num_steps") not in (None, 1):
         yield "accelerator_config.gradient_accumulation_kwargs.num_steps: set gradient_accumulation_steps instead."
     if args.n_gpu > 1:
         yield f"one process with {args.n_gpu} GPUs would use DataParallel; start one a GPU with accelerate launch."
@@ -130,8 +116,6 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     yield from sharding.trainer_problems(trainer)
-    if trainer.compute_loss_func is not None:
-        yield "compute_loss_func would get labels that are already shifted; leave it None."
     if not trainer.model_accepts_loss_kwargs:
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
     parallel = getattr(trainer.accelerator, "parallelism_config", None)

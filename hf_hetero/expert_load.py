@@ -25,8 +25,12 @@ class ExpertLoad:
         self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
-        for number, router in enumerate(self._routers):
-            router.register_forward_hook(self._counter(number))
+        self._hooks = [r.register_forward_hook(self._counter(number)) for number, r in enumerate(self._routers)]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self._hooks:
+            hook.remove()
 
     def __bool__(self) -> bool:
         """Whether there is anything to count."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample, ConfigError
-from hf_hetero.samples import Samples, packed_rows, whole_rows
+from hf_hetero.samples import PACKED_COLUMN, Samples, packed_rows, whole_rows
 
 Lengths = NDArray[np.int64]
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1000
 WORTH_KEEPING = 10_000
 """Fewer rows are counted in less time than it takes to look."""
-PACKED_COLUMN = "seq_lengths"
-"""Tokens of each document of a packed row, as TRL's packing leaves them."""
 
 
 def read_lengths(dataset: Any, column: str) -> Lengths:

@@ -29,17 +29,9 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LeanHead(torch.nn.Linear):
-    """A model's output embedding with the same weights, whose logits may be lazy.
+    """What a model's output embedding becomes, in place: the same weights and name, and logits that may be lazy."""
 
-    Args:
-        head: whose parameters it shares.
-    """
-
-    def __init__(self, head: torch.nn.Linear) -> None:
-        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
-        self.weight, self.bias = head.weight, head.bias
-        self.train(head.training)
-        self._is_lazy = False
+    _is_lazy = False
 
     @contextmanager
     def lazy(self) -> Iterator[None]:
@@ -58,7 +50,7 @@ class LeanHead(torch.nn.Linear):
 
 
 def install(model: Any) -> LeanHead | str:
-    """Put a `LeanHead` in the place of the model's output embedding; why not, in words, where that cannot be."""
+    """Make the model's output embedding a `LeanHead`; why not, in words, where that cannot be."""
     head = model.get_output_embeddings()
     if isinstance(head, LeanHead):
         return head
@@ -66,9 +58,15 @@ def install(model: Any) -> LeanHead | str:
         return f"its output embedding is a {type(head).__name__}"
     if head._forward_hooks or head._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
         return "its output embedding has hooks"
-    lean = LeanHead(head)
-    model.set_output_embeddings(lean)
-    return lean
+    head.__class__ = LeanHead
+    return cast("LeanHead", head)
+
+
+def take_off(head: torch.nn.Linear) -> None:
+    """The output embedding as it was, unless a wrapper has changed it since."""
+    if type(head) is LeanHead:
+        vars(head).pop("_is_lazy", None)
+        cast("Any", head).__class__ = torch.nn.Linear
 
 
 class LazyLogits(torch.Tensor):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
@@ -22,13 +22,12 @@ from hf_hetero.stream import Dealt, Position, Stream, StreamSampler
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TrainingData:
     """What a run trains on.
 
     Args:
-        loader: its items are planned steps. It must not be prepared by accelerate, which would deal them out among the
-            ranks.
+        loader: its items are planned steps. Trainer never sees it, so accelerate does not deal them out among ranks.
         plans: where they come from.
         order: what decides which samples make which step, to be compared when a checkpoint is resumed.
         stream: what reads a dataset that can only be iterated; on rank 0 only.
@@ -38,6 +37,14 @@ class TrainingData:
     plans: PlanAhead
     order: dict[str, Any]
     stream: Stream | None = None
+    _epoch: Any = None
+    _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
+
+    def steps_of(self, epoch: object) -> Iterator[Any]:
+        """What is left of an epoch, for a thing that stands for it: another thing begins the next one."""
+        if epoch is not self._epoch:
+            self._epoch, self._steps = epoch, iter(self.loader)
+        return self._steps
 
     def close(self) -> None:
         """End what works in the background."""
@@ -70,21 +77,21 @@ def training_data(
         BadSample: rows without tokens, on every rank.
     """
     num_rows, content, samples = read_rows(dataset, planning)
+    num_at_once = batch_size // args.gradient_accumulation_steps
     batches = GlobalBatches(
         num_rows=num_rows,
         batch_size=batch_size,
         seed=_data_seed(args),
         shuffle=args.train_sampling_strategy == "random",
-        drop_last=args.dataloader_drop_last,
+        num_dropped=num_rows % num_at_once if args.dataloader_drop_last else 0,
     )
     num_steps = max(len(batches), 1)
     plans = PlanAhead(planning.source, draws_of(batches, samples), planning.num_ahead, planning.control)
-    # `Trainer` skips these when it resumes within an epoch
     sampler = StepSampler(
         batches,
         plans.step,
         args.process_index if planning.control is not None else 0,
-        num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
+        first=lambda: (global_step() // num_steps, 0 if args.ignore_data_skip else global_step() % num_steps),
     )
     rows = StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset)
     return TrainingData(_loader(rows, sampler, collate, args), plans, {**batches.to_dict(), "lengths": content})

@@ -37,11 +37,13 @@ class Piece:
     Args:
         row: of the dataset.
         start: position of the span in its row.
+        num_tokens: of the span.
         values: predictions, labels, inputs: those that were asked for.
     """
 
     row: int
     start: int
+    num_tokens: int
     values: dict[str, Nested]
 
 
@@ -56,6 +58,8 @@ class Evaluation:
         compute_metrics: of transformers.
         keeps_outputs: False: only the loss.
         control: group that carries the outputs; None for a single process.
+        has_labels: False: there is no loss, and there are no labels to compare with.
+        keeps_batches: keep outputs although metrics are counted batch by batch.
     """
 
     args: TrainingArguments
@@ -63,6 +67,8 @@ class Evaluation:
     compute_metrics: Callable[..., Any] | None
     keeps_outputs: bool
     control: dist.ProcessGroup | None
+    has_labels: bool = True
+    keeps_batches: bool = False
     loss_sum: float = 0.0
     num_targets: int = 0
     num_rows: int = 0
@@ -73,8 +79,8 @@ class Evaluation:
     def run(
         self,
         loader: EvaluationLoader,
-        confirmed: Callable[[Iterator[StepBatch]], tuple[StepBatch, torch.Tensor]],
-        forward: Callable[[RankMicroBatch, int, torch.Tensor], tuple[float, Any]],
+        confirmed: Callable[[Iterator[StepBatch]], tuple[StepBatch | None, int]],
+        forward: Callable[[RankMicroBatch, int, int], tuple[float, Any]],
         done: Callable[[], None],
     ) -> None:
         """All steps.
@@ -82,41 +88,45 @@ class Evaluation:
         Args:
             loader: of the steps; its plans are closed at the end.
             confirmed: the next step, once all ranks hold it, and its target tokens.
-            forward: micro-batch, its number, target tokens of the step -> its part of their mean loss, model output.
+            forward: micro-batch, its number, target tokens of the step -> its part of their mean loss, predictions.
             done: called after each step.
         """
         steps = iter(loader)
         try:
             for index in range(len(loader)):
                 batch, num_targets = confirmed(steps)
+                assert batch is not None
                 loss, pieces = 0.0, list[Piece]()
                 for number, micro_batch in enumerate(batch.micro_batches):
                     part, outputs = forward(micro_batch, number, num_targets)
                     loss += part
                     if self.keeps_outputs:
-                        pieces += self.pieces(batch, micro_batch, outputs["logits"])
-                self.add(batch, loss, int(num_targets), pieces, is_last=index == len(loader) - 1)
+                        pieces += self.pieces(batch, micro_batch, outputs)
+                self.add(batch, loss, num_targets, pieces, is_last=index == len(loader) - 1)
                 done()
         finally:
             loader.plans.close()
 
-    def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, logits: torch.Tensor) -> list[Piece]:
-        """A micro-batch's outputs, cut into the spans that this rank holds. `logits`: (1, num_tokens, vocab_size)."""
+    def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
+        """A micro-batch's outputs, cut into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""
         group, drawn = micro_batch.group, batch.share.step.drawn
-        spans = micro_batch.layout.spans[group.ranks.index(batch.share.rank)]
         found: list[Piece] = []
         at = 0
-        for span in spans:
+        for span in micro_batch.spans:
             tokens = slice(at, at + span.num_tokens)
-            labels = micro_batch.inputs["labels"][:, tokens].to(logits.device)
-            outputs: Nested = logits[:, tokens]
+            own = _map(lambda tensor, tokens=tokens: tensor[:, tokens], outputs)
+            values: dict[str, Nested] = {}
+            labels = None
+            if self.has_labels and micro_batch.labels is not None:
+                labels = micro_batch.labels[:, tokens].to(self.args.device)
+                values["labels"] = _to_numpy(labels)
             if self.preprocess is not None:
-                outputs = _one_per_token(self.preprocess(outputs, labels), span)
-            values = {"predictions": _to_numpy(outputs), "labels": _to_numpy(labels)}
+                own = self.preprocess(own, labels)
+            values["predictions"] = _to_numpy(_one_per_token(own, span))
             if "inputs" in self.args.include_for_metrics:
                 values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
             position = group.samples[span.sample]
-            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, values))
+            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, span.num_tokens, values))
             at += span.num_tokens
         return found
 
@@ -124,7 +134,7 @@ class Evaluation:
         """One step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
         step, of_all = batch.share.step, gather_objects((loss, list(pieces)), self.control)
         loss = sum(part for part, _ in of_all)
-        self.loss_sum += loss * num_targets
+        self.loss_sum += loss * max(num_targets, 1)
         self.num_targets += num_targets
         row_tokens: dict[int, int] = {}
         for row, length in zip(step.rows, step.lengths, strict=True):
@@ -135,9 +145,9 @@ class Evaluation:
             return
         everywhere = [piece for _, mine in of_all for piece in mine]
         rows = assemble(everywhere, row_tokens)
-        if not self.args.batch_eval_metrics:
+        if not self.args.batch_eval_metrics or self.keeps_batches:
             self._steps.append(rows)
-        elif self.compute_metrics is not None:
+        if self.args.batch_eval_metrics and self.compute_metrics is not None and self.has_labels:
             tensors = {name: _map(torch.from_numpy, pad_rows(values)) for name, values in rows.items()}
             losses = torch.full((len(row_tokens),), loss)
             self._batch_metrics = self.compute_metrics(self._prediction(tensors, losses), compute_result=is_last)
@@ -152,10 +162,11 @@ class Evaluation:
             else:
                 arrays[name] = [pad_rows(batch) for batch in batches]
         metrics: dict[str, Any] = self._batch_metrics or {}
-        if self.compute_metrics is not None and self._steps:
+        if self.compute_metrics is not None and self._steps and not self.args.batch_eval_metrics and self.has_labels:
             metrics = self.compute_metrics(self._prediction(arrays, np.asarray(self._losses)))
         metrics = cast("dict[str, Any]", denumpify_detensorize(metrics))
-        metrics["loss"] = self.loss_sum / self.num_targets if self.num_targets else float("nan")
+        if self.has_labels:
+            metrics["loss"] = self.loss_sum / self.num_targets if self.num_targets else float("nan")
         return EvalLoopOutput(
             predictions=arrays["predictions"],
             label_ids=arrays["labels"],
@@ -185,7 +196,7 @@ def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, l
     found: dict[str, list[Nested]] = {}
     for row, length in lengths.items():
         ordered = sorted(by_row[row], key=lambda piece: piece.start)
-        ends = [0, *(piece.start + len(piece.values["labels"]) for piece in ordered)]
+        ends = [0, *(piece.start + piece.num_tokens for piece in ordered)]
         if [piece.start for piece in ordered] != ends[:-1] or ends[-1] != length:
             raise HeteroError(
                 f"Row {row} of {length} tokens: outputs came back for tokens {ends}, not each token once."

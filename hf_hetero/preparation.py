@@ -1,29 +1,28 @@
-"""What a planned run sets up before its first step: attention, head, cost model, groups, planners."""
+"""What a planned run sets up before its first step: the model's fitting, cost model, groups, planners."""
 
 from __future__ import annotations
 
-import copy
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
-from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import exactness, lm_head, sharding
+from hf_hetero import exactness, overrides, own_loss, sharding
 from hf_hetero.activations import Activations
-from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.rotary import TablesBySample
+from hf_hetero.attention.kernels import Kernel
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
 from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.packed import Sample, pack_spans
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
-from hf_hetero.expert_load import ExpertLoad
+from hf_hetero.fitting import Fitted, choose_kernel
 from hf_hetero.groups import GroupPool
+from hf_hetero.layout import contiguous
 from hf_hetero.limits import limits_of
-from hf_hetero.lm_head import LeanHead
-from hf_hetero.loss import token_loss
 from hf_hetero.machine import Machine, set_up
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
@@ -33,10 +32,12 @@ from hf_hetero.step import RankMicroBatch
 logger = logging.getLogger(__name__)
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
+PLANNED_INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids"})
+"""What every batch of a causal language model has; of these, each plan makes its own."""
 
 
 class PreparedTrainer(Trainer):
-    """A Trainer whose model attends across ranks, with what it takes to plan. Its steps are still Trainer's."""
+    """A Trainer that can fit its model for planned steps, with what it takes to plan. Its steps are still Trainer's."""
 
     def __init__(
         self,
@@ -46,23 +47,19 @@ class PreparedTrainer(Trainer):
         hetero: HeteroConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        exactness.check_trainer_class(type(self))
+        overrides.check(type(self))
         self.hetero = hetero or HeteroConfig()
-        self._accumulation = 1
+        self._fitted: Fitted | None = None
         if args is not None:
             exactness.check_arguments(args)
-            self._accumulation = args.gradient_accumulation_steps
-            args = copy.copy(args)
-            args.gradient_accumulation_steps = 1
         super().__init__(model, args, *others, **kwargs)
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
+        self._tried: Any = None
         self._try_untested()
+        choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
 
-        self._packer = self._make_packer()
-        self._kernel = self._set_attention()
-        self._experts = ExpertLoad(exactness.base_model(self.model))
         self._machine: Machine | None = None
         self._sharding = sharding.Sharding()
         self.cost_model: CostModel | None = None
@@ -70,77 +67,135 @@ class PreparedTrainer(Trainer):
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
 
+    # ------------------------------------------------------------------------------------------------- the model
+
+    def _fit(self) -> bool:
+        """Fit the model of now for planned steps; False if it is already.
+
+        Raises:
+            UnsupportedModel: the model, or a loss of one's own, is not exact under plans.
+        """
+        if self._fitted is not None:
+            return False
+        exactness.check_model(self)
+        self._try_untested()
+        chunked = self.hetero.chunked_loss and not self.args.use_liger_kernel and not self.args.torch_compile
+        self._fitted = Fitted(self.model, self.args, self._dtype_of_now(), chunked)
+        try:
+            self._check_own_loss()
+            self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
+            self._activations = Activations(
+                self._fitted.model,
+                recomputes=self._sharding.checkpointing,
+                in_chunks=self.hetero.chunked_mlp,
+                compiled=self.args.torch_compile,
+            )
+        except BaseException:
+            self._give_back()
+            raise
+        return True
+
+    def _give_back(self) -> None:
+        """The user's model as it was."""
+        if self._fitted is not None:
+            self._fitted.give_back()
+        self._fitted = None
+
+    @property
+    def _kernel(self) -> Kernel:
+        assert self._fitted is not None
+        return self._fitted.kernel
+
     def _try_untested(self) -> None:
-        """A second's trial of a tiny instance, where nobody has compared such models yet."""
+        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model."""
         base = exactness.base_model(self.model)
-        if not exactness.is_tested(base):
-            messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
-            try:
-                check_untested(base, messengers.control)
-            finally:
-                messengers.close()
-
-    def _make_packer(self) -> PackedCollator:
-        collator: Any = self.data_collator
-        if isinstance(collator, PackedCollator):
-            return collator
-        if collator is default_data_collator or type(collator) is DataCollatorWithPadding:
-            pad = getattr(self.processing_class, "pad_token_id", None)
-            self.data_collator = PackedCollator(pad_token_id=pad if pad is not None else 0)
-            return self.data_collator
-        # theirs keeps serving evaluation; in training it makes the labels of one sample at a time
-        return PackedCollator(example_collator=collator)
-
-    def _set_attention(self) -> kernels.Kernel:
-        base: Any = exactness.base_model(self.model)
-        kernel = kernels.choose_kernel(
-            self.args.device.type,
-            self._compute_dtype(),
-            kernels.features_of(base.config),
-            base.config._attn_implementation,
-        )
-        interface.register()
-        base.set_attn_implementation(interface.ATTENTION_NAME)
-        self._tables = TablesBySample(base)
-        if base.loss_function is ForCausalLMLoss:
-            base.loss_function = token_loss
-        self._head = self._set_head(base)
-        logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
-        return kernel
-
-    def _set_head(self, base: Any) -> LeanHead | None:
-        """Its output embedding, if it can do without whole logits."""
-        if not self.hetero.chunked_loss or self.args.use_liger_kernel or self.args.torch_compile:
-            return None  # Liger brings a loss of its own; a compiler sees through no lazy tensor
-        head = lm_head.install(base)
-        if isinstance(head, LeanHead):
-            return head
-        logger.warning("Whole logits are computed for the loss: %s.", head)
-        return None
-
-    def _counts_first_label(self) -> bool:
-        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
-        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
-        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
+        if exactness.is_tested(base) or (what := (type(base), base.config.to_dict())) == self._tried:
+            return
+        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+        try:
+            check_untested(base, messengers.control)
+        finally:
+            messengers.close()
+        self._tried = what
 
     def _compute_dtype(self) -> torch.dtype:
         """What attention computes in, whoever asked for it: the arguments or the launcher."""
         own: torch.dtype = exactness.base_model(self.model).dtype
         return AUTOCAST.get(self.accelerator.mixed_precision, own)
 
+    def _dtype_of_now(self) -> torch.dtype:
+        """The same, but outside of training evaluation may be in half precision altogether."""
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            return torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+        return self._compute_dtype()
+
+    # ------------------------------------------------------------------------------------------ tensors and loss
+
+    def _make_packer(self) -> PackedCollator:
+        """Packs as the trainer's collator of now makes rows."""
+        collator: Any = self.data_collator
+        if isinstance(collator, PackedCollator):
+            return collator
+        if collator is default_data_collator or type(collator) is DataCollatorWithPadding:
+            pad = getattr(self.processing_class, "pad_token_id", None)
+            return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False)
+        # theirs keeps serving stock batches; here it makes the labels of one sample at a time
+        return PackedCollator(example_collator=collator, makes_labels=False)
+
+    def _packer(self, needs_labels: bool) -> PackedCollator:
+        self._set_signature_columns_if_needed()
+        taken = frozenset(self._signature_columns or ())
+        return replace(
+            self._make_packer(),
+            needs_labels=needs_labels,
+            model_inputs=taken - PLANNED_INPUTS,
+            columns=taken if self.args.remove_unused_columns else None,
+            keeps_labels_unshifted=bool(self._own_loss()),
+            limits=limits_of(exactness.base_model(self.model)),
+            counts_first_label=self._counts_first_label(),
+        )
+
+    def _counts_first_label(self) -> bool:
+        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
+        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
+        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
+
+    def _own_loss(self) -> str:
+        """Whose loss stands in the place of the model's; "" where none does."""
+        named = [f"{owner}.{name}" for name, owner in overrides.own(self, overrides.LOSS).items()]
+        return " and ".join([*named, *(["compute_loss_func"] if self.compute_loss_func is not None else [])])
+
+    def _check_own_loss(self) -> None:
+        what, base = self._own_loss(), exactness.base_model(self.model)
+        if not what:
+            return
+        has_methods = bool(overrides.own(self, overrides.LOSS))
+
+        def compute(model: torch.nn.Module, inputs: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
+            if has_methods:
+                inputs = self._prepare_inputs(inputs)
+                return self.compute_loss(model, inputs, num_items_in_batch=total)  # pyright: ignore
+            inputs = super(PreparedTrainer, self)._prepare_inputs(inputs)
+            labels = inputs.pop("labels")
+            assert self.compute_loss_func is not None
+            return self.compute_loss_func(model(**inputs), labels, num_items_in_batch=total)
+
+        own_loss.check(compute, self._tiny_pack, base.config, self.args.device, what)
+
+    def _tiny_pack(self, numbers: Sequence[int]) -> dict[str, Any]:
+        ids = [torch.arange(3, 3 + own_loss.TOKENS), torch.arange(11, 11 + own_loss.TOKENS)]
+        most = exactness.base_model(self.model).config.get_text_config().vocab_size
+        samples = [Sample(ids[number] % most, ids[number] % most) for number in numbers]
+        layout = contiguous([own_loss.TOKENS] * len(samples), 1)
+        context = AttentionContext(layout, (0,), 0, None, "ulysses", self._kernel, self.args.device)
+        return {**pack_spans(layout.spans[0], samples, unshifted=True), "hetero": context}
+
+    # -------------------------------------------------------------------------------------------------- planning
+
     def _set_up_planning(self) -> Machine:
-        """Made when training first starts, kept for later runs; but the limits are those of the model of now."""
-        self._packer.limits = limits_of(exactness.base_model(self.model))
-        self._packer.counts_first_label = self._counts_first_label()
+        """Made when planned steps first start, kept for later runs."""
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
-            self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
-            self._activations = Activations(
-                exactness.base_model(self.model),
-                recomputes=self._sharding.checkpointing,
-                in_chunks=self.hetero.chunked_mlp,
-                compiled=self.args.torch_compile,
-            )
             self._machine = set_up(
                 self.model,
                 self.args,
@@ -191,6 +246,7 @@ class PreparedTrainer(Trainer):
             inner_group=self.groups.get(tuple(range(first, first + inner))),
             keeps=self.hetero.keep_exchanged and recomputed,
             store=self._activations.store(policy, self.args.device, num_tokens, hidden),
+            reaches=micro_batch.reaches,
         )
 
     def _step_callbacks(self) -> list[StepReportCallback]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -26,6 +25,9 @@ from hf_hetero.stream import is_stream
 
 logger = logging.getLogger(__name__)
 
+LOOKED_AT = 16
+"""Rows among which two of different lengths are sought."""
+
 
 class ResumableTrainer(PreparedTrainer):
     """A Trainer whose loader gives planned steps, and whose checkpoints are known to be whole."""
@@ -35,28 +37,34 @@ class ResumableTrainer(PreparedTrainer):
         if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
             theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         self._data: TrainingData | None = None
+        self._is_training = False
         self._run_before: Run | None = None
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
 
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Samples of a step: per device x accumulation x ranks, as without plans."""
-        return super().get_total_train_batch_size(args) * self._accumulation
-
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Items are planned steps. Not prepared by accelerate, which would deal them out among the ranks.
+        """Trainer's own loader, which says how long an epoch is and in which order; its batches can be read.
+
+        While training, steps are drawn from a loader beside it, whose items are planned (`get_batch_samples`).
 
         Raises:
             BadSample: the dataset has no tokens, or an empty sample.
         """
         if self.train_dataset is None:
             raise HeteroError("Training needs a train_dataset.")
-        if self._data is not None:
-            self._data.close()
-        planning = planning_of(self.hetero, self._plan_source(), self.groups.control, self._packer.limits)
+        loader = super().get_train_dataloader()
+        if self._is_training and self._data is None:
+            self._fit()
+            self._data = self._training_data(loader)
+        return loader
+
+    def _training_data(self, loader: DataLoader[Any]) -> TrainingData:
+        """The planned steps of a run."""
+        packer = self._packer(needs_labels=True)
+        planning = planning_of(self.hetero, self._plan_source(), self.groups.control, packer.limits)
         before = self._run_before if not self.args.ignore_data_skip else None
         common: dict[str, Any] = {
-            "collate": self._packer,
+            "collate": packer,
             "args": self.args,
             "batch_size": self.get_total_train_batch_size(self.args),
             "planning": planning,
@@ -64,12 +72,18 @@ class ResumableTrainer(PreparedTrainer):
         }
         if is_stream(self.train_dataset):
             kept = before.stream if before is not None else None
-            self._data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
+            data = streamed_data(self.train_dataset, self._columns_kept(), kept=kept, **common)
         else:
+            dataset: Any = self.train_dataset
+            packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
             columns = partial(self._remove_unused_columns, description="training")
-            self._data = training_data(self.train_dataset, columns, **common)
-        checkpoint.check_order(self._data.order, before.order if before is not None else {})
-        return self._data.loader
+            data = training_data(self.train_dataset, columns, **common)
+        try:
+            checkpoint.check_order(data.order, before.order if before is not None else {})
+        except BaseException:
+            data.close()
+            raise
+        return data
 
     def _columns_kept(self) -> list[str] | None:
         """Columns of a stream that are used; None: all."""
@@ -85,16 +99,20 @@ class ResumableTrainer(PreparedTrainer):
             ConfigError: no such checkpoint, or its data were others; raised on every rank.
         """
         self._resumed_from, self._run_before = None, None
-        if resume_from_checkpoint:
-            resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
+        self._is_training = True
         try:
+            if resume_from_checkpoint:
+                resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
             # the wrapper's own collectives, and Trainer's
             names = named("Training", lambda: f"step {self.state.global_step + 1}", only_lost_peers=True)
             with names, self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
         finally:
+            self._is_training = False
             if self._data is not None:
                 self._data.close()
+            self._data = None
+            self._give_back()
 
     def _find_checkpoint(self, asked: str | bool) -> str:
         # its cost model decides which groups there are, so they cannot carry this yet

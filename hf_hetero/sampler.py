@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from hf_hetero.errors import HeteroError
 from hf_hetero.step import Step, StepExamples, StepShare
 
 
@@ -25,20 +24,19 @@ class GlobalBatches:
         batch_size: rows of an optimizer step, over all ranks.
         seed: `data_seed`, or `seed`.
         shuffle: False keeps the dataset's order.
-        drop_last: leave out a last batch that is not full.
+        num_dropped: rows at the end of each epoch's order that are left out.
     """
 
     num_rows: int
     batch_size: int
     seed: int
     shuffle: bool = True
-    drop_last: bool = False
+    num_dropped: int = 0
     _orders: dict[int, list[int]] = field(default_factory=dict[int, list[int]], repr=False, compare=False)
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        full, rest = divmod(self.num_rows, self.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        return -(-(self.num_rows - self.num_dropped) // self.batch_size)
 
     def to_dict(self) -> dict[str, int | bool]:
         """What decides the order, for JSON."""
@@ -47,7 +45,7 @@ class GlobalBatches:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "shuffle": self.shuffle,
-            "drop_last": self.drop_last,
+            "dropped": self.num_dropped,
         }
 
     def after(self, step: tuple[int, int]) -> tuple[int, int]:
@@ -58,11 +56,11 @@ class GlobalBatches:
     def rows(self, epoch: int, index: int) -> tuple[int, ...]:
         """Dataset rows of one step."""
         start = index * self.batch_size
-        return tuple(self._order(epoch)[start : start + self.batch_size])
+        return tuple(self._order(epoch)[start : min(start + self.batch_size, self.num_rows - self.num_dropped)])
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Sequence[int]:
         if not self.shuffle:
-            return list(range(self.num_rows))
+            return range(self.num_rows)
         if epoch not in self._orders:
             # plan-ahead looks from one epoch into the next, and never back
             for past in [known for known in self._orders if known < epoch - 1]:
@@ -72,15 +70,14 @@ class GlobalBatches:
         return self._orders[epoch]
 
 
-class StepSampler(Sampler["StepShare | None"]):
+class StepSampler(Sampler[StepShare]):
     """Batch sampler whose items are whole optimizer steps: this rank's share of each.
 
     Args:
         batches: the samples of each step.
         plan_step: plans (or receives) the step of an epoch; called in order, on all ranks.
         rank: this rank.
-        num_trained: steps of the first epoch that are already trained, asked when it starts. `Trainer` skips as many
-            items when it resumes, so they are not planned.
+        first: epoch and step to begin with, asked when the first iteration starts; each later one is the next epoch.
     """
 
     def __init__(
@@ -88,32 +85,23 @@ class StepSampler(Sampler["StepShare | None"]):
         batches: GlobalBatches,
         plan_step: Callable[[int, int], Step | None],
         rank: int,
-        num_trained: Callable[[], int] = lambda: 0,
+        first: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
-        self._batches, self._plan_step, self._rank, self._num_trained = batches, plan_step, rank, num_trained
-        self._epoch, self._is_first_epoch = 0, True
+        self._batches, self._plan_step, self._rank, self._first = batches, plan_step, rank, first
+        self._epoch: int | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[StepShare | None]:
-        """Steps of the epoch in order; None for those already trained."""
-        start = self._num_trained() if self._is_first_epoch else 0
-        self._is_first_epoch = False
-        epoch = self._epoch
-        for index in range(len(self)):
-            step = self._plan_step(epoch, index) if index >= start else None
-            yield None if step is None else StepShare(step, self._rank)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Take the order of another epoch from the next iteration on."""
+    def __iter__(self) -> Iterator[StepShare]:
+        """Steps of an epoch in order."""
+        epoch, start = self._first() if self._epoch is None else (self._epoch + 1, 0)
         self._epoch = epoch
-
-    @property
-    def batch_sampler(self) -> StepSampler:
-        """Itself: `Trainer` looks for `set_epoch` at `loader.batch_sampler.batch_sampler`."""
-        return self
+        for index in range(start, len(self)):
+            step = self._plan_step(epoch, index)
+            assert step is not None  # only streams end early
+            yield StepShare(step, self._rank)
 
 
 class StepDataset(Dataset[StepExamples]):
@@ -126,17 +114,8 @@ class StepDataset(Dataset[StepExamples]):
         """Samples of the dataset."""
         return len(self._dataset)
 
-    def __getitems__(self, share: StepShare | None) -> StepExamples:
-        """The samples of one step that this rank holds tokens of.
-
-        Raises:
-            HeteroError: the step was taken for one that is already trained.
-        """
-        if share is None:
-            raise HeteroError(
-                "A step counted as already trained was asked for. Resume with train(resume_from_checkpoint=...) "
-                "and a transformers version within the supported range."
-            )
+    def __getitems__(self, share: StepShare) -> StepExamples:
+        """The samples of one step that this rank holds tokens of."""
         row_of = {position: share.step.rows[position] for position in share.samples()}
         rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
         examples: list[Mapping[str, Any]]

@@ -16,6 +16,9 @@ from hf_hetero.errors import BadSample
 
 Integers = NDArray[np.int64]
 
+PACKED_COLUMN = "seq_lengths"
+"""Tokens of each document of a packed row, as TRL's packing leaves them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Samples:

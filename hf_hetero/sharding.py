@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,9 +107,21 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
         )
 
 
-def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> AbstractContextManager[Any]:
-    """A context in which backward synchronises gradients, or only adds them up."""
-    return nullcontext() if now else trainer.accelerator.no_sync(model=model)
+@contextmanager
+def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterator[None]:
+    """A context in which backward synchronises gradients, or only adds them up, whatever Trainer's loop asks for."""
+    inside: Any = getattr(model, "_orig_mod", model)
+    if not now:
+        with trainer.accelerator.no_sync(model=model):
+            yield
+    elif isinstance(inside, DistributedDataParallel):
+        before, inside.require_backward_grad_sync = inside.require_backward_grad_sync, True
+        yield
+        inside.require_backward_grad_sync = before
+    else:
+        if hasattr(inside, "set_requires_gradient_sync"):
+            inside.set_requires_gradient_sync(True)
+        yield
 
 
 def _launched_with(name: str) -> bool:

@@ -4,18 +4,20 @@ Step           what all ranks agree on: which samples of the dataset, their leng
 StepShare      the same, seen by one rank: its groups, their layouts, the samples it must read
 StepExamples   the samples it has read
 StepBatch      its tensors, one micro-batch after the other
+StepPart       some of these: what `Trainer` takes for one of its batches
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from hf_hetero.layout import Layout, layout_of
+from hf_hetero.layout import Layout, Span, layout_of
 from hf_hetero.plan import Group, Plan
 from hf_hetero.samples import Drawn
 
@@ -104,12 +106,24 @@ class RankMicroBatch:
     Args:
         group: the ranks that share it.
         layout: which tokens each of them holds.
-        inputs: keywords of the model's forward, tensors of shape (1, num_tokens).
+        spans: those that this rank holds, in memory order.
+        inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
+            in: on a rank without tokens, or as the place of the last target (see `collators.packed.pack_spans`).
+        labels: each token's own label, shape (1, num_tokens); None where samples have none.
+        reaches: for each span, one more than the last position of its whole sample.
     """
 
     group: Group
     layout: Layout
+    spans: tuple[Span, ...]
     inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor | None = None
+    reaches: tuple[int, ...] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of samples that this rank holds."""
+        return sum(span.num_tokens for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +147,61 @@ class StepBatch:
             for m in self.micro_batches
         )
         return replace(self, micro_batches=pinned)
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether there is anything to learn, or to take a loss of."""
+        return all(m.labels is not None for m in self.micro_batches)
+
+    def parts(self, number: int) -> list[StepPart]:
+        """The micro-batches dealt out evenly and in order; the last part has at least one, others may be empty."""
+        most = len(self.micro_batches)
+        ends = [index * most // number for index in range(number + 1)]
+        return [StepPart(self, range(start, end)) for start, end in pairwise(ends)]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart(Mapping[str, torch.Tensor]):
+    """Some micro-batches of a step, in the place of one of Trainer's batches.
+
+    It reads as a batch with one row: `input_ids`, `labels`, `position_ids` and an `attention_mask` of ones for the
+    tokens that this rank holds, shape (1, num_tokens).
+
+    Args:
+        batch: of this rank.
+        numbers: of the micro-batches.
+    """
+
+    batch: StepBatch
+    numbers: range
+
+    @property
+    def micro_batches(self) -> tuple[RankMicroBatch, ...]:
+        """The micro-batches themselves."""
+        return self.batch.micro_batches[self.numbers.start : self.numbers.stop]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self:
+            raise KeyError(name)
+        rows = [self._of(m, name) for m in self.micro_batches]
+        return torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
+
+    def __iter__(self) -> Iterator[str]:
+        labels = ("labels",) if self.batch.is_labelled else ()
+        return iter(("input_ids", *labels, "position_ids", "attention_mask"))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(iter(self))
+
+    @staticmethod
+    def _of(micro_batch: RankMicroBatch, name: str) -> torch.Tensor:
+        num_tokens = micro_batch.num_tokens
+        if name == "attention_mask":
+            return torch.ones(1, num_tokens, dtype=torch.long)
+        if name == "labels":
+            assert micro_batch.labels is not None
+            return micro_batch.labels[:, :num_tokens]
+        return micro_batch.inputs[name][:, :num_tokens]

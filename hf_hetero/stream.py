@@ -236,7 +236,7 @@ class Stream:
             return None
 
 
-class StreamSampler(Sampler["StepExamples | None"]):
+class StreamSampler(Sampler[StepExamples]):
     """Batch sampler whose items are whole optimizer steps: this rank's share of each, with its examples.
 
     Args:
@@ -246,7 +246,7 @@ class StreamSampler(Sampler["StepExamples | None"]):
         num_steps: most there may be.
         num_trained: optimizer steps done.
         kept: where a checkpoint says to go on; None: it does not say.
-        skips: whether `Trainer` skips as many items as it has trained steps.
+        skips: whether steps that were trained are passed over.
     """
 
     def __init__(
@@ -263,12 +263,11 @@ class StreamSampler(Sampler["StepExamples | None"]):
         self._num_steps, self._num_trained, self._kept, self._skips = num_steps, num_trained, kept, skips
         self._next: int | None = None
 
-    def __iter__(self) -> Iterator[StepExamples | None]:
-        """Steps in order; None for those already trained."""
+    def __iter__(self) -> Iterator[StepExamples]:
+        """Steps in order."""
         if self._next is None:
             self._next = self._num_trained()
             self._enter(self._next)
-            yield from [None] * (self._next if self._skips else 0)
         while self._next < self._num_steps:
             step = self._plan_step(0, self._next)
             self._next = self._next + 1 if step is not None else self._num_steps

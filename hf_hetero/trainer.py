@@ -1,21 +1,20 @@
 """HeteroTrainer: a transformers Trainer whose steps are planned.
 
-One item of the DataLoader is one optimizer step: transformers fixes the number of batches of a step, a plan does not.
-So transformers sees an accumulation of 1, and `training_step` runs as many micro-batches as the plan has.
+Trainer's loop counts batches: so many an epoch, so many a step (`gradient_accumulation_steps`). It keeps its own
+loader, which says how many there are and which samples a step draws. What it then trains on comes from a planned step
+beside it: the micro-batches of the plan, dealt out over the batches of the step.
 
 The methods of `Trainer` that are overridden, by the class they are in, and why:
 
     preparation.PreparedTrainer
-        __init__                        set the model's attention and head, refuse what is not exact
+        __init__                        refuse what is not exact
     resumption.ResumableTrainer
-        get_total_train_batch_size      the user's gradient_accumulation_steps still counts
-        get_train_dataloader            items are planned steps
+        get_train_dataloader            Trainer's; when training starts, also prepare the planned steps
         train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
     trainer.HeteroTrainerMixin
-        get_batch_samples               all ranks confirm the step before it starts
+        get_batch_samples               the next planned step, confirmed by all ranks before it starts
         training_step                   the loop over micro-batches
         get_eval_dataloader, get_test_dataloader, evaluation_loop     evaluation is planned, too
-        floating_point_ops, _track_num_input_tokens     an item is a step, not a dict of tensors
         log                             add the callbacks' numbers
 """
 
@@ -27,20 +26,22 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_hetero import evaluation, exactness, sharding
+from hf_hetero import evaluation, overrides, sharding
 from hf_hetero.agreement import confirm_step, gather
 from hf_hetero.config import HeteroConfig
-from hf_hetero.errors import UnsupportedModel
+from hf_hetero.errors import BadSample, UnsupportedModel
+from hf_hetero.loss import IGNORE_INDEX
 from hf_hetero.plan import StepReport
 from hf_hetero.planning import planning_of
 from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
-from hf_hetero.step import RankMicroBatch, StepBatch
+from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
@@ -68,71 +69,126 @@ class HeteroTrainerMixin(ResumableTrainer):
     ) -> None:
         super().__init__(model, args, *others, hetero=hetero, **kwargs)
         self._clock: StepClock | None = None
-        self._fetch_s = 0.0
+        self._fetch_s = self._step_s = 0.0
+        self._has_learned = False
+        self._evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `ResumableTrainer.train`; what watches the model is taken off again."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._clock is not None:
+                self._clock.close()
+            self._clock = None
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[StepBatch], num_batches: int, device: torch.device
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """One step, confirmed by all ranks, and its target tokens over all of them.
+        """The next planned step as so many batches, and its target tokens over all ranks.
+
+        Args:
+            epoch_iterator: of Trainer's own loader. It is not read: a new one says that a new epoch begins.
+            num_batches: of the step; fewer where a stream ends.
+            device: of the count.
 
         Raises:
             HeteroError: a bad sample, or another plan, on any rank; raised on all.
         """
+        assert self._data is not None
+        batch, num_targets = self._confirmed(self._data.steps_of(epoch_iterator))
+        if batch is None:
+            return [], None
+        if not num_targets and not self._has_learned:
+            raise BadSample(
+                f"Step {self.state.global_step + 1} has no target token: each label of its "
+                f"{len(batch.share.step.rows)} samples is {IGNORE_INDEX}, so there is nothing to learn. Look at how "
+                "labels are made."
+            )
+        self._has_learned = True
+        rows, at_once = len(set(batch.share.step.rows)), self._train_batch_size * self.args.world_size
+        parts = batch.parts(min(num_batches, -(-rows // at_once)))
+        return [*parts], torch.tensor(max(num_targets, 1), device=device)
+
+    def _confirmed(self, steps: Iterator[StepBatch]) -> tuple[StepBatch | None, int]:
+        """The next step once all ranks hold it, and its target tokens over all of them; None: there is none."""
         error: Exception | None = None
         step: StepBatch | None = None
         start = time.perf_counter()
         try:
-            step = next(epoch_iterator, None)
+            step = next(steps, None)
         except Exception as raised:  # told to the other ranks first, then raised on all of them
             error = raised
         self._fetch_s = time.perf_counter() - start
         if step is None and error is None:
-            return [], None
+            return None, 0
         digest, targets = (step.share.step.digest(), step.num_targets) if step is not None else (0, 0)
         total, self._stop.is_agreed = confirm_step(
             self.state.global_step + 1, digest, targets, error, self.groups.control, self._stop.is_asked
         )
-        return [step], torch.tensor(max(total, 1), device=device)
+        return step, total
 
     # ------------------------------------------------------------------------------------------------- step
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward of all micro-batches of a step; gradients are synchronised by the last one.
+        """Forward and backward of some micro-batches of a step; gradients are synchronised by its last one.
 
         Returns:
             This rank's part of the step's loss, times the number of ranks.
         """
-        step: StepBatch = inputs
+        if not isinstance(inputs, StepPart):
+            raise UnsupportedModel(
+                f"{type(self).__name__}.training_step handed on a batch of its own ({type(inputs).__name__}), which no "
+                "plan knows. Hand on the batch it is given; change tensors in data_collator or _prepare_inputs."
+            )
         clock = self._clock or self._start_clock(model)
         start = time.perf_counter()
         total = torch.zeros((), device=self.args.device)
-        for index, micro_batch in enumerate(step.micro_batches):
-            context = self._context(micro_batch, index)
-            is_synced = self._sharding.syncs_each or index == len(step.micro_batches) - 1
-            lazy = nullcontext() if self._head is None else self._head.lazy()
-            saving = self._activations.following(micro_batch.group.activations, context.store)
-            with lazy, saving, sharding.synchronising(self, model, is_synced), clock.micro_batch():
-                loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
-            total += loss
-            if not context.reached:
-                raise UnsupportedModel(
-                    f"{type(exactness.base_model(self.model)).__name__} never called its attention through "  # pyright: ignore
-                    "transformers' interface, so samples cannot be shared among ranks. Use plain Trainer."
-                )
-        busy_s = clock.read()
-        self._report(step, time.perf_counter() - start, busy_s, num_items_in_batch)
+        last = len(inputs.batch.micro_batches) - 1
+        for index, micro_batch in zip(inputs.numbers, inputs.micro_batches, strict=True):
+            total += self._micro_batch_loss(model, micro_batch, index, index == last, num_items_in_batch, clock)
+        self._step_s += time.perf_counter() - start
+        if inputs.numbers.stop > last:
+            self._report(inputs.batch, self._step_s, clock.read(), num_items_in_batch)
+            self._step_s = 0.0
         return total
+
+    def _micro_batch_loss(
+        self,
+        model: torch.nn.Module,
+        micro_batch: RankMicroBatch,
+        index: int,
+        is_last: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+        clock: StepClock,
+    ) -> torch.Tensor:
+        assert self._fitted is not None
+        context = self._context(micro_batch, index)
+        lazy = nullcontext() if self._fitted.head is None else self._fitted.head.lazy()
+        saving = self._activations.following(micro_batch.group.activations, context.store)
+        synchronising = sharding.synchronising(self, model, self._sharding.syncs_each or is_last)
+        with lazy, saving, synchronising, clock.micro_batch():
+            loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
+        if not context.reached:
+            raise UnsupportedModel(
+                f"{type(self._fitted.model).__name__} never called its attention through transformers' interface, so "
+                "samples cannot be shared among ranks. Use plain Trainer."
+            )
+        return loss
 
     def _start_clock(self, model: torch.nn.Module) -> StepClock:
         """For the first step: by now accelerate has wrapped the model."""
         sharding.check_wrapper(model, self.args)
         self._clock = StepClock(self.model, self.args.device)  # pyright: ignore[reportArgumentType]
+        self._step_s = 0.0
         return self._clock
 
     def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
         assert self.cost_model is not None
+        assert self._fitted is not None
+        experts = self._fitted.experts
         peak = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
         mine = [peak, *(round(1e9 * s) for s in busy_s)]
         control = self.groups.control
@@ -148,7 +204,7 @@ class HeteroTrainerMixin(ResumableTrainer):
             plan_wait_s=batch.share.step.wait_s,
             peak_bytes=max(row[0] for row in rows),
             is_lockstep=self._sharding.is_sharded,
-            expert_load=self._experts.of_all(gather(self._experts.take(), control)) if self._experts else (),
+            expert_load=experts.of_all(gather(experts.take(), control)) if experts else (),
         )
         for callback in self._step_callbacks():
             callback.on_step_report(self.args, self.state, report)
@@ -158,22 +214,27 @@ class HeteroTrainerMixin(ResumableTrainer):
     # ------------------------------------------------------------------------------------------- evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Items are planned steps, where the dataset can be planned; else stock."""
+        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        loader = super().get_eval_dataloader(eval_dataset)
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = cast("Any", self.eval_dataset)[dataset]
-        return self._evaluation_loader(dataset) or super().get_eval_dataloader(eval_dataset)
+        return self._noted(loader, cast("Any", self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """Items are planned steps, where the dataset can be planned; else stock."""
-        return self._evaluation_loader(test_dataset) or super().get_test_dataloader(test_dataset)
+        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        return self._noted(super().get_test_dataloader(test_dataset), test_dataset)
 
-    def _evaluation_loader(self, dataset: Any) -> evaluation.EvaluationLoader | None:
+    def _noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
+        self._evaluated[loader] = dataset
+        return loader
+
+    def _is_planned(self, dataset: Any) -> bool:
+        """Whether an evaluation is; else it is Trainer's own."""
         if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
-            return None
-        planning = planning_of(self.hetero, self._planners().for_evaluation(), self.groups.control, self._packer.limits)
-        columns = partial(self._remove_unused_columns, description="evaluation")
-        return evaluation.evaluation_loader(dataset, columns, self._packer, self.args, planning)
+            return False
+        for name, owner in overrides.own(self, overrides.EVALUATION).items():
+            logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
+            return False
+        return True
 
     def evaluation_loop(
         self,
@@ -188,47 +249,61 @@ class HeteroTrainerMixin(ResumableTrainer):
         Raises:
             HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
         """
-        if not isinstance(dataloader, evaluation.EvaluationLoader):
+        dataset = self._evaluated.get(dataloader)
+        if not self._is_planned(dataset):
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        is_new = self._fit()
+        try:
+            self.callback_handler.eval_dataloader = cast("Any", dataloader)
+            found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
+            return found.output(metric_key_prefix)
+        finally:
+            if is_new:
+                self._give_back()
+
+    def _evaluate_planned(
+        self, dataset: Any, loss_only: bool, is_prediction: bool, ignore_keys: list[str] | None
+    ) -> Evaluation:
+        packer = self._packer(needs_labels=False)
         found = Evaluation(
-            self.args, self.preprocess_logits_for_metrics, self.compute_metrics, not loss_only, self.groups.control
+            self.args,
+            self.preprocess_logits_for_metrics,
+            self.compute_metrics,
+            not loss_only,
+            self._set_up_planning().groups.control,
+            has_labels=evaluation.has_labels(dataset, packer),
+            keeps_batches=is_prediction,
         )
         model = evaluation.prepared_model(self)
-        self.callback_handler.eval_dataloader = cast("Any", dataloader)
+        planning = planning_of(self.hetero, self._planners().for_evaluation(), found.control, packer.limits)
+        columns = partial(self._remove_unused_columns, description="evaluation")
+        loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
+        left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
-        def confirmed(steps: Iterator[StepBatch]) -> tuple[StepBatch, torch.Tensor]:
-            [batch], num_targets = self.get_batch_samples(steps, 1, self.args.device)
-            return batch, cast("torch.Tensor", num_targets)
-
-        def forward(micro_batch: RankMicroBatch, index: int, num_targets: torch.Tensor) -> tuple[float, Any]:
+        def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
             inputs = self._prepare_inputs({**micro_batch.inputs, "hetero": self._context(micro_batch, index)})
             with torch.no_grad(), self.compute_loss_context_manager():
-                result: Any = self.compute_loss(model, inputs, not loss_only, num_targets)  # pyright: ignore
+                if not found.has_labels:
+                    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+                    return 0.0, evaluation.outputs_of(model(**inputs), left_out)
+                total = torch.tensor(max(num_targets, 1), device=self.args.device)
+                result: Any = self.compute_loss(model, inputs, not loss_only, total)  # pyright: ignore
             loss, outputs = (result, None) if loss_only else result
-            return loss.item() / self.args.world_size, outputs  # compute_loss allows for an average over ranks
+            # compute_loss allows for an average over ranks
+            return loss.item() / self.args.world_size, None if outputs is None else evaluation.outputs_of(
+                outputs, left_out
+            )
 
         def done() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        found.run(dataloader, confirmed, forward, done)
-        return found.output(metric_key_prefix)
+        found.run(loader, self._confirmed, forward, done)
+        return found
 
     # ------------------------------------------------------------------------------------------- accounting
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Operations of this rank's part of a step."""
-        if not isinstance(inputs, StepBatch):
-            return super().floating_point_ops(inputs)
-        return sum(super(HeteroTrainerMixin, self).floating_point_ops(m.inputs) for m in inputs.micro_batches)
-
-    def _track_num_input_tokens(self, inputs: Any) -> None:
-        if not isinstance(inputs, StepBatch):
-            super()._track_num_input_tokens(inputs)
-        elif self.args.include_num_input_tokens_seen != "no":
-            self.state.num_input_tokens_seen += sum(inputs.share.step.lengths)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs also carry what the step callbacks counted."""

@@ -41,6 +41,7 @@ from transformers import (
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan
 from hf_hetero.callbacks import CalibrationCallback, PlanMetricsCallback
+from hf_hetero.collators import PackedCollator
 from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
 
 END = "<|endoftext|>"
@@ -276,6 +277,7 @@ def main(argv: Sequence[str]) -> None:
         model=load_model(args, tokenizer),
         args=training_args,
         train_dataset=data,
+        data_collator=PackedCollator(),  # rows without labels learn every token
         processing_class=tokenizer,
         callbacks=watching,
         hetero=hetero,

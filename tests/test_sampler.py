@@ -9,7 +9,6 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from helpers import LENGTHS, ScriptedPlanner, samples
 
-from hf_hetero import HeteroError
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.samples import whole_rows
 from hf_hetero.step import Step
@@ -26,10 +25,10 @@ def test_order_is_accelerates(epoch: int) -> None:
     assert ours == list(theirs)
 
 
-@pytest.mark.parametrize(("drop_last", "sizes"), [(False, [4, 4, 2]), (True, [4, 4])])
-def test_last_batch(drop_last: bool, sizes: list[int]) -> None:
-    """A last batch that is not full is kept, unless it is to be dropped."""
-    batches = GlobalBatches(10, 4, seed=0, drop_last=drop_last)
+@pytest.mark.parametrize(("num_dropped", "sizes"), [(0, [4, 4, 2]), (1, [4, 4, 1]), (2, [4, 4])])
+def test_last_batch(num_dropped: int, sizes: list[int]) -> None:
+    """A last batch that is not full is kept, less the rows that are to be dropped."""
+    batches = GlobalBatches(10, 4, seed=0, num_dropped=num_dropped)
     assert [len(batches.rows(0, index)) for index in range(len(batches))] == sizes
 
 
@@ -56,7 +55,6 @@ def test_ranks_read_what_they_hold() -> None:
     for rank in range(4):
         share = next(iter(StepSampler(GlobalBatches(24, 12, 0), make_step, rank)))
         read = StepDataset(Recording()).__getitems__(share)
-        assert share is not None
         held = {
             group.samples[span.sample]
             for group in share.groups
@@ -68,21 +66,14 @@ def test_ranks_read_what_they_hold() -> None:
 
 
 def test_trained_steps_are_not_planned() -> None:
-    """When a run resumes, the steps it skips cost no plan, in the first epoch only."""
+    """When a run resumes, it begins in the middle of its epoch; the next one begins at its start."""
     planned: list[tuple[int, int]] = []
 
     def plan_step(epoch: int, index: int) -> Step:
         planned.append((epoch, index))
         return make_step(epoch, index)
 
-    sampler = StepSampler(GlobalBatches(36, 12, 0), plan_step, 0, num_trained=lambda: 2)
-    assert [item is None for item in sampler] == [True, True, False]
-    sampler.batch_sampler.set_epoch(1)
-    assert [item is None for item in sampler] == [False] * 3
-    assert planned == [(0, 2), (1, 0), (1, 1), (1, 2)]
-
-
-def test_a_trained_step_is_never_read() -> None:
-    """If a loader asks for one all the same, that is an error and not an empty step."""
-    with pytest.raises(HeteroError, match="already trained"):
-        StepDataset([]).__getitems__(None)
+    sampler = StepSampler(GlobalBatches(36, 12, 0), plan_step, 0, first=lambda: (3, 2))
+    assert len(list(sampler)) == 1
+    assert len(list(sampler)) == 3
+    assert planned == [(3, 2), (4, 0), (4, 1), (4, 2)]

@@ -85,13 +85,13 @@ def test_users_own_metrics_callback_is_used(tmp_path: Path) -> None:
 
 
 def test_arguments_are_not_changed(tmp_path: Path) -> None:
-    """The user's TrainingArguments keep their accumulation; the trainer's own copy has 1."""
+    """Accumulation is what was asked for; batches and their number are Trainer's."""
     args = arguments(str(tmp_path), 1, per_device_train_batch_size=2, gradient_accumulation_steps=3)
     trainer = HeteroTrainer(tiny_model(), args, train_dataset=samples(LENGTHS))
     assert args.gradient_accumulation_steps == 3
-    assert trainer.args.gradient_accumulation_steps == 1
+    assert trainer.args is args
     assert trainer.get_total_train_batch_size(trainer.args) == 6
-    assert len(trainer.get_train_dataloader()) == 4
+    assert len(trainer.get_train_dataloader()) == 12
 
 
 def test_trains_twice(tmp_path: Path) -> None:

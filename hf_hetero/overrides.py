@@ -1,0 +1,94 @@
+"""Methods of `Trainer` that a subclass brings of its own: honoured exactly, or refused by name.
+
+The method resolution order is asked, not a list of names. Whatever is neither transformers', TRL's `SFTTrainer` nor
+this package's is somebody's own:
+
+    compute_loss, _prepare_inputs, compute_loss_func    tried on two tiny samples, together and each alone: taken if
+                                                        the loss of both is the sum, so that no plan can change it
+    training_step                                       taken if it calls Trainer's with the batch that it was given
+    _get_train_sampler                                  decides the order
+    prediction_step, evaluation_loop, ...               evaluation is Trainer's own, without plans
+    loops and loaders of training                       refused: they expect batches that no plan has made
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from types import CodeType
+from typing import Any
+
+from hf_hetero.errors import UnsupportedModel
+
+KNOWN_MODULES = frozenset({"transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer"})
+LOSS = ("compute_loss", "_prepare_inputs")
+"""What stands between a batch and its loss."""
+LOOPS = (
+    "get_train_dataloader",
+    "get_batch_samples",
+    "_get_num_items_in_batch",
+    "_inner_training_loop",
+    "_run_epoch",
+)
+EVALUATION = (
+    "prediction_step",
+    "evaluation_loop",
+    "get_eval_dataloader",
+    "get_test_dataloader",
+    "_get_eval_sampler",
+    "_get_dataloader",
+)
+
+
+def own(trainer: Any, names: Iterable[str]) -> dict[str, str]:
+    """Of these methods, those that are somebody's own, each with the name of the class that has it.
+
+    Args:
+        trainer: an instance, whose attributes count, too; or its class.
+    """
+    kind = trainer if isinstance(trainer, type) else type(trainer)
+    classes = [base for base in kind.__mro__ if not _is_known(base)]
+    found: dict[str, str] = {}
+    for name in names:
+        owner = next((base.__name__ for base in classes if name in vars(base)), None)
+        if not isinstance(trainer, type) and name in vars(trainer):
+            owner = f"this {kind.__name__}"
+        if owner is not None:
+            found[name] = owner
+    return found
+
+
+def check(trainer_class: type) -> None:
+    """Refuse what can be told from the class alone.
+
+    Raises:
+        UnsupportedModel: with the class and the method.
+    """
+    for name, owner in own(trainer_class, LOOPS).items():
+        raise UnsupportedModel(
+            f"{owner}.{name} is its own, and planned steps are drawn by this package's: a DataLoader of other batches "
+            "would not be planned. Remove it (an order goes into _get_train_sampler, tensors into data_collator), or "
+            "use plain Trainer."
+        )
+    for name, owner in own(trainer_class, ("training_step",)).items():
+        for base in trainer_class.__mro__:
+            if name in vars(base) and not _is_known(base) and not calls(vars(base)[name], name):
+                raise UnsupportedModel(
+                    f"{owner}.{name} does not call super().{name}: it compares or generates samples, or learns in a "
+                    "way of its own, which cannot be shared out sample by sample. Use it with plain Trainer."
+                )
+
+
+def calls(function: Any, name: str) -> bool:
+    """Whether a function's code names a method anywhere, as `super().name(...)` does."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return isinstance(code, CodeType) and any(name in part.co_names for part in _parts(code))
+
+
+def _parts(code: CodeType) -> list[CodeType]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return [code, *(part for one in inner for part in _parts(one))]
+
+
+def _is_known(base: type) -> bool:
+    return base.__module__ in KNOWN_MODULES or base.__module__.split(".")[0] == "hf_hetero" or base is object

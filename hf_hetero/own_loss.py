@@ -1,0 +1,102 @@
+"""Is a loss of somebody's own a sum over samples? Tried on two tiny samples before the first step.
+
+    loss(both in one pack) = loss(first alone) + loss(second alone)        with the same num_items_in_batch
+
+If that holds, no plan can change what is learnt from it. A mean over a batch, a term that counts batches, or one that
+looks at rows instead of tokens does not pass. The model's place is taken by a table of random logits, so that the trial
+costs milliseconds and touches no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.loss import token_loss
+
+TOKENS = 5
+CLOSE = 1e-4
+"""Relative; sums in fp32 differ by less, terms that should not be there by more."""
+
+ComputeLoss = Callable[[nn.Module, dict[str, Any], torch.Tensor], torch.Tensor]
+Pack = Callable[[Sequence[int]], dict[str, Any]]
+
+
+def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.device, what: str) -> None:
+    """Refuse a loss that is no sum over samples.
+
+    Args:
+        compute_loss: model, inputs, target tokens -> loss, through everything that is somebody's own.
+        pack: which of two samples -> their inputs.
+        config: of the model.
+        device: where it computes.
+        what: whose loss it is, for messages.
+
+    Raises:
+        UnsupportedModel: with what was found, and what to do.
+    """
+    remedy = (
+        "Return a sum over tokens divided by num_items_in_batch, of model(**inputs), e.g. as "
+        "compute_loss_func(outputs, labels, num_items_in_batch); or use plain Trainer."
+    )
+    rng = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    model = _Table(torch.randn(257, 64, generator=generator), config).to(device)
+    total = torch.tensor(2 * TOKENS)
+    losses: list[float] = []
+    try:
+        for samples in ((0,), (1,), (0, 1)):
+            model.reached = False
+            with torch.enable_grad():
+                losses.append(float(compute_loss(model, pack(samples), total)))
+            if not model.reached:
+                raise UnsupportedModel(
+                    f"{what} does not hand all its inputs to the model, so attention cannot learn which ranks share "
+                    f"its tokens. {remedy}"
+                )
+    except HeteroError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{what} could not be tried: {type(error).__name__}: {error}. {remedy}") from error
+    finally:
+        torch.random.set_rng_state(rng)
+    first, second, both = losses
+    if not abs(first + second - both) <= CLOSE * max(abs(first), abs(second), abs(both)):
+        raise UnsupportedModel(
+            f"{what} gives {both:.6g} for two samples together, and {first:.6g} and {second:.6g} for each: what is "
+            f"learnt would depend on which samples are planned together. {remedy}"
+        )
+
+
+class _Table(nn.Module):
+    """In the place of a causal language model: logits that depend on token and position alone."""
+
+    def __init__(self, table: torch.Tensor, config: Any) -> None:
+        super().__init__()
+        self.table, self.config = nn.Parameter(table), config
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.reached = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        hetero: object = None,
+        **inputs: Any,
+    ) -> Any:
+        self.reached = hetero is not None
+        places = torch.zeros_like(input_ids) if position_ids is None else position_ids
+        hidden = self.table[(input_ids * 31 + places * 17) % len(self.table)]
+        weight = self.table[torch.arange(self.vocab_size, device=self.table.device) % len(self.table)]
+        logits = hidden @ weight.T / 8
+        loss = None
+        if labels is not None:
+            kept = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+            loss = token_loss(logits, labels, self.vocab_size, **kept)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
