@@ -25,20 +25,19 @@ class PlanMetricsCallback(StepReportCallback):
 
     def __init__(self, lines: bool = False, record: bool = False) -> None:
         self._lines, self._record = lines, record
-        self._since_log: list[StepReport] = []
-        self._totals = _Totals()
+        self._since_log, self._totals = _Totals(), _Totals()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new record, unless a checkpoint is resumed."""
-        self._since_log, self._totals = [], _Totals()
+        self._since_log, self._totals = _Totals(), _Totals()
         if self._record and state.is_world_process_zero and state.global_step == 0:
             record_path(args).unlink(missing_ok=True)
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
-        """Print, record, and keep for the next log."""
-        self._since_log.append(report)
+        """Print, record, and count for the next log."""
+        self._since_log.add(report)
         self._totals.add(report)
         if not state.is_world_process_zero:
             return
@@ -52,21 +51,8 @@ class PlanMetricsCallback(StepReportCallback):
 
     def metrics(self) -> dict[str, float]:
         """Means over the steps since the last log, under `hetero/`."""
-        reports, self._since_log = self._since_log, []
-        if not reports:
-            return {}
-        seconds = sum(r.seconds + r.wait_s for r in reports)
-        idle = [r.idle_share for r in reports if r.idle_share is not None]
-        load = [layer for r in reports for layer in r.expert_load]
-        return {
-            "hetero/tokens_per_s": sum(r.num_tokens for r in reports) / seconds if seconds > 0 else 0.0,
-            "hetero/step_s": seconds / len(reports),
-            "hetero/planned_s": sum(r.plan.seconds for r in reports) / len(reports),
-            **({"hetero/idle_share": sum(idle) / len(idle)} if idle else {}),
-            **({"hetero/expert_load": sum(load) / len(load), "hetero/expert_load_worst": max(load)} if load else {}),
-            "hetero/micro_batches": sum(len(r.plan.micro_batches) for r in reports) / len(reports),
-            "hetero/wait_s": sum(r.wait_s for r in reports) / len(reports),
-        }
+        totals, self._since_log = self._since_log, _Totals()
+        return totals.means() if totals.num_steps else {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,11 +91,12 @@ def to_record(report: StepReport) -> dict[str, Any]:
 
 
 class _Totals:
-    """Sums over a run."""
+    """Sums over steps: no report is kept, for a run may never log."""
 
     def __init__(self) -> None:
-        self.num_steps = self.num_tokens = self.num_micro_batches = 0
+        self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
+        self.load = self.worst_load = 0.0
         self.is_lockstep = False
         self.degrees: dict[int, int] = {}
 
@@ -121,10 +108,28 @@ class _Totals:
         self.planned_s += report.plan.seconds
         self.planning_s += report.plan.planning_s
         self.wait_s += report.wait_s
+        self.num_idle += report.idle_share is not None
         self.idle_share += report.idle_share or 0.0
+        self.num_loads += len(report.expert_load)
+        self.load += sum(report.expert_load)
+        self.worst_load = max((self.worst_load, *report.expert_load))
         self.is_lockstep = report.is_lockstep
         for group in report.plan.groups:
             self.degrees[group.degree] = self.degrees.get(group.degree, 0) + len(group.samples)
+
+    def means(self) -> dict[str, float]:
+        found = {
+            "hetero/tokens_per_s": self.num_tokens / self.seconds if self.seconds > 0 else 0.0,
+            "hetero/step_s": self.seconds / self.num_steps,
+            "hetero/planned_s": self.planned_s / self.num_steps,
+            "hetero/micro_batches": self.num_micro_batches / self.num_steps,
+            "hetero/wait_s": self.wait_s / self.num_steps,
+        }
+        if self.num_idle:
+            found["hetero/idle_share"] = self.idle_share / self.num_idle
+        if self.num_loads:
+            found |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        return found
 
     def summary(self) -> str:
         samples = sum(self.degrees.values())

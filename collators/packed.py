@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
@@ -51,6 +51,14 @@ class Sample:
         """One more than its last position."""
         return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
 
+    def fingerprint(self) -> int:
+        """63 bits of all that is its own."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy())
+        return int.from_bytes(digest.digest(), "big") >> 1
+
     def part(self, start: int, end: int) -> Sample:
         """A stretch of it, as a sample of its own."""
         kept = slice(start, end)
@@ -83,9 +91,9 @@ class PackedCollator:
         model_inputs: what the model's forward takes; of these, what a row has for each token is handed on.
         columns: of a row that are looked at; None: all. Others are left out before `example_collator` sees them.
         keeps_labels_unshifted: give `labels` as transformers does, for a loss that shifts them itself.
-        limits: what the model has room for.
-        counts_first_label: the loss is divided by all labels of a step, the first of each sample too, which nothing
-            predicts: Trainer does so for some models.
+        limits: what the model has room for. The trainer sets it.
+        counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
+            nothing predicts: Trainer does so for some models. The trainer sets it.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -96,7 +104,7 @@ class PackedCollator:
     columns: frozenset[str] | None = None
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
-    counts_first_label: bool = False
+    counts_first_label: bool = field(default=False, repr=False)
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Tensors of a step, or of an ordinary batch.
@@ -123,14 +131,11 @@ class PackedCollator:
             spans = layout.spans[group.ranks.index(share.rank)]
             held = [samples.get(position) for position in group.samples]
             inputs = pack_spans(spans, held, unshifted=self.keeps_labels_unshifted)
-            labels = _labels(spans, held)
-            if self.counts_first_label:
-                total += 0 if labels is None else num_targets(labels)
-            else:
-                total += sum(num_targets(_sample(held, span).targets[span.start : span.end]) for span in spans)
+            total += sum(self._num_counted(_sample(held, span), span) for span in spans)
             reaches = tuple(_sample(held, span).num_positions for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels, reaches))
-        return StepBatch(share, tuple(micro_batches), total)
+            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, _labels(spans, held), reaches))
+        fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
+        return StepBatch(share, tuple(micro_batches), total, fingerprints)
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         """One row as what is trained on: without its padding, with its labels.
@@ -180,13 +185,19 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        self._check_first_label(labels, kept, name)
         self.limits.check_tokens(input_ids, labels, name)
+        self._check_first_label(labels, kept, name)
         inputs = {key: values for key, values in found.items() if key in self.model_inputs}
         weights = (
             {key: values for key, values in found.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
         return Sample(input_ids, None if labels is None else labels.long(), positions, inputs, weights)
+
+    def _num_counted(self, sample: Sample, span: Span) -> int:
+        """Tokens of a span that count among those by which the loss of a step is divided."""
+        if self.counts_first_label and sample.labels is not None:
+            return num_targets(sample.labels[span.start : span.end])
+        return num_targets(sample.targets[span.start : span.end])
 
     def check_padding(self, rows: Iterable[Example]) -> None:
         """Refuse a collator that pads on the left, where Trainer's loss would learn first tokens from the padding.
@@ -244,7 +255,6 @@ class PackedCollator:
             )
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        # the model shifts labels itself here; the first one is never a target
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
@@ -254,7 +264,7 @@ class PackedCollator:
             "input_ids": pad([row.input_ids for row in rows], self.pad_token_id),
             "attention_mask": pad([torch.ones_like(row.input_ids) for row in rows], 0),
         }
-        labels = [F.pad(row.labels[1:], (1, 0), value=IGNORE_INDEX) for row in rows if row.labels is not None]
+        labels = [row.labels for row in rows if row.labels is not None]
         return {**batch, "labels": pad(labels, IGNORE_INDEX)} if len(labels) == len(rows) else batch
 
 

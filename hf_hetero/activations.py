@@ -77,8 +77,8 @@ class Activations:
 
 
 def _set(undone: ExitStack, thing: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack is undone."""
-    if hasattr(thing, name):
+    """Set an attribute until the stack is undone; what a thing had from its class it then has from there again."""
+    if name in vars(thing) or name == "__class__":
         undone.callback(setattr, thing, name, getattr(thing, name))
     else:
         undone.callback(delattr, thing, name)

@@ -13,17 +13,16 @@ import json
 import logging
 import re
 import shutil
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from hf_hetero.agreement import raise_together
@@ -35,8 +34,11 @@ logger = logging.getLogger(__name__)
 FORMAT = "hf-hetero-run/1"
 RUN_FILE = "hetero_run.json"
 INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
-CHECKED_BYTES = 1 << 20
-"""At each end of a file. A write that was cut short leaves a file too short, or zeros at its end."""
+BYTES_AT_ONCE = 1 << 24
+END_BYTES = 1 << 20
+"""At each end of a file: older checkpoints have checksums of these only."""
+WHOLE = 2
+"""Numbers of a file's seal: size and checksum. Where there are more, they are of its ends."""
 REMEDIES = {
     "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
     "rows": "go back to the dataset it was trained on",
@@ -118,42 +120,6 @@ class Saving:
         raise_together(error, self.control)
 
 
-class StopWhenAsked(TrainerCallback):
-    """Saves and ends training after the step in which SIGTERM came, on all ranks after the same step.
-
-    Takes the place of transformers' callback for `enable_jit_checkpoint`, in which each rank looks for itself.
-    """
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        """SIGTERM came to this rank."""
-        self.is_agreed = False
-        """It came to some rank, and all know."""
-
-    @contextmanager
-    def listening(self, enabled: bool) -> Iterator[None]:
-        """Handle SIGTERM meanwhile; signals can only be handled in the main thread."""
-        self.is_asked = self.is_agreed = False
-        if not enabled or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGTERM, self._asked)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _asked(self, *_: object) -> None:
-        self.is_asked = True
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop."""
-        if self.is_agreed:
-            if state.is_world_process_zero:
-                logger.warning("SIGTERM: saving a checkpoint after step %d, then training ends.", state.global_step)
-            control.should_save = control.should_training_stop = True
-
-
 def _begin(folder: Path) -> None:
     """Mark a checkpoint as being written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -163,7 +129,9 @@ def _begin(folder: Path) -> None:
 
 def _finish(folder: Path, run: Run) -> None:
     """Write down what it holds, and that it is whole. Call it when all ranks have written their files."""
-    files = {str(path.relative_to(folder)): _seal(path) for path in _files(folder)}
+    paths = _files(folder)
+    seals = _seals(dict.fromkeys(paths, False), "Counting checksums")
+    files = {str(path.relative_to(folder)): seal for path, seal in zip(paths, seals, strict=True)}
     data = {**run.to_dict(), "files": files}
     (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (folder / INCOMPLETE_FILE).unlink(missing_ok=True)
@@ -187,7 +155,9 @@ def problem_of(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != seal[0]:
             return f"{name} has {path.stat().st_size} bytes instead of {seal[0]}"
-        if _seal(path) != seal:
+    found = _seals({folder / name: len(seal) > WHOLE for name, seal in files.items()}, "Checking a checkpoint")
+    for (name, seal), now in zip(files.items(), found, strict=True):
+        if now != seal:
             return f"the content of {name} has changed"
     return None
 
@@ -213,15 +183,15 @@ def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[
     Raises:
         ConfigError: the folder cannot be resumed, or there is none, with the reason and a remedy.
     """
-    newest, problems = newest_whole(output_dir)
     if asked is True:
+        newest, problems = newest_whole(output_dir)
         if newest is None:
             found = " ".join(problems) or "There is none."
             raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {found} Train without it.")
         return newest, _run_of(newest), problems
     folder = Path(str(asked))
     if (problem := problem_of(folder)) is not None:
-        other = newest or newest_whole(folder.parent)[0]
+        other = newest_whole(output_dir)[0] or newest_whole(folder.parent)[0]
         remedy = f"The newest whole one is {other}" if other is not None else "There is no whole one beside it"
         raise ConfigError(
             f"The checkpoint {folder} cannot be resumed: {problem}. {remedy}. (If its files were changed on purpose, "
@@ -261,9 +231,25 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _seal(path: Path) -> list[int]:
+    """Size of a file, and the checksum of its content."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(BYTES_AT_ONCE):
+            checksum = zlib.crc32(piece, checksum)
+        return [file.tell(), checksum]
+
+
+def _seal_of_ends(path: Path) -> list[int]:
     """Size of a file, and the checksums of its ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = zlib.crc32(file.read(CHECKED_BYTES))
-        file.seek(max(0, size - CHECKED_BYTES))
-        return [size, head, zlib.crc32(file.read(CHECKED_BYTES))]
+        head = zlib.crc32(file.read(END_BYTES))
+        file.seek(max(0, size - END_BYTES))
+        return [size, head, zlib.crc32(file.read(END_BYTES))]
+
+
+def _seals(paths: Mapping[Path, bool], doing: str) -> list[list[int]]:
+    """Of each file, and whether only of its ends. Several are read at once: a checksum holds up no other thread."""
+    with ThreadPoolExecutor(thread_name_prefix="checksum") as threads:
+        found = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
+        return list(tqdm(found, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))

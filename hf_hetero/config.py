@@ -96,6 +96,9 @@ class HeteroConfig:
     group_timeout_s: float = field(
         default=600.0, metadata={"help": "Seconds a group operation may wait for its slowest rank."}
     )
+    planning_timeout_s: float = field(
+        default=60.0, metadata={"help": "Seconds a plan may take; after them its step has a simpler plan."}
+    )
     num_ranks: int | None = field(
         default=None, metadata={"help": "Ranks this run was written for; another number is refused."}
     )
@@ -120,5 +123,6 @@ class HeteroConfig:
             raise ConfigError(f"HeteroConfig.methods={self.methods!r}: choose from {', '.join(METHODS)}.")
         if unknown := [policy for policy in self.activation_policies if policy not in ACTIVATIONS]:
             raise ConfigError(f"HeteroConfig.activation_policies={unknown!r}: choose from {', '.join(ACTIVATIONS)}.")
-        if not self.group_timeout_s > 0:
-            raise ConfigError(f"HeteroConfig.group_timeout_s={self.group_timeout_s}: it must be above 0 seconds.")
+        for name in ("group_timeout_s", "planning_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"HeteroConfig.{name}={getattr(self, name)}: it must be above 0 seconds.")

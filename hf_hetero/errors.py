@@ -17,6 +17,9 @@ from __future__ import annotations
 class HeteroError(Exception):
     """Base of all errors of hf_hetero."""
 
+    is_known_to_all = False
+    """Whether every rank raises it, in the same words; nobody needs to be told of it any more."""
+
 
 class ConfigError(HeteroError, ValueError):
     """A setting or a file that cannot be what was meant."""

@@ -6,6 +6,7 @@ the memory of a token is not too small. Everything assumed is written into the c
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -43,22 +44,37 @@ class Device:
     ring_overlap: float = 0.5  # assumed: half of the time a kernel leaves the links free, or the copies slow it down
 
 
-# Peak dense bf16 (fp16 for V100 and T4) operations a second: NVIDIA's data sheets of each product.
-# Links: a fifth of NVLink's two-way figure, which is what FlexSP measured on A100 (600 GB/s -> 100-120 GB/s,
-# arXiv:2412.01523, released solver); 12 GB/s where there is only PCIe.
+# Peak dense bf16 (fp16 for V100 and T4) operations a second, from the data sheet or architecture paper of each product
+# (NVIDIA's and, for MI300X, AMD's); where one gives only the figure with sparsity, half of that.
+# Links: a fifth of the two-way figure of NVLink or Infinity Fabric, which is what FlexSP measured on A100 (600 GB/s ->
+# 100-120 GB/s, arXiv:2412.01523, released solver); 12 GB/s where there is only PCIe, or a bridge between two cards.
 KNOWN_DEVICES = (
+    Device("GB200", 2500e12, 360e9),
     Device("B200", 2250e12, 360e9),
+    Device("GH200", 989e12, 180e9),
     Device("H200", 989e12, 180e9),
     Device("H100 PCIe", 756e12, 12e9),
+    Device("H100 NVL", 835e12, 12e9),
     Device("H100", 989e12, 180e9),
+    Device("H800", 989e12, 80e9),
+    Device("H20", 148e12, 180e9),
+    Device("A100 PCIe", 312e12, 12e9),
     Device("A100", 312e12, 110e9),
-    Device("L40S", 362e12, 12e9),
-    Device("L4", 121e12, 12e9),
+    Device("A800", 312e12, 80e9),
+    Device("A40", 149.7e12, 12e9),
+    Device("A30", 165e12, 12e9),
+    Device("A10G", 70e12, 12e9),
     Device("A10", 125e12, 12e9),
+    Device("L40S", 362e12, 12e9),
+    Device("L40", 181e12, 12e9),
+    Device("L4", 121e12, 12e9),
+    Device("RTX 6000 Ada", 364e12, 12e9),
+    Device("RTX A6000", 154.8e12, 12e9),
     Device("RTX 4090", 165e12, 12e9),
     Device("RTX 3090", 71e12, 12e9),
     Device("V100", 125e12, 50e9),
     Device("T4", 65e12, 8e9),
+    Device("MI300X", 1307e12, 180e9),
 )
 UTILISATION = 0.45  # share of the peak that training of dense models reaches in practice
 ATTENTION_UTILISATION = 0.35  # flash kernels reach less of it, backward included
@@ -120,10 +136,23 @@ def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, 
     return speed * (shape.heads + shape.kv_heads) / (shape.heads + max(shape.kv_heads, min(degree, shape.heads)))
 
 
+def known_device(name: str) -> Device | None:
+    """The table's entry for a GPU by the name its driver gives, such as "NVIDIA A100-SXM4-80GB"; None if it has none.
+
+    Every word of an entry is a word of the name; the entry with the most words is meant.
+    """
+    words = _words(name)
+    return max((d for d in KNOWN_DEVICES if _words(d.name) <= words), key=lambda d: len(_words(d.name)), default=None)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall("[a-z0-9]+", name.lower()))
+
+
 def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
     """The table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
     name = torch.cuda.get_device_name(device)
-    found = next((known for known in KNOWN_DEVICES if known.name in name), Device(name, 312e12, 12e9))
+    found = known_device(name) or Device(name, 312e12, 12e9)
     slower = 16 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 1
     return Device(name, found.flops * UTILISATION / slower, found.link_bytes_per_s)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -10,28 +10,52 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
+from hf_hetero.agreement import broadcast
 from hf_hetero.collators import PackedCollator
-from hf_hetero.loader import draws_of, read_rows
+from hf_hetero.dealing import DealtDataset, StreamSampler
+from hf_hetero.errors import ConfigError
+from hf_hetero.loader import draws_of, draws_of_stream, read_rows, samples_of
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
+from hf_hetero.samples import PACKED_COLUMN
+from hf_hetero.stream import Stream, check_whole, num_rows_of
 
 
 class EvaluationLoader(DataLoader[Any]):
     """Items are planned steps of an evaluation, in the dataset's order."""
 
     plans: PlanAhead
+    stream: Stream | None = None
+
+    def close(self) -> None:
+        """End what works in the background."""
+        self.plans.close()
+        if self.stream is not None:
+            self.stream.close()
 
 
 def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
-    """Whether an evaluation can be planned: samples of tokens, with an index, that nothing is generated from."""
-    if getattr(args, "predict_with_generate", False) or isinstance(dataset, datasets.IterableDataset | IterableDataset):
+    """Whether an evaluation can be planned: samples of tokens that nothing is generated from."""
+    if getattr(args, "predict_with_generate", False):
         return False
+    if isinstance(dataset, IterableDataset):
+        return _gives_tokens(dataset)
     if isinstance(dataset, datasets.Dataset):
         return "input_ids" in dataset.column_names
     if not hasattr(dataset, "__len__") or not len(dataset):
         return False
     first: Any = dataset[0]
+    return isinstance(first, Mapping) and "input_ids" in first
+
+
+def _gives_tokens(stream: Any) -> bool:
+    if (names := getattr(stream, "column_names", None)) is not None:
+        return "input_ids" in names
+    examples = iter(stream)
+    if examples is iter(stream):  # it can be read once only, so it is not tried
+        return True
+    first: Any = next(examples, None)
     return isinstance(first, Mapping) and "input_ids" in first
 
 
@@ -86,6 +110,97 @@ def outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
     """A model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
     kept = tuple(value for name, value in outputs.items() if name not in left_out)
     return kept[0] if len(kept) == 1 else kept
+
+
+def streamed_evaluation_loader(
+    dataset: Any,
+    names: Sequence[str] | None,
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    planning: Planning,
+) -> EvaluationLoader:
+    """The same for a dataset that can only be iterated: one reading of it, on rank 0. To be closed after use.
+
+    Args:
+        dataset: iterable.
+        names: columns to keep; None: all.
+        collate, args, planning: as for `evaluation_loader`.
+
+    Raises:
+        ConfigError: the dataset is one rank's part of a stream; raised on every rank.
+    """
+    batch_size = args.eval_batch_size * args.world_size
+    num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
+    stream: Stream | None = None
+    if planning.control is None or args.process_index == 0:
+        stream = Stream(dataset, batch_size, samples_of(planning), planning.num_ahead, names, one_by_one=True)
+    plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
+    has_workers = args.dataloader_num_workers > 0
+    sampler: Any = StreamSampler(
+        stream,
+        plans.step,
+        planning.control,
+        has_workers,
+        num_trained=lambda: 0 if stream is None else stream.num_taken,
+        skips=False,
+        num_rows=num_rows,
+        batch_size=batch_size,
+    )
+    loader = EvaluationLoader(
+        DealtDataset(num_rows),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    loader.plans, loader.stream = plans, stream
+    return loader
+
+
+def refuse_packed_rows(dataset: Any) -> None:
+    """For an evaluation without plans, in which the documents of a packed row would see each other.
+
+    Raises:
+        ConfigError: its rows are packed.
+    """
+    if (names := getattr(dataset, "column_names", None)) is None and not isinstance(dataset, IterableDataset):
+        has_rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset)
+        first: Any = dataset[0] if has_rows else None
+        names = list(first) if isinstance(first, Mapping) else []
+    _refuse_packed(names or ())
+
+
+def watched(dataset: Any) -> Any:
+    """A stream whose columns are not known: packed rows are refused when they are read. Else the dataset itself."""
+    if isinstance(dataset, IterableDataset) and getattr(dataset, "column_names", None) is None:
+        return _Watched(dataset)
+    return dataset
+
+
+class _Watched(IterableDataset[Any]):
+    """A stream, each of whose rows is looked at before `Trainer` removes its columns."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._dataset:
+            _refuse_packed(row if isinstance(row, Mapping) else ())
+            yield row
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # while it is copied into a worker
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+def _refuse_packed(names: Collection[str]) -> None:
+    if PACKED_COLUMN in names:
+        raise ConfigError(
+            f"The rows to evaluate are packed ({PACKED_COLUMN}), and without plans their documents would see each "
+            "other. Leave HeteroConfig.plan_evaluation on and predict_with_generate off, or give rows of one document."
+        )
 
 
 def prepared_model(trainer: Trainer) -> torch.nn.Module:

@@ -155,6 +155,10 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
     yield from rotary.problems(base)
     for name in ATTENTION_DROPOUTS:
         if dropout := getattr(config, name, 0.0):
-            yield f"{name}={dropout} draws another mask for every layout; set config.{name} = 0.0."
+            # its layers have read the config already
+            yield f"{name}={dropout} draws another mask for every layout; load it by from_pretrained(..., {name}=0.0)."
     if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
-        yield "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False."
+        yield (
+            "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False, or "
+            "under TRL, whose trainer sets that itself, SFTConfig(router_aux_loss_coef=0.0)."
+        )

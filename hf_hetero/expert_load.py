@@ -6,6 +6,7 @@ Whatever the plan, the counts are those of the step's tokens, so they can be com
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from hf_hetero.backward import in_backward
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert gets, by watching the model's routers.
+    """Counts the tokens that each expert gets, by watching the model's routers while a micro-batch runs.
 
     Args:
         model: a transformers model; it says itself which of its modules are routers (`_can_record_outputs`).
@@ -25,12 +26,6 @@ class ExpertLoad:
         self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
         experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
         self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
-        self._hooks = [r.register_forward_hook(self._counter(number)) for number, r in enumerate(self._routers)]
-
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self._hooks:
-            hook.remove()
 
     def __bool__(self) -> bool:
         """Whether there is anything to count."""
@@ -49,6 +44,17 @@ class ExpertLoad:
             self._counts[number] = counts if before is None else before + counts
 
         return count
+
+    @contextmanager
+    def micro_batch(self, num_tokens: int) -> Iterator[None]:
+        """Count what is routed inside; nothing where a rank has no tokens and runs one of no sample instead."""
+        watched = enumerate(self._routers if num_tokens else ())
+        hooks = [router.register_forward_hook(self._counter(number)) for number, router in watched]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def take(self) -> list[int]:
         """Tokens of each expert of each layer since the last call, layer after layer: num_layers x num_experts."""

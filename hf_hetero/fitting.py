@@ -1,7 +1,7 @@
 """A user's model fitted for planned steps, and given back as it was.
 
 What is set: the attention that crosses ranks, rotary tables that follow each sample, a loss that stays in fp64 where
-weights are, an output embedding that does without whole logits, and counters of experts. None of it touches a weight.
+weights are, an output embedding that does without whole logits. None of it touches a weight.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import torch
 from transformers import TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import lm_head
+from hf_hetero import lm_head, loss
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.exactness import base_model
 from hf_hetero.expert_load import ExpertLoad
 from hf_hetero.lm_head import LeanHead
-from hf_hetero.loss import token_loss
 
 logger = logging.getLogger(__name__)
 
@@ -51,22 +50,18 @@ class Fitted:
         self._undone.callback(_give_back_attention, base, base.config._attn_implementation)
         base.set_attn_implementation(interface.ATTENTION_NAME)
         self._undone.callback(TablesBySample(base).remove)
-        if base.loss_function is ForCausalLMLoss:
-            self._undone.callback(_restore, base, "_loss_function", vars(base).get("_loss_function"))
-            base.loss_function = token_loss
+        loss.install(base, ForCausalLMLoss)
+        self._undone.callback(loss.uninstall, base)
         self.head = self._set_head() if chunked_loss else None
         self.experts = ExpertLoad(base)
-        self._undone.callback(self.experts.close)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, self.kernel.name)
 
     def _set_head(self) -> LeanHead | None:
-        before = self.model.get_output_embeddings()
         head = lm_head.install(self.model)
         if isinstance(head, str):
             logger.warning("Whole logits are computed for the loss: %s.", head)
             return None
-        if not isinstance(before, LeanHead):
-            self._undone.callback(lm_head.take_off, head)
+        self._undone.callback(lm_head.uninstall, self.model)
         return head
 
     def give_back(self) -> None:
@@ -86,10 +81,3 @@ def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> kernels.Ke
 
 def _give_back_attention(base: Any, name: str) -> None:
     base.set_attn_implementation(name)
-
-
-def _restore(thing: Any, name: str, before: Any) -> None:
-    if before is None:
-        vars(thing).pop(name, None)
-    else:
-        setattr(thing, name, before)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
 
+TOO_LATE = ("Timed out", "timed out", "timeout")
 LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """Words of torch's errors when another rank has gone or is late."""
+PATIENCE_S = 2.0
+"""How long those who miss a rank look for its last words."""
+MOST_WORDS = 2000
 
 
 class GroupPool:
@@ -23,15 +29,25 @@ class GroupPool:
     wait for communication. Only aligned blocks are needed, so a rank belongs to one group of each degree. A timeout is
     passed to each group because torch does not hand down the one of `init_process_group`.
 
+    Each group's first message is one of all its ranks, sent here. NCCL joins the ranks of a group by the first message,
+    and where that is one of two ranks only, as in a ring, torch calls the behaviour undefined (`batch_isend_irecv`).
+
     Without torch.distributed (a single process) the pool is empty.
 
     Args:
         degrees: sizes of the groups; 1 needs none.
         timeout_s: seconds that an operation inside a group may wait.
         control_timeout_s: seconds that ranks may wait for each other between steps (saving, evaluating).
+        device: of what the groups exchange.
     """
 
-    def __init__(self, degrees: Iterable[int], timeout_s: float, control_timeout_s: float) -> None:
+    def __init__(
+        self,
+        degrees: Iterable[int],
+        timeout_s: float,
+        control_timeout_s: float,
+        device: torch.device | None = None,
+    ) -> None:
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
         if not dist.is_initialized():
@@ -41,6 +57,9 @@ class GroupPool:
         for degree in sorted(set(degrees) - {1}):
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), timeout_s)
+                if dist.get_rank() in ranks:
+                    with named("The first exchange of a group", f"ranks {list(ranks)}"):
+                        dist.all_reduce(torch.zeros(1, device=device), group=self._groups[ranks])
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The process group of these ranks; None for a single rank, which needs none."""
@@ -61,13 +80,17 @@ def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = 
 
 
 @contextmanager
-def named(operation: str, where: Callable[[], str] | str, only_lost_peers: bool = False) -> Iterator[None]:
-    """Give a failing collective a name: which operation, of which ranks, at which step.
+def named(
+    operation: str, where: Callable[[], str] | str, limit: str = "HeteroConfig.group_timeout_s"
+) -> Iterator[None]:
+    """Give a failing collective a name: which operation, of which ranks, at which step, and why, where it is known.
+
+    Any other error that is raised inside is left alone: memory that ran out, a reader of data that was killed.
 
     Args:
         operation: what was done together.
         where: step and ranks.
-        only_lost_peers: leave alone what does not look like a rank that has gone, where other code runs inside, too.
+        limit: the setting that says how long it may wait.
 
     Raises:
         CollectiveFailed: instead of torch's own error, which says none of that.
@@ -75,11 +98,56 @@ def named(operation: str, where: Callable[[], str] | str, only_lost_peers: bool 
     try:
         yield
     except RuntimeError as error:
-        if only_lost_peers and not any(word in str(error) for word in LOST_PEER):
+        if not is_of_ranks(error):
             raise
         where = where if isinstance(where, str) else where()
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        text = str(error).strip() or type(error).__name__
+        if any(word in text for word in TOO_LATE):
+            why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
+        else:
+            why = _why_gone()
         raise CollectiveFailed(
-            f"{operation} failed or waited too long at {where}: {reason} Look for the first error among these ranks; "
-            "if they are only slow, raise HeteroConfig.group_timeout_s."
+            f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}"
         ) from error
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    """Whether it says that another rank has gone, or is late."""
+    return any(word in str(error) for word in LOST_PEER) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def tell(error: BaseException) -> None:
+    """Leave word of why this rank ends, for those that will miss it."""
+    is_known = isinstance(error, CollectiveFailed) or getattr(error, "is_known_to_all", False)
+    if dist.is_initialized() and not is_known:
+        with suppress(Exception):  # the store lives on a rank that may have gone
+            words = f"{type(error).__name__}: {error}"[:MOST_WORDS]
+            _store().set(_key(dist.get_rank()), words)
+
+
+def forget_errors() -> None:
+    """Take back what this rank left word of, in a run before."""
+    if dist.is_initialized():
+        with suppress(Exception):
+            _store().delete_key(_key(dist.get_rank()))
+
+
+def _why_gone() -> str:
+    """What the rank that has gone left word of; it may still be about to."""
+    until = time.monotonic() + PATIENCE_S
+    with suppress(Exception):
+        store = _store()
+        while time.monotonic() < until:
+            for rank in range(dist.get_world_size()):
+                if store.check([_key(rank)]):
+                    return f"Rank {rank} had ended with {store.get(_key(rank)).decode(errors='replace')}"
+            time.sleep(0.05)
+    return "A rank has gone: look for its first error, or for what killed it (out of host memory, for one)."
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def _key(rank: int) -> str:
+    return f"hf_hetero/why-rank-{rank}-ended"

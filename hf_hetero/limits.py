@@ -36,7 +36,7 @@ class Limits:
         """Refuse tokens and targets that the model does not have. Both of shape (num_tokens,).
 
         Args:
-            input_ids, labels: of a row; None: it has no labels.
+            input_ids, labels: of a row.
             name: of the row, for the message.
 
         Raises:

@@ -29,18 +29,22 @@ Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LeanHead(torch.nn.Linear):
-    """What a model's output embedding becomes, in place: the same weights and name, and logits that may be lazy."""
+    """A model's output embedding while its logits may be lazy: the same module, given another class (as `ChunkedMLP`).
 
-    _is_lazy = False
+    Whoever else holds on to the module, FSDP for one, notices nothing, before or after.
+    """
+
+    _is_lazy: bool = False
+    _num_installed: int = 0
 
     @contextmanager
     def lazy(self) -> Iterator[None]:
         """Hand out lazy logits meanwhile, in training mode."""
-        self._is_lazy = True
+        before, self._is_lazy = self._is_lazy, True
         try:
             yield
         finally:
-            self._is_lazy = False
+            self._is_lazy = before
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Logits, shape (..., vocab_size), of hidden states, shape (..., hidden)."""
@@ -50,22 +54,35 @@ class LeanHead(torch.nn.Linear):
 
 
 def install(model: Any) -> LeanHead | str:
-    """Make the model's output embedding a `LeanHead`; why not, in words, where that cannot be."""
+    """Make the model's output embedding a `LeanHead`; why not, in words, where that cannot be.
+
+    Each call is undone by one of `uninstall`, so that several trainers may use one model, in any order.
+    """
     head = model.get_output_embeddings()
-    if isinstance(head, LeanHead):
-        return head
-    if type(head) is not torch.nn.Linear:
-        return f"its output embedding is a {type(head).__name__}"
-    if head._forward_hooks or head._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
-        return "its output embedding has hooks"
-    head.__class__ = LeanHead
-    return cast("LeanHead", head)
+    if not isinstance(head, LeanHead):
+        if type(head) is not torch.nn.Linear:
+            return f"its output embedding is a {type(head).__name__}"
+        if head._forward_hooks or head._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
+            return "its output embedding has hooks"
+        head.__class__ = LeanHead
+    lean = cast("LeanHead", head)
+    lean._num_installed += 1  # pyright: ignore[reportPrivateUsage]
+    return lean
 
 
-def take_off(head: torch.nn.Linear) -> None:
-    """The output embedding as it was, unless a wrapper has changed it since."""
-    if type(head) is LeanHead:
+def uninstall(model: Any) -> None:
+    """Give the output embedding its own class back, once nobody needs the other one any more.
+
+    A head that FSDP has sharded since then stays what FSDP made of it: a `LeanHead` that is not asked for lazy logits
+    is a linear layer.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, LeanHead):
+        return
+    head._num_installed -= 1  # pyright: ignore[reportPrivateUsage]
+    if head._num_installed <= 0 and type(head) is LeanHead:  # pyright: ignore[reportPrivateUsage]
         vars(head).pop("_is_lazy", None)
+        vars(head).pop("_num_installed", None)
         cast("Any", head).__class__ = torch.nn.Linear
 
 

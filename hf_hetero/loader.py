@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
+from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.samples import Drawn, Samples, limited
-from hf_hetero.stream import Dealt, Position, Stream, StreamSampler
+from hf_hetero.stream import Position, Stream, check_whole, num_rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,12 +32,14 @@ class TrainingData:
         plans: where they come from.
         order: what decides which samples make which step, to be compared when a checkpoint is resumed.
         stream: what reads a dataset that can only be iterated; on rank 0 only.
+        entered: where a stream goes on, on all ranks; None: at its start, or a checkpoint does not say.
     """
 
     loader: DataLoader[Any]
     plans: PlanAhead
     order: dict[str, Any]
     stream: Stream | None = None
+    entered: Position | None = None
     _epoch: Any = None
     _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
 
@@ -114,38 +117,65 @@ def streamed_data(
         names: columns to keep; None: all.
         collate, args, batch_size, planning, global_step: as for `training_data`.
         kept: where a checkpoint says to go on.
-    """
-    num_steps, said = args.max_steps, list[str]()
 
-    def samples_of(examples: Sequence[Any]) -> Samples:
+    Raises:
+        ConfigError: the dataset is one rank's part of a stream; raised on every rank.
+    """
+    num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
+    stream: Stream | None = None
+    if planning.control is None or args.process_index == 0:
+        accumulation = args.gradient_accumulation_steps
+        stream = Stream(
+            dataset,
+            batch_size,
+            samples_of(planning),
+            num_ahead=planning.num_ahead,
+            names=names,
+            seed=_data_seed(args),
+            num_steps=args.max_steps if args.max_steps > 0 else None,
+            min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
+        )
+    plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
+    if kept is not None and num_rows is not None and kept.batches * batch_size >= num_rows:
+        kept = Position(kept.epoch + 1)  # `Trainer` does not ask for more than it knows of
+    sampler = StreamSampler(
+        stream,
+        plans.step,
+        planning.control,
+        args.dataloader_num_workers > 0,
+        global_step,
+        kept,
+        skips=not args.ignore_data_skip,
+        num_rows=num_rows,
+        batch_size=batch_size,
+    )
+    loader = _loader(DealtDataset(num_rows), sampler, collate, args)
+    return TrainingData(loader, plans, {"batch_size": batch_size}, stream, kept)
+
+
+def draws_of_stream(stream: Stream | None) -> Draws:
+    """The samples of each step. `stream` is needed on rank 0 only."""
+
+    def draw(epoch: int, index: int) -> Drawn | None:
+        assert stream is not None
+        batch = stream.batch(epoch, index)
+        return None if batch is None else batch.drawn
+
+    return Draws(draw, after=lambda key: key if stream is None else stream.after(key))
+
+
+def samples_of(planning: Planning) -> Callable[[Sequence[Any]], Samples]:
+    """Examples of a stream -> the samples they hold, under the user's limits."""
+    said = list[str]()
+
+    def read(examples: Sequence[Any]) -> Samples:
         samples, done = _within_limits(read_samples(examples, planning.length_column), planning)
         if done:  # in every step, maybe
             logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
             said.append(done)
         return samples
 
-    def draw(_: int, index: int) -> Drawn | None:
-        assert stream is not None
-        batch = stream.batch(index)
-        return None if batch is None else batch.drawn
-
-    stream: Stream | None = None
-    if planning.control is None or args.process_index == 0:
-        stream = Stream(
-            dataset,
-            batch_size,
-            samples_of,
-            num_ahead=planning.num_ahead,
-            names=names,
-            drop_last=args.dataloader_drop_last,
-            seed=_data_seed(args),
-        )
-    draws = Draws(draw, after=lambda step: (0, step[1] + 1) if step[1] + 1 < num_steps else None)
-    plans = PlanAhead(planning.source, draws, planning.num_ahead, planning.control)
-    sampler = StreamSampler(
-        stream, plans.step, planning.control, num_steps, global_step, kept, skips=not args.ignore_data_skip
-    )
-    return TrainingData(_loader(Dealt(), sampler, collate, args), plans, {"batch_size": batch_size}, stream)
+    return read
 
 
 def draws_of(batches: GlobalBatches, samples: Samples | None) -> Draws:

@@ -8,6 +8,7 @@ number of ranks, and `Trainer.compute_loss` multiplies by it: the gradients are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,33 @@ from torch.nn import functional as F
 from hf_hetero.lm_head import LazyLogits, loss_sum
 
 IGNORE_INDEX = -100
+LENT = "_hf_hetero_loss"
+"""Attribute of a model that computes `token_loss`: for how many, and what it had set before."""
+
+
+def install(model: Any, plain: Callable[..., Any]) -> None:
+    """Have a transformers model call `token_loss` where it would call its plain loss; any other loss is left alone.
+
+    Each call is undone by one of `uninstall`, so that several trainers may use one model, in any order.
+    """
+    state = vars(model)
+    num_installed, before = state.get(LENT, (0, state.get("_loss_function")))
+    if num_installed or model.loss_function is plain:
+        state[LENT] = (num_installed + 1, before)
+        model.loss_function = token_loss
+
+
+def uninstall(model: Any) -> None:
+    """Give the model its own loss back, once nobody needs the other one any more."""
+    state = vars(model)
+    num_installed, before = state.pop(LENT, (0, None))
+    if num_installed > 1:
+        state[LENT] = (num_installed - 1, before)
+    elif num_installed and state.get("_loss_function") is token_loss:  # else somebody has set another since
+        if before is None:
+            del state["_loss_function"]
+        else:
+            state["_loss_function"] = before
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,16 @@ class Machine:
     Args:
         cost_model: what groups cost, under the user's limits.
         groups: the process groups of every degree the cost model offers.
+        checkpoint: where a cost model was looked for; None: nowhere.
     """
 
     cost_model: CostModel
     groups: GroupPool
+    checkpoint: str | None = None
+
+    def serves(self, checkpoint: str | None) -> bool:
+        """Whether a run that goes on from a checkpoint may keep it; None: a run that starts anew."""
+        return checkpoint in (None, self.checkpoint)
 
 
 def set_up(
@@ -101,7 +107,8 @@ def set_up(
         logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
             logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
-    return Machine(cost, GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout))
+    groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
+    return Machine(cost, groups, checkpoint)
 
 
 def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:

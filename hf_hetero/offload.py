@@ -1,8 +1,10 @@
 """Tensors that wait in host memory from the forward pass until backward asks for them, copied beside the computation.
 
 What a layer puts away is a bundle. Backward asks for bundles in reverse; with the first tensor of one, the bundle
-before it starts on its way back, so that it is there when its layer's turn comes. Copies run on a stream of their own,
-to and from page-locked memory. On a device other than a GPU a copy is made and given back, so that the same is learned.
+before it starts on its way back, so that it is there when its layer's turn comes. Each tensor comes back once, and its
+next owner is who asked for it: nothing of a layer stays on the device when its turn is over. Copies run on a stream of
+their own, to and from page-locked memory. On a device other than a GPU a copy is made and given back, so that the same
+is learned.
 
 Layers' inputs on the host: Unsloth, and ALST (arXiv:2506.13996); what sets the size: MEMO (arXiv:2407.12117).
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any
+from weakref import ref
 
 import torch
 
@@ -29,10 +32,14 @@ class Parcel:
         self.bundle, self.host, self.device = bundle, host, device
         self.back: torch.Tensor | None = None
         self.arrived: Any = None
+        self.was_given = False
 
 
 class HostStore:
     """Tensors of one micro-batch.
+
+    Who may ask for a tensor, autograd or a layer's context, owns its parcel; the store only knows of it. So what nobody
+    can ask for any more is not brought back, and its memory is free on both sides.
 
     Args:
         device: where they are computed.
@@ -43,7 +50,7 @@ class HostStore:
 
     def __init__(self, device: torch.device, num_tokens: int, hidden: int, stream: Any = None) -> None:
         self._device, self._shape, self._stream = device, (1, num_tokens, hidden), stream
-        self._bundles: list[list[Parcel]] = []
+        self._bundles: list[list[ref[Parcel]]] = []
 
     def hooks(self) -> AbstractContextManager[Any]:
         """A context for the forward pass: hidden states that autograd keeps are put away, each in a new bundle."""
@@ -58,18 +65,20 @@ class HostStore:
         if opens or not self._bundles:
             self._bundles.append([])
         parcel = Parcel(len(self._bundles) - 1, self._sent(tensor), tensor.device)
-        self._bundles[-1].append(parcel)
+        self._bundles[-1].append(ref(parcel))
         return parcel
 
     def get(self, parcel: Parcel) -> torch.Tensor:
-        """The tensor, on its device; may be asked for again."""
+        """The tensor, on its device; may be asked for again, and then comes again."""
         for number in (parcel.bundle, parcel.bundle - 1):
-            for wanted in self._bundles[number] if number >= 0 else ():
-                if wanted.back is None:
+            for known in self._bundles[number] if number >= 0 else ():
+                wanted = known()
+                if wanted is not None and wanted.back is None and not wanted.was_given:
                     self._bring(wanted)
-        back = parcel.back
+        if parcel.back is None:
+            self._bring(parcel)
+        back, parcel.back, parcel.was_given = parcel.back, None, True
         assert back is not None
-        parcel.back = None  # the next owner is who asked
         if parcel.arrived is not None:
             now: Any = torch.cuda.current_stream(self._device)
             now.wait_event(parcel.arrived)

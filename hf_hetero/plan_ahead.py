@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import torch.distributed as dist
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from hf_hetero.agreement import broadcast
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
-from hf_hetero.planner import Planner, PlannerProcess
+from hf_hetero.planner import Planner, PlannerLost, PlannerProcess
 from hf_hetero.samples import Drawn
 from hf_hetero.step import Step
 
@@ -28,6 +29,9 @@ PLANNING_NICENESS = 5
 IMPROVING_NICENESS = 19
 WORTH_REPLACING = 0.99
 """An improved plan is taken if it needs at most this share of the time: for less, runs had better be alike."""
+
+LONG_S = 10.0
+"""A step that waits longer for its plan says so, while it waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +64,21 @@ class PlanSource:
     close: Callable[[], None] = lambda: None
 
 
-def planned_elsewhere(planner: Callable[[], Planner], improves: bool) -> PlanSource:
+def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlanSource:
     """Plans from two processes: one plans, one improves and yields to all else. If they fail, this process plans.
 
     Args:
         planner: asked anew for each plan.
         improves: whether plans are improved while there is time.
+        limit_s: seconds that a plan, or an improvement, may take.
     """
-    planning, improving = PlannerProcess(planner, PLANNING_NICENESS), PlannerProcess(planner, IMPROVING_NICENESS)
+    planning = PlannerProcess(planner, PLANNING_NICENESS, limit_s)
+    improving = PlannerProcess(planner, IMPROVING_NICENESS, limit_s)
+
+    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
+        seconds = planner().cost_model.plan_seconds(plan, lengths)
+        is_of_now = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
+        return improving.improve(plan, lengths) if is_of_now else plan  # it was made before times were refitted
 
     def close() -> None:
         planning.close()
@@ -76,7 +87,7 @@ def planned_elsewhere(planner: Callable[[], Planner], improves: bool) -> PlanSou
     return PlanSource(
         plan=planning.plan,
         fallback=lambda lengths: planner().static(lengths),
-        improve=improving.improve if improves else None,
+        improve=improve if improves else None,
         close=close,
     )
 
@@ -146,13 +157,15 @@ class PlanAhead:
             self._coming = {key: coming for key, coming in self._coming.items() if key > (epoch, index)}
             self._improved = {key: plan for key, plan in self._improved.items() if key in self._coming}
             self._wake_improver()
-        step = self._wait(future)
+        step = self._wait(future, epoch, index)
         return step if step is None or better is None else replace(step, plan=better)
 
-    def _wait(self, future: Future[Step | None]) -> Step | None:
+    def _wait(self, future: Future[Step | None], epoch: int, index: int) -> Step | None:
         if future.done():
             return future.result()
         start = time.perf_counter()
+        if not wait([future], LONG_S).done:
+            logger.warning("Step %d of epoch %d has waited %g s for its plan, and waits on.", index, epoch, LONG_S)
         step = future.result()
         return replace(step, wait_s=time.perf_counter() - start) if step is not None else None
 
@@ -164,13 +177,16 @@ class PlanAhead:
             plan = self._source.plan(drawn.lengths)
         except HeteroError as error:
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
-        except Exception:
-            if not self._closed:
-                logger.warning(
-                    "Planning step %d of epoch %d failed; using a simpler plan.", index, epoch, exc_info=True
-                )
+        except Exception as error:
+            self._warn(f"Planning step {index} of epoch {epoch} failed; using a simpler plan", error)
             plan = self._source.fallback(drawn.lengths)
         return Step(epoch, index, drawn, plan)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Say what failed, and where in the code if it should never fail; not once plans are no longer wanted."""
+        if not self._closed:
+            is_foreseen = isinstance(error, HeteroError | PlannerLost)
+            logger.warning("%s: %s", what, error, exc_info=None if is_foreseen else error)
 
     def _wake_improver(self) -> None:
         """A plan is ready, or there is room for more: the improver looks for work unless it is at it."""
@@ -186,11 +202,8 @@ class PlanAhead:
             assert self._source.improve is not None
             try:
                 found = self._source.improve(step.plan, step.lengths)
-            except Exception:
-                if not self._closed:
-                    logger.warning(
-                        "Improving the plan of step %d of epoch %d failed.", step.index, step.epoch, exc_info=True
-                    )
+            except Exception as error:
+                self._warn(f"Improving the plan of step {step.index} of epoch {step.epoch} failed", error)
                 found = step.plan
             with self._lock:
                 if _key(step) in self._coming:

@@ -85,7 +85,8 @@ class Planners:
         Args:
             reproducible: do without what is not the same in two runs: whether an improved plan is ready in time.
         """
-        return planned_elsewhere(self.planner, improves=self.hetero.solver == "auto" and not reproducible)
+        improves = self.hetero.solver == "auto" and not reproducible
+        return planned_elsewhere(self.planner, improves, self.hetero.planning_timeout_s)
 
     def for_evaluation(self) -> PlanSource:
         """Plans from a thread: a forward pass leaves it the processor; processes would start anew each time."""

@@ -36,7 +36,7 @@ class Piece:
 
     Args:
         row: of the dataset.
-        start: position of the span in its row.
+        start: position of the span among the tokens of its row that were not cut off.
         num_tokens: of the span.
         values: predictions, labels, inputs: those that were asked for.
     """
@@ -87,29 +87,32 @@ class Evaluation:
 
         Args:
             loader: of the steps; its plans are closed at the end.
-            confirmed: the next step, once all ranks hold it, and its target tokens.
+            confirmed: the next step, once all ranks hold it, and its target tokens; None: there is no other.
             forward: micro-batch, its number, target tokens of the step -> its part of their mean loss, predictions.
             done: called after each step.
         """
         steps = iter(loader)
         try:
-            for index in range(len(loader)):
-                batch, num_targets = confirmed(steps)
-                assert batch is not None
+            coming, coming_targets = confirmed(steps)
+            while coming is not None:
+                batch, num_targets = coming, coming_targets
+                # a stream does not know which one is its last before it has ended
+                coming, coming_targets = confirmed(steps)
                 loss, pieces = 0.0, list[Piece]()
                 for number, micro_batch in enumerate(batch.micro_batches):
                     part, outputs = forward(micro_batch, number, num_targets)
                     loss += part
                     if self.keeps_outputs:
                         pieces += self.pieces(batch, micro_batch, outputs)
-                self.add(batch, loss, num_targets, pieces, is_last=index == len(loader) - 1)
+                self.add(batch, loss, num_targets, pieces, is_last=coming is None)
                 done()
         finally:
-            loader.plans.close()
+            loader.close()
 
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
         """A micro-batch's outputs, cut into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""
         group, drawn = micro_batch.group, batch.share.step.drawn
+        starts = drawn.kept_starts()
         found: list[Piece] = []
         at = 0
         for span in micro_batch.spans:
@@ -126,7 +129,7 @@ class Evaluation:
             if "inputs" in self.args.include_for_metrics:
                 values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
             position = group.samples[span.sample]
-            found.append(Piece(drawn.rows[position], drawn.starts[position] + span.start, span.num_tokens, values))
+            found.append(Piece(drawn.rows[position], starts[position] + span.start, span.num_tokens, values))
             at += span.num_tokens
         return found
 

@@ -31,9 +31,9 @@ from hf_hetero.step import RankMicroBatch
 
 logger = logging.getLogger(__name__)
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 PLANNED_INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids"})
 """What every batch of a causal language model has; of these, each plan makes its own."""
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
 
 class PreparedTrainer(Trainer):
@@ -56,9 +56,12 @@ class PreparedTrainer(Trainer):
         exactness.check_arguments(self.args)
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
+        if self.data_collator is default_data_collator:
+            # transformers' takes rows of one length only
+            self.data_collator = PackedCollator(makes_labels=False)
+        choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
         self._tried: Any = None
         self._try_untested()
-        choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
 
         self._machine: Machine | None = None
         self._sharding = sharding.Sharding()
@@ -66,6 +69,18 @@ class PreparedTrainer(Trainer):
         self._resumed_from: str | None = None
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self._step_callbacks()):
             self.add_callback(PlanMetricsCallback())
+
+    def _try_untested(self) -> None:
+        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model."""
+        base = exactness.base_model(self.model)
+        if exactness.is_tested(base) or (what := (type(base), base.config.to_dict())) == self._tried:
+            return
+        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+        try:
+            check_untested(base, messengers.control)
+        finally:
+            messengers.close()
+        self._tried = what
 
     # ------------------------------------------------------------------------------------------------- the model
 
@@ -106,17 +121,10 @@ class PreparedTrainer(Trainer):
         assert self._fitted is not None
         return self._fitted.kernel
 
-    def _try_untested(self) -> None:
-        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model."""
-        base = exactness.base_model(self.model)
-        if exactness.is_tested(base) or (what := (type(base), base.config.to_dict())) == self._tried:
-            return
-        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
-        try:
-            check_untested(base, messengers.control)
-        finally:
-            messengers.close()
-        self._tried = what
+    def _counts_first_label(self) -> bool:
+        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
+        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
+        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
 
     def _compute_dtype(self) -> torch.dtype:
         """What attention computes in, whoever asked for it: the arguments or the launcher."""
@@ -136,7 +144,7 @@ class PreparedTrainer(Trainer):
         collator: Any = self.data_collator
         if isinstance(collator, PackedCollator):
             return collator
-        if collator is default_data_collator or type(collator) is DataCollatorWithPadding:
+        if type(collator) is DataCollatorWithPadding:
             pad = getattr(self.processing_class, "pad_token_id", None)
             return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False)
         # theirs keeps serving stock batches; here it makes the labels of one sample at a time
@@ -154,11 +162,6 @@ class PreparedTrainer(Trainer):
             limits=limits_of(exactness.base_model(self.model)),
             counts_first_label=self._counts_first_label(),
         )
-
-    def _counts_first_label(self) -> bool:
-        """Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one."""
-        masks_first = getattr(self, "padding_free", False)  # TRL's collator does
-        return not getattr(self, "_loss_shifts_labels", True) and not masks_first
 
     def _own_loss(self) -> str:
         """Whose loss stands in the place of the model's; "" where none does."""
@@ -193,7 +196,10 @@ class PreparedTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------- planning
 
     def _set_up_planning(self) -> Machine:
-        """Made when planned steps first start, kept for later runs."""
+        """Made when it is first needed, and kept for later runs; but a checkpoint brings its own cost model."""
+        if self._machine is not None and not self._machine.serves(self._resumed_from):
+            self._machine.groups.close()
+            self._machine = None
         if self._machine is None:
             assert isinstance(self.model, torch.nn.Module)
             self._machine = set_up(

@@ -11,16 +11,17 @@ from torch.utils.data import DataLoader
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import checkpoint
+from hf_hetero import checkpoint, sharding
 from hf_hetero.agreement import broadcast
-from hf_hetero.checkpoint import Run, Saving, StopWhenAsked
+from hf_hetero.checkpoint import Run, Saving
 from hf_hetero.errors import HeteroError
-from hf_hetero.groups import GroupPool, named
+from hf_hetero.groups import GroupPool
 from hf_hetero.lengths import PACKED_COLUMN
 from hf_hetero.loader import TrainingData, streamed_data, training_data
 from hf_hetero.machine import keep_cost_model
 from hf_hetero.planning import planning_of
 from hf_hetero.preparation import PreparedTrainer
+from hf_hetero.stopping import OneDecision, StopWhenAsked, ending_in_words
 from hf_hetero.stream import is_stream
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class ResumableTrainer(PreparedTrainer):
         self._run_before: Run | None = None
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
+        self._decision = OneDecision(lambda: self.groups.control if self.is_in_train else None)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Trainer's own loader, which says how long an epoch is and in which order; its batches can be read.
@@ -85,6 +87,14 @@ class ResumableTrainer(PreparedTrainer):
             raise
         return data
 
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer's; but how many epochs of a stream there were, only the checkpoint knows."""
+        found: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        entered = self._data.entered if self._data is not None else None
+        if entered is None:
+            return found
+        return entered.epoch, entered.batches * self.args.gradient_accumulation_steps
+
     def _columns_kept(self) -> list[str] | None:
         """Columns of a stream that are used; None: all."""
         if not self.args.remove_unused_columns:
@@ -100,12 +110,14 @@ class ResumableTrainer(PreparedTrainer):
         """
         self._resumed_from, self._run_before = None, None
         self._is_training = True
+        self.pop_callback(OneDecision)
+        self.add_callback(self._decision)  # after all that were added meanwhile
         try:
             if resume_from_checkpoint:
                 resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
-            # the wrapper's own collectives, and Trainer's
-            names = named("Training", lambda: f"step {self.state.global_step + 1}", only_lost_peers=True)
-            with names, self._stop.listening(self.args.enable_jit_checkpoint):
+            sharding.forget_evaluation(self)
+            words = ending_in_words(lambda: self.state.global_step + 1)
+            with words, self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
         finally:
             self._is_training = False

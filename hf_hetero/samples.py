@@ -67,6 +67,15 @@ class Drawn:
     lengths: tuple[int, ...]
     row_tokens: tuple[int, ...]
 
+    def kept_starts(self) -> tuple[int, ...]:
+        """Where each sample starts among those tokens of its row that are in any sample: others were cut off."""
+        ends: dict[int, int] = {}
+        starts: list[int] = []
+        for row, length in zip(self.rows, self.lengths, strict=True):
+            starts.append(ends.get(row, 0))
+            ends[row] = starts[-1] + length
+        return tuple(starts)
+
 
 def whole_rows(lengths: Integers | Sequence[int]) -> Samples:
     """Each row is one sample."""

@@ -92,6 +92,15 @@ def asks_for_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or _launched_with("FSDP")
 
 
+def forget_evaluation(trainer: Trainer) -> None:
+    """Let a model that was evaluated before it is trained be wrapped: accelerate takes it for one that has been."""
+    model: Any = trainer.model
+    is_bare = trainer.model_wrapped is model and not isinstance(model, FSDPModule)
+    if is_bare and getattr(model, "_is_accelerate_prepared", False):
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # takes off what casts its outputs, too
+        setattr(model, "_is_accelerate_prepared", False)  # noqa: B010
+
+
 def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
     """The wrapper that training runs in is the one that was asked for.
 

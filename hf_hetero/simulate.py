@@ -27,6 +27,15 @@ from hf_hetero.plan import Plan, idle_share
 from hf_hetero.planner import Planner
 
 SIMULATION_FORMAT = "hf-hetero-simulation/1"
+WAYS = {
+    "adaptive": "adaptive",
+    "by-heads": "adaptive, by heads only",
+    "static": "one degree a run",
+    "batch-static": "one degree a batch",
+    "dynamic-cp": "dynamic CP",
+    "padded": "padded",
+}
+"""Every way, in the order of tables and pictures, and what a picture calls it."""
 
 
 @dataclass
@@ -158,7 +167,7 @@ def simulate(
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
     cost, num_ranks = planner.cost_model, planner.num_ranks
     leanest = cost.leanest
-    ways = {name: WayTotals() for name in ("adaptive", "by-heads", "static", "batch-static", "dynamic-cp", "padded")}
+    ways = {name: WayTotals() for name in WAYS}
     by_heads = replace(planner, methods=("ulysses",))
     by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(leanest, degree, context)}
     if not by_degree:

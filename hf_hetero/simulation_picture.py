@@ -6,19 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_hetero.drawing import ACCENT, DEGREE_COLOURS, IDLE, INK, LENGTH_COLOURS, new_figure, short, write_picture
-from hf_hetero.simulate import Simulation
+from hf_hetero.simulate import WAYS, Simulation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-WAY_NAMES = {
-    "adaptive": "adaptive",
-    "static": "one degree a run",
-    "batch-static": "one degree a batch",
-    "dynamic-cp": "dynamic CP",
-    "padded": "padded",
-}
 
 
 def draw_simulation(simulation: Simulation, path: str | Path, title: str = "") -> None:
@@ -60,7 +52,7 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
     axes.axvline(bound, color=INK, linewidth=1, linestyle=(0, (4, 2))).set_gid("bound")
     axes.text(bound + 0.01 * right, -0.68, f"no way takes less than {bound:#.3g} s", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, right), ylim=(len(simulation.ways) - 0.4, -1.05))
-    axes.set_yticks(range(len(simulation.ways)), [WAY_NAMES[name] for name in simulation.ways])
+    axes.set_yticks(range(len(simulation.ways)), [WAYS[name] for name in simulation.ways])
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("predicted seconds a step.   Light grey: ranks that wait")
 

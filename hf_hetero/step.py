@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,6 +49,14 @@ class Step:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sample."""
         return self.drawn.lengths
+
+    def shared_rows(self) -> tuple[int, ...]:
+        """Rows that more than one rank may hold tokens of, ascending. Each of these ranks reads the row for itself."""
+        ranks: dict[int, set[int]] = {}
+        for group in self.plan.groups:
+            for sample in group.samples:
+                ranks.setdefault(self.rows[sample], set()).update(group.ranks)
+        return tuple(sorted(row for row, readers in ranks.items() if len(readers) > 1))
 
     def digest(self) -> int:
         """63-bit fingerprint of everything that must be the same on all ranks."""
@@ -134,11 +142,13 @@ class StepBatch:
         share: what they were made from.
         micro_batches: as many as the plan has, on every rank.
         num_targets: tokens of this rank that have something to predict.
+        fingerprints: of the step's shared rows, of those that this rank has read.
     """
 
     share: StepShare
     micro_batches: tuple[RankMicroBatch, ...]
     num_targets: int
+    fingerprints: Mapping[int, int] = field(default_factory=dict[int, int])
 
     def pin_memory(self) -> StepBatch:
         """A copy in page-locked memory; torch's DataLoader calls this when asked to pin."""

@@ -3,8 +3,10 @@
 Rank 0 reads it, a bounded number of batches ahead of training, and deals each rank the examples its share needs. So the
 source is read once whatever the number of ranks, and need not give every rank the same.
 
-A stream counts as one epoch of `Trainer`, which knows no other number of steps for it than `max_steps`. When it ends it
-is started anew, with `set_epoch`; steps are numbered on.
+An epoch of `Trainer` is one reading of the stream, from its start to its end. When it ends it is started anew, with
+`set_epoch`. A last batch that is not full is trained, too: `Trainer` ignores `dataloader_drop_last` for streams. But
+where its rows are too few to fill all batches of an accumulation, `Trainer` takes no optimizer step after it: its
+gradient is added to that of the next epoch's first step.
 """
 
 from __future__ import annotations
@@ -17,19 +19,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import IterableDataset
 from tqdm.auto import tqdm
 
-from hf_hetero.agreement import scatter
-from hf_hetero.errors import BadSample, HeteroError
+from hf_hetero.errors import BadSample, ConfigError, HeteroError
 from hf_hetero.lengths import tells_where_it_is
 from hf_hetero.samples import Drawn, Samples
-from hf_hetero.step import Step, StepExamples, StepShare, samples_by_rank
 
 logger = logging.getLogger(__name__)
 
 Example = Mapping[str, Any]
+Key = tuple[int, int]
+"""Epoch, and batch within it."""
+
+WORD_EVERY_S = 60.0
+"""How often it is said that a batch is waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +75,10 @@ class Stream:
         samples_of: the samples that a list of examples holds.
         num_ahead: batches read beyond the one that is taken next.
         names: columns to keep; None: all.
-        drop_last: leave out a last batch that is not full.
         seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
+        num_steps: steps there may be, epochs together; None: any number.
+        one_by_one: each epoch waits until it is started; else the next one is read as soon as one ends.
+        min_rows: fewest examples after which an optimizer step is taken.
     """
 
     def __init__(
@@ -82,52 +88,78 @@ class Stream:
         samples_of: Callable[[list[Example]], Samples],
         num_ahead: int,
         names: Sequence[str] | None = None,
-        drop_last: bool = False,
         seed: int = 0,
+        num_steps: int | None = None,
+        one_by_one: bool = False,
+        min_rows: int = 1,
     ) -> None:
         self._dataset, self._batch_size, self._samples_of = dataset, batch_size, samples_of
-        self._num_ahead, self._drop_last, self._seed = num_ahead, drop_last, seed
+        self._num_ahead, self._seed, self._num_steps, self.one_by_one = num_ahead, seed, num_steps, one_by_one
+        self._min_rows = min_rows
         self._names = None if names is None else frozenset(names)
         self._has_state = tells_where_it_is(dataset)
         self._changed = threading.Condition()
-        self._ready: dict[int, Batch] = {}
+        self._thread: threading.Thread | None = None
+        self._reader = 0  # the one whose batches count
+        self._first: Key = (0, 0)
+        self._ready: dict[Key, Batch] = {}
+        self._num_batches: dict[int, int] = {}  # of the epochs that have ended
         self._after: dict[int, Position] = {}
-        self._next = self._taken = 0
-        self._end: Exception | bool = False
-        self._closed = False
+        self._num_read = self._num_taken = 0  # optimizer steps, epochs together
+        self._end: HeteroError | bool = False
 
     def start(self, position: Position, step: int) -> None:
-        """Begin to read, with the batch of this step."""
-        self._after[step] = position
-        self._next = self._taken = step
-        threading.Thread(target=self._run, args=(position,), name="read-stream", daemon=True).start()
+        """Begin to read at a position, which is that of a step. What was read before is forgotten."""
+        self.close()
+        if self._thread is not None:
+            self._thread.join()  # two readers of one dataset would confuse what it says of its place
+        with self._changed:
+            self._first, self._end = (position.epoch, position.batches), False
+            self._num_batches.clear()
+            self._after[step] = position
+            self._num_read = self._num_taken = step
+            reader = self._reader
+        self._thread = threading.Thread(target=self._run, args=(position, reader), name="read-stream", daemon=True)
+        self._thread.start()
 
-    def batch(self, step: int) -> Batch | None:
-        """A batch that was not taken yet. Waits until it is read; None: the stream is over before it.
+    def batch(self, epoch: int, index: int) -> Batch | None:
+        """A batch that was not taken yet. Waits until it is read; None: the epoch, or all, ends before it.
 
         Raises:
             BadSample: an example that cannot be planned for, or no example at all.
             HeteroError: reading failed, with what the dataset said.
         """
+        key, waited_s = (epoch, index), 0.0
         with self._changed:
-            self._changed.wait_for(lambda: step in self._ready or self._end or self._closed)
-            if step in self._ready:
-                return self._ready[step]
-            if isinstance(self._end, Exception):
+            while not self._changed.wait_for(lambda: self._is_known(key), WORD_EVERY_S):
+                waited_s += WORD_EVERY_S
+                logger.warning("Step %d of epoch %d still waits for the stream, after %d s.", index, epoch, waited_s)
+            if key in self._ready:
+                return self._ready[key]
+            if isinstance(self._end, HeteroError) and not self._is_past(key):
                 raise self._end
             return None
 
-    def take(self, step: int, num_trained: int = 0) -> Batch | None:
+    def take(self, epoch: int, index: int, num_trained: int = 0) -> Batch | None:
         """The same, and room for another. Positions of steps before `num_trained` are forgotten."""
-        batch = self.batch(step)
+        batch = self.batch(epoch, index)
         with self._changed:
-            self._ready.pop(step, None)
-            self._taken = step + 1
             if batch is not None:
-                self._after[step + 1] = batch.after
+                self._ready.pop((epoch, index), None)
+            if batch is not None and self._is_step(batch):
+                self._num_taken += 1
+                self._after[self._num_taken] = batch.after
+            elif batch is None and epoch in self._num_batches:
+                self._after[self._num_taken] = Position(epoch + 1)
             self._after = {number: position for number, position in self._after.items() if number >= num_trained}
             self._changed.notify_all()
         return batch
+
+    def after(self, key: Key) -> Key:
+        """What follows a batch, as far as is known without waiting: another of its epoch, or the next epoch's first."""
+        epoch, index = key
+        with self._changed:
+            return (epoch + 1, 0) if index + 1 >= self._num_batches.get(epoch, index + 2) else (epoch, index + 1)
 
     def position(self, num_trained: int) -> Position | None:
         """Where to go on after so many steps; None if they were not taken from this stream."""
@@ -137,49 +169,76 @@ class Stream:
     def close(self) -> None:
         """End the reader after its current example."""
         with self._changed:
-            self._closed = True
+            self._reader += 1
+            self._end = True
             self._ready.clear()
             self._changed.notify_all()
 
-    def _run(self, position: Position) -> None:
-        end: Exception | bool = True
+    @property
+    def num_taken(self) -> int:
+        """Optimizer steps whose batches were taken."""
+        return self._num_taken
+
+    def _is_step(self, batch: Batch) -> bool:
+        return len(batch.examples) >= self._min_rows
+
+    def _is_known(self, key: Key) -> bool:
+        return key in self._ready or self._is_past(key) or self._end is not False
+
+    def _is_past(self, key: Key) -> bool:
+        return key < self._first or key[1] >= self._num_batches.get(key[0], key[1] + 1)
+
+    def _run(self, position: Position, reader: int) -> None:
+        end: HeteroError | bool = True
         try:
-            self._read(position)
+            self._read(position, reader)
         except HeteroError as error:
             end = error
-        except Exception as error:  # whatever a user's dataset raises
-            end = HeteroError(f"Reading the stream for step {self._next} failed: {type(error).__name__}: {error}")
+        except BaseException as error:  # whatever a user's dataset raises; a panic of a Rust package is no Exception
+            end = HeteroError(f"Reading the stream for step {self._num_read} failed: {type(error).__name__}: {error}")
             end.__cause__ = error
         with self._changed:
-            self._end = end
+            if reader == self._reader:
+                self._end = end
             self._changed.notify_all()
 
-    def _read(self, position: Position) -> None:
+    def _read(self, position: Position, reader: int) -> None:
         """Epoch after epoch, until one gives nothing."""
-        while not self._closed:
-            found = position.batches > 0
-            for batch in self._batches(self._open(position), position):
-                found = True
-                if not self._put(batch):
+        while True:
+            found = position.batches
+            for batch in self._batches(self._open(position, reader), position, reader):
+                if not self._put((position.epoch, found), batch, reader):
                     return
+                found += 1
+            if reader != self._reader:
+                return
             if not found and not position.epoch:
-                raise BadSample("The stream has no examples, or not enough for one batch.")
+                raise BadSample("The stream has no examples.")
+            with self._changed:
+                self._num_batches[position.epoch] = found
+                self._changed.notify_all()
             if not found:
                 logger.warning("The stream gives nothing when it is started anew: training ends here.")
+            if not found or self.one_by_one:
                 return
             position = Position(epoch=position.epoch + 1)
 
-    def _put(self, batch: Batch) -> bool:
-        """Keep it as soon as there is room; False if nobody wants it any more."""
+    def _put(self, key: Key, batch: Batch, reader: int) -> bool:
+        """Keep it as soon as there is room; False if nobody wants another."""
         with self._changed:
-            self._ready[self._next] = batch
-            self._next += 1
+            if reader != self._reader:
+                return False
+            self._ready[key] = batch
+            self._num_read += self._is_step(batch)
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: self._closed or self._next <= self._taken + self._num_ahead) and (
-                not self._closed
+            if self._num_steps is not None and self._num_read >= self._num_steps:
+                return False
+            self._changed.wait_for(
+                lambda: reader != self._reader or self._num_read <= self._num_taken + self._num_ahead
             )
+            return reader == self._reader
 
-    def _open(self, position: Position) -> Iterator[Example]:
+    def _open(self, position: Position, reader: int) -> Iterator[Example]:
         """The examples from a position on."""
         dataset = self._dataset
         if hasattr(dataset, "set_epoch"):
@@ -195,22 +254,22 @@ class Stream:
                 "The stream cannot be entered in the middle: its first %d rows are read again.", position.rows
             )
         for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
-            if self._closed or next(examples, None) is None:
+            if reader != self._reader or next(examples, None) is None:
                 raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
         return examples
 
-    def _batches(self, examples: Iterator[Example], position: Position) -> Iterator[Batch]:
+    def _batches(self, examples: Iterator[Example], position: Position, reader: int) -> Iterator[Batch]:
         rows: list[Example] = []
         for example in examples:
-            if self._closed:
+            if reader != self._reader:
                 return
             rows.append(example if self._names is None else {n: x for n, x in example.items() if n in self._names})
             if len(rows) == self._batch_size:
                 batch = self._batch(rows, position)
                 position, rows = batch.after, []
                 yield batch
-        if rows and not self._drop_last:
-            yield replace(self._batch(rows, position), after=Position(epoch=position.epoch + 1))
+        if rows:
+            yield self._batch(rows, position)
 
     def _batch(self, examples: list[Example], position: Position) -> Batch:
         first = position.rows
@@ -218,7 +277,7 @@ class Stream:
             samples = self._samples_of(examples)
         except BadSample as error:
             raise BadSample(
-                f"Step {self._next}, rows counted from row {first} of epoch {position.epoch} of the stream: {error}"
+                f"Step {self._num_read}, rows counted from row {first} of epoch {position.epoch} of the stream: {error}"
             ) from error
         drawn = samples.of(range(len(examples)))
         after = Position(position.epoch, position.batches + 1, first + len(examples), self._state())
@@ -236,78 +295,29 @@ class Stream:
             return None
 
 
-class StreamSampler(Sampler[StepExamples]):
-    """Batch sampler whose items are whole optimizer steps: this rank's share of each, with its examples.
-
-    Args:
-        stream: on rank 0; None elsewhere.
-        plan_step: plans (or receives) a step; None ends the run. Called in order, on all ranks.
-        control: group that deals out the examples; None for a single process.
-        num_steps: most there may be.
-        num_trained: optimizer steps done.
-        kept: where a checkpoint says to go on; None: it does not say.
-        skips: whether steps that were trained are passed over.
-    """
-
-    def __init__(
-        self,
-        stream: Stream | None,
-        plan_step: Callable[[int, int], Step | None],
-        control: dist.ProcessGroup | None,
-        num_steps: int,
-        num_trained: Callable[[], int],
-        kept: Position | None = None,
-        skips: bool = True,
-    ) -> None:
-        self._stream, self._plan_step, self._control = stream, plan_step, control
-        self._num_steps, self._num_trained, self._kept, self._skips = num_steps, num_trained, kept, skips
-        self._next: int | None = None
-
-    def __iter__(self) -> Iterator[StepExamples]:
-        """Steps in order."""
-        if self._next is None:
-            self._next = self._num_trained()
-            self._enter(self._next)
-        while self._next < self._num_steps:
-            step = self._plan_step(0, self._next)
-            self._next = self._next + 1 if step is not None else self._num_steps
-            if step is not None:
-                yield self._deal(step)
-
-    def _enter(self, step: int) -> None:
-        """Begin to read with the batch of a step."""
-        if self._stream is None:
-            return
-        if self._kept is not None or not self._skips:
-            self._stream.start(self._kept or Position(), step)
-            return
-        self._stream.start(Position(), 0)
-        for past in tqdm(range(step), desc="Reading trained steps again", leave=False, delay=1):
-            self._stream.take(past)
-
-    def _deal(self, step: Step) -> StepExamples:
-        """This rank's examples, from rank 0."""
-        parts: list[dict[int, Example]] | None = None
-        if self._stream is not None:
-            batch = self._stream.take(step.index, self._num_trained())
-            assert batch is not None
-            rows = step.rows
-            parts = [
-                {position: batch.examples[rows[position]] for position in sorted(held)}
-                for held in samples_by_rank(step)
-            ]
-        rank = dist.get_rank() if self._control is not None else 0
-        return StepExamples(StepShare(step, rank), scatter(parts, self._control))
-
-
-class Dealt(Dataset[StepExamples]):
-    """Hands a batch sampler's item on: its examples have been read already."""
-
-    def __getitems__(self, examples: StepExamples) -> StepExamples:
-        """The same."""
-        return examples
-
-
 def is_stream(dataset: Any) -> bool:
     """Whether it can only be iterated."""
     return not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset)
+
+
+def num_rows_of(dataset: Any) -> int | None:
+    """Examples of a stream that knows how many it has; None for others."""
+    try:
+        return len(dataset)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def check_whole(dataset: Any, num_ranks: int) -> None:
+    """Refuse a stream that `datasets.distributed.split_dataset_by_node` has split: other ranks' parts would be lost.
+
+    Raises:
+        ConfigError: it was split, with the remedy.
+    """
+    split = getattr(dataset, "_distributed", None)
+    if num_ranks > 1 and split is not None and split.world_size > 1:
+        raise ConfigError(
+            f"The stream was split by split_dataset_by_node(rank={split.rank}, world_size={split.world_size}). Rank 0 "
+            "reads the whole stream and deals it out, so the parts of other ranks would never be trained: give every "
+            "rank the dataset without the split."
+        )

@@ -1,4 +1,4 @@
-"""Seconds that a rank computes, as opposed to the seconds it waits for the other groups."""
+"""Seconds that a rank computes, as opposed to the seconds it waits for the other groups; and the memory it takes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ class StepClock:
     its end but when the parameter nearest to the input has its gradient, which is the last to come. On CUDA the
     moments are events in the stream, read once when the step is over.
 
+    On CUDA it also starts torch's peak of allocated memory anew with each step. That peak is one for the whole process;
+    so where somebody else needs it, this clock can leave it alone.
+
     Args:
         model: its first trainable parameter is watched.
         device: where it computes.
+        resets_peak: a step's peak is its own, not that of all that came before.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, model: torch.nn.Module, device: torch.device, resets_peak: bool = True) -> None:
+        self._device, self._resets_peak = device, resets_peak and device.type == "cuda"
         self._last_gradient: Any = None
         self._spans: list[tuple[Any, Any]] = []
         first = next((p for p in model.parameters() if p.requires_grad), None)
@@ -42,6 +46,8 @@ class StepClock:
     @contextmanager
     def micro_batch(self) -> Iterator[None]:
         """Time what is done inside."""
+        if self._resets_peak and not self._spans:  # the first of a step
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._last_gradient = None
         start = self._now()
         yield
@@ -57,7 +63,12 @@ class StepClock:
         self._spans = []
         return seconds
 
+    def peak_bytes(self) -> int:
+        """Most bytes allocated at a time since the step began, asked for when it ends; 0 where they are not counted."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; the model is as before."""
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None

@@ -10,6 +10,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
         __init__                        refuse what is not exact
     resumption.ResumableTrainer
         get_train_dataloader            Trainer's; when training starts, also prepare the planned steps
+        _init_training_state            in which epoch a stream was left
         train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
     trainer.HeteroTrainerMixin
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
@@ -24,6 +25,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -33,7 +35,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero import evaluation, overrides, sharding
-from hf_hetero.agreement import confirm_step, gather
+from hf_hetero.agreement import broadcast, confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.loss import IGNORE_INDEX
@@ -42,6 +44,7 @@ from hf_hetero.planning import planning_of
 from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
+from hf_hetero.stream import is_stream
 from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
@@ -123,9 +126,10 @@ class HeteroTrainerMixin(ResumableTrainer):
         if step is None and error is None:
             return None, 0
         digest, targets = (step.share.step.digest(), step.num_targets) if step is not None else (0, 0)
-        total, self._stop.is_agreed = confirm_step(
-            self.state.global_step + 1, digest, targets, error, self.groups.control, self._stop.is_asked
-        )
+        number, control = self.state.global_step + 1, self.groups.control
+        total = confirm_step(number, digest, targets, error, control)
+        assert step is not None
+        confirm_rows(number, step.share.step.shared_rows(), step.fingerprints, control)
         return step, total
 
     # ------------------------------------------------------------------------------------------------- step
@@ -151,7 +155,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             total += self._micro_batch_loss(model, micro_batch, index, index == last, num_items_in_batch, clock)
         self._step_s += time.perf_counter() - start
         if inputs.numbers.stop > last:
-            self._report(inputs.batch, self._step_s, clock.read(), num_items_in_batch)
+            busy_s, peak_bytes = clock.read(), clock.peak_bytes()
+            self._report(inputs.batch, self._step_s, busy_s, peak_bytes, num_items_in_batch)
             self._step_s = 0.0
         return total
 
@@ -169,7 +174,8 @@ class HeteroTrainerMixin(ResumableTrainer):
         lazy = nullcontext() if self._fitted.head is None else self._fitted.head.lazy()
         saving = self._activations.following(micro_batch.group.activations, context.store)
         synchronising = sharding.synchronising(self, model, self._sharding.syncs_each or is_last)
-        with lazy, saving, synchronising, clock.micro_batch():
+        counting = self._fitted.experts.micro_batch(context.num_tokens)
+        with lazy, saving, counting, synchronising, clock.micro_batch():
             loss = super().training_step(model, {**micro_batch.inputs, "hetero": context}, num_items_in_batch)
         if not context.reached:
             raise UnsupportedModel(
@@ -181,16 +187,16 @@ class HeteroTrainerMixin(ResumableTrainer):
     def _start_clock(self, model: torch.nn.Module) -> StepClock:
         """For the first step: by now accelerate has wrapped the model."""
         sharding.check_wrapper(model, self.args)
-        self._clock = StepClock(self.model, self.args.device)  # pyright: ignore[reportArgumentType]
+        # transformers' own count of memory needs the peak of the run
+        self._clock = StepClock(self.model, self.args.device, self.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
         self._step_s = 0.0
         return self._clock
 
-    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], num_targets: Any) -> None:
+    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], peak_bytes: int, num_targets: Any) -> None:
         assert self.cost_model is not None
         assert self._fitted is not None
         experts = self._fitted.experts
-        peak = torch.cuda.max_memory_allocated(self.args.device) if self.args.device.type == "cuda" else 0
-        mine = [peak, *(round(1e9 * s) for s in busy_s)]
+        mine = [peak_bytes, *(round(1e9 * s) for s in busy_s)]
         control = self.groups.control
         rows = gather(mine, control)
         report = StepReport(
@@ -215,13 +221,16 @@ class HeteroTrainerMixin(ResumableTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
-        loader = super().get_eval_dataloader(eval_dataset)
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return self._noted(loader, cast("Any", self.eval_dataset)[dataset] if isinstance(dataset, str) else dataset)
+        if isinstance(dataset, str):
+            dataset = cast("Any", self.eval_dataset)[dataset]
+        watched = evaluation.watched(dataset)
+        loader = super().get_eval_dataloader(eval_dataset if watched is dataset else watched)
+        return self._noted(loader, dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
-        return self._noted(super().get_test_dataloader(test_dataset), test_dataset)
+        return self._noted(super().get_test_dataloader(evaluation.watched(test_dataset)), test_dataset)
 
     def _noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
         self._evaluated[loader] = dataset
@@ -229,12 +238,13 @@ class HeteroTrainerMixin(ResumableTrainer):
 
     def _is_planned(self, dataset: Any) -> bool:
         """Whether an evaluation is; else it is Trainer's own."""
-        if not self.hetero.plan_evaluation or dataset is None or not evaluation.can_be_planned(dataset, self.args):
+        if not self.hetero.plan_evaluation or dataset is None:
             return False
         for name, owner in overrides.own(self, overrides.EVALUATION).items():
             logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
             return False
-        return True
+        can_be_planned = partial(evaluation.can_be_planned, dataset, self.args)
+        return broadcast(can_be_planned, self.groups.control) if is_stream(dataset) else can_be_planned()
 
     def evaluation_loop(
         self,
@@ -250,13 +260,14 @@ class HeteroTrainerMixin(ResumableTrainer):
             HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
         """
         dataset = self._evaluated.get(dataloader)
-        if not self._is_planned(dataset):
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         is_new = self._fit()
         try:
+            if not self._is_planned(dataset):
+                evaluation.refuse_packed_rows(dataset)
+                return super().evaluation_loop(
+                    dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+                )
             self.callback_handler.eval_dataloader = cast("Any", dataloader)
             found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
             return found.output(metric_key_prefix)
@@ -274,13 +285,17 @@ class HeteroTrainerMixin(ResumableTrainer):
             self.compute_metrics,
             not loss_only,
             self._set_up_planning().groups.control,
-            has_labels=evaluation.has_labels(dataset, packer),
+            has_labels=is_stream(dataset) or evaluation.has_labels(dataset, packer),
             keeps_batches=is_prediction,
         )
         model = evaluation.prepared_model(self)
         planning = planning_of(self.hetero, self._planners().for_evaluation(), found.control, packer.limits)
-        columns = partial(self._remove_unused_columns, description="evaluation")
-        loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
+        if is_stream(dataset):
+            packer = replace(packer, needs_labels=True)  # a stream does not show its first row
+            loader = evaluation.streamed_evaluation_loader(dataset, self._columns_kept(), packer, self.args, planning)
+        else:
+            columns = partial(self._remove_unused_columns, description="evaluation")
+            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning)
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
@@ -311,6 +326,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             for callback in self._step_callbacks():
                 logs.update(callback.metrics())
         super().log(logs, start_time)
+        if start_time is not None:  # from the loop of training, on all ranks; a script may log on one
+            self._decision.join(self.control)
 
 
 class HeteroTrainer(HeteroTrainerMixin):

@@ -35,7 +35,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"memory", "probe"},
     {"estimate"},
     {"planning", "stream", "own_loss"},
-    {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources"},
+    {"dealing"},
+    {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources", "stopping"},
     {"evaluation", "fitting"},
     {"predictions", "preparation"},
     {"resumption"},
@@ -73,6 +74,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "own_loss",
         "probe",
         "sharding",
+        "stopping",
         "trainer",
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import pytest
 
 from hf_hetero import HeteroError
 from hf_hetero.checkpoint import (
-    CHECKED_BYTES,
+    END_BYTES,
     INCOMPLETE_FILE,
     RUN_FILE,
     Run,
@@ -103,17 +104,30 @@ def test_damaged(tmp_path: Path, damage: Callable[[Path], Any], problem: str) ->
     assert str(older) in str(refused.value)
 
 
-def test_middle_of_a_file_is_not_read(tmp_path: Path) -> None:
-    """Only the ends of large files are compared; this states the limit."""
+@pytest.mark.parametrize("at", [0, 1 << 20, 2_500_000, 5_119_999])
+def test_every_byte_counts(tmp_path: Path, at: int) -> None:
+    """One bit that changed anywhere in a file is known."""
     folder = write(tmp_path, 1)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
-    content[CHECKED_BYTES + 5] ^= 1
+    content[at] ^= 1
     path.write_bytes(content)
+    assert problem_of(folder) == "the content of model.safetensors has changed"
+
+
+def test_seals_of_older_checkpoints(tmp_path: Path) -> None:
+    """They are of a file's ends; such a checkpoint is read as it was meant."""
+    folder = write(tmp_path, 1)
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    data = json.loads((folder / RUN_FILE).read_text())
+    ends = [zlib.crc32(content[:END_BYTES]), zlib.crc32(content[-END_BYTES:])]
+    data["files"]["model.safetensors"] = [len(content), *ends]
+    (folder / RUN_FILE).write_text(json.dumps(data))
     assert problem_of(folder) is None
-    content[CHECKED_BYTES - 5] ^= 1
+    content[END_BYTES - 5] ^= 1
     path.write_bytes(content)
-    assert problem_of(folder) is not None
+    assert problem_of(folder) == "the content of model.safetensors has changed"
 
 
 def test_none(tmp_path: Path) -> None:

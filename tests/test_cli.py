@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from test_cost_model import a_cost_model
 
-from hf_hetero import CostModel, Plan
+from hf_hetero import CostModel, Plan, Planner
 from hf_hetero.cli import _parser, main
 from hf_hetero.cost_model import shipped_names
 from hf_hetero.mixes import MIXES
+from hf_hetero.simulate import busy_seconds
 
 LENGTHS = [150, 20, 30, 40, 7, 90, 1]
 
@@ -177,6 +178,48 @@ def test_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["costs", "llama-8b_8xa100_pcie"]) == 0
     shown = CostModel.from_dict(json.loads(capsys.readouterr().out))
     assert shown == CostModel.load("llama-8b_8xa100_pcie")
+
+
+OUTPUTS = {"table": [], "json": ["--json"], "svg": ["--plot", "it.svg"], "png": ["--plot", "it.png"]}
+
+
+@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_every_cost_model_in_every_output(
+    name: str, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan` and `simulate` of a few samples, one of which needs several ranks, give what was asked for."""
+    monkeypatch.chdir(tmp_path)
+    cost = CostModel.load(name)
+    num_ranks = cost.degrees(sys.maxsize)[-1]
+    lengths = [min(num_ranks, 2) * cost.capacity_tokens, 3000, 700, 60]
+    Path("lengths.txt").write_text("\n".join(map(str, lengths)))
+    words = ["lengths.txt", "--cost", name, "--ranks", str(num_ranks), *OUTPUTS[output]]
+    for verb, size in ((["plan"], []), (["simulate"], ["--batch-size", "2", "--steps", "2"])):
+        assert main([*verb, *words, *size]) == 0
+        printed = capsys.readouterr().out
+        if output == "json":
+            assert json.loads(printed)["format"].startswith("hf-hetero-")
+        else:
+            assert "of optimal" in printed
+        if "--plot" in words:
+            drawn = Path(words[-1])
+            assert drawn.read_bytes().startswith((b"<?xml", b"\x89PNG"))
+            drawn.unlink()
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_cost_model_in_a_report(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`costs` prints each as the JSON that makes it again; a step planned with it is drawn by `report`."""
+    assert main(["costs", name]) == 0
+    cost = CostModel.from_dict(json.loads(capsys.readouterr().out))
+    assert cost == CostModel.load(name)
+    lengths = [cost.capacity_tokens + 1, 500, 40]
+    plan = Planner(cost, cost.degrees(sys.maxsize)[-1]).plan(lengths)
+    record = {"step": 1, "lengths": lengths, "plan": plan.to_dict(), "seconds": plan.seconds, "wait_s": 0.0}
+    (tmp_path / "plans.jsonl").write_text(json.dumps({**record, "busy_s": busy_seconds(plan, lengths, cost)}) + "\n")
+    assert main(["report", str(tmp_path / "plans.jsonl")]) == 0
+    assert "data:image/svg+xml" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ def test_parses_beside_training_arguments() -> None:
         ({"methods": ["telepathy"]}, "telepathy"),
         ({"methods": []}, "choose from"),
         ({"group_timeout_s": 0.0}, "above 0 seconds"),
+        ({"planning_timeout_s": -1.0}, "planning_timeout_s=-1.0: it must be above 0 seconds"),
         ({"max_tokens_per_rank": -5}, "max_tokens_per_rank=-5"),
     ],
 )

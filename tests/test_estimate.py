@@ -16,6 +16,7 @@ from hf_hetero.estimate import (
     cpu_device,
     estimate_cost_model,
     exchange_bytes,
+    known_device,
     linear_flops,
 )
 from hf_hetero.machine import restricted
@@ -187,3 +188,40 @@ def test_this_machine() -> None:
     """The CPU's speed and free memory are measured, and plausible."""
     assert 1e8 < cpu_device(shape(), torch.float32).flops < 1e14
     assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45
+
+
+DRIVER_NAMES = {
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A100-PCIE-40GB": "A100 PCIe",
+    "NVIDIA A100 80GB PCIe": "A100 PCIe",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H100 NVL": "H100 NVL",
+    "NVIDIA H200": "H200",
+    "NVIDIA H20": "H20",
+    "NVIDIA GH200 480GB": "GH200",
+    "NVIDIA B200": "B200",
+    "NVIDIA GB200": "GB200",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40": "L40",
+    "NVIDIA L40S": "L40S",
+    "NVIDIA A10": "A10",
+    "NVIDIA A10G": "A10G",
+    "NVIDIA RTX A6000": "RTX A6000",
+    "NVIDIA RTX 6000 Ada Generation": "RTX 6000 Ada",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
+    "Tesla V100-SXM2-32GB": "V100",
+    "Tesla T4": "T4",
+    "AMD Instinct MI300X": "MI300X",
+    "NVIDIA RTX A1000": None,
+    "NVIDIA A16": None,
+    "NVIDIA RTX 4000 Ada Generation": None,
+    "Quadro RTX 6000": None,
+}
+
+
+@pytest.mark.parametrize("name", DRIVER_NAMES)
+def test_a_device_is_found_by_whole_words(name: str) -> None:
+    """A name that begins like another one is another device; one that the table lacks is not taken for one it has."""
+    found = known_device(name)
+    assert (found and found.name) == DRIVER_NAMES[name]

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from helpers import (
     trainer_order,
 )
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
@@ -232,6 +234,131 @@ def test_what_cannot_be_planned_is_stock(tmp_path: Path) -> None:
     one_batch = {"eval_batch": len(DATA)}
     stock = trainer_of(str(tmp_path), hetero=HeteroConfig(plan_evaluation=False), **one_batch).evaluate()
     assert stock["eval_loss"] == pytest.approx(reference()[0], rel=1e-6)
+
+
+def packs() -> list[dict[str, Any]]:
+    """The samples, three documents a row."""
+    found = []
+    for first in range(0, len(DATA), 3):
+        documents = DATA[first : first + 3]
+        row = {name: [x for one in documents for x in one[name]] for name in ("input_ids", "labels")}
+        found.append({**row, "seq_lengths": [len(one["input_ids"]) for one in documents]})
+    return found
+
+
+class Lazy(IterableDataset[Any]):
+    """Rows that can be read as often as one likes, or once."""
+
+    def __init__(self, rows: list[Any], once: bool = False) -> None:
+        self.rows: Any = iter(rows) if once else rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def streams(kind: str) -> Any:
+    table = datasets.Dataset.from_list(DATA)
+    return {
+        "table": table.to_iterable_dataset(num_shards=2),
+        "mapped": table.to_iterable_dataset().map(lambda row: row),  # columns are not known before it is read
+        "torch": Lazy(DATA),
+        "once": Lazy(DATA, once=True) if not torch.distributed.is_initialized() else Lazy(DATA),
+        "packed": datasets.Dataset.from_list(packs()).to_iterable_dataset(),
+    }[kind]
+
+
+def evaluate_stream(kind: str, options: dict[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(folder, eval_dataset=streams(kind), remove_unused_columns=True, **options)
+        found = trainer.predict(streams(kind))
+        return found.predictions, found.label_ids, trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "options"),
+    [
+        ("table", 2, {}),
+        ("mapped", 1, {"dataloader_num_workers": 2}),
+        ("torch", 1, {"batch_eval_metrics": True}),
+        ("once", 1, {}),
+        ("packed", 1, {}),
+        ("packed", 2, {}),
+    ],
+)
+def test_streams_are_planned(kind: str, num_ranks: int, options: dict[str, Any]) -> None:
+    """A stream is evaluated as a table of the same rows: each token once, in order, documents of a row apart."""
+    found = run_ranks(evaluate_stream, num_ranks, kind, options) if num_ranks > 1 else [evaluate_stream(kind, options)]
+    loss, logits = reference()
+    rows = [logits[n : n + 3] for n in range(0, len(DATA), 3)] if kind == "packed" else [[one] for one in logits]
+    for predictions, labels, found_loss in found:
+        assert found_loss == pytest.approx(loss, rel=1e-12)
+        if "batch_eval_metrics" in options:
+            continue
+        assert len(predictions) == len(labels) == len(rows)
+        for predicted, documents in zip(predictions, rows, strict=True):
+            expected = np.concatenate(documents)
+            np.testing.assert_allclose(predicted[: len(expected)], expected, atol=1e-12)
+
+
+def test_streams_batch_by_batch() -> None:
+    """The last batch of a stream is told as such."""
+    hooks = {"compute_metrics": accuracy, "preprocess_logits_for_metrics": best_token}
+    whole = evaluate(hooks)
+    hooks |= {"compute_metrics": RunningAccuracy(), "batch_eval_metrics": True}
+    running = evaluate({**hooks, "eval_dataset": Lazy(DATA)})
+    assert (running["eval_hits"], running["eval_of"]) == (whole["eval_hits"], whole["eval_of"])
+
+
+@pytest.mark.parametrize("kind", ["rows", "table", "stream", "mapped", "torch"])
+@pytest.mark.parametrize("why", ["unplanned", "generates"])
+def test_packed_rows_need_plans(tmp_path: Path, kind: str, why: str) -> None:
+    """Without plans their documents would see each other, so they are refused; Trainer would drop the column first."""
+    table = datasets.Dataset.from_list(packs())
+    data = {
+        "rows": packs(),
+        "table": table,
+        "stream": table.to_iterable_dataset(),
+        "mapped": table.to_iterable_dataset().map(lambda row: row),
+        "torch": Lazy(packs()),
+    }[kind]
+    hetero = HeteroConfig(plan_evaluation=why != "unplanned")
+    trainer = trainer_of(str(tmp_path), remove_unused_columns=True, hetero=hetero)
+    trainer.args.predict_with_generate = why == "generates"
+    for act in (trainer.evaluate, trainer.predict):
+        with pytest.raises(HeteroError, match="packed"):
+            act(data)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_truncated_packed_rows(streamed: bool) -> None:
+    """Documents cut at 16 tokens: a row's outputs are those of what was kept of each, one after the other."""
+    hetero = HeteroConfig(max_sample_tokens=16, longer_samples="truncate")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(folder, hetero=hetero)
+        found = trainer.predict(Lazy(packs()) if streamed else packs())
+    model = tiny_model(dtype=torch.float64).eval()
+    for row, first in enumerate(range(0, len(DATA), 3)):
+        kept = [{name: values[:16] for name, values in one.items()} for one in DATA[first : first + 3]]
+        with torch.no_grad():
+            logits = [model(torch.tensor([one["input_ids"]]), use_cache=False).logits[0].numpy() for one in kept]
+        expected = np.concatenate(logits)
+        np.testing.assert_allclose(found.predictions[row, : len(expected)], expected, atol=1e-12)
+        assert (found.predictions[row, len(expected) :] == -100).all()
+        assert found.label_ids[row, : len(expected)].tolist() == [x for one in kept for x in one["labels"]]
+
+
+def test_what_gives_no_tokens_is_stock(tmp_path: Path) -> None:
+    """A stream whose rows only the collator makes tokens of is transformers' own to evaluate."""
+    rows = [{"text": " ".join(map(str, row["input_ids"]))} for row in DATA]
+
+    def collate(examples: Any) -> Any:
+        [ids] = [[int(word) for word in example["text"].split()] for example in examples]
+        return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([ids])}
+
+    trainer = trainer_of(str(tmp_path), eval_batch=1, data_collator=collate)
+    for stream in (Lazy(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
+        assert type(trainer.get_eval_dataloader(stream)).__name__ != "EvaluationLoader"
+        assert 0 < trainer.evaluate(stream)["eval_loss"] < 100
 
 
 def test_several_datasets(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from helpers import run_ranks
 from hf_hetero import HeteroError
 from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
-from hf_hetero.groups import GroupPool, named
+from hf_hetero.groups import GroupPool, named, tell
 
 
 def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
@@ -41,13 +42,35 @@ def test_every_group_works(num_ranks: int, degrees: tuple[int, ...]) -> None:
         assert max(map(len, sums)) == num_ranks
 
 
+def first_exchanges(degrees: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Ranks and device of every exchange of this rank while the groups are made."""
+    found: list[tuple[tuple[int, ...], str]] = []
+    exchange = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        found.append((tuple(dist.get_process_group_ranks(group)), tensor.device.type))
+        return exchange(tensor, *args, group=group, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noting)
+        GroupPool(degrees, 20, 20, torch.device("cpu")).close()
+    return found
+
+
+def test_a_groups_first_exchange_is_of_all_its_ranks() -> None:
+    """Before anybody uses a group, each of its ranks has exchanged something in it, once, and all in the same order."""
+    for rank, found in enumerate(run_ranks(first_exchanges, 4, (1, 2, 4))):
+        pair = (0, 1) if rank < 2 else (2, 3)
+        assert found == [(pair, "cpu"), ((0, 1, 2, 3), "cpu")]
+
+
 def test_single_process_has_no_groups() -> None:
     """Without torch.distributed there is nothing to make, and control messages stay at home."""
     pool = GroupPool((1, 2), 1, 1)
     assert pool.control is None
     assert broadcast(lambda: 5, pool.control) == 5
     assert gather([1, 2], pool.control) == [[1, 2]]
-    assert confirm_step(1, 99, 7, None, pool.control) == (7, False)
+    assert confirm_step(1, 99, 7, None, pool.control) == 7
 
 
 def late_for_a_group() -> float:
@@ -67,6 +90,51 @@ def test_timeout_reaches_the_group() -> None:
     assert run_ranks(late_for_a_group, 2, timeout_s=60)[0] < 10
 
 
+def missing_a_rank(how: str) -> str:
+    """What the others say of rank 1, which does not come."""
+    pool = GroupPool((), 60, control_timeout_s=4 if how == "late" else 60)
+    if dist.get_rank() == 1:
+        if how == "late":
+            time.sleep(8)
+        if how == "says why":
+            tell(KeyError("row 7"))
+        os._exit(1)
+    with pytest.raises(CollectiveFailed) as caught:
+        gather([1], pool.control)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "not_words"),
+    [
+        ("late", "only slow, raise TrainingArguments.ddp_timeout", "group_timeout_s"),
+        ("dies", "A rank has gone: look for its first error, or for what killed it", "timeout"),
+        ("says why", "Rank 1 had ended with KeyError: 'row 7'", "timeout"),
+    ],
+)
+def test_why_a_rank_is_missed(how: str, words: str, not_words: str) -> None:
+    """The remedy is that of the cause: the time limit that ran out, or what ended the rank that has gone."""
+    found = run_ranks(missing_a_rank, 2, how, expect_errors=True, timeout_s=60)[0]
+    assert words in str(found), found
+    assert not_words not in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. NCCL holds 2 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"),
+        RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed."),
+        ValueError("gloo"),
+    ],
+)
+def test_other_errors_are_left_alone(error: Exception) -> None:
+    """Only a rank that has gone, or is late, makes a collective fail."""
+    with pytest.raises(type(error)) as caught, named("The sum", "step 3"):
+        raise error
+    assert caught.value is error
+
+
 def control_messages(case: str) -> Any:
     pool = GroupPool((), 20, 20)
     rank = dist.get_rank()
@@ -81,7 +149,7 @@ def control_messages(case: str) -> Any:
     if case == "broadcast bug":
         return broadcast(lambda: 1 // 0, pool.control)
     if case == "confirm":
-        return confirm_step(4, 123, 10 + rank, None, pool.control, asks_to_stop=rank == 2)
+        return confirm_step(4, 123, 10 + rank, None, pool.control)
     if case == "mismatch":
         return confirm_step(4, 123 + (rank == 2), 10, None, pool.control)
     return confirm_step(4, 123, 10, BadSample("row 8 is bad") if rank == 1 else None, pool.control)
@@ -93,7 +161,7 @@ def control_messages(case: str) -> Any:
         ("broadcast", {"from": 0}),
         ("broadcast error", (BadSample, "row 3 is bad")),
         ("broadcast bug", (HeteroError, "Rank 0: ZeroDivisionError")),
-        ("confirm", (10 + 11 + 12, True)),
+        ("confirm", 10 + 11 + 12),
         ("mismatch", (PlanMismatch, r"Step 4: ranks \[2\] hold another plan")),
         ("one bad rank", (BadSample, "Rank 1: row 8 is bad")),
     ],

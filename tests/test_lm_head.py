@@ -12,7 +12,7 @@ from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with
 from measure_lm_head import compare
 from torch.nn import functional as F
 
-from hf_hetero.lm_head import LazyLogits, LeanHead, install, loss_sum
+from hf_hetero.lm_head import LazyLogits, LeanHead, install, loss_sum, uninstall
 from hf_hetero.loss import token_loss
 
 NUM_TARGETS = 17
@@ -213,6 +213,37 @@ def test_the_model_is_as_before(tmp_path: Path) -> None:
     again = type(model).from_pretrained(tmp_path)
     assert type(again.lm_head) is torch.nn.Linear
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_the_head_is_given_back() -> None:
+    """The very module, of its own class and with nothing left on it, when the last of those who used it is done."""
+    model = tiny_model()
+    head, state = model.lm_head, dict(vars(model.lm_head))
+    for orders in ("A first", "B first"):  # two users of one model: undone in either order
+        lean = [install(model), install(model)]
+        assert lean == [head, head], orders
+        assert type(model.lm_head) is LeanHead
+        uninstall(model)
+        with head.lazy():
+            assert type(model.train()(**batch()).logits) is LazyLogits
+        uninstall(model)
+        assert model.lm_head is head
+        assert type(head) is torch.nn.Linear
+        assert vars(head) == state
+    uninstall(model)
+    assert type(head) is torch.nn.Linear
+
+
+def test_a_sharded_head_is_left_to_its_owner() -> None:
+    """What FSDP derives from the class stays derived from it, works without being asked for more, and serves again."""
+    model = tiny_model()
+    expected = model(**batch()).logits
+    head = install(model)
+    model.lm_head.__class__ = sharded = type("FSDPLeanHead", (LeanHead,), {})
+    uninstall(model)
+    assert type(model.lm_head) is sharded
+    assert torch.equal(model(**batch()).logits, expected)
+    assert install(model) is head
 
 
 def test_where_it_cannot_be() -> None:

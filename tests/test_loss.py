@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import tiny_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero.loss import num_targets, shift_labels, token_loss
+from hf_hetero.loss import install, num_targets, shift_labels, token_loss, uninstall
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,3 +49,36 @@ def test_no_targets_is_zero_with_a_gradient() -> None:
     assert loss.item() == 0
     assert logits.grad is not None
     assert not logits.grad.any()
+
+
+def test_the_model_gets_its_loss_back() -> None:
+    """What it had set, or nothing where it had nothing set, when the last of those who used it is done."""
+    for before in ({}, {"_loss_function": ForCausalLMLoss}):
+        model = tiny_model()
+        vars(model).update(before)
+        state = dict(vars(model))
+        for _ in range(2):
+            install(model, ForCausalLMLoss)
+        uninstall(model)
+        assert model.loss_function is token_loss
+        for _ in range(2):
+            uninstall(model)
+            assert vars(model) == state
+        assert model.loss_function is ForCausalLMLoss
+
+
+def test_a_loss_of_the_users_stays() -> None:
+    """One that was there before is never replaced; one that was set since is never taken away."""
+
+    def own(*args: object, **kwargs: object) -> None: ...
+
+    model = tiny_model()
+    model.loss_function = own
+    install(model, ForCausalLMLoss)
+    assert model.loss_function is own
+    uninstall(model)
+    model.loss_function = ForCausalLMLoss
+    install(model, ForCausalLMLoss)
+    model.loss_function = own
+    uninstall(model)
+    assert model.loss_function is own

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, run_ranks, tiny_model
+from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 from test_cost_model import a_cost_model
 
-from hf_hetero import CostModel, HeteroConfig
+from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.activations import Activations
+from hf_hetero.checkpoint import RUN_FILE
 from hf_hetero.machine import KEPT_COST_MODEL, keep_cost_model, kept_cost_model, set_up
 from hf_hetero.sharding import Sharding
 
@@ -64,3 +65,26 @@ def test_keeping(tmp_path: Path) -> None:
     assert (data["format"], data["num_ranks"]) == ("hf-hetero-cost/1", 2)
     assert kept_cost_model(str(checkpoint), 2) == a_cost_model()
     assert kept_cost_model(None, 2) is None
+
+
+def evaluated_then_resumed(folder: str, resume: str | None) -> list[str]:
+    world = torch.distributed.get_world_size()
+    args = arguments(folder, world, max_steps=2, save_strategy="steps", save_steps=1)
+    data = samples(LENGTHS[:12])
+    trainer = HeteroTrainer(tiny_model(), args, train_dataset=data, eval_dataset=data)
+    names: list[str] = []
+    for act in (trainer.evaluate, lambda: trainer.train(resume_from_checkpoint=resume), trainer.evaluate):
+        act()
+        assert trainer.cost_model is not None
+        names.append(trainer.cost_model.name)
+    return names
+
+
+def test_evaluating_first_changes_nothing(tmp_path: Path) -> None:
+    """A run that is resumed goes on with the checkpoint's cost model, whatever was set up to evaluate before."""
+    assert run_ranks(evaluated_then_resumed, 2, str(tmp_path), None) == [["estimate"] * 3] * 2
+    kept = tmp_path / "checkpoint-1"
+    keep_cost_model(kept, a_cost_model(name="kept"), 2)
+    (kept / RUN_FILE).unlink()  # it was changed on purpose
+    found = run_ranks(evaluated_then_resumed, 2, str(tmp_path), str(kept))
+    assert found == [["estimate", "kept", "kept"]] * 2

@@ -5,10 +5,18 @@ What a GPU adds, copies beside the computation, is in `tests/gpu`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import pytest
 import torch
+from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, scripted, tiny_model, trained
 from torch.utils.checkpoint import checkpoint
 
+from hf_hetero import Group, MicroBatch, Plan
 from hf_hetero.offload import HostStore, stream_for
+from hf_hetero.plan_ahead import PlanSource
 
 CPU = torch.device("cpu")
 
@@ -37,16 +45,31 @@ def test_what_is_put_comes_back() -> None:
 
 
 def test_the_bundle_before_is_on_its_way() -> None:
-    """With the first tensor of a bundle come the others of it, and those of the bundle before."""
+    """With the first tensor of a bundle come the others of it, and those of the bundle before; each of them once."""
     store = Watched()
-    bundles = [[store.put(torch.full((2,), 1.0 * n), opens=True), store.put(torch.ones(1))] for n in range(4)]
-    assert [store.get(bundles[3][0]).tolist(), store.brought] == [[3.0, 3.0], [3, 3, 2, 2]]
-    store.get(bundles[3][1])
-    assert store.brought == [3, 3, 2, 2, 3]  # what was given away is not there any more, and not waited for
+    bundles = [[store.put(torch.full((2,), 1.0 * n), opens=True), *map(store.put, torch.eye(2))] for n in range(4)]
+    assert store.get(bundles[3][0]).tolist() == [3.0, 3.0]
+    assert store.brought == [3, 3, 3, 2, 2, 2]
+    assert [store.get(parcel).tolist() for parcel in bundles[3][1:]] == [[1.0, 0.0], [0.0, 1.0]]
+    assert store.brought == [3, 3, 3, 2, 2, 2]
     assert store.get(bundles[2][0]).tolist() == [2.0, 2.0]
-    assert store.brought[5:] == [1, 1]
+    assert store.brought[6:] == [1, 1, 1]
     store.get(bundles[0][0])
-    assert store.brought[-1] == 0
+    assert store.brought[9:] == [0, 0, 0]
+    assert [parcel.back is None for parcel in bundles[3] + bundles[0]] == [True] * 4 + [False] * 2
+
+
+def test_what_nobody_can_ask_for_is_not_brought() -> None:
+    """A parcel that its owner let go of stays away, and its memory is free."""
+    store = Watched()
+    first, second = store.put(torch.ones(2), opens=True), store.put(torch.ones(2))
+    last, host = store.put(torch.ones(2), opens=True), ref(second.host)
+    del second
+    assert host() is None
+    store.get(last)
+    assert store.brought == [1, 0]
+    store.get(first)
+    assert store.brought == [1, 0]
 
 
 def test_hidden_states_that_autograd_keeps() -> None:
@@ -71,3 +94,62 @@ def test_hidden_states_that_autograd_keeps() -> None:
     # the last layer's output, kept by the square, and each layer's input
     assert sorted(set(store.brought), reverse=True) == [3, 2, 1, 0]
     assert len(store.brought) == 4
+
+
+class Planner:
+    """All samples to one group of two ranks that offloads."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        halves = [tuple(range(len(lengths)))[n::2] for n in range(2)]
+        groups = [Group((0, 1), half, self._method, activations="offload") for half in halves]
+        return Plan(2, tuple(MicroBatch((group,)) for group in groups), seconds=1.0, lower_bound_s=1.0)
+
+
+def offloading(method: str) -> dict[str, int]:
+    """In a real step: tensors put away, copies back, tensors given, and tensors on the device beyond their turn."""
+    counts = {"put": 0, "brought": 0, "given": 0, "left": 0, "most in a bundle": 0}
+    stores: set[HostStore] = set()
+
+    class Trainer(ScriptedTrainer):
+        def _plan_source(self) -> PlanSource:
+            return scripted(Planner(method))
+
+    def on_device(store: HostStore, first: int) -> int:
+        known = [parcel() for bundle in store._bundles[first:] for parcel in bundle]  # pyright: ignore[reportPrivateUsage]
+        return sum(parcel is not None and parcel.back is not None for parcel in known)
+
+    def counting(name: str, count: str) -> Any:
+        call = getattr(HostStore, name)
+
+        def counted(store: HostStore, *args: Any, **options: Any) -> Any:
+            stores.add(store)
+            counts[count] += 1
+            if name == "get":
+                counts["left"] += on_device(store, args[0].bundle + 1)
+                counts["most in a bundle"] = max(counts["most in a bundle"], len(store._bundles[args[0].bundle]))  # pyright: ignore[reportPrivateUsage]
+            return call(store, *args, **options)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in (("put", "put"), ("get", "given"), ("_bring", "brought")):
+            patch.setattr(HostStore, name, counting(name, count))
+        trained(tiny_model(), samples(LENGTHS), Trainer, max_steps=1)
+    counts["left"] += sum(on_device(store, 0) for store in stores)
+    return counts
+
+
+def offloading_by_each_method() -> dict[str, dict[str, int]]:
+    return {method: offloading(method) for method in ("ulysses", "gather", "ring")}
+
+
+def test_each_tensor_comes_back_once() -> None:
+    """In training: as many copies back as tensors put away, and none on the device after its layer's turn."""
+    for rank in run_ranks(offloading_by_each_method, 2):
+        for method, found in rank.items():
+            assert found["put"] == found["brought"] == found["given"] > 0, (method, found)
+            assert found["left"] == 0, (method, found)
+        assert rank["ulysses"]["most in a bundle"] == 3, rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ import pytest
 from helpers import LENGTHS, ScriptedPlanner
 from planner.reference import small_cost
 
-from hf_hetero import InfeasibleBatch, Plan, Planner
+from hf_hetero import InfeasibleBatch, Plan, Planner, plan_ahead
 from hf_hetero.loader import draws_of
 from hf_hetero.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
+from hf_hetero.planner import PlannerProcess
 from hf_hetero.sampler import GlobalBatches
 from hf_hetero.samples import whole_rows
 
@@ -186,3 +188,51 @@ def test_plans_from_another_process() -> None:
     source.close()
     with pytest.raises(RuntimeError, match="closed"):
         source.plan(LENGTHS)
+
+
+def test_plans_made_before_a_refit_stay_as_they_are() -> None:
+    """What another cost model made is not improved by this one, and that is no failure."""
+    planners = [Planner(COST, 4)]
+    source = planned_elsewhere(lambda: planners[-1], improves=True)
+    plan = source.plan(LENGTHS)
+    planners.append(Planner(replace(COST, linear_s_per_token=3 * COST.linear_s_per_token), 4))
+    assert source.improve is not None
+    assert source.improve(plan, LENGTHS) is plan
+    source.close()
+
+
+def test_a_planner_that_hangs_costs_a_plan_but_no_step(caplog: pytest.LogCaptureFixture) -> None:
+    """After the limit the step has a simpler plan, and the reason is said in words."""
+    planner = Planner(COST, 4)
+    process = PlannerProcess(lambda: planner)
+    source = PlanSource(process.plan, planner.static, close=process.close)
+    ahead = PlanAhead(source, draws_of(BATCHES, whole_rows(LENGTHS)), 0)
+    ahead.step(0, 0)
+    assert process._process is not None
+    process._process.send_signal(signal.SIGSTOP)
+    process._limit_s = 0.5
+    with caplog.at_level(logging.WARNING):
+        step = ahead.step(0, 1)
+    assert step.plan == replace(planner.static(step.lengths), planning_s=step.plan.planning_s)
+    [record] = caplog.records
+    assert "Planning step 1 of epoch 0 failed; using a simpler plan: " in record.getMessage()
+    assert "no answer within 0.5 s" in record.getMessage()
+    assert record.exc_info is None
+    ahead.close()
+
+
+def test_a_long_wait_is_said_while_it_lasts(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Not only afterwards: what never comes would never be said."""
+    monkeypatch.setattr(plan_ahead, "LONG_S", 0.05)
+    go_on = threading.Event()
+
+    def plan(lengths: Sequence[int]) -> Plan:
+        until(lambda: "waited 0.05 s for its plan" in caplog.text)
+        go_on.set()
+        return ScriptedPlanner(4).plan(lengths)
+
+    source = make(plan, num_ahead=0)
+    with caplog.at_level(logging.WARNING):
+        source.step(0, 0)
+    assert go_on.is_set()
+    source.close()

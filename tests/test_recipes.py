@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -22,7 +24,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_hetero import HeteroError
+from hf_hetero.lengths import read_samples
 from hf_hetero.report import read_records
+from hf_hetero.samples import limited
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/train.yaml"))
@@ -247,6 +251,95 @@ def test_the_command_line_overrides_the_file(sft: ModuleType, tmp_path: Path) ->
     assert args.model_config == {"model_type": "llama"}
 
 
+BAD_VALUES: dict[str, list[Any]] = {
+    "max_length": ["many", -3, 0, [1], 2.5, True],
+    "vocab_size": [0, -1, "x", [1], None],
+    "num_proc": [0, -2, "x"],
+    "lora_r": [0, -1, "x", [2]],
+    "lora_target_modules": [3, [3], {"a": 1}],
+    "dtype": [3, None],
+    "dataset": [3, None, []],
+    "text_column": [3, None, []],
+    "model": [3, []],
+    "model_config": [3, []],
+    "tokenizer": [3],
+    "max_length_policy": ["cut", 3, None],
+    "assistant_only_loss": ["maybe", 3, None],
+    "save_model": ["maybe", [1]],
+    "learning_rate": ["fast"],
+    "optim": ["best"],
+    "solver": ["best"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in BAD_VALUES.items() for value in values])
+def test_a_value_that_cannot_be_is_named(sft: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
+    """Whatever a file gives to a key, of another type or out of range, is an error of one line that names it."""
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump({"use_cpu": True, "output_dir": str(tmp_path), key: value}))
+    with pytest.raises(HeteroError) as caught:
+        sft.parse(["--config", str(path)])
+    said = str(caught.value)
+    assert "\n" not in said
+    assert str(value) in said
+    assert key in said or key == "optim"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "FileNotFoundError"),
+        ("a: [1", "ParserError"),
+        ("- model", r"holds \['model'\]; it must hold lines of `key: value`"),
+        ("words", "holds 'words'"),
+        ("3: 4", "holds {3: 4}"),
+    ],
+)
+def test_a_file_that_is_no_recipe(sft: ModuleType, tmp_path: Path, text: str | None, message: str) -> None:
+    """No file, no YAML, or YAML of another kind: the error names the file."""
+    path = tmp_path / "my.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(HeteroError, match=rf"my\.yaml.*{message}"):
+        sft.parse(["--config", str(path)])
+
+
+MISSING = {
+    "dataset": (["nowhere.jsonl", "/nowhere", "", "empty.jsonl"], "dataset="),
+    "tokenizer": (["/nowhere"], "tokenizer='/nowhere'"),
+    "model": (["/nowhere"], "Cannot make the model"),
+    "model_config": (["{", "{}", '{"model_type": "nothing"}'], "Cannot make the model"),
+    "dtype": (["floaty"], "floaty"),
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, (values, _) in MISSING.items() for value in values])
+def test_what_is_missing_is_named(
+    sft: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: str
+) -> None:
+    """Data, tokenizers and models that are not there, or are none, are errors of one line, too."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text("")
+    write_lines(Path("rows.jsonl"), [{"text": "x"}])
+    shape = {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    settings = {"dataset": "rows.jsonl", "tokenizer": "train", "vocab_size": 300, "use_cpu": True, "output_dir": "out"}
+    settings |= {"model_config": shape} if key != "model" else {}
+    Path("my.yaml").write_text(yaml.safe_dump({**settings, key: value}))
+    with pytest.raises(HeteroError) as caught:
+        sft.main(["--config", "my.yaml"])
+    assert MISSING[key][1] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_is_one_line(tmp_path: Path) -> None:
+    """The script ends with status 1 and what is wrong, without a traceback."""
+    command = [sys.executable, "recipes/sft.py", "--use_cpu", "true", "--max_length", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "sft.py: max_length=0: it must be at least 1."
+    assert "Traceback" not in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------------------ data
 
 
@@ -316,6 +409,296 @@ def test_tokens_are_kept(sft: ModuleType, tmp_path: Path) -> None:
     assert found["length"][:] == [3, 4]
     args = sft.RecipeArguments(dataset="tokens", model_config={})
     assert sft.load_tokenizer(args, datasets.Dataset.from_list(rows)) is None
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"place": "here"}}}]
+TOOL_TEMPLATE = "{% for tool in tools or [] %}{{ tool.function.name }} {% endfor %}{{ mood }}" + CHAT_TEMPLATE
+
+
+@pytest.fixture
+def with_tools(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    made = copy.deepcopy(tokenizer)
+    made.chat_template = TOOL_TEMPLATE
+    return made
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS)], ids=["as lists", "as JSON"])
+def test_tools_and_settings_reach_the_template(
+    sft: ModuleType, with_tools: Any, tmp_path: Path, tools: list[Any] | str
+) -> None:
+    """A row's `tools` and `chat_template_kwargs` are given to the template, as TRL does; rows without do without."""
+    rows = [
+        {"messages": CHAT, "tools": tools, "chat_template_kwargs": {"mood": "calm"}},
+        {"messages": CHAT, "tools": None, "chat_template_kwargs": None},
+    ]
+    expected = [
+        with_tools.apply_chat_template(CHAT, tools=TOOLS, mood="calm")["input_ids"],
+        with_tools.apply_chat_template(CHAT)["input_ids"],
+    ]
+    assert len(expected[0]) > len(expected[1])
+    assert prepared(sft, with_tools, write_lines(tmp_path / "chats.jsonl", rows))["input_ids"][:] == expected
+    table = datasets.Dataset.from_list(rows)
+    assert sft.prepare_data(sft.RecipeArguments(), table, with_tools)["input_ids"][:] == expected
+
+
+@pytest.mark.parametrize("kind", ["texts", "chats"])
+def test_a_completion_is_learned_and_its_prompt_is_not(
+    sft: ModuleType, tokenizer: Any, tmp_path: Path, kind: str
+) -> None:
+    """`prompt` and `completion` become what TRL makes of them: the completion, ended, is what is learned."""
+    asked, answered = ("import os\n", "x = 1") if kind == "texts" else (CHAT[:1], CHAT[1:])
+    source = write_lines(tmp_path / "pairs.jsonl", [{"prompt": asked, "completion": answered}])
+    found = prepared(sft, tokenizer, source)
+    prompt = tokenizer("import os\n" if kind == "texts" else "import os")["input_ids"]
+    assert found["input_ids"][0] == prompt + expected(tokenizer, "x = 1")
+    assert found["labels"][0] == [-100] * len(prompt) + expected(tokenizer, "x = 1")
+
+
+@pytest.mark.parametrize(
+    ("row", "assistant_only"),
+    [
+        ({"text": "import os"}, False),
+        ({"messages": CHAT, "tools": TOOLS, "chat_template_kwargs": {"mood": "calm"}}, True),
+        ({"prompt": "import os\n", "completion": "x = 1"}, False),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "tools": json.dumps(TOOLS)}, False),
+        ({"prompt": CHAT, "completion": CHAT}, True),
+    ],
+    ids=["text", "chat", "pair", "pair-of-chats", "pair-of-chats-assistant-only"],
+)
+def test_rows_become_what_trl_makes_of_them(
+    sft: ModuleType, with_tools: Any, model_folder: Path, tmp_path: Path, row: dict[str, Any], assistant_only: bool
+) -> None:
+    """Tokens and labels are those of TRL's SFTTrainer."""
+    trl = pytest.importorskip("trl")
+    table = datasets.Dataset.from_list([row] * 2)
+    options = {"max_length": None, "assistant_only_loss": assistant_only, "use_cpu": True, "bf16": False}
+    config = trl.SFTConfig(str(tmp_path), report_to=[], activation_checkpointing=False, **options)
+    theirs = trl.SFTTrainer(str(model_folder), config, train_dataset=table, processing_class=copy.deepcopy(with_tools))
+    args = sft.RecipeArguments(assistant_only_loss=assistant_only)
+    for ours, prepared in zip(sft.prepare_data(args, table, with_tools), theirs.train_dataset, strict=True):
+        assert ours["input_ids"] == prepared["input_ids"]
+        assert ours.get("labels", ours["input_ids"]) == prepared["labels"]
+
+
+def test_a_template_that_marks_nothing_is_refused(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """assistant_only_loss needs `{% generation %}`; without it nothing would be learned, by a run that looks well."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    source = write_lines(tmp_path / "chats.jsonl", [{"messages": CHAT}])
+    with pytest.raises(HeteroError, match=r"Row 0: .*\{% generation %\}.*chat_template"):
+        prepared(sft, plain, source, assistant_only_loss=True)
+    assert "labels" not in prepared(sft, plain, source).column_names
+    plain.chat_template = None
+    with pytest.raises(HeteroError, match=r"the tokenizer has no chat template\. Name a tokenizer"):
+        prepared(sft, plain, source)
+
+
+def test_assistant_only_loss_needs_an_assistant(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """Of texts and of tokens nobody knows who said them; chats in which no assistant speaks have nothing to learn."""
+    for row in ({"text": "x"}, {"input_ids": [1, 2], "labels": [1, 2]}):
+        with pytest.raises(HeteroError, match=r"assistant_only_loss=True, but .* has no 'messages'"):
+            prepared(sft, tokenizer, write_lines(tmp_path / "rows.jsonl", [row]), assistant_only_loss=True)
+    lonely = write_lines(tmp_path / "chats.jsonl", [{"messages": CHAT[:1]}] * 2)
+    with pytest.raises(HeteroError, match=r"no token of its 2 rows is to be learned.*\{% generation %\}"):
+        prepared(sft, tokenizer, lonely, assistant_only_loss=True)
+    mixed = write_lines(tmp_path / "mixed.jsonl", [{"messages": CHAT[:1]}, {"messages": CHAT}])
+    assert set(prepared(sft, tokenizer, mixed, assistant_only_loss=True)["labels"][0]) == {-100}
+
+
+def test_data_without_a_target_are_refused(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """However it comes that all labels are -100: so they were, or max_length cut the rest off."""
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]}]
+    source = write_lines(tmp_path / "tokens.jsonl", rows)
+    assert len(prepared(sft, None, source)) == 1
+    with pytest.raises(HeteroError, match=r"no token of its 1 rows is to be learned.*max_length"):
+        prepared(sft, None, source, max_length=3, max_length_policy="truncate")
+    unlearned = write_lines(tmp_path / "unlearned.jsonl", [{"input_ids": [5, 6], "labels": [-100, -100]}])
+    with pytest.raises(HeteroError, match=r"no token of its 1 rows is to be learned\. Labels other than -100"):
+        prepared(sft, None, unlearned)
+
+
+ROWS = {
+    "text": ({"text": "x"}, [{"text": None}, {"text": 3}, {"text": ["x"]}]),
+    "chat": (
+        {"messages": CHAT},
+        [
+            {"messages": None},
+            {"messages": []},
+            {"messages": "import os"},
+            {"messages": ["import os"]},
+            {"messages": [{"content": "x"}]},
+            {"messages": [{"role": "user"}]},
+            {"messages": [*CHAT, {"role": "user", "content": None}]},
+        ],
+    ),
+    "tools": ({"messages": CHAT, "tools": "[]"}, [{"messages": CHAT, "tools": "[{]"}]),
+    "pair": (
+        {"prompt": "x", "completion": "y"},
+        [{"prompt": None, "completion": "y"}, {"prompt": "x", "completion": None}, {"prompt": "x", "completion": CHAT}],
+    ),
+    "tokens": (
+        {"input_ids": [1, 2], "labels": [1, 2]},
+        [
+            {"input_ids": None, "labels": [1, 2]},
+            {"input_ids": [], "labels": []},
+            {"input_ids": "abc", "labels": [1, 2]},
+            {"input_ids": [[1, 2]], "labels": [1, 2]},
+            {"input_ids": [1, None], "labels": [1, 2]},
+            {"input_ids": [1, 2], "labels": None},
+            {"input_ids": [1, 2], "labels": [1]},
+        ],
+    ),
+    "padded tokens": (
+        {"input_ids": [1, 2], "attention_mask": [1, 1]},
+        [
+            {"input_ids": [1, 2], "attention_mask": None},
+            {"input_ids": [1, 2], "attention_mask": [0, 0]},
+            {"input_ids": [1, 2], "attention_mask": [1]},
+            {"input_ids": [1, 2], "attention_mask": [[1, 0], [1, 1]]},
+            {"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]},
+        ],
+    ),
+    "packed tokens": (
+        {"input_ids": [1, 2, 3], "seq_lengths": [2, 1], "position_ids": [0, 1, 0]},
+        [
+            {"input_ids": [1, 2, 3], "seq_lengths": [2, 2], "position_ids": [0, 1, 0]},
+            {"input_ids": [1, 2, 3], "seq_lengths": [3, 0], "position_ids": [0, 1, 2]},
+            {"input_ids": [1, 2, 3], "seq_lengths": [1, 2], "position_ids": [0, 1, 0]},
+            {"input_ids": [1, 2, 3], "seq_lengths": [2, 1], "position_ids": [0, 1, 5]},
+        ],
+    ),
+}
+BAD_ROWS = [
+    pytest.param(good, bad, id=f"{kind}-{n}") for kind, (good, bads) in ROWS.items() for n, bad in enumerate(bads)
+]
+
+
+@pytest.mark.parametrize(("good", "bad"), BAD_ROWS)
+def test_a_row_that_cannot_be_used_is_named(
+    sft: ModuleType, tokenizer: Any, tmp_path: Path, good: dict[str, Any], bad: dict[str, Any]
+) -> None:
+    """One row of another kind than the others, or empty, or at odds with itself: the message has its number."""
+    assert len(prepared(sft, tokenizer, write_lines(tmp_path / "good.jsonl", [good] * 5))) == 5
+    with pytest.raises(HeteroError, match=r"Row 3\b"):
+        prepared(sft, tokenizer, write_lines(tmp_path / "rows.jsonl", [good, good, good, bad, good]))
+
+
+def test_a_row_is_named_although_a_tokenizer_is_made_of_the_data(sft: ModuleType, tmp_path: Path) -> None:
+    """A tokenizer is made of the texts there are; it is the row without one that stops the run."""
+    args = sft.RecipeArguments(tokenizer="train", vocab_size=300)
+    for bad in (None, 3):
+        source = write_lines(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": bad}])
+        data = sft.load_data(sft.RecipeArguments(dataset=str(source)))
+        with pytest.raises(HeteroError, match=f"Row 1: text is {bad}; it must be text"):
+            sft.prepare_data(args, data, sft.load_tokenizer(args, data))
+
+
+@pytest.mark.slow
+def test_every_process_finds_what_another_has_tokenised() -> None:
+    """`datasets` caches rows by the functions they go through, whose names must not depend on the order of sets."""
+    code = (
+        "import runpy; from datasets.fingerprint import Hasher; "
+        "script = runpy.run_path('recipes/sft.py', run_name='sft_'); "
+        "print(*(Hasher.hash(script[name]) for name in ('stdlib_files', 'tokenise', 'truncate')))"
+    )
+    names = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "123"
+    }
+    assert len(names) == 1
+
+
+def test_a_row_is_named_by_several_processes(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:
+    """The number is that of the row in the dataset, whoever tokenises it."""
+    source = write_lines(tmp_path / "rows.jsonl", [{"text": None if n == 5 else "x"} for n in range(8)])
+    with pytest.raises(HeteroError, match="Row 5: text is None; it must be text"):
+        prepared(sft, tokenizer, source, num_proc=2)
+
+
+# ----------------------------------------------------------------------------------------------------- packed rows
+
+
+DOCUMENTS = [[5, 6, 7], [8, 9], [3], [4, 5, 6, 7]]
+PACKS = [DOCUMENTS[:2], DOCUMENTS[2:]]
+MARKS = {  # how packers say where documents end
+    "seq_lengths": lambda pack: {"seq_lengths": [len(document) for document in pack]},
+    "position_ids": lambda pack: {"position_ids": [at for document in pack for at in range(len(document))]},
+    "numbers": lambda pack: {"attention_mask": [n for n, document in enumerate(pack, 1) for _ in document]},
+    "both": lambda pack: {**MARKS["position_ids"](pack), **MARKS["numbers"](pack)},
+    "all ones": lambda pack: {**MARKS["position_ids"](pack), "attention_mask": [1] * sum(map(len, pack))},
+}
+
+
+def joined(pack: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(pack))
+
+
+def packed(mark: str, padding: int = 0) -> datasets.Dataset:
+    rows = []
+    for pack in PACKS:
+        row = {"input_ids": joined(pack), "labels": [-token for token in joined(pack)], **MARKS[mark](pack)}
+        rows.append({name: values + [0] * (padding if name != "seq_lengths" else 0) for name, values in row.items()})
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("padding", [0, 2])
+def test_documents_of_packed_rows_stay_apart(sft: ModuleType, mark: str, padding: int) -> None:
+    """Tokens and labels stay; `seq_lengths`, which hf_hetero goes by, has the documents, however they were marked."""
+    if padding and mark in {"seq_lengths", "position_ids"}:
+        pytest.skip("without an attention mask nothing says what is padding")
+    found = sft.prepare_data(sft.RecipeArguments(), packed(mark, padding), None)
+    assert found["input_ids"][:] == [joined(pack) for pack in PACKS]
+    assert found["labels"][:] == [[-token for token in joined(pack)] for pack in PACKS]
+    assert found["seq_lengths"][:] == [[3, 2], [1, 4]]
+    assert found["length"][:] == [5, 5]
+    assert read_samples(found, "length").lengths.tolist() == [3, 2, 1, 4]
+
+
+def test_marks_of_one_document_are_no_packing(sft: ModuleType) -> None:
+    """Rows of one document each, padded on either side, are rows as ever."""
+    rows = [
+        {"input_ids": [0, 5, 6], "attention_mask": [0, 1, 1], "position_ids": [1, 0, 1]},
+        {"input_ids": [7, 0, 0], "attention_mask": [1, 0, 0], "position_ids": [0, 1, 2]},
+    ]
+    found = sft.prepare_data(sft.RecipeArguments(), datasets.Dataset.from_list(rows), None)
+    assert found["input_ids"][:] == [[5, 6], [7]]
+    assert set(found.column_names) == {"input_ids", "length"}
+
+
+def test_max_length_is_of_a_document(sft: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of packed rows, documents are counted, refused and cut; what is left of one still does not see the others."""
+    args = {"dataset": "packs", "max_length": 3}
+    with pytest.raises(
+        HeteroError, match=r"1 of 4 samples have more than max_length=3 tokens; the longest, row 1, has 4"
+    ):
+        sft.prepare_data(sft.RecipeArguments(**args), packed("numbers"), None)
+    cut = sft.prepare_data(sft.RecipeArguments(**args, max_length_policy="truncate"), packed("numbers"), None)
+    assert cut["input_ids"][:] == [[5, 6, 7, 8, 9], [3, 4, 5, 6]]
+    assert cut["labels"][:] == [[-5, -6, -7, -8, -9], [-3, -4, -5, -6]]
+    assert (cut["seq_lengths"][:], cut["length"][:]) == ([[3, 2], [1, 3]], [5, 4])
+    assert "1 tokens are cut off them" in capsys.readouterr().out
+    split = sft.prepare_data(sft.RecipeArguments(**args, max_length_policy="split"), packed("numbers"), None)
+    assert split["seq_lengths"][:] == [[3, 2], [1, 4]]
+    samples, _ = limited(read_samples(split, "length"), 3, "split")
+    assert samples.lengths.tolist() == [3, 2, 1, 3, 1]
+    assert sft.prepare_data(sft.RecipeArguments(max_length=4), packed("numbers"), None)["length"][:] == [5, 5]
+
+
+def test_masks_of_trl_say_what_is_learned(sft: ModuleType) -> None:
+    """Tokens with TRL's mask columns instead of labels are learned where the masks say so."""
+    masks = {"assistant_masks": [0, 1, 1, 0], "completion_mask": [0, 0, 1, 1]}
+    for names, labels in ((["assistant_masks"], [6, 7]), (["completion_mask"], [7, 8]), (list(masks), [7])):
+        table = datasets.Dataset.from_list([{"input_ids": [5, 6, 7, 8], **{name: masks[name] for name in names}}])
+        found = sft.prepare_data(sft.RecipeArguments(), table, None)["labels"][0]
+        assert [label for label in found if label != -100] == labels
 
 
 def test_a_missing_column_or_file_is_named(sft: ModuleType, tokenizer: Any, tmp_path: Path) -> None:

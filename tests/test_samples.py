@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_hetero.errors import BadSample
 from hf_hetero.lengths import read_samples
-from hf_hetero.samples import Samples, limited, whole_rows
+from hf_hetero.samples import Samples, limited, packed_rows, whole_rows
 
 PACKED = {"input_ids": [[1, 2, 3, 4, 5], [6], [7, 8, 9]], "seq_lengths": [[2, 3], [1], [1, 1, 1]]}
 
@@ -86,3 +86,12 @@ def test_split_covers_rows_once(lengths: list[int], most: int) -> None:
         ends[row] += length
     assert ends == lengths
     assert np.diff(samples.first).sum() == len(samples.lengths)
+
+
+def test_starts_among_kept_tokens() -> None:
+    """Tokens that were cut off leave no gap in a row's outputs."""
+    samples, _ = limited(packed_rows(np.array([9, 4]), np.array([3, 1]), np.array([4, 2, 3, 4])), 3, "truncate")
+    drawn = samples.of([1, 0])
+    assert drawn.starts == (0, 0, 4, 6)
+    assert drawn.lengths == (3, 3, 2, 3)
+    assert drawn.kept_starts() == (0, 0, 3, 5)

@@ -9,7 +9,9 @@ from xml.etree import ElementTree
 import pytest
 from test_simulate import BATCHES, simulated
 
-from hf_hetero.simulation_picture import WAY_NAMES, draw_simulation, simulation_figure
+from hf_hetero import CostModel, Planner
+from hf_hetero.simulate import WAYS, simulate
+from hf_hetero.simulation_picture import draw_simulation, simulation_figure
 
 
 def bars(figure: Any) -> dict[str, float]:
@@ -28,7 +30,16 @@ def test_bars_are_seconds(batches: list[list[int]]) -> None:
         assert bars(figure)[name] == pytest.approx(sum(way.seconds) / steps * (1 - way.idle_share))
     (line,) = (line for line in figure.axes[0].lines if line.get_gid() == "bound")
     assert line.get_xdata()[0] == pytest.approx(sum(simulation.bound_s) / steps)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [WAY_NAMES[w] for w in simulation.ways]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [WAYS[w] for w in simulation.ways]
+
+
+def test_every_way_has_its_bar() -> None:
+    """Where every way is there is to be compared, padding and exchanges of heads alone too, each is drawn."""
+    simulation = simulate([[4000, 300, 20], [90] * 9], Planner(CostModel.load("llama-8b_8xh200_nvlink"), 8))
+    assert list(simulation.ways) == list(WAYS)
+    figure = simulation_figure(simulation)
+    assert list(bars(figure)) == list(WAYS)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(WAYS.values())
 
 
 def test_words_are_the_ratios() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from helpers import ScriptedPlanner
 
+from hf_hetero import Group, MicroBatch, Plan
 from hf_hetero.samples import Drawn
 from hf_hetero.step import Step, StepShare
 
@@ -37,3 +38,10 @@ def test_digest_covers(change: dict[str, object]) -> None:
 def test_shares_cover_the_step() -> None:
     """Every sample is held by some rank."""
     assert set().union(*(StepShare(STEP, rank).samples() for rank in range(4))) == {0, 1, 2, 3}
+
+
+def test_shared_rows() -> None:
+    """Rows in a group of several ranks, and rows whose parts lie in several groups; not those of one rank."""
+    groups = (Group((0, 1), (0,)), Group((2,), (1, 2)), Group((3,), (3,)))
+    plan = Plan(4, (MicroBatch(groups),))
+    assert replace(STEP, plan=plan).shared_rows() == (10, 12)

@@ -70,7 +70,8 @@ def hetero_attention(
     if dropout:
         raise UnsupportedModel(
             f"{type(module).__name__} asks for attention dropout of {dropout}, which draws another mask for every "
-            "layout. Set the model's attention dropout to 0."
+            "layout. Load the model without it, as by from_pretrained(..., attention_dropout=0.0): its layers do not "
+            "read the config again."
         )
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):

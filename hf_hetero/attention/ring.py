@@ -11,6 +11,7 @@ Layers with a sliding window need only the window before each cut: they gather i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -118,11 +119,13 @@ class _Rounds:
         """Output in q's type, and log-sum-exp."""
         assert self._kernel.forward is not None
         rows = torch.cat([k, v], dim=2)
-        under_way = self._start(0, rows)
+        # one message a round, in the order of the rounds: to pass over idle ones sets the next under way earlier
+        turns = [turn for turn in self._route.rounds if not turn.is_idle]
+        under_way = self._start(turns, 0, rows)
         out, lse = self._meet(q, rows, self._route.local, k.shape[2], scores)
         out = out.to(lse.dtype)
-        for index, turn in enumerate(self._route.rounds):
-            arrived, under_way = _arrived(under_way), self._start(index + 1, rows)
+        for index, turn in enumerate(turns):
+            arrived, under_way = _arrived(under_way), self._start(turns, index + 1, rows)
             if turn.meeting is None or arrived is None:
                 continue
             part, part_lse = self._meet(q, arrived, turn.meeting, k.shape[2], scores)
@@ -153,7 +156,11 @@ class _Rounds:
         lse: torch.Tensor,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq, dk, dv of this rank's rows, summed in fp32 or wider."""
+        """dq, dk, dv of this rank's rows, summed in fp32 or wider.
+
+        The gradients of round n leave after the keys of round n + 1 and before those of round n + 2, on every rank,
+        whatever rounds it is idle in. So all ranks have one order of messages, and no two can wait for each other.
+        """
         key_dim, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
         rows = torch.cat([k, v], dim=2)
         grad_q, grad_rows = torch.zeros_like(q, dtype=wide), torch.zeros_like(rows, dtype=wide)
@@ -174,11 +181,12 @@ class _Rounds:
             else:
                 into.index_add_(0, meeting.key_rows, found)
 
-        under_way = self._start(0, rows)
+        turns = self._route.rounds
+        under_way = self._start(turns, 0, rows)
         meet(rows, self._route.local, grad_rows)
         going_home: list[tuple[Round, Shift]] = []
-        for index, turn in enumerate(self._route.rounds):
-            arrived, under_way = _arrived(under_way), self._start(index + 1, rows)
+        for index, turn in enumerate(turns):
+            arrived, under_way = _arrived(under_way), self._start(turns, index + 1, rows)
             part: torch.Tensor | None = None
             if turn.meeting is not None and arrived is not None:
                 part = torch.zeros_like(arrived, dtype=wide)
@@ -191,11 +199,11 @@ class _Rounds:
         grad_k, grad_v = grad_rows.split([key_dim, v.shape[2]], dim=2)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
-    def _start(self, index: int, rows: torch.Tensor) -> Shift | None:
+    def _start(self, turns: Sequence[Round], index: int, rows: torch.Tensor) -> Shift | None:
         """Set the keys and values of a round under way; None after the last one."""
-        if index >= len(self._route.rounds):
+        if index >= len(turns):
             return None
-        turn = self._route.rounds[index]
+        turn = turns[index]
         outgoing = None if turn.send_rows is None else rows[turn.send_rows]
         incoming = rows.new_empty(turn.num_received, *rows.shape[1:]) if turn.num_received else None
         return self._shift(turn, outgoing, incoming, turn.send_to, turn.receive_from, 2 * turn.number)

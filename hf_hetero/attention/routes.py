@@ -50,6 +50,8 @@ class GatherRoute:
 class Round:
     """One step of a ring: rows to the rank `number` places on, rows from the rank as many places back.
 
+    A rank may have nothing to do in a round; it still knows of it (see `RingRoute`).
+
     Args:
         number: from 1 to degree - 1.
         send_to, receive_from: positions in the group.
@@ -65,10 +67,19 @@ class Round:
     num_received: int
     meeting: Meeting | None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether this rank neither sends nor receives."""
+        return self.send_rows is None and not self.num_received
+
 
 @dataclass(frozen=True, slots=True)
 class RingRoute:
-    """What this rank holds itself, and the rounds in which it takes part."""
+    """What this rank holds itself, and all rounds of the group by number, those in which it is idle too.
+
+    On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. Ranks that
+    are idle in different rounds still need one order for their messages, and the number of the round is that order.
+    """
 
     local: Meeting
     rounds: tuple[Round, ...]
@@ -97,10 +108,9 @@ def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
     for number in range(1, layout.degree):
         to, source = (me + number) % layout.degree, (me - number) % layout.degree
         sent, received = needed(layout, to, me), needed(layout, me, source)
-        if sent or received:
-            rows = _index(mine.of(sent), device) if sent else None
-            meeting = _full_meeting(spans, received, device) if received else None
-            rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
+        rows = _index(mine.of(sent), device) if sent else None
+        meeting = _full_meeting(spans, received, device) if received else None
+        rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
     return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
 
 

@@ -2,6 +2,10 @@
 
 The process is started by name, not by `multiprocessing`, which would run the user's script again. It talks in lines of
 JSON, ignores Ctrl+C, and ends when its input does: with its owner, however that ends.
+
+Answers come through a pipe of their own and carry the number of their question: whatever an interpreter of a cluster
+greets with, or a solver prints, is not taken for a plan. Nothing is imported from the current folder. A question that
+is not answered within a limit ends the process; the next one has a new process.
 """
 
 from __future__ import annotations
@@ -9,12 +13,15 @@ from __future__ import annotations
 import json
 import operator
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 from hf_hetero import errors
@@ -23,6 +30,17 @@ from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner.planner import Planner
 
+START = "import sys; sys.path[:] = filter(None, sys.path); from hf_hetero.planner.process import main; main()"
+"""`-c` puts the current folder first into the path, where a file may be named like a module of Python."""
+LOOK_S = 1.0
+"""How often a call that waits looks whether the process was closed, in seconds."""
+ENDING_S = 5.0
+"""How long a killed process may take to end; one that is frozen does not."""
+
+
+class PlannerLost(RuntimeError):
+    """The planner's process ended, or gave no answer in time."""
+
 
 class PlannerProcess:
     """Plans as a `Planner` does, elsewhere. Calls wait for each other; the process starts with the first.
@@ -30,11 +48,14 @@ class PlannerProcess:
     Args:
         planner: asked anew for each call, because its cost model may have been refitted.
         niceness: how far the process steps back where cores are scarce, 0 to 19.
+        limit_s: seconds that an answer may take.
     """
 
-    def __init__(self, planner: Callable[[], Planner], niceness: int = 0) -> None:
-        self._planner, self._niceness = planner, niceness
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, planner: Callable[[], Planner], niceness: int = 0, limit_s: float = 60.0) -> None:
+        self._planner, self._niceness, self._limit_s = planner, niceness, limit_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answers: IO[bytes] | None = None
+        self._number = 0
         self._turn = threading.Lock()
         self._closed = False
 
@@ -42,7 +63,8 @@ class PlannerProcess:
         """As `Planner.plan`.
 
         Raises:
-            HeteroError: what the planner raised, or that its process has ended.
+            HeteroError: what the planner raised.
+            PlannerLost: its process has ended, or did not answer in time.
         """
         return self._ask({"verb": "plan", "lengths": list(lengths)})
 
@@ -50,7 +72,7 @@ class PlannerProcess:
         """As `Planner.improve`.
 
         Raises:
-            HeteroError: as `plan`.
+            HeteroError, PlannerLost: as `plan`.
         """
         return self._ask({"verb": "improve", "lengths": list(lengths), "plan": plan.to_dict()})
 
@@ -66,23 +88,15 @@ class PlannerProcess:
         if process is not None:
             process.kill()  # a call that waits for it gets the end of its output
             with self._turn:
-                _ended(process)
+                self._end()
 
     def _ask(self, question: dict[str, Any]) -> Plan:
-        line = json.dumps({**question, "planner": _settings(self._planner())}, default=operator.index)
+        asked = {**question, "planner": _settings(self._planner())}
         with self._turn:
             process = self._running()
-            assert process.stdin is not None
-            assert process.stdout is not None
-            try:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-                answer = process.stdout.readline()
-            except OSError:
-                answer = ""
-            if not answer:
-                raise RuntimeError(f"The planner's process ended with code {_ended(process)}.")
-        found = json.loads(answer)
+            self._number += 1
+            line = json.dumps({**asked, "number": self._number}, default=operator.index) + "\n"
+            found = self._answer(process, line.encode())
         if "plan" in found:
             return Plan.from_dict(found["plan"])
         kind = getattr(errors, found["error"], None)
@@ -90,28 +104,90 @@ class PlannerProcess:
             raise kind(found["text"])
         raise RuntimeError(f"{found['error']} in the planner's process: {found['text']}")
 
-    def _running(self) -> subprocess.Popen[str]:
+    def _answer(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any]:
+        """What the process says to a line; whatever else happens, the process is not used again."""
+        try:
+            found = json.loads(self._exchanged(process, line))
+            if found["number"] == self._number:
+                return found
+            reason = f"it answered question {found['number']} instead of {self._number}"
+        except TimeoutError:
+            reason = f"it gave no answer within {self._limit_s:g} s (HeteroConfig.planning_timeout_s)"
+        except (OSError, EOFError):
+            raise PlannerLost(f"The planner's process ended with code {self._end()}.") from None
+        except (ValueError, KeyError, TypeError):
+            reason = "its answer cannot be read"
+        self._end()
+        raise PlannerLost(f"The planner's process was ended: {reason}. The next plan has a new one.")
+
+    def _exchanged(self, process: subprocess.Popen[bytes], line: bytes) -> bytes:
+        """Send a line and wait for one. A stopped process neither reads nor writes, so that neither may block."""
+        assert process.stdin is not None
+        assert self._answers is not None
+        unsent, answer, until = memoryview(line), bytearray(), time.monotonic() + self._limit_s
+        with selectors.DefaultSelector() as ready:
+            ready.register(process.stdin, selectors.EVENT_WRITE)
+            ready.register(self._answers, selectors.EVENT_READ)
+            while not answer.endswith(b"\n"):
+                if self._closed:
+                    raise EOFError
+                if (left_s := until - time.monotonic()) <= 0:
+                    raise TimeoutError
+                for key, _ in ready.select(min(left_s, LOOK_S)):
+                    if key.fileobj is process.stdin:
+                        unsent = unsent[os.write(key.fd, unsent) :]
+                        if not unsent:
+                            ready.unregister(process.stdin)
+                    elif piece := os.read(key.fd, 1 << 16):
+                        answer += piece
+                    else:
+                        raise EOFError
+        return bytes(answer)
+
+    def _running(self) -> subprocess.Popen[bytes]:
         if self._closed:
-            raise RuntimeError("The planner's process was closed.")
-        if self._process is None or self._process.poll() is not None:
-            paths = os.pathsep.join(path for path in sys.path if path)
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", "from hf_hetero.planner.process import main; main()", str(self._niceness)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
+            raise PlannerLost("The planner's process was closed.")
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
+            # where its owner found hf_hetero in the current folder, it is found there last
+            paths = [path for path in sys.path if path] + [str(Path(errors.__file__).parents[1])]
+            outgoing, incoming = os.pipe()
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", START, str(self._niceness), str(incoming)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(incoming,),
+                    bufsize=0,
+                    env={
+                        **os.environ,
+                        "PYTHONPATH": os.pathsep.join(paths),
+                        "OMP_NUM_THREADS": "1",
+                        "OPENBLAS_NUM_THREADS": "1",
+                    },
+                )
+            finally:
+                os.close(incoming)
+            self._answers = os.fdopen(outgoing, "rb", buffering=0)
+            assert self._process.stdin is not None
+            os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
 
-
-def _ended(process: subprocess.Popen[str]) -> int:
-    """Wait for the process, close its pipes; returns its exit code."""
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with suppress(OSError):  # a question that nobody read any more
-                pipe.close()
-    return process.wait()
+    def _end(self) -> int | None:
+        """Kill the process, close its pipes; returns its exit code, or None if it does not end."""
+        process, answers = self._process, self._answers
+        self._process = self._answers = None
+        if process is None:
+            return None
+        process.kill()
+        for pipe in (process.stdin, answers):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(ENDING_S)
+        return None
 
 
 def _settings(planner: Planner) -> dict[str, Any]:
@@ -143,14 +219,13 @@ def answered(question: dict[str, Any]) -> dict[str, Any]:
 def serve(questions: IO[str], answers: IO[str]) -> None:
     """Answer line by line until the input ends."""
     for line in questions:
-        answers.write(json.dumps(answered(json.loads(line))) + "\n")
+        question = json.loads(line)
+        answers.write(json.dumps({"number": question["number"], **answered(question)}) + "\n")
         answers.flush()
 
 
 def main() -> None:
-    """The process itself; its argument is its niceness."""
+    """The process itself; its arguments are its niceness, and the file descriptor for its answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(int(sys.argv[1]))
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a solver prints must not be taken for an answer
-    serve(sys.stdin, answers)
+    serve(sys.stdin, os.fdopen(int(sys.argv[2]), "w", encoding="utf-8"))

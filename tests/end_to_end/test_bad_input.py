@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from helpers import (
     tiny_model,
     trained,
 )
+from torch.utils.data import get_worker_info
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, InfeasibleBatch, Plan
 from hf_hetero.collators import PackedCollator
@@ -205,3 +209,52 @@ def test_a_dataset_of_the_other_kind(tmp_path: Path) -> None:
     )
     with pytest.raises(BadSample, match=r"Row 0 has no input_ids, only \['text'\]"):
         trainer.train()
+
+
+class DrawnAnew(list[Any]):
+    """Samples whose tokens, or labels, are drawn at each read by a generator of each rank's own."""
+
+    def __init__(self, data: list[dict[str, Any]], key: str) -> None:
+        super().__init__(data)
+        self.key, self.generator = key, random.Random()
+
+    def __getitem__(self, row: Any) -> Any:
+        sample = list.__getitem__(self, row)
+        return {**sample, self.key: [self.generator.randrange(3, 97) for _ in sample[self.key]]}
+
+
+@pytest.mark.parametrize(("key", "workers"), [("input_ids", 0), ("labels", 2)])
+def test_samples_that_are_drawn_anew(key: str, workers: int) -> None:
+    """Ranks that share a row would compute on halves of two samples: refused on all, with the row and the remedy."""
+    config = {"max_tokens_per_rank": 40}  # the longest have to be shared
+    for error in errors_of(train_on, DrawnAnew(samples(LENGTHS), key), config, {"dataloader_num_workers": workers}):
+        assert type(error) is BadSample
+        assert "differs between the ranks that share it: ranks [0] and ranks [1]" in str(error)
+        assert "seed it by the row's index" in str(error)
+
+
+def test_samples_that_are_drawn_anew_but_not_shared() -> None:
+    """What one rank alone holds may be drawn anew, as under Trainer."""
+    run_ranks(train_on, 2, DrawnAnew(samples(LENGTHS), "input_ids"), {"max_degree": 1}, {}, timeout_s=100)
+
+
+class Dies(list[Any]):
+    """In a worker of rank 1 the reader is killed, after the other rank had time to ask for its next plan."""
+
+    read = 0
+
+    def __getitem__(self, row: Any) -> Any:
+        if get_worker_info() is not None and dist.get_rank() == 1:
+            self.read += 1
+            if self.read == 9:
+                time.sleep(2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return list.__getitem__(self, row)
+
+
+def test_a_worker_that_is_killed() -> None:
+    """By the system that is short of memory, for one: every rank says so, at once."""
+    start = time.monotonic()
+    errors = errors_of(train_on, Dies(samples(LENGTHS)), {}, {"dataloader_num_workers": 1})
+    assert time.monotonic() - start < 60
+    assert all("Rank 1: RuntimeError: DataLoader worker" in str(error) for error in errors), errors

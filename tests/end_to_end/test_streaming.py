@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from datasets.distributed import split_dataset_by_node
 from helpers import (
     LENGTHS,
     ScriptedTrainer,
@@ -178,6 +179,136 @@ def limited(policy: str) -> int:
 def test_longer_samples(policy: str, tokens: int) -> None:
     """The user's policy for longer samples holds for streams, too."""
     assert run_ranks(limited, 2, policy) == [tokens] * 2
+
+
+class Events(TrainerCallback):
+    """What `Trainer` says when, with the epoch it says it is in."""
+
+    def __init__(self, leaves_epoch_at: int | None = None) -> None:
+        self.found: list[tuple[Any, ...]] = []
+        self.leaves_epoch_at = leaves_epoch_at
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(("begin", state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(("step", state.global_step, state.epoch))
+        control.should_epoch_stop = state.global_step == self.leaves_epoch_at
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(("end", state.global_step, state.epoch))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.found.append(("save", state.global_step))
+
+
+class Rows(IterableDataset[Any]):
+    """As many rows as it is told; another order each epoch, so that epochs can be told apart."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows, self.epoch = num_rows, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(ROWS[: self.num_rows] if self.epoch % 2 else ROWS[: self.num_rows][::-1])
+
+
+class SizedRows(Rows):
+    """Knows its length."""
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+
+def events(
+    trainer_class: Any, data: Any, resume: Any = None, leaves_epoch_at: int | None = None, **options: Any
+) -> Any:
+    said = Events(leaves_epoch_at)
+    model = tiny_model(dtype=torch.float64)
+    options = {"per_device_train_batch_size": 10, "max_steps": 8, **options}
+    found = trained(model, data, trainer_class, callbacks=[said], resume=resume, **options)
+    return said.found, found
+
+
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (Rows(24), {}),
+        (Rows(30), {}),
+        (Rows(24), {"dataloader_drop_last": True}),
+        (Rows(24), {"leaves_epoch_at": 2}),
+        (Rows(24), {"leaves_epoch_at": 3}),
+        (Rows(24), {"dataloader_num_workers": 1}),
+        (SizedRows(24), {}),
+        (SizedRows(30), {"max_steps": -1, "num_train_epochs": 2}),
+        (SizedRows(24), {"max_steps": -1, "num_train_epochs": 2, "leaves_epoch_at": 2}),
+    ],
+)
+def test_epochs_are_those_of_trainer(tmp_path: Path, data: Any, options: dict[str, Any]) -> None:
+    """Epochs begin and end, are numbered and saved after, as in plain Trainer, and steps learn from the same rows."""
+    options = {"save_strategy": "epoch", **options}
+    theirs, stock = events(StockTrainer, data, output_dir=str(tmp_path / "stock"), **options)
+    ours, found = events(ScriptedTrainer, data, output_dir=str(tmp_path / "ours"), **options)
+    assert ours == theirs
+    check_equal(found, stock, 1e-6)
+
+
+@pytest.mark.parametrize("data", [Rows(24), Rows(30), SizedRows(24)])
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_resumes_in_any_epoch(tmp_path: Path, data: Any, strategy: str) -> None:
+    """From each checkpoint on, the same happens in the same epochs, and the weights end bit-equal."""
+    folder = str(tmp_path)
+    options = {"save_strategy": strategy, "save_steps": 1, "output_dir": folder}
+    whole, expected = events(ScriptedTrainer, data, **options)
+    for step in [step for kind, step, *_ in whole if kind == "save"][:-1]:
+        resumed, found = events(ScriptedTrainer, data, f"{folder}/checkpoint-{step}", **options)
+        follows = whole[max(n for n, event in enumerate(whole) if event == ("save", step)) + 1 :]
+        if isinstance(data, SizedRows) and follows[0][0] == "end":
+            follows = follows[1:]  # Trainer, too, resumes data of a known length in the next epoch
+        assert resumed[follows[0][0] != "begin" :] == follows  # an epoch is begun again in its middle
+        assert all(torch.equal(found["weights"][name], x) for name, x in expected["weights"].items())
+
+
+def unpicklable(options: dict[str, Any]) -> str:
+    class Handles(Rows):
+        def __iter__(self) -> Iterator[Any]:
+            for number, row in enumerate(super().__iter__()):
+                yield {**row, "handle": (n for n in range(3))} if number == 13 else row
+
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    try:
+        trained(tiny_model(), Handles(24), per_device_train_batch_size=10 // world, **options)
+    except HeteroError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("num_ranks", "options"), [(2, {}), (1, {"dataloader_num_workers": 1})])
+def test_what_cannot_travel_is_named(num_ranks: int, options: dict[str, Any]) -> None:
+    """An example that cannot be handed to another process ends every rank with its row, instead of a wait."""
+    for found in run_ranks(unpicklable, num_ranks, options):
+        assert "Row 13 of the stream, with ['handle', 'input_ids', 'labels'], cannot be handed" in found
+    assert unpicklable({}) == "no error"
+
+
+def split(kind: str) -> str:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    table = datasets.Dataset.from_list(ROWS).to_iterable_dataset(num_shards=4)
+    data = split_dataset_by_node(table, rank, world)
+    try:
+        trained(tiny_model(), data, per_device_train_batch_size=5)
+    except HeteroError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_split_stream_is_refused() -> None:
+    """On every rank, with the remedy."""
+    for found in run_ranks(split, 2, "stream"):
+        assert "split by split_dataset_by_node(rank=0, world_size=2)" in found
+        assert "without the split" in found
 
 
 def test_needs_max_steps() -> None:

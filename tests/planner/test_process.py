@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from planner.reference import small_cost
 
 from hf_hetero.errors import BadSample
-from hf_hetero.planner import Planner, PlannerProcess
+from hf_hetero.planner import Planner, PlannerLost, PlannerProcess
 from hf_hetero.planner.process import serve
 
 LENGTHS = [390, 250, 60, 50, 50, 40, 30, 20, 7, 1]
@@ -32,7 +33,7 @@ def process() -> Iterator[PlannerProcess]:
     process.close()
 
 
-def running(process: PlannerProcess) -> subprocess.Popen[str]:
+def running(process: PlannerProcess) -> subprocess.Popen[bytes]:
     assert process._process is not None
     return process._process
 
@@ -101,6 +102,66 @@ def test_it_ends_with_its_owner() -> None:
 def test_lines_in_lines_out() -> None:
     """One answer a question; what is wrong with one does not end the rest."""
     answers = io.StringIO()
-    serve(io.StringIO(json.dumps({"verb": "plan"}) + "\n" + json.dumps({"verb": "plan"}) + "\n"), answers)
+    serve(io.StringIO("".join(json.dumps({"verb": "plan", "number": n}) + "\n" for n in (4, 5))), answers)
     lines = [json.loads(line) for line in answers.getvalue().splitlines()]
-    assert [line["error"] for line in lines] == ["KeyError", "KeyError"]
+    assert [(line["error"], line["number"]) for line in lines] == [("KeyError", 4), ("KeyError", 5)]
+
+
+def test_a_process_that_hangs_is_replaced() -> None:
+    """A question that is not answered in time, long or short, ends the process; the next question has a new one."""
+    process = PlannerProcess(lambda: PLANNER, limit_s=20)
+    process.start()
+    first = running(process)
+    assert process.plan(LENGTHS).num_samples == len(LENGTHS)
+    process._limit_s = 0.5
+    first.send_signal(signal.SIGSTOP)
+    for lengths in (LENGTHS, [1] * 200_000):  # more than a pipe holds
+        started = time.monotonic()
+        with pytest.raises(PlannerLost, match=r"no answer within 0.5 s .*planning_timeout_s"):
+            process.plan(lengths)
+        assert time.monotonic() - started < 10
+        assert first.poll() is not None
+        process._limit_s = 20
+        assert process.plan(LENGTHS).num_samples == len(LENGTHS)
+        first, process._limit_s = running(process), 0.5
+        first.send_signal(signal.SIGSTOP)
+    process.close()
+    assert first.poll() is not None
+
+
+@pytest.mark.parametrize("where", ["before", "while"])
+def test_what_is_printed_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """An interpreter that greets, before or while it plans, changes no plan."""
+    greeting = "print('Welcome to the cluster')\n"
+    if where == "while":
+        greeting = "import json\nloads = json.loads\njson.loads = lambda *a: (print('{}', flush=True), loads(*a))[1]\n"
+    (tmp_path / "sitecustomize.py").write_text(greeting)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    process = PlannerProcess(lambda: PLANNER)
+    for lengths in (LENGTHS, [3], [5, 5]):
+        assert process.plan(lengths).micro_batches == PLANNER.plan(lengths).micro_batches
+    process.close()
+
+
+def test_an_answer_to_another_question_is_none(process: PlannerProcess) -> None:
+    """It is said, and the process is replaced."""
+    process.start()
+    numbers = iter([7])
+    ask = process._exchanged
+    process._exchanged = lambda *args: json.dumps({**json.loads(ask(*args)), "number": next(numbers)}).encode()
+    with pytest.raises(PlannerLost, match="answered question 7 instead of 1"):
+        process.plan(LENGTHS)
+    process._exchanged = ask
+    assert process.plan(LENGTHS).num_samples == len(LENGTHS)
+
+
+def test_nothing_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files there that are named like modules stay files."""
+    for name in ("json", "statistics", "numpy", "operator", "selectors"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise ImportError\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    process = PlannerProcess(lambda: PLANNER)
+    assert process.plan(LENGTHS).num_samples == len(LENGTHS)
+    process.close()
+    assert not (tmp_path / "ran").exists()

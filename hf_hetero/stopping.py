@@ -1,0 +1,137 @@
+"""How a run ends: told to, or asked by a callback of one rank, on all ranks after the same step; or by an error."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_hetero.agreement import any_of
+from hf_hetero.groups import forget_errors, named, tell
+
+logger = logging.getLogger(__name__)
+
+FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+"""Words of torch's allocators."""
+
+
+class StopWhenAsked(TrainerCallback):
+    """Asks to save and to end training after the step in which SIGTERM came.
+
+    Takes the place of transformers' callback for `enable_jit_checkpoint`.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        """SIGTERM came to this rank."""
+
+    @contextmanager
+    def listening(self, enabled: bool) -> Iterator[None]:
+        """Handle SIGTERM meanwhile; signals can only be handled in the main thread."""
+        self.is_asked = False
+        if not enabled or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self._asked)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _asked(self, *_: object) -> None:
+        self.is_asked = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop."""
+        if self.is_asked:
+            logger.warning(
+                "SIGTERM on rank %d: saving a checkpoint after step %d, then training ends.",
+                args.process_index,
+                state.global_step,
+            )
+            control.should_save = control.should_training_stop = True
+
+
+class OneDecision(TrainerCallback):
+    """What a callback asks for on any rank happens on all of them, after the same step.
+
+    A Trainer looks at its own rank's `TrainerControl` only, and ranks that save, evaluate or train on wait for one that
+    does not. This callback must be the last one: it joins what the others have set.
+
+    Args:
+        group: of all ranks, while they train; None for a single process, or when they do not.
+    """
+
+    def __init__(self, group: Callable[[], dist.ProcessGroup | None]) -> None:
+        self._group = group
+
+    def join(self, control: TrainerControl) -> None:
+        """Set what is set on any rank. A collective of all ranks."""
+        if (group := self._group()) is not None:
+            for name, value in zip(FLAGS, any_of([getattr(control, name) for name in FLAGS], group), strict=True):
+                setattr(control, name, value)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Whether to log, evaluate, save or stop now."""
+        self.join(control)
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Whether to stop within a step."""
+        self.join(control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Whether to log, evaluate, save or stop now."""
+        self.join(control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Whether its metrics are a reason to save or stop."""
+        self.join(control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Whether to stop."""
+        self.join(control)
+
+
+@contextmanager
+def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
+    """Whatever error ends a run: say what it was, here and to the ranks that will miss this one.
+
+    Args:
+        step: the current one.
+
+    Raises:
+        CollectiveFailed: a rank that was waited for has gone, or is late; with why, where it left word.
+    """
+    forget_errors()
+    try:
+        # the wrapper's own collectives, and Trainer's
+        with named("Training", lambda: f"step {step()}", limit="TrainingArguments.ddp_timeout"):
+            yield
+    except BaseException as error:
+        if is_out_of_memory(error):
+            error.args = (  # whoever catches torch's error finds it
+                f"Step {step()}: this rank ran out of memory. Let ranks hold fewer tokens at a time: lower "
+                "HeteroConfig.max_tokens_per_rank, or give activation_policies=['recompute', 'offload'] to choose "
+                f"from. {error}",
+            )
+        tell(error)
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in OUT_OF_MEMORY)
