@@ -46,6 +46,11 @@ class Sample:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
         return shift_labels(self.labels)
 
+    @property
+    def num_positions(self) -> int:
+        """One more than its last position."""
+        return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
+
     def fingerprint(self) -> int:
         """63 bits of all that is its own."""
         digest = hashlib.blake2b(digest_size=8)
@@ -119,8 +124,8 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self.sample(example, f"row {row}", drawn.row_tokens[position])
-            self.limits.check_length(drawn.lengths[position], f"row {row}")
             samples[position] = whole[row].part(start, start + drawn.lengths[position])
+            self.limits.check_length(samples[position].num_positions, f"row {row}")
         micro_batches: list[RankMicroBatch] = []
         total = 0
         for group in share.groups:
@@ -129,7 +134,8 @@ class PackedCollator:
             held = [samples.get(position) for position in group.samples]
             inputs = pack_spans(spans, held, unshifted=self.keeps_labels_unshifted)
             total += sum(self._num_counted(_sample(held, span), span) for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, _labels(spans, held)))
+            reaches = tuple(_sample(held, span).num_positions for span in spans)
+            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, _labels(spans, held), reaches))
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
 

@@ -45,18 +45,22 @@ class Limits:
         _check(input_ids, self.num_tokens, f"{name} has token", 0, "")
         if labels is None:
             return
-        targets = shift_labels(labels)  # the first label is never learned from
+        targets = shift_labels(labels.long())  # the first label is never learned from
         learned = targets.masked_fill(targets == IGNORE_INDEX, 0)
         _check(learned, self.num_labels, f"{name} has label", 1, f", and {IGNORE_INDEX} for those not to learn from")
 
-    def check_length(self, num_tokens: int, name: str) -> None:
+    def check_length(self, num_positions: int, name: str) -> None:
         """Refuse a sample that is too long.
 
+        Args:
+            num_positions: its tokens, or, where a row gives positions, one more than the last of them.
+            name: for the message.
+
         Raises:
-            BadSample: with its name, its tokens and the reason.
+            BadSample: with its name, its length and the reason.
         """
-        if self.longest is not None and num_tokens > self.longest:
-            raise BadSample(f"{name} has {num_tokens} tokens, more than {self.longest}: {self.reason}")
+        if self.longest is not None and num_positions > self.longest:
+            raise BadSample(f"{name} is {num_positions} tokens long, more than {self.longest}: {self.reason}")
 
     def check_lengths(self, samples: Samples) -> None:
         """Refuse a dataset with a sample that is too long.

@@ -60,6 +60,7 @@ class PreparedTrainer(Trainer):
             # transformers' takes rows of one length only
             self.data_collator = PackedCollator(makes_labels=False)
         choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
+        self._tried: Any = None
         self._try_untested()
 
         self._machine: Machine | None = None
@@ -70,14 +71,16 @@ class PreparedTrainer(Trainer):
             self.add_callback(PlanMetricsCallback())
 
     def _try_untested(self) -> None:
-        """A second's trial of a tiny instance, where nobody has compared such models yet."""
+        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model."""
         base = exactness.base_model(self.model)
-        if not exactness.is_tested(base):
-            messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
-            try:
-                check_untested(base, messengers.control)
-            finally:
-                messengers.close()
+        if exactness.is_tested(base) or (what := (type(base), base.config.to_dict())) == self._tried:
+            return
+        messengers = GroupPool((), self.hetero.group_timeout_s, self.args.ddp_timeout)
+        try:
+            check_untested(base, messengers.control)
+        finally:
+            messengers.close()
+        self._tried = what
 
     # ------------------------------------------------------------------------------------------------- the model
 
@@ -90,8 +93,9 @@ class PreparedTrainer(Trainer):
         if self._fitted is not None:
             return False
         exactness.check_model(self)
+        self._try_untested()
         chunked = self.hetero.chunked_loss and not self.args.use_liger_kernel and not self.args.torch_compile
-        self._fitted = Fitted(self.model, self.args, self._compute_dtype(), chunked)
+        self._fitted = Fitted(self.model, self.args, self._dtype_of_now(), chunked)
         try:
             self._check_own_loss()
             self._sharding = sharding.sharding_of(self, self.hetero.sync_each_micro_batch)
@@ -126,6 +130,12 @@ class PreparedTrainer(Trainer):
         """What attention computes in, whoever asked for it: the arguments or the launcher."""
         own: torch.dtype = exactness.base_model(self.model).dtype
         return AUTOCAST.get(self.accelerator.mixed_precision, own)
+
+    def _dtype_of_now(self) -> torch.dtype:
+        """The same, but outside of training evaluation may be in half precision altogether."""
+        if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+            return torch.float16 if self.args.fp16_full_eval else torch.bfloat16
+        return self._compute_dtype()
 
     # ------------------------------------------------------------------------------------------ tensors and loss
 
@@ -242,6 +252,7 @@ class PreparedTrainer(Trainer):
             inner_group=self.groups.get(tuple(range(first, first + inner))),
             keeps=self.hetero.keep_exchanged and recomputed,
             store=self._activations.store(policy, self.args.device, num_tokens, hidden),
+            reaches=micro_batch.reaches,
         )
 
     def _step_callbacks(self) -> list[StepReportCallback]:

@@ -118,6 +118,7 @@ class RankMicroBatch:
         inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
             in: on a rank without tokens, or as the place of the last target (see `collators.packed.pack_spans`).
         labels: each token's own label, shape (1, num_tokens); None where samples have none.
+        reaches: for each span, one more than the last position of its whole sample.
     """
 
     group: Group
@@ -125,6 +126,7 @@ class RankMicroBatch:
     spans: tuple[Span, ...]
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor | None = None
+    reaches: tuple[int, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

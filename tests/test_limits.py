@@ -52,7 +52,7 @@ def test_the_longest_sample() -> None:
     limits = Limits(longest=16, reason="so it is.")
     limits.check_lengths(whole_rows([]))
     limits.check_lengths(whole_rows([3, 16, 7]))
-    with pytest.raises(BadSample, match=r"^Row 1 has 39 tokens, more than 16: so it is\.$"):
+    with pytest.raises(BadSample, match=r"^Row 1 is 39 tokens long, more than 16: so it is\.$"):
         limits.check_lengths(whole_rows([3, 39, 17]))
 
 

@@ -35,6 +35,7 @@ class AttentionContext:
         inner_group: process group of this rank's block, where the layout has blocks.
         keeps: layers are computed again in backward (gradient checkpointing): keep what was exchanged until then.
         store: keep it there; None: on the device.
+        reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
 
     Attributes:
         group_rank: this rank's position in the group.
@@ -56,6 +57,7 @@ class AttentionContext:
         inner_group: dist.ProcessGroup | None = None,
         keeps: bool = False,
         store: HostStore | None = None,
+        reaches: tuple[int, ...] | None = None,
     ) -> None:
         self.layout, self.ranks, self.process_group, self.inner_group = layout, ranks, process_group, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
@@ -63,6 +65,8 @@ class AttentionContext:
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
         self.num_tokens = layout.rank_tokens[self.group_rank]
+        spans = layout.spans[self.group_rank]
+        self.reaches = reaches or tuple(layout.lengths[span.sample] for span in spans)
         self.reached: set[int] = set()
         self._made: dict[Any, Any] = {}
         self._kept: dict[tuple[int, str], tuple[torch.Tensor | Parcel, ...] | None] = {}

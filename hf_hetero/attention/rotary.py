@@ -115,14 +115,17 @@ class TablesBySample:
 
 
 def _in_long_samples(context: AttentionContext, switch: int, positions: torch.Tensor) -> torch.Tensor | None:
-    """Whether each token of this rank is of a sample of more than `switch` tokens; None if none is."""
-    layout = context.layout
-    spans = layout.spans[context.group_rank]
-    if all(layout.lengths[span.sample] <= switch for span in spans):
+    """Whether each token of this rank is of a sample that reaches beyond position `switch`; None if none is."""
+    if all(reach <= switch for reach in context.reaches):
         return None
 
     def make() -> torch.Tensor:
-        of_spans = [torch.full((span.num_tokens,), layout.lengths[span.sample] > switch) for span in spans]
-        return torch.cat(of_spans).to(positions.device)
+        spans = context.layout.spans[context.group_rank]
+        is_long = torch.zeros(positions.shape[-1], dtype=torch.bool)  # a token that stands in at the end is short
+        start = 0
+        for span, reach in zip(spans, context.reaches, strict=True):
+            is_long[start : start + span.num_tokens] = reach > switch
+            start += span.num_tokens
+        return is_long.to(positions.device)
 
     return context.made(("long samples", switch), make)

@@ -30,9 +30,9 @@ def model_of(family: str = "phi3", **changes: Any) -> Any:
     return getattr(transformers, f"{name}Model")(config)
 
 
-def context_of(layout: Layout, rank: int) -> Any:
+def context_of(layout: Layout, rank: int, **options: Any) -> Any:
     ranks = tuple(range(layout.degree))
-    return AttentionContext(layout, ranks, rank, None, "ulysses", CPU, torch.device("cpu"))
+    return AttentionContext(layout, ranks, rank, None, "ulysses", CPU, torch.device("cpu"), **options)
 
 
 class Rotated(torch.nn.Module):
@@ -67,6 +67,21 @@ def test_each_sample_has_its_own_table(layout: Any, lengths: tuple[int, ...]) ->
             for part, whole in enumerate(found):
                 rows = [expected[s.sample][part][0, s.start : s.end] for s in spans] or [expected[0][part][0, :1]]
                 assert torch.equal(whole[0], torch.cat(rows))
+
+
+def test_positions_that_a_row_gives() -> None:
+    """A sample is long if its positions are, not its tokens; a token that stands in at the end changes nothing."""
+    table = model_of(rope_parameters=LONGROPE, original_max_position_embeddings=SWITCH).rotary_emb
+    rows = [torch.tensor([0, 5, 30, 31]), torch.arange(SWITCH + 2) // 2]
+    expected = [copy.deepcopy(table)(torch.zeros(1), row[None])[0][0] for row in rows]
+    caller = Rotated(table)
+    TablesBySample(caller)
+    shared = contiguous([4, SWITCH + 2], 2)
+    first = context_of(shared, 0, reaches=(32, 9))
+    ends = [span.end for span in shared.spans[0]]
+    positions = torch.cat([rows[0], rows[1][: ends[1]], torch.zeros(1, dtype=torch.long)])[None]
+    found = caller(positions, hetero=first)[0][0]
+    assert torch.equal(found[:-1], torch.cat([expected[0], expected[1][: ends[1]]]))
 
 
 def test_tables_of_each_type_of_layer() -> None:

@@ -134,7 +134,7 @@ def train_longrope(changes: dict[str, Any]) -> dict[str, Any]:
 def test_rotary_tables_by_the_sample(changes: dict[str, Any], num_ranks: int) -> None:
     """Under LongRoPE short and long samples learn, in one pack or shared by ranks, as each does alone."""
     expected = reference_steps(longrope_model(), samples(LENGTHS), STEPS)
-    for found in run_ranks(train_longrope, num_ranks, changes) if num_ranks > 1 else [train_longrope(changes)]:
+    for found in run_ranks(train_longrope, num_ranks, changes):
         for step, gradients in enumerate(expected["gradients"]):
             assert largest_difference(found["gradients"][step], gradients) < 1e-7  # the tables are in fp32
 

@@ -97,7 +97,7 @@ def test_a_rotary_table_that_would_stay_grown(streamed: bool) -> None:
     short = [length % 16 + 1 for length in LENGTHS]
     run_ranks(train_dynamic, 2, short, streamed)
     for error in errors_of(train_dynamic, [*short[:7], 17, *short[8:]], streamed):
-        assert "ow 7 has 17 tokens, more than 16" in str(error)
+        assert "ow 7 is 17 tokens long, more than 16" in str(error)
         assert "rotary table (rope_type 'dynamic')" in str(error)
 
 
