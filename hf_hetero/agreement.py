@@ -27,9 +27,9 @@ Told = tuple[str, str]
 
 FROM_RANK_0 = "The broadcast from rank 0"
 BEFORE_STEP = "The exchange before a step"
-REPORT = "The report of a step"
-DECISION = "The decision what comes next"
-SAVED = "The end of saving"
+REPORT = "The exchange of a step's report"
+DECISION = "The exchange of what comes next"
+SAVED = "The exchange while saving"
 RESULTS = "The exchange of results"
 DEALING = "The dealing out of examples"
 PLACES = (FROM_RANK_0, BEFORE_STEP, REPORT, DECISION, SAVED, RESULTS, DEALING)

@@ -91,8 +91,9 @@ class Saving:
         writes = self.args.should_save
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `save` would delete too early
         try:
-            self._all(lambda: (_begin(folder) if writes else None, save()), folder)
-            self._all(lambda: _finish(folder, run) if writes else None, folder)
+            self.together(lambda: _begin(folder) if writes else None, folder)
+            self.together(save, folder)
+            self.together(lambda: _finish(folder, run) if writes else None, folder)
         except Exception:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -102,12 +103,18 @@ class Saving:
         if writes and limit:
             rotate_checkpoints(str(folder.parent), limit, best(), use_mtime=True)
 
-    def _all(self, act: Callable[[], object], folder: Path) -> None:
-        """Act on all ranks, then wait for all."""
+    def together(self, act: Callable[[], object], folder: Path) -> None:
+        """Act on all ranks, then wait for all.
+
+        Raises:
+            HeteroError: what went wrong on any rank.
+        """
         error: Exception | None = None
         try:
             act()
         except Exception as raised:
+            if getattr(raised, "is_known_to_all", False):
+                raise
             error = HeteroError(f"Saving {folder} failed: {type(raised).__name__}: {raised}. Older checkpoints stay.")
             error.__cause__ = raised
             if self.may_wait:

@@ -10,7 +10,8 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
     resumption.ResumableTrainer
         get_total_train_batch_size      the user's gradient_accumulation_steps still counts
         get_train_dataloader            items are planned steps
-        train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
+        train, _save_checkpoint, save_model     checkpoints are known to be whole, and bring cost model and place in the
+                                        data; runs end in words
     trainer.HeteroTrainerMixin
         get_batch_samples               all ranks confirm the step before it starts
         training_step                   the loop over micro-batches
