@@ -35,7 +35,7 @@ class Sample:
         """63 bits of its tokens and labels."""
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (self.input_ids, self.labels):
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "big") >> 1
 
     def part(self, start: int, end: int) -> Sample:

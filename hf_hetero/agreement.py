@@ -130,7 +130,7 @@ def confirm_rows(
         f"Step {step}: row {shared[index]} differs between the ranks that share it: "
         f"{' and '.join(f'ranks {ranks}' for ranks in versions.values())} read other tokens or labels{others}. "
         "Each of them reads it for itself, so a row must be the same at each read: where the dataset or the collator "
-        "draws at random, seed it by the row's index (and the epoch), or draw once, with dataset.map(), before training."
+        "draws at random, seed it by the row's index (and epoch), or draw once, with dataset.map(), before training."
     )
     raise _known_to_all(differing, control)
 

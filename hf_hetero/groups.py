@@ -67,7 +67,9 @@ def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = 
 
 
 @contextmanager
-def named(operation: str, where: Callable[[], str] | str, limit: str = "HeteroConfig.group_timeout_s") -> Iterator[None]:
+def named(
+    operation: str, where: Callable[[], str] | str, limit: str = "HeteroConfig.group_timeout_s"
+) -> Iterator[None]:
     """Give a failing collective a name: which operation, of which ranks, at which step, and why, where it is known.
 
     Any other error that is raised inside is left alone: memory that ran out, a reader of data that was killed.
@@ -91,7 +93,9 @@ def named(operation: str, where: Callable[[], str] | str, limit: str = "HeteroCo
             why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
         else:
             why = _why_gone()
-        raise CollectiveFailed(f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}") from error
+        raise CollectiveFailed(
+            f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}"
+        ) from error
 
 
 def is_of_ranks(error: RuntimeError) -> bool:
@@ -128,7 +132,7 @@ def _why_gone() -> str:
     return "A rank has gone: look for its first error, or for what killed it (out of host memory, for one)."
 
 
-def _store() -> dist.Store:
+def _store() -> Any:
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 

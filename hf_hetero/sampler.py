@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +131,7 @@ class StepDataset(Dataset[StepExamples]):
         """The samples of one step that this rank holds tokens of.
 
         Raises:
-            HeteroError: the step was taken for one that is already trained.
+            HeteroError: a row cannot be read; or the step was taken for one that is already trained.
         """
         if share is None:
             raise HeteroError(
@@ -139,10 +140,24 @@ class StepDataset(Dataset[StepExamples]):
             )
         row_of = {position: share.step.rows[position] for position in share.samples()}
         rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
-        examples: list[Mapping[str, Any]]
-        if hasattr(self._dataset, "__getitems__"):
-            examples = self._dataset.__getitems__(rows)
-        else:
-            examples = [self._dataset[row] for row in rows]
-        read = dict(zip(rows, examples, strict=True))
+        read = dict(zip(rows, self._read(rows), strict=True))
         return StepExamples(share, {position: read[row] for position, row in row_of.items()})
+
+    def _read(self, rows: list[int]) -> list[Mapping[str, Any]]:
+        """The rows; whatever a user's dataset raises, with the row. Its end, and classes of its own, would be lost."""
+        if hasattr(self._dataset, "__getitems__"):
+            with _naming(f"rows {', '.join(map(str, rows))}"):
+                return self._dataset.__getitems__(rows)
+        examples: list[Mapping[str, Any]] = []
+        for row in rows:
+            with _naming(f"row {row}"):
+                examples.append(self._dataset[row])
+        return examples
+
+
+@contextmanager
+def _naming(rows: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise HeteroError(f"Reading {rows} failed: {type(error).__name__}: {error}") from error

@@ -30,7 +30,6 @@ from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner.planner import Planner
 
-
 START = "import sys; sys.path[:] = filter(None, sys.path); from hf_hetero.planner.process import main; main()"
 """`-c` puts the current folder first into the path, where a file may be named like a module of Python."""
 LOOK_S = 1.0
