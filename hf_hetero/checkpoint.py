@@ -112,9 +112,11 @@ class Saving:
         error: Exception | None = None
         try:
             act()
-        except Exception as raised:
-            if getattr(raised, "is_known_to_all", False):
+        except HeteroError as raised:  # in its own words, and maybe on all ranks already
+            if raised.is_known_to_all or self.may_wait:
                 raise
+            error = raised
+        except Exception as raised:
             error = HeteroError(f"Saving {folder} failed: {type(raised).__name__}: {raised}. Older checkpoints stay.")
             error.__cause__ = raised
             if self.may_wait:
