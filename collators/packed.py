@@ -56,7 +56,7 @@ class Sample:
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
             if tensor is not None:
-                digest.update(tensor.contiguous().numpy())
+                digest.update(tensor.contiguous().numpy().data)
         return int.from_bytes(digest.digest(), "big") >> 1
 
     def part(self, start: int, end: int) -> Sample:

@@ -27,9 +27,9 @@ Told = tuple[str, str]
 
 FROM_RANK_0 = "The broadcast from rank 0"
 BEFORE_STEP = "The exchange before a step"
-REPORT = "The report of a step"
-DECISION = "The decision what comes next"
-SAVED = "The end of saving"
+REPORT = "The exchange of a step's report"
+DECISION = "The exchange of what comes next"
+SAVED = "The exchange while saving"
 RESULTS = "The exchange of results"
 DEALING = "The dealing out of examples"
 PLACES = (FROM_RANK_0, BEFORE_STEP, REPORT, DECISION, SAVED, RESULTS, DEALING)
@@ -130,8 +130,7 @@ def confirm_rows(
         f"Step {step}: row {shared[index]} differs between the ranks that share it: "
         f"{' and '.join(f'ranks {ranks}' for ranks in versions.values())} read other tokens or labels{others}. "
         "Each of them reads it for itself, so a row must be the same at each read: where the dataset or the collator "
-        "draws at random, seed it by the row's index (and the epoch), or draw once, with dataset.map(), before "
-        "training."
+        "draws at random, seed it by the row's index (and epoch), or draw once, with dataset.map(), before training."
     )
     raise _known_to_all(differing, control)
 

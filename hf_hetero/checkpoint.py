@@ -96,8 +96,9 @@ class Saving:
         writes = self.args.should_save
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `save` would delete too early
         try:
-            self._all(lambda: (_begin(folder) if writes else None, save()), folder)
-            self._all(lambda: _finish(folder, run) if writes else None, folder)
+            self.together(lambda: _begin(folder) if writes else None, folder)
+            self.together(save, folder)
+            self.together(lambda: _finish(folder, run) if writes else None, folder)
         except Exception:
             if writes:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -107,11 +108,19 @@ class Saving:
         if writes and limit:
             rotate_checkpoints(str(folder.parent), limit, best(), use_mtime=True)
 
-    def _all(self, act: Callable[[], object], folder: Path) -> None:
-        """Act on all ranks, then wait for all."""
+    def together(self, act: Callable[[], object], folder: Path) -> None:
+        """Act on all ranks, then wait for all.
+
+        Raises:
+            HeteroError: what went wrong on any rank.
+        """
         error: Exception | None = None
         try:
             act()
+        except HeteroError as raised:  # in its own words, and maybe on all ranks already
+            if raised.is_known_to_all or self.may_wait:
+                raise
+            error = raised
         except Exception as raised:
             error = HeteroError(f"Saving {folder} failed: {type(raised).__name__}: {raised}. Older checkpoints stay.")
             error.__cause__ = raised

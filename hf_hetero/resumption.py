@@ -40,6 +40,7 @@ class ResumableTrainer(PreparedTrainer):
         self._data: TrainingData | None = None
         self._is_training = False
         self._run_before: Run | None = None
+        self._saving: Saving | None = None
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
         self._decision = OneDecision(lambda: self.groups.control if self.is_in_train else None)
@@ -151,6 +152,20 @@ class ResumableTrainer(PreparedTrainer):
             if self.args.should_save:
                 keep_cost_model(folder, cost, self.args.world_size)
 
-        saving = Saving(self.args, self.groups.control, may_wait=self._sharding.is_sharded)
+        self._saving = Saving(self.args, self.groups.control, may_wait=self._sharding.is_sharded)
         run = Run(self.args.world_size, self._data.order, stream)
-        saving.write(save, folder, run, best=lambda: self.state.best_model_checkpoint)
+        try:
+            self._saving.write(save, folder, run, best=lambda: self.state.best_model_checkpoint)
+        finally:
+            self._saving = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. In a checkpoint all ranks know how it went, before Trainer has them wait for each other."""
+
+        def save() -> None:
+            super(ResumableTrainer, self).save_model(output_dir, _internal_call)
+
+        if self._saving is not None and output_dir is not None:
+            self._saving.together(save, Path(output_dir))
+        else:
+            save()

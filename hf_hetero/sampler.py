@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -220,13 +221,12 @@ class StepDataset(Dataset[StepExamples]):
             self._epoch = epoch
 
     def read(self, rows: Sequence[int]) -> list[Any]:
-        """Some examples, with the keys that are wanted."""
-        examples: list[Any]
-        if hasattr(self._dataset, "__getitems__"):
-            examples = list(self._dataset.__getitems__(rows))
-        else:
-            examples = [self._dataset[row] for row in rows]
-        return [self._kept(example) for example in examples]
+        """Some examples, with the keys that are wanted.
+
+        Raises:
+            HeteroError: a row cannot be read.
+        """
+        return [self._kept(example) for example in self._read(rows)]
 
     def _kept(self, example: Any) -> Any:
         if self._names is None or not isinstance(example, dict):
@@ -242,3 +242,22 @@ class StepDataset(Dataset[StepExamples]):
         rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
         read = dict(zip(rows, self.read(rows), strict=True))
         return StepExamples(share, {position: read[row] for position, row in row_of.items()})
+
+    def _read(self, rows: Sequence[int]) -> list[Any]:
+        """The rows; whatever a user's dataset raises, with the row. Its end, and classes of its own, would be lost."""
+        if hasattr(self._dataset, "__getitems__"):
+            with _naming(f"rows {', '.join(map(str, rows))}"):
+                return list(self._dataset.__getitems__(rows))
+        examples: list[Any] = []
+        for row in rows:
+            with _naming(f"row {row}"):
+                examples.append(self._dataset[row])
+        return examples
+
+
+@contextmanager
+def _naming(rows: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise HeteroError(f"Reading {rows} failed: {type(error).__name__}: {error}") from error

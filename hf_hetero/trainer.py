@@ -11,7 +11,8 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
     resumption.ResumableTrainer
         get_train_dataloader            Trainer's; when training starts, also prepare the planned steps
         _init_training_state            in which epoch a stream was left
-        train, _save_checkpoint         checkpoints are known to be whole, and bring cost model and place in the data
+        train, _save_checkpoint, save_model     checkpoints are known to be whole, and bring cost model and place in the
+                                        data; runs end in words
     trainer.HeteroTrainerMixin
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
         training_step                   the loop over micro-batches

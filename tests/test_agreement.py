@@ -94,7 +94,7 @@ def come_apart() -> None:
 def test_ranks_that_come_apart() -> None:
     """Ranks that are at different places say so, instead of taking one message for another."""
     for error in run_ranks(come_apart, 2, expect_errors=True, timeout_s=60):
-        words = "apart: rank 0 at the exchange before a step, rank 1 at the decision what comes next"
+        words = "apart: rank 0 at the exchange before a step, rank 1 at the exchange of what comes next"
         assert words in str(error), error
 
 

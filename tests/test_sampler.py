@@ -10,10 +10,10 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader
 from helpers import LENGTHS, ScriptedPlanner, samples
 
-from hf_hetero import HeteroError
+from hf_hetero import Group, HeteroError, MicroBatch, Plan
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler, order_of
-from hf_hetero.samples import whole_rows
-from hf_hetero.step import Step
+from hf_hetero.samples import Drawn, whole_rows
+from hf_hetero.step import Step, StepShare
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
@@ -187,3 +187,31 @@ def test_trained_steps_are_not_planned() -> None:
     assert len(list(sampler)) == 1
     assert len(list(sampler)) == 3
     assert planned == [(3, 2), (4, 0), (4, 1), (4, 2)]
+
+
+class Raises:
+    """A dataset whose row 11 cannot be read."""
+
+    def __init__(self, error: BaseException, at_once: bool) -> None:
+        self.error = error
+        if at_once:
+            self.__getitems__ = lambda rows: [self[row] for row in rows]
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, row: int) -> Any:
+        if row == 11:
+            raise self.error
+        return {"input_ids": [1]}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("error", [KeyError("tokens"), MemoryError(), StopIteration()], ids=lambda e: type(e).__name__)
+def test_a_row_that_cannot_be_read_is_named(error: Exception, at_once: bool) -> None:
+    """Whatever the dataset raises: its kind and the row; not the end of the data, nor a class that others lack."""
+    plan = Plan(1, (MicroBatch((Group((0,), (0, 1, 2)),)),))
+    step = Step(0, 0, Drawn((10, 11, 12), (0, 0, 0), (1, 1, 1), (1, 1, 1)), plan)
+    where = "rows 10, 11, 12" if at_once else "row 11"
+    with pytest.raises(HeteroError, match=f"Reading {where} failed: {type(error).__name__}"):
+        StepDataset(Raises(error, at_once)).__getitems__(StepShare(step, 0))

@@ -48,6 +48,6 @@ def test_other_errors_are_left_alone(error: Any) -> None:
 
 def test_a_wrapper_that_misses_a_rank_is_named() -> None:
     """What DDP or FSDP wait for has Trainer's time limit."""
-    said = r"Training failed .* at step 7: .*raise TrainingArguments.ddp_timeout"
-    with pytest.raises(CollectiveFailed, match=said), ending_in_words(lambda: 7):
+    words = r"Training failed .* at step 7: .*raise TrainingArguments.ddp_timeout"
+    with pytest.raises(CollectiveFailed, match=words), ending_in_words(lambda: 7):
         raise RuntimeError("[gloo/unbound_buffer.cc:81] Timed out waiting 4000ms for recv operation to complete")

@@ -167,6 +167,9 @@ class PlannerProcess:
                         "OPENBLAS_NUM_THREADS": "1",
                     },
                 )
+            except OSError:
+                os.close(outgoing)
+                raise
             finally:
                 os.close(incoming)
             self._answers = os.fdopen(outgoing, "rb", buffering=0)

@@ -62,6 +62,22 @@ def test_targets_are_counted_once() -> None:
     assert total == sum(label != -100 for row in data for label in row["labels"][1:])
 
 
+def test_shared_rows_have_fingerprints() -> None:
+    """The same on each rank that reads a row; another for another token or label; none for rows of one rank."""
+    data = samples(LENGTHS)
+    step = step_of(data, LENGTHS)
+    found = [collate(step, data, rank).fingerprints for rank in range(4)]
+    for row in set().union(*found):
+        assert row in step.shared_rows()
+        assert len({prints[row] for prints in found if row in prints}) == 1
+    assert set().union(*found) == set(step.shared_rows())
+    row = max(found[0])
+    for key in ("input_ids", "labels"):
+        other = [*data]
+        other[row - 100] = {**other[row - 100], key: [*other[row - 100][key][:-1], 3]}
+        assert collate(step, other, 0).fingerprints[row] != found[0][row]
+
+
 def test_rank_without_tokens_runs_one_that_does_not_count() -> None:
     """It has one masked token without a target."""
     data = samples([1])

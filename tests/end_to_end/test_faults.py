@@ -29,7 +29,7 @@ class Fault(TrainerCallback):
     """What goes wrong on one rank.
 
     Args:
-        kind: "kill in step" | "kill while saving" | "terminate" | "disk".
+        kind: "kill in step" | "kill while saving" | "terminate" | "disk" | "folder".
         rank: on which rank; -1: on none.
         step: in which step.
     """
@@ -49,6 +49,8 @@ class Fault(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index != self.rank or state.global_step != self.step:
             return
+        if self.kind == "folder":  # not a folder
+            (Path(args.output_dir) / f"checkpoint-{self.step}").touch()
         if self.kind == "disk":  # files may not grow beyond this: writing fails in the middle, as on a full disk
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
@@ -140,6 +142,32 @@ def test_full_disk(tmp_path: Path) -> None:
     assert checkpoints(folder) == {"checkpoint-2": None}
     rest = run_ranks(run, 2, str(folder), NO_FAULT, {**limit, "resume": True})
     check_same(rest, whole)
+
+
+class Evaluated(ScriptedTrainer):
+    """A run that keeps its best model, where Trainer has all ranks wait for each other while they save."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, eval_dataset=samples(LENGTHS[:6]))
+
+
+def run_best(folder: str, fault: tuple[str, int, int]) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+    options = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 1, **best}
+    trained(tiny_model(), samples(LENGTHS), Evaluated, callbacks=[Fault(*fault)], output_dir=folder, **options)
+
+
+@pytest.mark.parametrize("kind", ["disk", "folder"])
+def test_cannot_write_where_ranks_wait(tmp_path: Path, kind: str) -> None:
+    """A full disk in a run that keeps its best model, or a folder that cannot be made: its reason on all ranks."""
+    start = time.monotonic()
+    ended = run_ranks(run_best, 2, str(tmp_path), (kind, 0, 3), expect_errors=True, timeout_s=60)
+    assert time.monotonic() - start < 60
+    for error in ended:
+        assert type(error) is HeteroError
+        assert "checkpoint-3 failed: " in str(error)
+        assert "Older checkpoints stay" in str(error)
+        assert ("too large" if kind == "disk" else "FileExistsError") in str(error)
 
 
 def spoil(folder: Path, how: str) -> None:
