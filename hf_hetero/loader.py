@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
+from hf_hetero.contents import contents_of
 from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
@@ -90,7 +91,9 @@ def training_data(
         num_trained=lambda: 0 if args.ignore_data_skip else global_step() % num_steps,
     )
     rows = StepDataset(columns(dataset) if isinstance(dataset, datasets.Dataset) else dataset)
-    return TrainingData(_loader(rows, sampler, collate, args), plans, {**batches.to_dict(), "lengths": content})
+    contents = broadcast(lambda: contents_of(dataset, num_rows), planning.control)
+    order = {**batches.to_dict(), "lengths": content, "contents": contents}
+    return TrainingData(_loader(rows, sampler, collate, args), plans, order)
 
 
 def streamed_data(

@@ -204,6 +204,17 @@ def test_other_data(name: str) -> None:
         check_order({**ORDER, name: value}, ORDER)
 
 
+def test_other_contents() -> None:
+    """Rows that are known to hold something else are refused, with the first of them; rows not compared are not."""
+    kept = {**ORDER, "contents": {"0": 11, "7": 12, "19": 13}}
+    for same in ({"0": 11, "7": 12, "19": 13}, {"7": 12, "3": 99}, {}):
+        check_order({**ORDER, "contents": same}, kept)
+    check_order({**ORDER, "contents": {"0": 1}}, ORDER)
+    check_order(ORDER, kept)
+    with pytest.raises(ConfigError, match=r"Row 7 .*\(2 of 3 rows .*tokenizer.*ignore_data_skip=True"):
+        check_order({**ORDER, "contents": {"0": 11, "7": 1, "19": 2}}, kept)
+
+
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     """A file of another version is not guessed at."""
     folder = write(tmp_path, 1)
