@@ -139,10 +139,13 @@ class StepDataset(Dataset[StepExamples]):
             )
         row_of = {position: share.step.rows[position] for position in share.samples()}
         rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
-        examples: list[Mapping[str, Any]]
-        if hasattr(self._dataset, "__getitems__"):
-            examples = self._dataset.__getitems__(rows)
-        else:
-            examples = [self._dataset[row] for row in rows]
-        read = dict(zip(rows, examples, strict=True))
+        read = dict(zip(rows, self._read(rows), strict=True))
         return StepExamples(share, {position: read[row] for position, row in row_of.items()})
+
+    def _read(self, rows: list[int]) -> list[Mapping[str, Any]]:
+        try:
+            if hasattr(self._dataset, "__getitems__"):
+                return self._dataset.__getitems__(rows)
+            return [self._dataset[row] for row in rows]
+        except StopIteration as error:  # the loader would take it for the end of the epoch
+            raise HeteroError(f"The dataset raised StopIteration for one of the rows {rows}: {error}") from error

@@ -12,7 +12,7 @@ from helpers import LENGTHS, ScriptedPlanner, samples
 from hf_hetero import HeteroError
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.samples import whole_rows
-from hf_hetero.step import Step
+from hf_hetero.step import Step, StepShare
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
@@ -86,3 +86,20 @@ def test_a_trained_step_is_never_read() -> None:
     """If a loader asks for one all the same, that is an error and not an empty step."""
     with pytest.raises(HeteroError, match="already trained"):
         StepDataset([]).__getitems__(None)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_row_that_stops_iteration_is_an_error(at_once: bool) -> None:
+    """The loader would take StopIteration for the end of the epoch, and its samples would be lost without a word."""
+
+    class Stops:
+        def __getitem__(self, row: int) -> Any:
+            return next(iter(()))
+
+    class StopsAtOnce(Stops):
+        def __getitems__(self, rows: list[int]) -> Any:
+            return [self[row] for row in rows]
+
+    share = StepShare(make_step(0, 0), 0)
+    with pytest.raises(HeteroError, match="raised StopIteration for one of the rows"):
+        StepDataset(StopsAtOnce() if at_once else Stops()).__getitems__(share)
