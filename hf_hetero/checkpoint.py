@@ -30,7 +30,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_hetero.agreement import raise_together
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.stream import Position
+from hf_hetero.reading import Position
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, Sampler
 
 from hf_hetero.agreement import broadcast, scatter
 from hf_hetero.errors import HeteroError
+from hf_hetero.reading import Example, Position
 from hf_hetero.step import Step, StepExamples, StepShare, samples_by_rank
-from hf_hetero.stream import Example, Key, Position, Stream
+from hf_hetero.stream import Key, Stream
 
 Examples = Mapping[int, Example]
 """By position of the sample in the global batch."""

@@ -17,9 +17,10 @@ from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
+from hf_hetero.reading import Position, Reading
 from hf_hetero.sampler import GlobalBatches, StepDataset, StepSampler
 from hf_hetero.samples import Drawn, Samples, limited
-from hf_hetero.stream import Position, Stream, check_whole, num_rows_of
+from hf_hetero.stream import Stream, check_whole, num_rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +123,8 @@ def streamed_data(
     if planning.control is None or args.process_index == 0:
         accumulation = args.gradient_accumulation_steps
         stream = Stream(
-            dataset,
-            batch_size,
-            samples_of(planning),
-            num_ahead=planning.num_ahead,
-            names=names,
-            seed=_data_seed(args),
+            Reading(dataset, batch_size, samples_of(planning), names, _data_seed(args)),
+            planning.num_ahead,
             num_steps=args.max_steps if args.max_steps > 0 else None,
             min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
         )

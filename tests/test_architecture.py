@@ -33,6 +33,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"memory", "probe"},
     {"estimate"},
     {"contents", "planning"},
+    {"reading"},
     {"stream"},
     {"dealing"},
     {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources"},

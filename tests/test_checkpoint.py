@@ -24,7 +24,7 @@ from hf_hetero.checkpoint import (
     problem_of,
 )
 from hf_hetero.errors import ConfigError
-from hf_hetero.stream import Position
+from hf_hetero.reading import Position
 
 ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
 RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))
