@@ -27,7 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hf_hetero.agreement import raise_together
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.stream import Position
+from hf_hetero.reading import Position
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +216,19 @@ def check_order(found: dict[str, Any], kept: dict[str, Any]) -> None:
         ConfigError: what differs, and what to do.
     """
     for name in kept:
-        if name in found and found[name] != kept[name]:
+        if name in found and name != "contents" and found[name] != kept[name]:
             remedy = REMEDIES.get(name, f"set it to {kept[name]}")
             raise ConfigError(
                 f"The data's {name} was {kept[name]} when the checkpoint was written and is {found[name]} now, so "
                 f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
             )
+    rows: dict[str, int] = kept.get("contents", {})
+    if changed := sorted(int(row) for row in rows if found.get("contents", {}).get(row, rows[row]) != rows[row]):
+        raise ConfigError(
+            f"Row {changed[0]} of the data holds other tokens or labels than when the checkpoint was written "
+            f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
+            "anew with ignore_data_skip=True."
+        )
 
 
 def _run_of(folder: Path) -> Run | None:

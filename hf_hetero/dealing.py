@@ -12,8 +12,9 @@ from torch.utils.data import Dataset, Sampler
 
 from hf_hetero.agreement import broadcast, scatter
 from hf_hetero.errors import HeteroError
+from hf_hetero.reading import Example, Position
 from hf_hetero.step import Step, StepExamples, StepShare, samples_by_rank
-from hf_hetero.stream import Example, Key, Position, Stream
+from hf_hetero.stream import Key, Stream
 
 Examples = Mapping[int, Example]
 """By position of the sample in the global batch."""
@@ -78,10 +79,8 @@ class StreamSampler(Sampler[Dealt]):
         if self._next is None:
             num_trained = self._num_trained()
             self._next = broadcast(lambda: self._enter(num_trained), self._control)
-        elif not self._has_ended:
-            self._leave(*self._next)
-        elif self._stream is not None and self._stream.one_by_one:
-            self._stream.start(Position(self._next[0]), self._num_trained())
+        else:
+            self._next = self._go_on(*self._next)
         self._has_ended = False
         epoch, index = self._next
         while (step := self._plan_step(epoch, index)) is not None:
@@ -108,19 +107,19 @@ class StreamSampler(Sampler[Dealt]):
                 raise HeteroError(f"The stream ended before step {num_trained}, which was trained. It changed.")
         return epoch, index
 
-    def _leave(self, epoch: int, index: int) -> None:
-        """The last epoch was not asked for its end: either it had come, or it is left early."""
-        if index == self._num_steps and self._plan_step(epoch, index) is None:
+    def _go_on(self, epoch: int, index: int) -> Key:
+        """To the next epoch: the last one had ended, maybe without being asked whether it had; or was left early."""
+        if not self._has_ended and index == self._num_steps and self._plan_step(epoch, index) is None:
             self._end(epoch, index)
-            return
-        self._next = epoch + 1, 0
-        if self._stream is not None:
-            self._stream.start(Position(epoch + 1), self._num_trained())
+        following = epoch + 1, 0
+        if self._stream is not None and (self._stream.one_by_one or not self._has_ended):
+            self._stream.start(Position(following[0]), self._num_trained())
+        return following
 
     def _end(self, epoch: int, index: int) -> None:
         if self._stream is not None:
             self._stream.take(epoch, index, self._num_trained())
-        self._next, self._has_ended = (epoch + 1, 0), True
+        self._has_ended = True
 
     def _deal(self, step: Step) -> Dealt:
         """This rank's examples, from rank 0."""

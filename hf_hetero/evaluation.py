@@ -19,6 +19,7 @@ from hf_hetero.lengths import gives_tokens
 from hf_hetero.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
+from hf_hetero.reading import Reading
 from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.sampler import StepSampler
 from hf_hetero.stream import Stream, check_whole, num_rows_of
@@ -130,7 +131,8 @@ def streamed_evaluation_loader(
     num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
     stream: Stream | None = None
     if planning.control is None or args.process_index == 0:
-        stream = Stream(dataset, batch_size, samples_of(planning, collate), planning.num_ahead, names, one_by_one=True)
+        reading = Reading(dataset, batch_size, samples_of(planning, collate), names)
+        stream = Stream(reading, planning.num_ahead, one_by_one=True)
     plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
     has_workers = args.dataloader_num_workers > 0
     sampler: Any = StreamSampler(

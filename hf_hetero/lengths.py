@@ -108,6 +108,22 @@ def finished(counting: Counting, num_rows: int) -> Lengths:
                 return end.value
 
 
+def raw_rows(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]] | None:
+    """Rows of a `datasets.Dataset` as they are stored, whatever its format; None for other datasets.
+
+    Args:
+        dataset: map-style.
+        rows: which.
+        names: columns to read; all, where the first of them is not there.
+    """
+    if not isinstance(dataset, datasets.Dataset):
+        return None
+    if names[0] in dataset.column_names:
+        dataset = dataset.select_columns([name for name in names if name in dataset.column_names])
+    table: Any = dataset.with_format("arrow")[list(rows)]
+    return table.to_pylist()
+
+
 def tells_where_it_is(dataset: Any) -> bool:
     """Whether a stream's `state_dict` leads back to the same place: one of `datasets` forgets what a buffer holds."""
     if not isinstance(dataset, datasets.IterableDataset):

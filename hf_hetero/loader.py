@@ -17,6 +17,7 @@ from transformers.trainer_utils import seed_worker
 
 from hf_hetero.agreement import broadcast, gather
 from hf_hetero.collators import PackedCollator
+from hf_hetero.contents import contents_of
 from hf_hetero.counting import tokens_of
 from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.epochs import Epochs, read_rows, within_limits
@@ -25,9 +26,10 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.lengths import read_samples
 from hf_hetero.plan_ahead import Draws, PlanAhead
 from hf_hetero.planning import Planning
+from hf_hetero.reading import Position, Reading
 from hf_hetero.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
 from hf_hetero.samples import Drawn, Samples
-from hf_hetero.stream import Position, Stream, check_whole, num_rows_of
+from hf_hetero.stream import Stream, check_whole, num_rows_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +110,10 @@ def training_data(
         begin=partial(epochs.begin, forget=plans.forget),
     )
     loader = step_loader(rows, step_sampler, with_column(collate, epochs.column), args, is_training=True)
-    return TrainingData(loader, plans, {**batches.to_dict(), **epochs.content})
+    order: dict[str, Any] = {**batches.to_dict(), **epochs.content}
+    if not rows.changes_with_epochs:
+        order["contents"] = broadcast(lambda: contents_of(dataset, len(rows)), planning.control)
+    return TrainingData(loader, plans, order)
 
 
 def streamed_data(
@@ -135,14 +140,10 @@ def streamed_data(
     num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
     stream: Stream | None = None
     if planning.control is None or args.process_index == 0:
-        accumulation = args.gradient_accumulation_steps
+        accumulation, seed = args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
         stream = Stream(
-            dataset,
-            batch_size,
-            samples_of(planning, collate),
-            num_ahead=planning.num_ahead,
-            names=names,
-            seed=args.seed if args.data_seed is None else args.data_seed,
+            Reading(dataset, batch_size, samples_of(planning, collate), names, seed),
+            planning.num_ahead,
             num_steps=args.max_steps if args.max_steps > 0 else None,
             min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
         )

@@ -11,24 +11,17 @@ gradient is added to that of the next epoch's first step.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
-from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample, ConfigError, HeteroError
-from hf_hetero.lengths import tells_where_it_is
-from hf_hetero.samples import Drawn, Samples
+from hf_hetero.reading import Batch, Position, Reading
 
 logger = logging.getLogger(__name__)
 
-Example = Mapping[str, Any]
 Key = tuple[int, int]
 """Epoch, and batch within it."""
 
@@ -36,46 +29,12 @@ WORD_EVERY_S = 60.0
 """How often it is said that a batch is waited for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Position:
-    """How far a stream has been read.
-
-    Args:
-        epoch: how often it has ended.
-        batches: batches taken of this epoch.
-        rows: examples taken of this epoch.
-        state: what the dataset says of it (`state_dict`); None: it is to be found again by reading from the start.
-    """
-
-    epoch: int = 0
-    batches: int = 0
-    rows: int = 0
-    state: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The samples of one step, the examples that hold them by row, and the position after it."""
-
-    drawn: Drawn
-    examples: Mapping[int, Example]
-    after: Position
-
-
 class Stream:
     """Reads global batches in a thread, as far ahead as it is allowed to, and no further.
 
     Args:
-        dataset: iterable; `set_epoch(epoch)` is called before each time it is started, where it has that method.
-        batch_size: examples of a step, over all ranks.
-        samples_of: the samples that a list of examples holds.
+        reading: of the dataset.
         num_ahead: batches read beyond the one that is taken next.
-        names: columns to keep; None: all.
-        seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
         num_steps: steps there may be, epochs together; None: any number.
         one_by_one: each epoch waits until it is started; else the next one is read as soon as one ends.
         min_rows: fewest examples after which an optimizer step is taken.
@@ -83,21 +42,14 @@ class Stream:
 
     def __init__(
         self,
-        dataset: Any,
-        batch_size: int,
-        samples_of: Callable[[list[Example]], Samples],
+        reading: Reading,
         num_ahead: int,
-        names: Sequence[str] | None = None,
-        seed: int = 0,
         num_steps: int | None = None,
         one_by_one: bool = False,
         min_rows: int = 1,
     ) -> None:
-        self._dataset, self._batch_size, self._samples_of = dataset, batch_size, samples_of
-        self._num_ahead, self._seed, self._num_steps, self.one_by_one = num_ahead, seed, num_steps, one_by_one
-        self._min_rows = min_rows
-        self._names = None if names is None else frozenset(names)
-        self._has_state = tells_where_it_is(dataset)
+        self._reading, self._num_ahead, self._num_steps = reading, num_ahead, num_steps
+        self.one_by_one, self._min_rows = one_by_one, min_rows
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._reader = 0  # the one whose batches count
@@ -206,7 +158,7 @@ class Stream:
         """Epoch after epoch, until one gives nothing."""
         while True:
             found = position.batches
-            for batch in self._batches(self._open(position, reader), position, reader):
+            for batch in self._reading.batches(position, lambda: reader == self._reader):
                 if not self._put((position.epoch, found), batch, reader):
                     return
                 found += 1
@@ -237,62 +189,6 @@ class Stream:
                 lambda: reader != self._reader or self._num_read <= self._num_taken + self._num_ahead
             )
             return reader == self._reader
-
-    def _open(self, position: Position, reader: int) -> Iterator[Example]:
-        """The examples from a position on."""
-        dataset = self._dataset
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(position.epoch)
-        if isinstance(generator := getattr(dataset, "generator", None), torch.Generator):
-            generator.manual_seed(self._seed + position.epoch)
-        if position.state is not None:
-            dataset.load_state_dict(position.state)
-            return iter(dataset)
-        examples = iter(dataset)
-        if position.rows:
-            logger.warning(
-                "The stream cannot be entered in the middle: its first %d rows are read again.", position.rows
-            )
-        for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
-            if reader != self._reader or next(examples, None) is None:
-                raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
-        return examples
-
-    def _batches(self, examples: Iterator[Example], position: Position, reader: int) -> Iterator[Batch]:
-        rows: list[Example] = []
-        for example in examples:
-            if reader != self._reader:
-                return
-            rows.append(example if self._names is None else {n: x for n, x in example.items() if n in self._names})
-            if len(rows) == self._batch_size:
-                batch = self._batch(rows, position)
-                position, rows = batch.after, []
-                yield batch
-        if rows:
-            yield self._batch(rows, position)
-
-    def _batch(self, examples: list[Example], position: Position) -> Batch:
-        first = position.rows
-        try:
-            samples = self._samples_of(examples)
-        except BadSample as error:
-            raise BadSample(
-                f"Step {self._num_read}, rows counted from row {first} of epoch {position.epoch} of the stream: {error}"
-            ) from error
-        drawn = samples.of(range(len(examples)))
-        after = Position(position.epoch, position.batches + 1, first + len(examples), self._state())
-        rows = tuple(first + row for row in drawn.rows)
-        return Batch(replace(drawn, rows=rows), dict(enumerate(examples, first)), after)
-
-    def _state(self) -> dict[str, Any] | None:
-        """The dataset's own account of where it is, if that can be trusted and written down."""
-        if not self._has_state:
-            return None
-        state: dict[str, Any] = self._dataset.state_dict()
-        try:
-            return state if json.loads(json.dumps(state)) == state else None
-        except TypeError:
-            return None
 
 
 def is_stream(dataset: Any) -> bool:

@@ -24,7 +24,7 @@ from hf_hetero.checkpoint import (
     problem_of,
 )
 from hf_hetero.errors import ConfigError
-from hf_hetero.stream import Position
+from hf_hetero.reading import Position
 
 ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
 RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))
@@ -202,6 +202,17 @@ def test_other_data(name: str) -> None:
     value, words = OTHER[name]
     with pytest.raises(ConfigError, match=words):
         check_order({**ORDER, name: value}, ORDER)
+
+
+def test_other_contents() -> None:
+    """Rows that are known to hold something else are refused, with the first of them; rows not compared are not."""
+    kept = {**ORDER, "contents": {"0": 11, "7": 12, "19": 13}}
+    for same in ({"0": 11, "7": 12, "19": 13}, {"7": 12, "3": 99}, {}):
+        check_order({**ORDER, "contents": same}, kept)
+    check_order({**ORDER, "contents": {"0": 1}}, ORDER)
+    check_order(ORDER, kept)
+    with pytest.raises(ConfigError, match=r"Row 7 .*\(2 of 3 rows .*tokenizer.*ignore_data_skip=True"):
+        check_order({**ORDER, "contents": {"0": 11, "7": 1, "19": 2}}, kept)
 
 
 def test_newer_format_is_refused(tmp_path: Path) -> None:

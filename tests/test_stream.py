@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -16,8 +17,9 @@ from torch.utils.data import IterableDataset
 from hf_hetero import HeteroError
 from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.lengths import read_samples, tells_where_it_is
+from hf_hetero.reading import Position, Reading
 from hf_hetero.samples import Samples
-from hf_hetero.stream import Position, Stream, check_whole, is_stream
+from hf_hetero.stream import Stream, check_whole, is_stream
 
 NUM_ROWS, BATCH = 10, 4
 
@@ -47,7 +49,8 @@ def samples_of(examples: list[Any]) -> Samples:
 
 
 def started(dataset: Any, num_ahead: int = 2, position: Position | None = None, step: int = 0, **more: Any) -> Stream:
-    stream = Stream(dataset, BATCH, samples_of, num_ahead, **more)
+    of_reading = {name: more.pop(name) for name in ("names", "seed") if name in more}
+    stream = Stream(Reading(dataset, BATCH, samples_of, **of_reading), num_ahead, **more)
     stream.start(position or Position(), step)
     return stream
 
@@ -62,6 +65,13 @@ def tokens(batch: Any) -> list[int]:
 EPOCH = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 EPOCHS = [[100 * epoch + number for number in batch] for epoch in range(3) for batch in EPOCH]
 KEYS = [(epoch, index) for epoch in range(3) for index in range(len(EPOCH))]
+
+
+def place(stream: Stream, num_trained: int) -> Position:
+    """Where it is, without the checksum."""
+    position = stream.position(num_trained)
+    assert position is not None
+    return replace(position, contents=None)
 
 
 def taken(stream: Stream, keys: Sequence[tuple[int, int]]) -> list[list[int]]:
@@ -110,12 +120,12 @@ def test_rows_too_few_for_a_step() -> None:
     """They are a batch, but no optimizer step: positions are counted by steps, and go on in the next epoch."""
     stream = started(Rows(), min_rows=3)
     assert taken(stream, KEYS[:3]) == EPOCH
-    assert stream.position(2) == Position(0, 2, 8)
+    assert place(stream, 2) == Position(0, 2, 8)
     assert stream.position(3) is None
     assert stream.take(0, 3) is None
     assert stream.position(2) == Position(1)
     assert tokens(stream.take(1, 0)) == EPOCHS[3]
-    assert stream.position(3) == Position(1, 1, 4)
+    assert place(stream, 3) == Position(1, 1, 4)
     stream.close()
 
 
@@ -130,7 +140,7 @@ def test_an_epoch_may_be_left_early() -> None:
     assert taken(stream, [(1, 0), (1, 1)]) == [[100, 101, 102, 103], [104, 105, 106, 107]]
     waiting.join(timeout=10)
     assert left == [None]
-    assert stream.position(2) == Position(1, 1, 4)
+    assert place(stream, 2) == Position(1, 1, 4)
     stream.close()
 
 
@@ -244,7 +254,7 @@ def test_bad_samples_are_named() -> None:
     """A sample without tokens is named by step and by the row its batch starts with."""
     stream = started([row(0)] * 5 + [{"input_ids": []}] + [row(0)] * 9)
     stream.take(0, 0)
-    with pytest.raises(BadSample, match=r"Step 1, rows counted from row 4 of epoch 0 .*Row 1 has 0 tokens"):
+    with pytest.raises(BadSample, match=r"Step 1 of epoch 0, rows counted from row 4 .*: Row 1 has 0 tokens"):
         stream.take(0, 1)
     stream.close()
 
@@ -332,6 +342,27 @@ def test_a_stream_that_changed_is_refused() -> None:
     stream = started(Rows(3), position=Position(batches=1, rows=4), step=1)
     with pytest.raises(BadSample, match="ended after 3 rows; 4 were trained"):
         stream.batch(0, 1)
+
+
+@pytest.mark.parametrize("kind", ["torch", "table"])
+def test_other_rows_are_refused(kind: str) -> None:
+    """What is read again on the way must be what was trained; where the place is found at once, its first row."""
+    stream = started(resumable(kind))
+    stream.take(0, 0)
+    stream.take(0, 1)
+    position = stream.position(2)
+    stream.close()
+    assert position is not None
+    other: Any = Rows()
+    other.set_epoch = lambda epoch: setattr(other, "epoch", epoch + 1)
+    if kind == "table":
+        other = datasets.Dataset.from_list([row(n, 1) for n in range(NUM_ROWS)]).to_iterable_dataset()
+    again = started(other, position=Position(**position.to_dict()), step=2)
+    with pytest.raises(BadSample, match=r"not the one that was trained on.*ignore_data_skip=True"):
+        again.batch(0, 2)
+    unknown = started(other, position=replace(position, contents=None), step=2)  # of an older version
+    assert unknown.batch(0, 2) is not None
+    unknown.close()
 
 
 def test_positions_of_trained_steps_are_forgotten() -> None:

@@ -67,7 +67,7 @@ class Fault(TrainerCallback):
 def run(folder: str, fault: tuple[str, int, int], changes: dict[str, Any]) -> dict[str, Any]:
     options = {"max_steps": NUM_STEPS, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", **changes}
     trainer_class = HeteroTrainer if options.pop("real", False) else ScriptedTrainer
-    rows = samples(LENGTHS[: options.pop("num_rows", len(LENGTHS))])
+    rows = samples(LENGTHS[: options.pop("num_rows", len(LENGTHS))], options.pop("data_of", 0))
     model = tiny_model(dtype=options.pop("dtype", torch.float32))
     options.setdefault("per_device_train_batch_size", 8 // dist.get_world_size())
     found = trained(model, rows, trainer_class, callbacks=[Fault(*fault)], output_dir=folder, **options)
@@ -212,6 +212,7 @@ def test_another_world(tmp_path: Path, before: int, after: int) -> None:
         ({"num_rows": 20}, "rows was 24 when the checkpoint was written and is 20"),
         ({"per_device_train_batch_size": 3}, "batch_size was 8 when the checkpoint was written and is 6"),
         ({"seed": 8}, "seed was 7"),
+        ({"data_of": 1}, "Row 0 of the data holds other tokens or labels"),
     ],
 )
 def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> None:
