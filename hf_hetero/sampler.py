@@ -149,7 +149,8 @@ def order_of(sampler: Any, dataset: Any, is_seedable: bool, num_ranks: int, data
             sampler=SeedableRandomSampler(sampler.data_source, **options, generator=generator, data_seed=data_seed),
         )
     if num_ranks > 1 and not is_seedable and getattr(sampler, "generator", 0) is None:
-        sampler.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        given: Any = sampler
+        given.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     return Order(shuffle=True, sampler=sampler)
 
 
