@@ -129,6 +129,29 @@ def test_ordinary_collator() -> None:
     assert batch["labels"].tolist() == [[-100, 2, 3], [4, 5, -100]]
 
 
+def shortened(examples: list[Any]) -> dict[str, Any]:
+    return {"input_ids": [examples[0]["input_ids"][:1]]}
+
+
+def test_only_a_column_that_was_used_is_blamed() -> None:
+    """What else gives a row another length is named instead: the dataset, and the user's collator."""
+    examples = StepExamples(StepShare(step_of_rows((77,), [3], 1), 0), {0: {"input_ids": [1, 2]}})
+    with pytest.raises(BadSample, match="Remove the dataset's tokens column, or make it count"):
+        PackedCollator(length_column="tokens")(examples)
+    with pytest.raises(BadSample, match="the dataset must give a row as many tokens at each read") as error:
+        PackedCollator()(examples)
+    assert "column" not in str(error.value)
+    with pytest.raises(BadSample, match="and the collator shortened, must give a row as many tokens"):
+        PackedCollator(example_collator=shortened)(examples)
+
+
+def test_a_batch_is_no_sample() -> None:
+    """What a row is made of must be flat; of a nested one its row is named."""
+    with pytest.raises(BadSample, match="sample 0 of the batch: input_ids is nested"):
+        PackedCollator()([{"input_ids": [[1, 2, 3]]}])
+    assert PackedCollator(example_collator=shortened).num_tokens({"input_ids": [1, 2]}, "row 5") == 1
+
+
 @pytest.mark.parametrize(
     ("example", "message"),
     [

@@ -144,6 +144,19 @@ def test_epochs_on_two_ranks() -> None:
         assert largest_difference(weights, expected) < 1e-4
 
 
+def test_a_stream_through_a_collator(tmp_path: Any) -> None:
+    """Rows of a stream, too, have the tokens that the user's collator makes of them."""
+    losses: list[list[float]] = []
+    for data in (datasets.Dataset.from_list(samples(LENGTHS)).to_iterable_dataset(), samples(LENGTHS)):
+        collator, changes = changed(lambda ids: [*ids, 2]), {"train_sampling_strategy": "sequential", "max_steps": 2}
+        trainer = HeteroTrainer(
+            tiny_model(), arguments(str(tmp_path), 1, **changes), train_dataset=data, data_collator=collator
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def train_by_uneven_samplers() -> None:
     class Uneven(HeteroTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:
