@@ -164,6 +164,7 @@ class PackedCollator:
         per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
         found = {key: values for key, values in per_token.items() if values is not None}
         self._check_carried(example, found, name)
+        is_masked = "attention_mask" in found
         kept = _without_padding(found.pop("attention_mask", None), name)
         found = {key: values[kept] for key, values in found.items()}
         input_ids, labels, positions = found.pop("input_ids").long(), found.pop("labels", None), None
@@ -173,6 +174,11 @@ class PackedCollator:
                 raise BadSample(
                     f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column "
                     "with the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
+                )
+            if not is_packed and not is_masked and bool((positions.diff() != 1).any()):
+                raise BadSample(
+                    f"{name}: its position_ids skip some, which transformers takes for the start of another document "
+                    "where there is no attention_mask. Give the row an attention_mask of ones if it is one sample."
                 )
         if labels is None and self.makes_labels:
             labels = input_ids

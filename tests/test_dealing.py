@@ -115,9 +115,3 @@ def test_what_cannot_be_pickled() -> None:
     for part in pickled_parts(step, examples):
         assert isinstance(part, HeteroError)
         assert "Row 1 of the stream, with ['handle', 'input_ids'], cannot be handed" in str(part)
-
-
-def test_a_trained_step_is_never_read() -> None:
-    """If a loader asks for one all the same, that is an error and not an empty step."""
-    with pytest.raises(HeteroError, match="already trained"):
-        DealtDataset().__getitems__(None)

@@ -21,13 +21,11 @@ SIZE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers"
 
 
 def make(folder: Path, model: Any = None, hetero: HeteroConfig | None = None, data: Any = None, **changes: Any) -> Any:
-    options = {key: changes.pop(key) for key in ("compute_loss_func",) if key in changes}
     return HeteroTrainer(
         model or tiny_model(),
         arguments(str(folder), 1, **changes),
         train_dataset=data or samples(LENGTHS),
         hetero=hetero,
-        **options,
     )
 
 
@@ -41,7 +39,6 @@ def make(folder: Path, model: Any = None, hetero: HeteroConfig | None = None, da
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches"),
         ({"accelerator_config": {"dispatch_batches": True}}, "accelerator_config.dispatch_batches"),
-        ({"compute_loss_func": lambda *_: 0}, "compute_loss_func"),
     ],
 )
 def test_refused_options(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -141,9 +141,8 @@ def test_a_workers_copy_learns_of_the_epoch() -> None:
     data = Told()
     reader = StepDataset(data)
     for epoch, index in [(1, 0), (1, 1), (2, 0)]:
-        share = StepSampler(GlobalBatches(24, 12, 0), make_step, 0)
-        share.set_epoch(epoch)
-        reader.__getitems__(list(share)[index])
+        share = next(iter(StepSampler(GlobalBatches(24, 12, 0), make_step, 0, first=lambda at=(epoch, index): at)))
+        reader.__getitems__(share)
     assert data.epochs == (1, 2)
 
 

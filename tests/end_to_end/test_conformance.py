@@ -651,6 +651,12 @@ def positions_with_gaps(kind: Any, folder: str) -> Any:
     return trained(kind, folder, data, data_collator=with_positions)
 
 
+@behaviour("its position_ids skip some")
+def positions_with_gaps_and_no_mask(kind: Any, folder: str) -> Any:
+    data = [{**row, "position_ids": [n + 60 * (n > 3) for n in range(len(row["input_ids"]))]} for row in rows()]
+    return trained(kind, folder, data, data_collator=None)
+
+
 @behaviour("holes in its attention_mask")
 def masks_with_holes(kind: Any, folder: str) -> Any:
     data = [{**row, "attention_mask": [1, 0, *[1] * (len(row["input_ids"]) - 2)]} for row in rows(24, length=9)]
