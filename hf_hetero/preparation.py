@@ -94,7 +94,9 @@ class PreparedTrainer(Trainer):
             return False
         exactness.check_model(self)
         self._try_untested()
-        chunked = self.hetero.chunked_loss and not self.args.use_liger_kernel and not self.args.torch_compile
+        # Liger brings a loss of its own, and so may users, outside the wrapper; a compiler sees through no lazy tensor
+        has_other_loss = self.args.use_liger_kernel or self.compute_loss_func or overrides.own(self, ("compute_loss",))
+        chunked = self.hetero.chunked_loss and not has_other_loss and not self.args.torch_compile
         self._fitted = Fitted(self.model, self.args, self._dtype_of_now(), chunked)
         try:
             self._check_own_loss()

@@ -74,7 +74,7 @@ class HeteroTrainerMixin(ResumableTrainer):
         super().__init__(model, args, *others, hetero=hetero, **kwargs)
         self._clock: StepClock | None = None
         self._fetch_s = self._step_s = 0.0
-        self._has_learned = False
+        self._has_learned, self._num_targets = False, 0
         self._evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,7 +109,7 @@ class HeteroTrainerMixin(ResumableTrainer):
                 f"{len(batch.share.step.rows)} samples is {IGNORE_INDEX}, so there is nothing to learn. Look at how "
                 "labels are made."
             )
-        self._has_learned = True
+        self._has_learned, self._num_targets = True, num_targets
         rows, at_once = len(set(batch.share.step.rows)), self._train_batch_size * self.args.world_size
         parts = batch.parts(min(num_batches, -(-rows // at_once)))
         return [*parts], torch.tensor(max(num_targets, 1), device=device)
@@ -157,7 +157,7 @@ class HeteroTrainerMixin(ResumableTrainer):
         self._step_s += time.perf_counter() - start
         if inputs.numbers.stop > last:
             busy_s, peak_bytes = clock.read(), clock.peak_bytes()
-            self._report(inputs.batch, self._step_s, busy_s, peak_bytes, num_items_in_batch)
+            self._report(inputs.batch, self._step_s, busy_s, peak_bytes)
             self._step_s = 0.0
         return total
 
@@ -193,7 +193,7 @@ class HeteroTrainerMixin(ResumableTrainer):
         self._step_s = 0.0
         return self._clock
 
-    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], peak_bytes: int, num_targets: Any) -> None:
+    def _report(self, batch: StepBatch, seconds: float, busy_s: list[float], peak_bytes: int) -> None:
         assert self.cost_model is not None
         assert self._fitted is not None
         experts = self._fitted.experts
@@ -204,7 +204,7 @@ class HeteroTrainerMixin(ResumableTrainer):
             step=self.state.global_step + 1,
             plan=batch.share.step.plan,
             lengths=batch.share.step.lengths,
-            num_targets=int(num_targets),
+            num_targets=self._num_targets,
             seconds=seconds,
             busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
             wait_s=self._fetch_s,
