@@ -194,6 +194,8 @@ def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) ->
             rows: list[Any] = texts[start : start + ROWS_AT_ONCE][column]
             if (empty := next((row for row, text in enumerate(rows) if not text), None)) is not None:
                 raise BadSample(f"Row {start + empty} has no {column}. Filter empty samples out of the dataset.")
+            if not isinstance(rows[0], str | list):  # a column is of one type
+                raise BadSample(f"Row {start}: {column} is {rows[0]!r:.60}; it must be text, or a list of messages.")
             if not isinstance(rows[0], str) and tokens.chat_template is None:
                 raise ConfigError(f"The tokenizer {tokenizer!r} has no chat template to count {column!r} with.")
             try:
