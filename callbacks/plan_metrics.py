@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero.callbacks.step_report import StepReportCallback
 from hf_hetero.plan import StepReport, describe_degrees
+
+logger = logging.getLogger(__name__)
 
 LATE_S = 0.1  # a shorter wait is not worth a word
 
@@ -26,14 +31,16 @@ class PlanMetricsCallback(StepReportCallback):
     def __init__(self, lines: bool = False, record: bool = False) -> None:
         self._lines, self._record = lines, record
         self._since_log, self._totals = _Totals(), _Totals()
+        self._is_incomplete = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
+        self._is_incomplete = False
         if self._record and state.is_world_process_zero and state.global_step == 0:
-            record_path(args).unlink(missing_ok=True)
+            self._without_failing(lambda: record_path(args).unlink(missing_ok=True))
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Print, record, and count for the next log."""
@@ -44,10 +51,7 @@ class PlanMetricsCallback(StepReportCallback):
         if self._lines:
             tqdm.write(step_line(report))
         if self._record:
-            path = record_path(args)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(to_record(report)) + "\n")
+            self._without_failing(lambda: append(record_path(args), json.dumps(to_record(report))))
 
     def metrics(self) -> dict[str, float]:
         """Means over the steps since the last log, under `hetero/`."""
@@ -60,6 +64,25 @@ class PlanMetricsCallback(StepReportCallback):
         """Print what the run did as a whole."""
         if self._lines and state.is_world_process_zero and self._totals.num_steps:
             tqdm.write(self._totals.summary())
+
+    def _without_failing(self, write: Callable[[], object]) -> None:
+        """A record that cannot be written costs a picture, and is said once; it is no reason to end a run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._is_incomplete:
+                logger.warning("Steps are missing from the record of plans, because it cannot be written: %s.", error)
+            self._is_incomplete = True
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, a new one also where the last was cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END) > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
 
 
 def record_path(args: TrainingArguments) -> Path:

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import cast, get_args, get_type_hints
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import ACTIVATIONS, METHODS
 
 SOLVERS = ("auto", "fast", "mip")
+KINDS: dict[object, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+    list[str]: (Sequence, "a list of names"),
+}
+"""A field's annotation -> what it may be, and that in words."""
 LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
+MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_s": 604_800}
+"""Plans wait in memory; and who waits for more than a week waits for ever."""
+MOST_COUNTED = 1 << 40
 LONGER = ("error", "truncate", "split")
 MIP_BACKENDS = ("highs", "cbc")
 
@@ -18,7 +33,7 @@ class HeteroConfig:
     """Settings of `HeteroTrainer`; `HfArgumentParser` reads it beside `TrainingArguments`.
 
     Raises:
-        ConfigError: a value out of range, with the values allowed.
+        ConfigError: a value of another kind, or out of range, with the values allowed.
     """
 
     cost_model: str | None = field(
@@ -104,10 +119,19 @@ class HeteroConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, least in LEAST.items():
+        if isinstance(self.cost_model, os.PathLike):
+            self.cost_model = os.fspath(self.cost_model)
+        for name, kind in get_type_hints(HeteroConfig).items():
             value = getattr(self, name)
+            kind, *or_none = (kind,) if kind in KINDS else get_args(kind)
+            if not (_is_a(kind, value) or (value is None and or_none)):
+                raise ConfigError(f"HeteroConfig.{name}={value!r:.60}: it must be {KINDS[kind][1]}.")
+        for name, least in LEAST.items():
+            value, most = getattr(self, name), MOST.get(name, MOST_COUNTED)
             if value is not None and value < least:
                 raise ConfigError(f"HeteroConfig.{name}={value}: it must be at least {least}.")
+            if value is not None and value > most:
+                raise ConfigError(f"HeteroConfig.{name}={value!s:.60}: it must be at most {most:,}.")
         if self.solver not in SOLVERS:
             raise ConfigError(f"HeteroConfig.solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
         if self.mip_backend not in MIP_BACKENDS:
@@ -124,5 +148,16 @@ class HeteroConfig:
         if unknown := [policy for policy in self.activation_policies if policy not in ACTIVATIONS]:
             raise ConfigError(f"HeteroConfig.activation_policies={unknown!r}: choose from {', '.join(ACTIVATIONS)}.")
         for name in ("group_timeout_s", "planning_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"HeteroConfig.{name}={getattr(self, name)}: it must be above 0 seconds.")
+            if not 0 < (seconds := getattr(self, name)) <= MOST[name]:
+                raise ConfigError(
+                    f"HeteroConfig.{name}={seconds!s:.60}: it must be above 0 seconds, and at most {MOST[name]:,}."
+                )
+
+
+def _is_a(kind: object, value: object) -> bool:
+    """Whether a value is of an annotated kind; True is no number, and text no list of names."""
+    if not isinstance(value, KINDS[kind][0]):
+        return False
+    if kind == list[str]:
+        return not isinstance(value, str) and all(isinstance(name, str) for name in cast("Sequence[object]", value))
+    return kind is bool or not isinstance(value, bool)

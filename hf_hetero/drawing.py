@@ -6,6 +6,7 @@ It is imported when the first picture is drawn.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,10 @@ def picture_format(path: str | Path) -> str:
     file = Path(path)
     if file.suffix not in (".png", ".svg"):
         raise HeteroError(f"{path}: pictures are drawn as .png or .svg.")
-    if not file.parent.is_dir():
+    if not os.path.isdir(file.parent):
         raise HeteroError(f"{path}: there is no folder {str(file.parent)!r}. Make it first.")
+    if os.path.isdir(file):
+        raise HeteroError(f"{path}: there is a folder of this name. Name a file.")
     return file.suffix[1:]
 
 
@@ -62,9 +65,26 @@ def write_picture(make: Callable[[], Figure], path: str | Path) -> None:
     """Draw a figure into a .png or .svg file.
 
     Raises:
-        HeteroError: another kind of file, no such folder, or no matplotlib.
+        HeteroError: another kind of file, one that cannot be written, no such folder, or no matplotlib.
     """
-    Path(path).write_bytes(rendered(make, picture_format(path)))
+    written(rendered(make, picture_format(path)), path)
+
+
+def written(content: bytes, path: str | Path) -> None:
+    """Write a file that is for people.
+
+    Raises:
+        HeteroError: it cannot be written.
+    """
+    try:
+        Path(path).write_bytes(content)
+    except OSError as error:
+        raise HeteroError(f"Cannot write {str(path)!r}: {error.strerror}. Name another file.") from error
+
+
+def printable(text: str) -> str:
+    """A name from somewhere else, as a picture can show it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def rendered(make: Callable[[], Figure], file_format: str) -> bytes:

@@ -49,8 +49,12 @@ def check_arguments(args: TrainingArguments) -> None:
     """Refuse training arguments that would not do what they say.
 
     Raises:
+        ConfigError: a batch, or an accumulation, of less than one.
         UnsupportedModel: with every reason found.
     """
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (value := getattr(args, name)) < 1:
+            raise ConfigError(f"{name}={value}: it must be at least 1.")
     _raise_all("These training arguments", _argument_problems(args))
 
 

@@ -156,8 +156,7 @@ def open_table(where: str, file_format: str | None, split: str, config: str | No
             return datasets.load_dataset(where, config, split=split)
         found = datasets.load_from_disk(where)
     except Exception as error:  # `datasets`, pyarrow and the hub's client raise errors of a dozen kinds
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"Cannot load the dataset {where!r}, split {split!r}: {said[0]}") from error
+        raise ConfigError(f"Cannot load the dataset {where!r}, split {split!r}: {said_in_a_line(error)}") from error
     if isinstance(found, datasets.Dataset):
         return found
     if split not in found:
@@ -180,25 +179,42 @@ def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) ->
     from transformers import AutoTokenizer
 
     try:
-        tokens: Any = AutoTokenizer.from_pretrained(tokenizer)
+        # said outright, because transformers would ask at the terminal
+        tokens: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"Cannot load the tokenizer {tokenizer!r}: {said[0]}") from error
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"The tokenizer {tokenizer!r} brings code of its own, which is not run. Count its tokens yourself and "
+                "name their column (--length-column)."
+            ) from error
+        raise ConfigError(f"Cannot load the tokenizer {tokenizer!r}: {said_in_a_line(error)}") from error
     texts, counted = dataset.select_columns([column]).with_format(None), list[int]()
     with tqdm(total=len(texts), desc="Counting tokens", unit=" samples", leave=False) as bar:
         for start in range(0, len(texts), ROWS_AT_ONCE):
             rows: list[Any] = texts[start : start + ROWS_AT_ONCE][column]
             if (empty := next((row for row, text in enumerate(rows) if not text), None)) is not None:
                 raise BadSample(f"Row {start + empty} has no {column}. Filter empty samples out of the dataset.")
-            if isinstance(rows[0], str):
-                encoded = tokens(rows, verbose=False)
-            elif tokens.chat_template is None:
+            if not isinstance(rows[0], str | list):  # a column is of one type
+                raise BadSample(f"Row {start}: {column} is {rows[0]!r:.60}; it must be text, or a list of messages.")
+            if not isinstance(rows[0], str) and tokens.chat_template is None:
                 raise ConfigError(f"The tokenizer {tokenizer!r} has no chat template to count {column!r} with.")
-            else:
-                encoded = tokens.apply_chat_template(rows, tokenize=True, return_dict=True)
+            try:
+                if isinstance(rows[0], str):
+                    encoded = tokens(rows, verbose=False)
+                else:
+                    encoded = tokens.apply_chat_template(rows, tokenize=True, return_dict=True)
+            except Exception as error:  # of the template, too
+                raise BadSample(
+                    f"Rows {start} to {start + len(rows) - 1}: {column} cannot be tokenised: {said_in_a_line(error)}"
+                ) from error
             counted += [len(ids) for ids in encoded["input_ids"]]
             bar.update(len(rows))
     return np.asarray(counted, dtype=np.int64)
+
+
+def said_in_a_line(error: Exception) -> str:
+    """The first line of what a library said, or the kind of its error."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _whole_numbers(values: Sequence[object], column: str) -> Lengths:
@@ -233,6 +249,9 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
             raise BadSample(f"The dataset's input_ids are of type {kind}, not lists of tokens. Tokenise it first.")
         if is_list(kind.value_type):
             raise nested("Row 0")
+        for name in dict.fromkeys(("input_ids", counted)):
+            if not _holds_numbers(kind := table.schema.field(name).type):
+                raise BadSample(f"The dataset's {name} are of type {kind}, not lists of numbers. Tokenise it again.")
         parts.append(_of_lists(table.column(counted), counted))
         yield len(parts[-1])
     lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
@@ -252,7 +271,7 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
     if pyarrow.types.is_integer(values.type) and not values.null_count:
         lengths = values.to_numpy().astype(np.int64, copy=False)
         return lengths if order is None else lengths[order.column(0).to_numpy()]
-    return _whole_numbers(np.asarray(dataset.with_format(None)[column]).tolist(), column)
+    return _whole_numbers(dataset.with_format(None)[column][:], column)
 
 
 def is_list(kind: Any) -> bool:
@@ -261,12 +280,21 @@ def is_list(kind: Any) -> bool:
     return any(getattr(pyarrow.types, test)(kind) for test in tests if hasattr(pyarrow.types, test))
 
 
+def _holds_numbers(kind: Any) -> bool:
+    """Whether values of an arrow type are lists of numbers, or of what is not known because all are empty."""
+    tests = ("is_integer", "is_floating", "is_boolean", "is_null")
+    return is_list(kind) and any(getattr(pyarrow.types, test)(kind.value_type) for test in tests)
+
+
 def _kept_lengths(path: Path, num_rows: int) -> Lengths | None:
+    """What was kept, if it can be: the content of a spoilt file makes numpy raise errors of many kinds."""
     try:
-        lengths = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):  # none, or one that was cut short
+        with path.open("rb") as file:
+            lengths = np.lib.format.read_array(file, allow_pickle=False)
+    except Exception:
         return None
-    return lengths if lengths.shape == (num_rows,) and lengths.dtype == np.int64 else None
+    is_whole = lengths.shape == (num_rows,) and lengths.dtype == np.int64 and bool((lengths > 0).all())
+    return lengths if is_whole else None
 
 
 def _keep_lengths(path: Path, lengths: Lengths) -> None:
@@ -274,8 +302,13 @@ def _keep_lengths(path: Path, lengths: Lengths) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
-            np.save(file, lengths)
-        Path(file.name).replace(path)
+            new = Path(file.name)
+        try:
+            with new.open("wb") as file:
+                np.save(file, lengths)
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
     except OSError as error:
         logger.info("Token counts are not kept: %s", error)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -116,7 +117,7 @@ class Plan:
     def __post_init__(self) -> None:
         for index, micro_batch in enumerate(self.micro_batches):
             ranks = sorted(rank for group in micro_batch.groups for rank in group.ranks)
-            if ranks != list(range(self.num_ranks)):
+            if len(ranks) != self.num_ranks or ranks != list(range(self.num_ranks)):
                 raise HeteroError(
                     f"Micro-batch {index} uses ranks {ranks}: its groups must partition the {self.num_ranks} ranks."
                 )
@@ -172,11 +173,20 @@ class Plan:
         Raises:
             HeteroError: another format, or a plan that breaks a law of this module.
         """
+        if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (a file may hold anything)
+            raise HeteroError(f"A plan is a JSON object, not {data!r:.60}.")
         if data.get("format") != PLAN_FORMAT:
-            raise HeteroError(f"Plan format {data.get('format')!r} is unknown: expected {PLAN_FORMAT!r}.")
-        micro_batches = tuple(MicroBatch(tuple(map(_group_from_dict, m["groups"]))) for m in data["micro_batches"])
-        numbers = {name: data[name] for name in ("seconds", "lower_bound_s", "solver", "planning_s") if name in data}
-        return cls(num_ranks=data["num_ranks"], micro_batches=micro_batches, **numbers)
+            raise HeteroError(f"Plan format {data.get('format')!r:.60} is unknown: expected {PLAN_FORMAT!r}.")
+        try:
+            micro_batches = tuple(MicroBatch(tuple(map(_group_from_dict, m["groups"]))) for m in data["micro_batches"])
+            (num_ranks,) = _whole([data["num_ranks"]])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise HeteroError(f"A plan is not as {PLAN_FORMAT!r} says: {error!r:.100}.") from error
+        numbers = {name: data[name] for name in ("seconds", "lower_bound_s", "planning_s") if name in data}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise HeteroError(f"A plan's {name} is {value!r:.60}; it must be a number.")
+        return cls(num_ranks=num_ranks, micro_batches=micro_batches, solver=str(data.get("solver", "fast")), **numbers)
 
 
 def _group_to_dict(group: Group) -> dict[str, Any]:
@@ -186,9 +196,22 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
 
 
 def _group_from_dict(data: Mapping[str, Any]) -> Group:
-    method = data.get("method", "ulysses")
-    more = (data.get("ulysses_degree"), data.get("activations"))
-    return Group(tuple(data["ranks"]), tuple(data["samples"]), method, *more)
+    method, inner = data.get("method", "ulysses"), data.get("ulysses_degree")
+    if inner is not None:
+        _whole([inner])
+    return Group(_whole(data["ranks"]), _whole(data["samples"]), method, inner, data.get("activations"))
+
+
+def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
+    """Whole numbers from JSON.
+
+    Raises:
+        TypeError: one that is none.
+    """
+    found = tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
+    if len(found) < len(numbers):
+        raise TypeError(f"{numbers!r:.60} are not all whole numbers")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,8 +277,7 @@ def describe_groups(micro_batch: MicroBatch) -> str:
         f"{group.degree}{group.activations[0] if group.activations else ''}"
         for group in sorted(micro_batch.groups, key=lambda group: -group.degree)
     ]
-    counts = {name: names.count(name) for name in names}
-    return " ".join(f"{name}x{count}" if count > 1 else name for name, count in counts.items())
+    return " ".join(f"{name}x{count}" if count > 1 else name for name, count in Counter(names).items())
 
 
 def describe_degrees(plan: Plan) -> str:

@@ -6,8 +6,8 @@ Needs matplotlib (`drawing`).
 from __future__ import annotations
 
 import base64
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -24,43 +24,18 @@ from hf_hetero.drawing import (
     rendered,
     short,
     write_picture,
+    written,
 )
-from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Group, Plan, describe_degrees, idle_share
+from hf_hetero.records import Record
+from hf_hetero.records import read_records as read_records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Record = Mapping[str, Any]
 Busy = Sequence[Sequence[float]]
-
-COLUMNS = ("step", "lengths", "plan", "seconds", "busy_s", "wait_s")
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Steps of a run, in order, from its `plans.jsonl` or the folder that holds it.
-
-    A run resumed from a checkpoint may have trained a step twice; the last one counts.
-
-    Raises:
-        ConfigError: no such file, a line that is no step's record, or no line at all.
-    """
-    file = Path(path) / "plans.jsonl" if Path(path).is_dir() else Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"Cannot read {str(file)!r}: {error.strerror}.") from error
-    steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            steps[record["step"]] = {name: record[name] for name in COLUMNS}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{file}, line {number} is not a step's record: {error!r}.") from error
-    if not steps:
-        raise ConfigError(f"{file} holds no step. Train with PlanMetricsCallback(record=True).")
-    return [steps[step] for step in sorted(steps)]
 
 
 def most_mixed(records: Sequence[Record]) -> Record:
@@ -83,7 +58,7 @@ def summarise(records: Sequence[Record]) -> dict[str, str]:
         "samples": f"{samples:,}",
         "tokens": f"{tokens:,}",
         "seconds, waits included": f"{seconds:,.1f}",
-        "tokens a second": f"{tokens / seconds:,.0f}",
+        "tokens a second": f"{tokens / seconds if seconds > 0 else 0:,.0f}",
         **{f"samples at degree {degree}": f"{len(found) / samples:.0%}" for degree, found in degrees.items()},
         "micro-batches a step": f"{sum(len(plan.micro_batches) for plan in plans) / steps:.1f}",
         "idle share of the rank-seconds": _idle(records),
@@ -138,9 +113,11 @@ def draw_plan(
     write_picture(lambda: _plan_figure(plan, lengths, cost_model, busy_s), path)
 
 
-def _plan_figure(plan: Plan, lengths: Sequence[int], cost: CostModel | None, busy_s: Busy | None = None) -> Figure:
+def _plan_figure(
+    plan: Plan, lengths: Sequence[int], cost: CostModel | None, busy_s: Busy | None = None, is_lockstep: bool = False
+) -> Figure:
     if busy_s is not None:
-        cost, words = None, ["measured {:.3g} s", "idle {:.0%}"]
+        cost, words = None, ["measured {:.3g} s", *([] if is_lockstep else ["idle {:.0%}"])]
     else:
         assert cost is not None
         bound = [f"within {100 * plan.gap:.1f} % of optimal"] if plan.lower_bound_s > 0 else []
@@ -228,22 +205,26 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
     One step is drawn as it was measured and, with a cost model, as it was predicted.
 
     Raises:
-        HeteroError: no matplotlib.
+        HeteroError: no matplotlib, or a file that cannot be written.
     """
     step = most_mixed(records)
-    plan, lengths = Plan.from_dict(step["plan"]), step["lengths"]
+    plan, lengths, is_lockstep = Plan.from_dict(step["plan"]), step["lengths"], bool(step.get("is_lockstep"))
     pictures: dict[str, Callable[[], Figure]] = {"Seconds of each step": lambda: _seconds_figure(records)}
     pictures["Lengths, by the degree that trained them"] = lambda: _lengths_figure(records)
-    title = f"Step {step['step']} as {{}}: {describe_degrees(plan)}"
+    degrees = describe_degrees(plan)
     if cost_model is not None:
-        pictures[title.format("planned")] = lambda: _plan_figure(plan, lengths, cost_model)
-    pictures[title.format("measured")] = lambda: _plan_figure(plan, lengths, None, step["busy_s"])
-    rows = "".join(f"<tr><td>{name}</td><td>{value}</td></tr>\n" for name, value in summarise(records).items())
+        pictures[f"Step {step['step']} as planned: {degrees}"] = lambda: _plan_figure(plan, lengths, cost_model)
+    pictures[f"Step {step['step']} as measured: {degrees}"] = lambda: _plan_figure(
+        plan, lengths, None, step["busy_s"], is_lockstep
+    )
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>\n" for name, value in summarise(records).items()
+    )
     page = PAGE + f"<table>\n{rows}</table>\n"
     for title, make in pictures.items():
-        data = base64.b64encode(rendered(make, "svg")).decode()
-        page += f'<h2>{title}</h2>\n<img alt="{title}" src="data:image/svg+xml;base64,{data}">\n'
-    Path(path).write_text(page + "</body></html>\n", encoding="utf-8")
+        data, words = base64.b64encode(rendered(make, "svg")).decode(), escape(title)
+        page += f'<h2>{words}</h2>\n<img alt="{words}" src="data:image/svg+xml;base64,{data}">\n'
+    written((page + "</body></html>\n").encode(), path)
 
 
 def _seconds_figure(records: Sequence[Record]) -> Figure:
@@ -255,13 +236,13 @@ def _seconds_figure(records: Sequence[Record]) -> Figure:
     steps, measured, planned = zip(*((r["step"], r["seconds"], r["plan"]["seconds"]) for r in records), strict=True)
     over.plot(steps, measured, color=INK, label="measured")
     over.plot(steps, planned, color=ACCENT, label="planned")
-    over.set(xlabel="step", ylabel="seconds", ylim=(0, 1.25 * max(*measured, *planned)))
+    over.set(xlabel="step", ylabel="seconds", ylim=(0, 1.25 * max(*measured, *planned) or 1))
     over.xaxis.set_major_locator(MaxNLocator(integer=True))
     over.legend(loc="upper right", ncols=2)
     ratio = _measured_to_planned(records)
     against.scatter(planned, measured, s=12, color=INK, alpha=0.6, linewidths=0)
     against.axline((0, 0), slope=ratio, color=ACCENT, linewidth=1, label=f"x {ratio:.2f}, the median")
-    against.set(xlim=(0, 1.1 * max(planned) or 1), ylim=(0, 1.1 * max(measured)))
+    against.set(xlim=(0, 1.1 * max(planned) or 1), ylim=(0, 1.1 * max(measured) or 1))
     against.set(xlabel="planned seconds", ylabel="measured seconds")
     against.legend(loc="lower right")
     return figure

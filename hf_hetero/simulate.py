@@ -130,8 +130,8 @@ class Simulation:
                 name: {
                     "seconds": sum(way.seconds),
                     "step_s": way.seconds,
-                    "speedup_of_adaptive": sum(way.seconds) / adaptive,
-                    "ratio_to_bound": sum(way.seconds) / sum(self.bound_s),
+                    "speedup_of_adaptive": ratio(sum(way.seconds), adaptive),
+                    "ratio_to_bound": ratio(sum(way.seconds), sum(self.bound_s)),
                     "micro_batches": way.num_micro_batches,
                     "idle_share": way.idle_share,
                     "note": way.note,
@@ -204,6 +204,11 @@ def simulate(
     ways["static"] = by_degree[best]
     ways["static"].note = f"degree {best}"
     return Simulation(num_ranks, len(batches), context, _bins(batches), ways, static_s, bound_s, planning_s)
+
+
+def ratio(seconds: float, to_s: float) -> float:
+    """How many times as long; 1 where nothing takes time."""
+    return seconds / to_s if to_s > 0 else 1.0
 
 
 def busy_seconds(plan: Plan, lengths: Sequence[int], cost: CostModel) -> list[list[float]]:

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hf_hetero.drawing import ACCENT, DEGREE_COLOURS, IDLE, INK, LENGTH_COLOURS, new_figure, short, write_picture
-from hf_hetero.simulate import WAYS, Simulation
+from hf_hetero.drawing import (
+    ACCENT,
+    DEGREE_COLOURS,
+    IDLE,
+    INK,
+    LENGTH_COLOURS,
+    new_figure,
+    printable,
+    short,
+    write_picture,
+)
+from hf_hetero.simulate import WAYS, Simulation, ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +38,8 @@ def simulation_figure(simulation: Simulation, title: str = "") -> Figure:
     _draw_ways(ways, simulation)
     _draw_lengths(figure.axes[1], simulation)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK)
+        options: dict[str, Any] = {"parse_math": False}  # a `$` in a file's name is no formula
+        figure.suptitle(printable(title), x=0.01, ha="left", fontsize=10, fontweight="bold", color=INK, **options)
     return figure
 
 
@@ -36,7 +47,7 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
     """A bar for each way, its idle part in light grey."""
     steps = simulation.num_steps
     adaptive = sum(simulation.ways["adaptive"].seconds)
-    gap = adaptive / sum(simulation.bound_s) - 1
+    gap = ratio(adaptive, sum(simulation.bound_s)) - 1
     slowest = max(sum(way.seconds) for way in simulation.ways.values()) / steps
     for row, (name, way) in enumerate(simulation.ways.items()):
         seconds, idle = sum(way.seconds) / steps, way.idle_share
@@ -45,10 +56,12 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
         busy.set_gid(f"way-{name}")
         note = f"  ({way.note})" if way.note else ""
         words = (
-            f",  {seconds * steps / adaptive:.2f}x{note}" if name != "adaptive" else f",  within {gap:.1%} of optimal"
+            f",  {ratio(seconds * steps, adaptive):.2f}x{note}"
+            if name != "adaptive"
+            else f",  within {gap:.1%} of optimal"
         )
         axes.text(seconds + 0.015 * slowest, row, f"{seconds:#.3g} s{words}", va="center", fontsize=8, color=INK)
-    bound, right = sum(simulation.bound_s) / steps, 1.5 * slowest
+    bound, right = sum(simulation.bound_s) / steps, 1.5 * slowest or 1
     axes.axvline(bound, color=INK, linewidth=1, linestyle=(0, (4, 2))).set_gid("bound")
     axes.text(bound + 0.01 * right, -0.68, f"no way takes less than {bound:#.3g} s", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, right), ylim=(len(simulation.ways) - 0.4, -1.05))

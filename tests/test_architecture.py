@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {"topology", "backward", "drawing", "json_fields", "mixes", "plan", "rows", "samples"},
-    {"chunked_mlp", "expert_load", "lm_head", "offload"},
+    {"chunked_mlp", "expert_load", "lm_head", "offload", "records"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"activations", "heads"},
     {"volume"},

@@ -47,6 +47,17 @@ def test_refused_options(tmp_path: Path, changes: dict[str, Any], message: str) 
         make(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"per_device_train_batch_size": 0}, {"per_device_eval_batch_size": -1}, {"gradient_accumulation_steps": 0}],
+)
+def test_less_than_one(tmp_path: Path, changes: dict[str, int]) -> None:
+    """A batch of no samples is refused by its argument's name, before anything is read."""
+    [(name, value)] = changes.items()
+    with pytest.raises(ConfigError, match=f"^{name}={value}: it must be at least 1"):
+        make(tmp_path, **changes)
+
+
 def refused_models() -> dict[str, tuple[Any, str]]:
     gpt2 = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)
     t5 = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import pickle
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -105,6 +108,81 @@ def test_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_lengths(masked, "length").tolist() == [2, 1, 1]
     assert read_lengths(table.select([2, 0, 1]), "length").tolist() == [4, 3, 1]
     assert len(list((tmp_path / "hf_hetero").iterdir())) == 3
+
+
+def spoilt(whole: bytes) -> dict[str, bytes]:
+    """What a cut write, another writer or a bad disk may leave of a cache file."""
+    archive = io.BytesIO()
+    np.savez(archive, np.arange(3))
+    return {
+        "empty": b"",
+        "cut in its header": whole[:50],
+        "cut in its numbers": whole[:-3],
+        "longer": whole[:128] + bytes(8),
+        "zeros": whole[:128] + bytes(len(whole) - 128),
+        "text": b"lengths",
+        "an archive": archive.getvalue(),
+        "half an archive": archive.getvalue()[:50],
+        "a huge shape": whole.replace(b"(3,), }            ", b"(9999999999999,), }"),
+        "a header that is none": whole[:10] + b"{'descr':}" + whole[20:],
+        "code": b"\x93NUMPY\x01\x00" + pickle.dumps([1, 2, 3]),
+        "objects": saved_array(np.asarray([3, 1, 4], dtype=object)),
+        "another shape": saved_array(np.asarray([[3, 1, 4]])),
+        "another type": saved_array(np.asarray([3.0, 1.0, 4.0])),
+    }
+
+
+def saved_array(values: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=True)
+    return file.getvalue()
+
+
+def test_a_spoilt_cache_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever lies there instead of counts costs a second count, runs no code, and is whole afterwards."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(lengths, "WORTH_KEEPING", 1)
+    table = datasets.Dataset.from_dict({"input_ids": [[1] * n for n in (3, 1, 4)]})
+    read_lengths(table, "length")
+    [kept] = (tmp_path / "hf_hetero").iterdir()
+    whole = kept.read_bytes()
+    for name, content in spoilt(whole).items():
+        assert content != whole, name
+        kept.write_bytes(content)
+        assert read_lengths(table, "length").tolist() == [3, 1, 4], name
+        assert kept.read_bytes() == whole, name
+
+
+def test_a_cut_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up while counts are kept is left as it was."""
+
+    def full(file: Any, values: Any) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(lengths, "WORTH_KEEPING", 1)
+    monkeypatch.setattr(lengths.np, "save", full)
+    assert read_lengths(datasets.Dataset.from_dict({"input_ids": [[1, 2]]}), "length").tolist() == [2]
+    assert list((tmp_path / "hf_hetero").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"input_ids": ["abc"]}, "input_ids are of type string, not lists"),
+        ({"input_ids": [["a"]]}, r"input_ids are of type .*string.*, not lists of numbers"),
+        ({"input_ids": [[1, 2]], "attention_mask": [["a", "b"]]}, r"attention_mask are of type .*string"),
+        ({"input_ids": [[1, 2]], "attention_mask": ["ab"]}, "attention_mask are of type string"),
+        ({"input_ids": [[1, 2]], "attention_mask": [[[1], [1]]]}, "attention_mask are of type"),
+        ({"input_ids": [[1, 2]], "attention_mask": [None]}, "attention_mask are of type null"),
+        ({"length": [[3], [4, 5]]}, r"Row 0: length is \[3\]"),
+    ],
+)
+def test_columns_of_another_kind(columns: dict[str, Any], message: str) -> None:
+    """What holds no numbers is named by its type, whatever it is."""
+    with pytest.raises(BadSample, match=message):
+        read_lengths(datasets.Dataset.from_dict(columns), "length")
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,6 +201,115 @@ def test_what_is_no_record_is_named(tmp_path: Path, text: str, message: str) -> 
         read_records(file)
 
 
+def test_a_line_that_was_cut_costs_its_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What a full disk or a kill leaves of a line is passed over with a word, also where a line was joined to it."""
+    lines = [json.dumps(record) for record in run_of_three_steps()]
+    file = tmp_path / "plans.jsonl"
+    for name, text, steps in (
+        ("at the end", "\n".join([*lines, lines[0][:200]]), [1, 2, 3]),
+        ("amid", "\n".join([lines[0], lines[1][:200], lines[2], ""]), [1, 3]),
+        ("joined", "\n".join([lines[0], lines[1][:200] + lines[2], lines[1], ""]), [1, 2]),
+        ("nulls", "\n".join([*lines, "\0" * 50]), [1, 2, 3]),
+        ("deep", "\n".join([*lines, "[" * 100_000]), [1, 2, 3]),
+    ):
+        caplog.clear()
+        file.write_text(text, encoding="utf-8")
+        assert [record["step"] for record in read_records(file)] == steps, name
+        assert "cut short and are left out" in caplog.text, name
+
+
+def test_lockstep_survives(tmp_path: Path) -> None:
+    """Of ranks that waited in every layer nobody knows how idle they were: the page claims no share."""
+    records = [{**record, "is_lockstep": True} for record in run_of_three_steps()]
+    (tmp_path / "plans.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = read_records(tmp_path)
+    assert all(record["is_lockstep"] for record in found)
+    assert summarise(found)["idle share of the rank-seconds"].startswith("not measured")
+    write_report(found, tmp_path / "report.html")
+    sources = re.findall(r'base64,([^"]*)', (tmp_path / "report.html").read_text())
+    assert len(sources) == 3
+    step = found[1]
+    figure = pictures._plan_figure(Plan.from_dict(step["plan"]), step["lengths"], None, step["busy_s"], True)
+    assert figure.axes[0].get_title(loc="left") == "measured 1.5 s"
+
+
+ODD = [None, True, -1, 1.5, 10**400, float("nan"), float("inf"), 1e300, "x", "<script>", [], [[]], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize("path", ["step", "lengths", "plan", "seconds", "busy_s", "wait_s", "is_lockstep", "*"])
+def test_odd_records_are_named(tmp_path: Path, path: str) -> None:
+    """Any value in any field is refused with its line and field, unless it is one that a step may have."""
+    record = run_of_three_steps()[1]
+    right = {"step": (), "seconds": (1.5,), "wait_s": (1.5,), "is_lockstep": (True,)}.get(path, ())
+    for value in ODD:
+        odd = value if path == "*" else {**record, path: value}
+        (tmp_path / "plans.jsonl").write_text(json.dumps(odd) + "\n")
+        if value in right:
+            write_report(read_records(tmp_path), tmp_path / "report.html")
+        else:
+            with pytest.raises(ConfigError, match="line 1"):
+                read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["format", "num_ranks", "micro_batches", "seconds", "lower_bound_s", "planning_s", "group", "ranks", "samples"],
+)
+def test_odd_plans_are_named(tmp_path: Path, path: str) -> None:
+    """The same within a step's plan."""
+    for value in ODD:
+        record = run_of_three_steps()[1]
+        groups = record["plan"]["micro_batches"][0]["groups"]
+        if path == "group":
+            groups[0] = value
+        elif path in ("ranks", "samples"):
+            groups[0][path] = value
+        else:
+            record["plan"][path] = value
+        (tmp_path / "plans.jsonl").write_text(json.dumps(record) + "\n")
+        if path in ("seconds", "lower_bound_s", "planning_s") and value == 1.5:
+            read_records(tmp_path)  # which such numbers may be
+            continue
+        with pytest.raises(ConfigError, match="line 1"):
+            read_records(tmp_path)
+
+
+SCRIPT = "<script>document.title='ran'</script>"
+
+
+def test_no_field_becomes_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of a record that reaches the page is text there; what is no text may not be any."""
+    records = run_of_three_steps()
+    for number, words in enumerate([SCRIPT, '" onerror="alert(1)', "{0.__class__}", "{} {}"]):
+        odd = [{**record, "step": words} for record in records[:1]]
+        write_report(odd, tmp_path / f"{number}.html")  # of records that nobody has checked
+        page = (tmp_path / f"{number}.html").read_text()
+        assert "<script" not in page
+        assert 'onerror="' not in page
+    monkeypatch.setattr(pictures, "summarise", lambda records: {SCRIPT: SCRIPT})
+    write_report(records, tmp_path / "report.html")
+    assert "<script" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A folder of that name, or none to write into, is said in words."""
+    for path in (tmp_path, tmp_path / "absent" / "report.html"):
+        with pytest.raises(HeteroError, match=f"Cannot write '{path}'"):
+            write_report(run_of_three_steps(), path)
+    (tmp_path / "taken.svg").mkdir()
+    with pytest.raises(HeteroError, match=r"taken\.svg: there is a folder of this name"):
+        draw_plan(mixed_plan(), LENGTHS, COST, tmp_path / "taken.svg")
+
+
+def test_a_run_that_took_no_time_has_a_page(tmp_path: Path) -> None:
+    """Records that say 0 seconds everywhere are drawn all the same."""
+    records = run_of_three_steps()
+    for record in records:
+        record |= {"seconds": 0.0, "wait_s": 0.0, "busy_s": [[0.0] * len(ranks) for ranks in record["busy_s"]]}
+        record["plan"]["seconds"] = 0.0
+    write_report(records, tmp_path / "report.html")
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """The path that could not be read is in the message."""
     with pytest.raises(ConfigError, match=r"nowhere\.jsonl"):

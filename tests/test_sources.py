@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,27 @@ def test_chats_are_tokenised(tmp_path: Path, tokenizer: str) -> None:
     """Messages go through the chat template: every role and every word of this one is a token."""
     chats = [[{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]]
     assert lengths_of(saved(tmp_path, "jsonl", {"messages": chats}), tokenizer=tokenizer) == [5]
+
+
+def test_a_tokenizer_with_code_is_not_run(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked at the terminal, and nothing of the folder runs; what to do instead is said."""
+    ran = tmp_path / "ran"
+    (Path(tokenizer) / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    settings = Path(tokenizer) / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **own}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match=r"brings code of its own, which is not run.*--length-column"):
+        lengths_of(saved(tmp_path, "jsonl", {"text": ROWS["text"]}), tokenizer=tokenizer)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("rows", [[3, 4], [[[1]]], [{"a": 1}]])
+def test_what_is_no_text(tmp_path: Path, tokenizer: str, rows: list[Any]) -> None:
+    """Rows that a tokenizer or its template cannot take are named, with what they said."""
+    with pytest.raises(BadSample, match=r"Rows? 0.*: text (is .*; it must be text|cannot be tokenised: )"):
+        lengths_of(saved(tmp_path, "jsonl", {"text": rows}), tokenizer=tokenizer)
 
 
 def test_text_without_a_tokenizer(tmp_path: Path) -> None:

@@ -83,7 +83,9 @@ def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backe
                 return best, -math.inf
             found = _resolved(problem, best, pair, min(left_s, SECONDS_A_NEIGHBOURHOOD), backend)
             if draft_seconds(problem, found) < draft_seconds(problem, best) * (1 - GAIN):
-                best, progress = found, True
+                is_shorter, best, progress = len(found) < len(best), found, True
+                if is_shorter:  # the pairs that are left number micro-batches of which one is no more
+                    break
     return best, -math.inf
 
 

@@ -83,7 +83,10 @@ class Program:
         """
         if start is not None:
             self._model.start = [(self._columns[column], value) for column, value in start.items()]
-        status = self._model.optimize(max_seconds=time_limit_s)
+        try:
+            status = self._model.optimize(max_seconds=time_limit_s)
+        except self._mip.exceptions.MipBaseException:  # numbers that the solver cannot work with
+            return Answer(None, -math.inf)
         values = [float(column.x) for column in self._columns] if self._model.num_solutions else None
         if self._integer:
             bound = self._model.objective_bound

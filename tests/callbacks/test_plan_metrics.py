@@ -87,3 +87,31 @@ def test_record_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert printed.count("step    7") == 1
     assert "67% at degree 1, 33% at degree 2" in printed
     assert "1 steps, 3 samples, 1,000 tokens in 2.0 s: 500 tokens/s" in printed
+
+
+def test_a_record_that_cannot_be_written_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is said once; what can be written again is, on a line of its own also after one that was cut short."""
+    args: Any = SimpleNamespace(output_dir=str(tmp_path))
+    callback, file = PlanMetricsCallback(record=True), tmp_path / "plans.jsonl"
+    file.mkdir()
+    callback.on_train_begin(args, RANK_0, SimpleNamespace())  # pyright: ignore
+    for _ in range(3):
+        callback.on_step_report(args, RANK_0, REPORT)
+    assert caplog.text.count("cannot be written") == 1
+    file.rmdir()
+    file.write_text('{"step": 6, "leng')
+    callback.on_step_report(args, RANK_0, REPORT)
+    callback.on_step_report(args, RANK_0, replace(REPORT, step=8))
+    cut, *whole = file.read_text().splitlines()
+    assert cut == '{"step": 6, "leng'
+    assert [json.loads(line)["step"] for line in whole] == [7, 8]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is full")
+def test_a_full_disk_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The error comes when the file is closed, and is caught there, too."""
+    (tmp_path / "plans.jsonl").symlink_to("/dev/full")
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=3)
+    callback = PlanMetricsCallback(record=True)
+    callback.on_step_report(SimpleNamespace(output_dir=str(tmp_path)), state, REPORT)  # pyright: ignore
+    assert "No space left" in caplog.text

@@ -59,3 +59,15 @@ def test_missing_solver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mip, "Model", missing)
     with pytest.raises(HeteroError, match=r"'highs' cannot be loaded .*highsbox"):
         Program("highs")
+
+
+def test_a_solver_that_fails_has_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers on which a solver gives up cost its answer, not the plan."""
+    program = textbook("highs", integer=True)
+
+    def gives_up(max_seconds: float) -> None:
+        raise mip.exceptions.InterfacingError("Unknown error in call to HiGHS.")
+
+    monkeypatch.setattr(program._model, "optimize", gives_up)
+    answer = program.solve(1.0)
+    assert (answer.values, answer.bound) == (None, -math.inf)
