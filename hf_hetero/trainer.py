@@ -17,6 +17,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
         training_step                   the loop over micro-batches
         get_eval_dataloader, get_test_dataloader, evaluation_loop     evaluation is planned, too
+        evaluate, predict               groups end with them
         log                             add the callbacks' numbers
 """
 
@@ -79,12 +80,23 @@ class HeteroTrainerMixin(ResumableTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `ResumableTrainer.train`; what watches the model is taken off again."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._clock is not None:
-                self._clock.close()
-            self._clock = None
+        with self._running():
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                if self._clock is not None:
+                    self._clock.close()
+                self._clock = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; several datasets share the groups."""
+        with self._running():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.predict`."""
+        with self._running():
+            return super().predict(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
