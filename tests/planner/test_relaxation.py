@@ -34,7 +34,7 @@ def test_no_plan_is_faster_where_samples_are_taken_together(batch: tuple[list[in
     lengths, num_ranks, cost = batch
     optimum = optimal_seconds(lengths, num_ranks, cost)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relaxation, "NUM_KINDS", 3)
+        patch.setattr(relaxation, "NUM_KINDS", (3,))
         patch.setattr(relaxation, "NUM_CLASSES", 4)
         bound = relaxed_bound(make_problem(cost, num_ranks, None, lengths), 1.5 * optimum + 1.0, 20.0)
     assert bound <= optimum * (1 + 1e-9)
