@@ -39,6 +39,7 @@ from transformers import TrainingArguments
 from hf_hetero import evaluation, overrides, sharding
 from hf_hetero.agreement import broadcast, confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
+from hf_hetero.epochs import KeptCounts
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.loss import IGNORE_INDEX
 from hf_hetero.plan import StepReport
@@ -76,6 +77,7 @@ class HeteroTrainerMixin(ResumableTrainer):
         self._clock: StepClock | None = None
         self._fetch_s = self._step_s = 0.0
         self._has_learned = False
+        self._counts = KeptCounts()
         self._evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -309,7 +311,9 @@ class HeteroTrainerMixin(ResumableTrainer):
         else:
             columns = partial(self._remove_unused_columns, description="evaluation")
             names = self._columns_kept()
-            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning, names)
+            loader = evaluation.evaluation_loader(
+                dataset, columns, packer, self.args, planning, names, counts=self._counts
+            )
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
@@ -329,7 +333,11 @@ class HeteroTrainerMixin(ResumableTrainer):
         def done() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        found.run(loader, self._confirmed, forward, done)
+        try:
+            found.run(loader, self._confirmed, forward, done)
+        except BadSample:  # rows may have changed since they were counted
+            self._counts.forget(dataset)
+            raise
         return found
 
     # ------------------------------------------------------------------------------------------- accounting
