@@ -123,6 +123,23 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
     return Counted(num_rows, found if is_first else None, source.column if source.has_column else None)
 
 
+def still_holds(source: Source, tokens: Integers) -> bool:
+    """Whether rows are as they were when they were counted, as far as some of them show; of a plain table all are.
+
+    Args:
+        source: the dataset of now.
+        tokens: of each row, as they were counted, shape (num_rows,).
+    """
+    if is_plain_table(source.dataset) and source.collator is None:
+        return True  # whatever changes one makes another of it
+    with _undisturbed():
+        for row in spread(len(tokens), COMPARED):
+            [example] = source.rows.read([row])
+            if tokens_of(source.collate, example, row) != tokens[row]:
+                return False
+    return True
+
+
 def spread(num_rows: int, most: int) -> list[int]:
     """So many rows, evenly over the dataset, the first and the last among them; all, where there are no more."""
     return np.unique(np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(np.int64)).tolist()

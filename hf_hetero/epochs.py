@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
-from hf_hetero.agreement import broadcast, raise_together
-from hf_hetero.counting import Counted, Source, count_together
+from hf_hetero.agreement import broadcast, gather, raise_together
+from hf_hetero.counting import Counted, Source, count_together, still_holds
 from hf_hetero.errors import BadSample
+from hf_hetero.lengths import fingerprint, is_table
 from hf_hetero.plan_ahead import Draws
 from hf_hetero.planning import Planning
 from hf_hetero.sampler import GlobalBatches, StepDataset
@@ -138,6 +141,86 @@ def read_rows(dataset: Any, planning: Planning, rows: StepDataset, collate: Call
 
     content = broadcast(limit, planning.control)
     return replace(found, samples=kept[0] if kept else None), content
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What was counted.
+
+    Args:
+        dataset: that was.
+        conditions: all that decides how its rows are read and counted.
+        found: as `read_rows` returned it.
+    """
+
+    dataset: weakref.ref[Any]
+    conditions: tuple[Any, ...]
+    found: tuple[Counted, str]
+
+
+class KeptCounts:
+    """What datasets hold, while they live, so that one that is evaluated again need not be counted again.
+
+    A dataset is counted anew where its number of rows has changed, or a table's fingerprint, or how rows are read; or
+    where some rows, read again, have other tokens than before. One that is told of epochs is counted each time, and so
+    is a list, which may be changed in place.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _Kept] = {}
+
+    def read(
+        self, dataset: Any, planning: Planning, rows: StepDataset, collate: Callable[..., Any]
+    ) -> tuple[Counted, str]:
+        """As `read_rows`. A collective of all ranks, which take what they know or count together.
+
+        Raises:
+            BadSample, ConfigError: as `read_rows`.
+        """
+        kept = self._kept.get(id(dataset))
+        conditions = _conditions(dataset, planning, collate)
+        source = Source(dataset, rows, collate, planning.length_column)
+        if all(known for [known] in gather([int(_holds(kept, source, conditions))], planning.control)):
+            assert kept is not None
+            return kept.found
+        self.forget(dataset)
+        found = read_rows(dataset, planning, rows, collate)
+        if not rows.changes_with_epochs:
+            self._keep(dataset, conditions, found)
+        return found
+
+    def forget(self, dataset: Any) -> None:
+        """Count it anew when it is asked for again."""
+        self._kept.pop(id(dataset), None)
+
+    def _keep(self, dataset: Any, conditions: tuple[Any, ...], found: tuple[Counted, str]) -> None:
+        kept, number = self._kept, id(dataset)
+        with suppress(TypeError):  # a list, for one, cannot be referred to without keeping it
+            gone = weakref.ref(dataset, lambda _: kept.pop(number, None))
+            kept[number] = _Kept(gone, conditions, found)
+
+
+def _conditions(dataset: Any, planning: Planning, collate: Callable[..., Any]) -> tuple[Any, ...]:
+    return (
+        len(dataset),
+        fingerprint(dataset) if is_table(dataset) else "",
+        collate,
+        planning.length_column,
+        planning.most_tokens,
+        planning.longer,
+        planning.limits,
+    )
+
+
+def _holds(kept: _Kept | None, source: Source, conditions: tuple[Any, ...]) -> bool:
+    """Whether this rank would take what it knows; if it cannot tell, counting will say why."""
+    if kept is None or kept.dataset() is not source.dataset or kept.conditions != conditions:
+        return False
+    samples = kept.found[0].samples
+    try:
+        return samples is None or still_holds(source, samples.row_tokens)
+    except Exception:
+        return False
 
 
 def within_limits(samples: Samples, planning: Planning) -> tuple[Samples, str]:

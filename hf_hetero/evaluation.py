@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_hetero.agreement import broadcast
 from hf_hetero.collators import PackedCollator
 from hf_hetero.dealing import DealtDataset, StreamSampler
-from hf_hetero.epochs import Epochs, read_rows
+from hf_hetero.epochs import Epochs, KeptCounts, read_rows
 from hf_hetero.errors import ConfigError
 from hf_hetero.lengths import gives_tokens
 from hf_hetero.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
@@ -65,6 +65,7 @@ def evaluation_loader(
     planning: Planning,
     names: Sequence[str] | None = None,
     sampler: Any = None,
+    counts: KeptCounts | None = None,
 ) -> EvaluationLoader:
     """A loader of all samples, each once, in order. Its `plans` are to be closed after use.
 
@@ -76,6 +77,7 @@ def evaluation_loader(
         planning: where plans come from.
         names: keys to keep of the rows of a dataset that is no table; None: all.
         sampler: gives other rows, or another order (`Trainer._get_eval_sampler`); None: all, in order.
+        counts: what is known of datasets that were evaluated before.
 
     Raises:
         BadSample: rows without tokens, on every rank.
@@ -83,7 +85,8 @@ def evaluation_loader(
     rows, size = rows_of(dataset, columns, names), args.eval_batch_size * args.world_size
     sampler = SequentialSampler(dataset) if sampler is None else sampler
     batches = batches_of(dataset, sampler, args, size, planning, at_once=size)
-    epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
+    read = read_rows if counts is None else counts.read
+    epochs = Epochs(batches, rows, lambda: read(dataset, planning, rows, collate), planning.control)
     plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
     rank = args.process_index if planning.control is not None else 0
     begin = partial(epochs.begin, forget=plans.forget)

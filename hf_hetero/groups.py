@@ -32,6 +32,9 @@ class GroupPool:
     Each group's first message is one of all its ranks, sent here. NCCL joins the ranks of a group by the first message,
     and where that is one of two ranks only, as in a ring, torch calls the behaviour undefined (`batch_isend_irecv`).
 
+    A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
+    many trainers, one after the other.
+
     Without torch.distributed (a single process) the pool is empty.
 
     Args:
@@ -48,25 +51,31 @@ class GroupPool:
         control_timeout_s: float,
         device: torch.device | None = None,
     ) -> None:
+        self._degrees, self._device = sorted(set(degrees) - {1}), device
+        self._timeout_s, self._control_timeout_s = timeout_s, control_timeout_s
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
-        if not dist.is_initialized():
+        self.open()
+
+    def open(self) -> None:
+        """Make the groups, unless they are there. A collective of all ranks."""
+        if self.control is not None or not dist.is_initialized():
             return
         # gloo carries control messages: they live on the host and must not wait for a GPU stream
-        self.control = _new_group(None, control_timeout_s, backend="gloo")
-        for degree in sorted(set(degrees) - {1}):
+        self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
-                self._groups[ranks] = _new_group(list(ranks), timeout_s)
+                self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
                 if dist.get_rank() in ranks:
                     with named("The first exchange of a group", f"ranks {list(ranks)}"):
-                        dist.all_reduce(torch.zeros(1, device=device), group=self._groups[ranks])
+                        dist.all_reduce(torch.zeros(1, device=self._device), group=self._groups[ranks])
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """The process group of these ranks; None for a single rank, which needs none."""
         return self._groups[ranks] if len(ranks) > 1 else None
 
     def close(self) -> None:
-        """Destroy the groups; the pool is empty afterwards."""
+        """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:

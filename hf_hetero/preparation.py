@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.packed import Sample, pack_spans
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
+from hf_hetero.errors import HeteroError
 from hf_hetero.fitting import Fitted, choose_kernel
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import contiguous
@@ -64,6 +66,7 @@ class PreparedTrainer(Trainer):
         self._try_untested()
 
         self._machine: Machine | None = None
+        self._num_running = 0
         self._sharding = sharding.Sharding()
         self.cost_model: CostModel | None = None
         self._resumed_from: str | None = None
@@ -198,7 +201,10 @@ class PreparedTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------- planning
 
     def _set_up_planning(self) -> Machine:
-        """Made when it is first needed, and kept for later runs; but a checkpoint brings its own cost model."""
+        """Made when it is first needed, and kept for later runs; but a checkpoint brings its own cost model.
+
+        The groups are open afterwards. A collective of all ranks where they were not.
+        """
         if self._machine is not None and not self._machine.serves(self._resumed_from):
             self._machine.groups.close()
             self._machine = None
@@ -214,7 +220,27 @@ class PreparedTrainer(Trainer):
                 self._resumed_from,
             )
             self.cost_model = self._machine.cost_model
+        self._machine.groups.open()
         return self._machine
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """A run, or one within it: where the outermost ends, so do the groups. The next may be of another trainer.
+
+        Groups are closed on all ranks or on none: after an error that others may not know of, they may be in them.
+        """
+        self._num_running += 1
+        ends_everywhere = False
+        try:
+            yield
+            ends_everywhere = True
+        except HeteroError as error:
+            ends_everywhere = error.is_known_to_all
+            raise
+        finally:
+            self._num_running -= 1
+            if ends_everywhere and not self._num_running and self._machine is not None:
+                self._machine.groups.close()
 
     @property
     def groups(self) -> GroupPool:

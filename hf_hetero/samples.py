@@ -46,12 +46,16 @@ class Samples:
 
     def of(self, rows: Sequence[int]) -> Drawn:
         """The samples of some rows, row by row."""
-        drawn = [(row, number) for row in rows for number in range(self.first[row], self.first[row + 1])]
+        picked = np.asarray(rows, dtype=np.int64)
+        counts = self.first[picked + 1] - self.first[picked]
+        before = np.cumsum(counts) - counts
+        numbers = np.arange(counts.sum()) + np.repeat(self.first[picked] - before, counts)
+        row_of = np.repeat(picked, counts)
         return Drawn(
-            rows=tuple(row for row, _ in drawn),
-            starts=tuple(int(self.starts[number]) for _, number in drawn),
-            lengths=tuple(int(self.lengths[number]) for _, number in drawn),
-            row_tokens=tuple(int(self.row_tokens[row]) for row, _ in drawn),
+            rows=tuple(row_of.tolist()),
+            starts=tuple(self.starts[numbers].tolist()),
+            lengths=tuple(self.lengths[numbers].tolist()),
+            row_tokens=tuple(self.row_tokens[row_of].tolist()),
         )
 
 

@@ -17,6 +17,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
         training_step                   the loop over micro-batches
         get_eval_dataloader, get_test_dataloader, evaluation_loop     evaluation is planned, too
+        evaluate, predict               groups end with them
         log                             add the callbacks' numbers
 """
 
@@ -38,6 +39,7 @@ from transformers import TrainingArguments
 from hf_hetero import evaluation, overrides, sharding
 from hf_hetero.agreement import broadcast, confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
+from hf_hetero.epochs import KeptCounts
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.loss import IGNORE_INDEX
 from hf_hetero.plan import StepReport
@@ -75,16 +77,28 @@ class HeteroTrainerMixin(ResumableTrainer):
         self._clock: StepClock | None = None
         self._fetch_s = self._step_s = 0.0
         self._has_learned, self._num_targets = False, 0
+        self._counts = KeptCounts()
         self._evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `ResumableTrainer.train`; what watches the model is taken off again."""
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self._clock is not None:
-                self._clock.close()
-            self._clock = None
+        with self._running():
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                if self._clock is not None:
+                    self._clock.close()
+                self._clock = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; several datasets share the groups."""
+        with self._running():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.predict`."""
+        with self._running():
+            return super().predict(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -297,7 +311,9 @@ class HeteroTrainerMixin(ResumableTrainer):
         else:
             columns = partial(self._remove_unused_columns, description="evaluation")
             names = self._columns_kept()
-            loader = evaluation.evaluation_loader(dataset, columns, packer, self.args, planning, names)
+            loader = evaluation.evaluation_loader(
+                dataset, columns, packer, self.args, planning, names, counts=self._counts
+            )
         left_out = {"loss", *(ignore_keys if ignore_keys is not None else evaluation.ignored_outputs(self.model))}
 
         def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
@@ -317,7 +333,11 @@ class HeteroTrainerMixin(ResumableTrainer):
         def done() -> None:
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-        found.run(loader, self._confirmed, forward, done)
+        try:
+            found.run(loader, self._confirmed, forward, done)
+        except BadSample:  # rows may have changed since they were counted
+            self._counts.forget(dataset)
+            raise
         return found
 
     # ------------------------------------------------------------------------------------------- accounting

@@ -368,6 +368,32 @@ def test_several_datasets(tmp_path: Path) -> None:
     assert found["eval_some_loss"] != found["eval_all_loss"]
 
 
+class Rows(torch.utils.data.Dataset[Any]):
+    """DATA, and how many of its rows were read."""
+
+    def __init__(self) -> None:
+        self.num_read = 0
+
+    def __len__(self) -> int:
+        return len(DATA)
+
+    def __getitem__(self, row: int) -> Any:
+        self.num_read += 1
+        return DATA[row]
+
+
+def test_an_evaluation_again_counts_nothing(tmp_path: Path) -> None:
+    """The same dataset, in any of its roles, is counted once by a trainer; the numbers stay the same."""
+    rows, read = Rows(), list[int]()
+    trainer = trainer_of(str(tmp_path), eval_dataset=rows)
+    for act in (trainer.evaluate, trainer.evaluate, lambda: trainer.predict(rows).metrics):
+        before = rows.num_read
+        assert next(value for name, value in act().items() if name.endswith("loss")) == pytest.approx(reference()[0])
+        read.append(rows.num_read - before)
+    assert read[1] < read[0]
+    assert read[2] == read[1]
+
+
 def test_lost_and_doubled_tokens_are_noticed() -> None:
     """Outputs that do not cover each token of a sample once are an error, not an array with holes."""
     piece = Piece(7, 0, 4, {"labels": np.arange(4)})

@@ -175,3 +175,23 @@ def test_control_messages(case: str, expected: Any) -> None:
     for error in found:
         assert type(error) is expected[0]
         assert re.search(expected[1], str(error)), str(error)
+
+
+def opened_again(times: int) -> list[tuple[float, bool]]:
+    """What a group sums up, and whether the pool is empty once closed, each time it is open."""
+    pool, found = GroupPool((1, 2), timeout_s=20, control_timeout_s=20), []
+    for _ in range(times):
+        pool.open()
+        pool.open()
+        total = torch.ones(1)
+        dist.all_reduce(total, group=pool.get((0, 1)))
+        dist.all_reduce(total, group=pool.control)
+        pool.close()
+        pool.close()
+        found.append((float(total), pool.control is None))
+    return found
+
+
+def test_a_pool_opens_again() -> None:
+    """As often as it is asked to; opening what is open, or closing what is closed, changes nothing."""
+    assert run_ranks(opened_again, 2, 3) == [[(4.0, True)] * 3] * 2

@@ -95,3 +95,19 @@ def test_starts_among_kept_tokens() -> None:
     assert drawn.starts == (0, 0, 4, 6)
     assert drawn.lengths == (3, 3, 2, 3)
     assert drawn.kept_starts() == (0, 0, 3, 5)
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=8), st.data())
+def test_drawing_is_row_by_row(documents: list[list[int]], data: st.DataObject) -> None:
+    """Any rows, in any order, also twice: the samples of each, in their order, with the tokens of the whole row."""
+    tokens = np.asarray([sum(row) for row in documents])
+    samples = packed_rows(tokens, np.asarray([len(row) for row in documents]), np.concatenate(documents))
+    rows = data.draw(st.lists(st.integers(0, len(documents) - 1), max_size=6))
+    found = samples.of(rows)
+    expected = [
+        (row, sum(documents[row][:number]), length, sum(documents[row]))
+        for row in rows
+        for number, length in enumerate(documents[row])
+    ]
+    assert list(zip(found.rows, found.starts, found.lengths, found.row_tokens, strict=True)) == expected
+    assert all(type(value) is int for value in (*found.rows, *found.starts, *found.lengths, *found.row_tokens))

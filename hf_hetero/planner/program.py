@@ -21,7 +21,7 @@ class Answer:
 
     Args:
         values: of the columns, by number; None where no solution was found.
-        bound: no solution's objective is below it; -inf where the solver cannot say.
+        bound: no solution's objective is below it; -inf where the solver cannot say, inf where there is no solution.
     """
 
     values: list[float] | None
@@ -88,6 +88,8 @@ class Program:
         except self._mip.exceptions.MipBaseException:  # numbers that the solver cannot work with
             return Answer(None, -math.inf)
         values = [float(column.x) for column in self._columns] if self._model.num_solutions else None
+        if status in (self._mip.OptimizationStatus.INFEASIBLE, self._mip.OptimizationStatus.INT_INFEASIBLE):
+            return Answer(None, math.inf)
         if self._integer:
             bound = self._model.objective_bound
         else:

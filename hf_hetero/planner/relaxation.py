@@ -9,21 +9,25 @@ into one group use the dual feasible functions of Fekete and Schepers (Math. Pro
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from hf_hetero.planner.bound import longest_bound
+from hf_hetero.planner.bound import area_bound, longest_bound
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.program import TOLERANCE, Backend, Program
 
-NUM_CLASSES = 12
-NUM_KINDS = 60
+NUM_CLASSES = 8
+NUM_KINDS = (30, 45, 60)
+"""Kinds of samples in the first program of a branch, in the second, and in the later ones."""
+NARROWEST = 1.002
 MOST_WHOLE = 8
 """Groups of which at most so many fit on the ranks come in whole numbers; of more, a fraction changes little."""
 DUAL_FEASIBLE = (1, 2, 3)
+LONGEST_LADDER = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +65,87 @@ class Flow:
     work_s: float
 
 
-def relaxed_bound(problem: Problem, upper_s: float, time_limit_s: float, backend: Backend = "highs") -> float:
-    """Seconds below which no plan can be; -inf where the limit was too short.
+@dataclass(slots=True)
+class Branch:
+    """Some of the plans: those with as few micro-batches as memory asks for, or those with more.
+
+    The more micro-batches there are, the shorter is the longest, so that one program for both would be weaker.
 
     Args:
-        upper_s: seconds of a known plan; faster plans have no longer micro-batch.
-        time_limit_s: wall seconds for the solver.
+        exact: the fewest micro-batches; else at least one more.
+        edges: ends of the classes of durations, ascending, in seconds.
+        bound: seconds below which none of these plans is.
+        rounds: programs that were solved.
+        final: whether another program would say no more.
     """
-    kinds = _kinds(problem)
-    edges = _edges(problem, upper_s)
+
+    exact: bool
+    edges: list[float]
+    bound: float
+    rounds: int = 0
+    final: bool = False
+
+
+def relaxed_bound(problem: Problem, upper_s: float, time_limit_s: float, backend: Backend = "highs") -> float:
+    """Seconds below which no plan can be; the area bound where the limit is too short for more.
+
+    The branch with the lowest bound is solved again and again, each time with the classes halved that its solution
+    used: a class counts as short as its shortest duration where that is cheaper, and as long as its longest where more
+    samples fit into that.
+
+    Args:
+        upper_s: seconds of a known plan; the bound is at most that.
+        time_limit_s: wall seconds for all programs together.
+    """
+    deadline = time.perf_counter() + time_limit_s
+    branches = _branches(problem, upper_s)
+    while branches:
+        branch = min(branches, key=lambda branch: branch.bound)
+        left_s = deadline - time.perf_counter()
+        if left_s <= 0 or branch.final or branch.bound >= upper_s * TOLERANCE:
+            break
+        waiting = sum(other.rounds == 0 for other in branches if other is not branch)
+        _tighten(problem, branch, upper_s, left_s / (1 + waiting), backend)
+    return min([upper_s, *(branch.bound for branch in branches)]) * TOLERANCE
+
+
+def _branches(problem: Problem, upper_s: float) -> list[Branch]:
+    """All branches that may hold a plan as fast as this."""
+    branches: list[Branch] = []
+    for exact in (True, False):
+        shortest_s, longest_s = _ends(problem, upper_s, exact)
+        if shortest_s < longest_s:
+            bound = area_bound(problem) + (0.0 if exact else min(problem.fixed_s))
+            branches.append(Branch(exact, _edges(problem, shortest_s, longest_s), bound))
+    return branches
+
+
+def _tighten(problem: Problem, branch: Branch, upper_s: float, time_limit_s: float, backend: Backend) -> None:
+    """Raise the bound of a branch, and halve the classes that its solution used."""
+    kinds = _kinds(problem, NUM_KINDS[min(branch.rounds, len(NUM_KINDS) - 1)])
+    program, counts = _program(problem, kinds, branch, upper_s, backend)
+    answer = program.solve(time_limit_s)
+    branch.bound, branch.rounds = max(branch.bound, answer.bound), branch.rounds + 1
+    if answer.values is None:
+        return  # there is no such plan, or no time to find one
+    halves: list[float] = []
+    for count, (low_s, high_s) in zip(counts, pairwise(branch.edges), strict=True):
+        if answer.values[count] > 0.5 and high_s > low_s * NARROWEST:
+            halves.append((low_s + high_s) / 2)
+    branch.edges = sorted([*branch.edges, *halves])
+    branch.final = not halves and branch.rounds >= len(NUM_KINDS)
+
+
+def _program(
+    problem: Problem, kinds: list[Kind], branch: Branch, below_s: float, backend: Backend
+) -> tuple[Program, list[int]]:
+    """All plans of a branch that are no slower than this, and the columns that count micro-batches by class."""
     program = Program(backend)
     shares: dict[int, list[int]] = defaultdict(list)
-    number: list[int] = []
+    counts: list[int] = []
+    seconds: list[tuple[int, float]] = []
     capacity_left: list[tuple[int, float]] = []
-    for low_s, high_s in pairwise(edges):
+    for low_s, high_s in pairwise(branch.edges):
         count, total_s = program.column(integer=True), program.column(cost=1.0)
         program.at_most([(count, low_s), (total_s, -1.0)], 0.0)
         program.at_most([(total_s, 1.0), (count, -high_s)], 0.0)
@@ -83,21 +154,25 @@ def relaxed_bound(problem: Problem, upper_s: float, time_limit_s: float, backend
             shares[flow.kind].append(flow.column)
         capacity_left += _add_groups(problem, program, kinds, flows, (low_s, high_s), (count, total_s))
         _add_longest(program, kinds, flows, low_s, (count, total_s))
-        number.append(count)
+        counts.append(count)
+        seconds.append((total_s, 1.0))
     for columns in shares.values():
         program.equal([(column, 1.0) for column in columns], 1.0)
-    program.at_most([(count, -1.0) for count in number], -float(problem.fewest_micro_batches))
     program.at_most(capacity_left, -_hidden_work(problem, kinds))
-    bound = program.solve(time_limit_s).bound * TOLERANCE
-    return min(bound, upper_s)
+    program.at_most(seconds, below_s)
+    if branch.exact:
+        program.equal([(count, 1.0) for count in counts], float(problem.fewest_micro_batches))
+    else:
+        program.at_most([(count, -1.0) for count in counts], -float(problem.fewest_micro_batches + 1))
+    return program, counts
 
 
-def _kinds(problem: Problem) -> list[Kind]:
-    """The longest samples alone, the others in runs of about equal tokens; at most `NUM_KINDS`."""
+def _kinds(problem: Problem, most: int) -> list[Kind]:
+    """The longest samples alone, the others in runs of about equal tokens; at most so many."""
     lengths = problem.lengths
-    num_alone = min(len(lengths), NUM_KINDS // 2 if len(lengths) > NUM_KINDS else NUM_KINDS)
+    num_alone = min(len(lengths), most // 2 if len(lengths) > most else most)
     tokens = np.array(problem.tokens_before, dtype=np.float64)
-    marks = np.linspace(tokens[num_alone], tokens[-1], NUM_KINDS - num_alone + 1)
+    marks = np.linspace(tokens[num_alone], tokens[-1], most - num_alone + 1)
     cuts = sorted({*range(num_alone + 1), *np.searchsorted(tokens, marks).tolist(), len(lengths)})
     return [
         Kind(lengths[end - 1], lengths[start], end - start, sum(lengths[start:end])) for start, end in pairwise(cuts)
@@ -111,12 +186,25 @@ def _hidden_work(problem: Problem, kinds: list[Kind]) -> float:
     return problem.cost.attention_s_per_token2 * max(0, squares - counted)
 
 
-def _edges(problem: Problem, upper_s: float) -> list[float]:
+def _ends(problem: Problem, below_s: float, exact: bool) -> tuple[float, float]:
+    """Seconds of the shortest and of the longest micro-batch that a plan as fast as this can have.
+
+    Where there are no more micro-batches than memory asks for, each holds at least what does not fit into the others.
+    """
+    fixed_s, others = min(problem.fixed_s), problem.fewest_micro_batches - exact
+    shortest_s = fixed_s
+    if exact:
+        left_over = problem.num_tokens - others * problem.num_ranks * problem.capacity
+        shortest_s += min(problem.linear_s) * left_over / problem.num_ranks
+    return shortest_s, below_s - others * shortest_s
+
+
+def _edges(problem: Problem, shortest_s: float, longest_s: float) -> list[float]:
     """Ends of the classes of durations, ascending: a ladder, and what the longest sample takes at best."""
-    fixed_s = min(problem.fixed_s)
-    ladder = np.geomspace(max(fixed_s * 1.02, upper_s / 200), upper_s, NUM_CLASSES)
-    inner = {float(edge) for edge in [*ladder[:-1], longest_bound(problem)] if fixed_s < edge < upper_s}
-    return [fixed_s, *sorted(inner), upper_s]
+    ladder = np.geomspace(max(shortest_s, longest_s / LONGEST_LADDER), longest_s, NUM_CLASSES + 1)[1:-1].tolist()
+    alone_s = longest_bound(problem)
+    inner = {*ladder, alone_s} if shortest_s < alone_s < longest_s else set(ladder)
+    return [shortest_s, *sorted(inner), longest_s]
 
 
 def _flows(problem: Problem, program: Program, kinds: list[Kind], high_s: float) -> list[Flow]:
@@ -141,6 +229,9 @@ def _add_groups(
 ) -> list[tuple[int, float]]:
     """The groups of one class: their ranks, memory and time.
 
+    Groups of one degree last `low_s` each, and together `beyond` longer, as long as their micro-batches do. That the
+    micro-batches of the class give so much and no more is what ties the groups to them.
+
     Args:
         ends_s: shortest and longest duration of the class.
         micro_batches: columns of their number and of their seconds.
@@ -148,33 +239,34 @@ def _add_groups(
     Returns:
         Terms of the rank-seconds used less those there are.
     """
-    count, total_s = micro_batches
-    ranks: list[tuple[int, float]] = [(count, -1.0)]
-    rank_s: list[tuple[int, float]] = [(total_s, -1.0)]
+    (low_s, high_s), (count, total_s) = ends_s, micro_batches
+    ranks: list[tuple[int, float]] = [(count, -float(problem.num_ranks))]
+    rank_s: list[tuple[int, float]] = [(total_s, -float(problem.num_ranks)), (count, low_s * problem.num_ranks)]
     capacity_left: list[tuple[int, float]] = []
     for index, degree in enumerate(problem.degrees):
         here = [flow for flow in flows if flow.index == index]
         if not here:
             continue
-        most, fixed_s = problem.num_ranks // degree, problem.fixed_s[index]
-        groups, group_s = program.column(integer=most <= MOST_WHOLE), program.column()
+        most, busy_s = float(problem.num_ranks // degree), low_s - problem.fixed_s[index]
+        groups, beyond = program.column(integer=most <= MOST_WHOLE), program.column()
+        program.at_most([(groups, 1.0), (count, -most)], 0.0)
+        program.at_most([(beyond, 1.0), (groups, low_s - high_s)], 0.0)
+        program.at_most([(beyond, 1.0), (total_s, -most), (count, most * low_s)], 0.0)
         work = [(flow.column, flow.work_s) for flow in here]
-        program.at_most([*work, (group_s, -1.0), (groups, fixed_s)], 0.0)
+        program.at_most([*work, (groups, -busy_s), (beyond, -1.0)], 0.0)
         tokens = [(flow.column, kinds[flow.kind].num_tokens / (degree * problem.capacity)) for flow in here]
         program.at_most([*tokens, (groups, -1.0)], 0.0)
-        program.at_most([(group_s, 1.0), (groups, -ends_s[1])], 0.0)
-        program.at_most([(groups, 1.0), (count, -float(most))], 0.0)
-        program.at_most([(group_s, 1.0), (total_s, -float(most))], 0.0)
         _add_crowding(program, kinds, here, groups, degree * problem.capacity)
+        _add_waste(problem, program, kinds, here, ends_s, groups, beyond)
         for flow in here:
             if kinds[flow.kind].num_samples == 1:
                 program.at_most([(flow.column, 1.0), (groups, -1.0)], 0.0)
-                longer_s = flow.alone_s - fixed_s
-                program.at_most([(flow.column, longer_s), (group_s, -1.0), (groups, fixed_s)], 0.0)
-        ranks.append((groups, degree / problem.num_ranks))
-        rank_s.append((group_s, degree / problem.num_ranks))
+                if flow.alone_s > low_s:
+                    program.at_most([(flow.column, flow.alone_s - low_s), (beyond, -1.0)], 0.0)
+        ranks.append((groups, float(degree)))
+        rank_s.append((beyond, float(degree)))
         capacity_left += [(column, degree * seconds) for column, seconds in work]
-        capacity_left += [(group_s, -float(degree)), (groups, degree * fixed_s)]
+        capacity_left += [(groups, -degree * busy_s), (beyond, -float(degree))]
     program.at_most(ranks, 0.0)
     program.at_most(rank_s, 0.0)
     return capacity_left
@@ -194,6 +286,39 @@ def _add_crowding(program: Program, kinds: list[Kind], flows: list[Flow], groups
                 terms.append((flow.column, each * fewest))
         if terms:
             program.at_most([*terms, (groups, -1.0)], 0.0)
+
+
+def _add_waste(
+    problem: Problem,
+    program: Program,
+    kinds: list[Kind],
+    flows: list[Flow],
+    ends_s: tuple[float, float],
+    groups: int,
+    beyond: int,
+) -> None:
+    """Memory that a group cannot fill in time, because long samples in it take longer than their tokens alone would.
+
+    In a group that has time for `spare` tokens more than it has memory for, a sample whose attention takes as long as
+    `slow` tokens leaves at least `slow - spare` tokens of memory empty; so do several, each on its own account, because
+    what is beyond `spare` is superadditive.
+    """
+    degree, linear_s = problem.degrees[flows[0].index], problem.linear_s[flows[0].index]
+    room = degree * problem.capacity
+    if linear_s <= 0:
+        return
+    for low in (True, False):
+        spare = degree * (ends_s[0 if low else 1] - problem.fixed_s[flows[0].index]) / linear_s - room
+        if spare < 0:
+            continue  # there, time is all that counts
+        terms: list[tuple[int, float]] = []
+        for flow in flows:
+            kind = kinds[flow.kind]
+            empty = problem.cost.attention_s_per_token2 * kind.shortest**2 / linear_s - spare
+            tokens = kind.num_tokens + max(0.0, empty) * kind.num_tokens / kind.longest
+            terms.append((flow.column, tokens / room))
+        later = [(beyond, -degree / (linear_s * room))] if low else []
+        program.at_most([*terms, *later, (groups, -1.0)], 0.0)
 
 
 def _add_longest(
