@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -22,6 +21,15 @@ from hf_hetero.probe import Probe, build, tried
 from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SIZES = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", *HEADS), 10_000_000),
+    "vocab_size": 1_000_000_000,
+}
+"""Fields of a config that are sizes -> the most that a model may have."""
+MOST_BYTES = 2**30 * 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +94,13 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         ConfigError: there is no such config, or it is not one that transformers knows; or `max_degree` is below 1.
     """
     Topology(num_ranks)  # refuses what is no number of ranks
+    if not 0 < card_bytes <= MOST_BYTES:
+        raise ConfigError(f"A card's memory of {card_bytes / 2**30:g} GiB: it must be above 0, and at most a million.")
     if max_degree < 1:
         raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
     config = _config(name)
     text: Any = config.get_text_config(decoder=True)
+    _check_sizes(name, text)
     num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     try:
@@ -112,6 +123,24 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         reasons=reasons,
         probe=trial,
     )
+
+
+def _check_sizes(name: str, config: Any) -> None:
+    """Refuse a config of no model: transformers builds some that have no layers, and divides by others.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    for field, most in SIZES.items():
+        size = getattr(config, field, None)
+        if isinstance(size, int | float) and not (size == size // 1 and 1 <= size <= most):
+            raise ConfigError(f"The config of {name!r} has {field}={size!r:.60}: it must be from 1 to {most:,}.")
+    heads, kv_heads = (getattr(config, field, None) for field in HEADS)
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ConfigError(
+            f"The config of {name!r} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the second "
+            "must divide the first."
+        )
 
 
 def _outline(config: PretrainedConfig) -> Any:
@@ -179,7 +208,7 @@ def _config(name: str) -> Any:
     try:
         # said outright, because transformers would ask at the terminal
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"{name!r} brings code of its own, which is not run: only architectures of transformers are exact."

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +40,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     `check` also ends with 1 if the model cannot be trained.
     """
     args = _parser().parse_args(argv)
+    with suppress(AttributeError):  # a name may hold what the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except HeteroError as error:
-        print(f"hf-hetero: {error}", file=sys.stderr)
-        return 1
+        print(f"hf-hetero: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"hf-hetero: Cannot write the output: {error.strerror or error}.", file=sys.stderr)
+    return 1
 
 
 # ----------------------------------------------------------------------------------------------------------- the verbs
@@ -112,8 +122,10 @@ def _check(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> None:
     from hf_hetero.report import read_records, write_report
 
-    output = args.output or str(Path(args.records).with_name("report.html"))
-    write_report(read_records(args.records), output)
+    records = read_records(args.records)
+    folder = Path(args.records) if Path(args.records).is_dir() else Path(args.records).parent
+    output = args.output or str(folder / "report.html")
+    write_report(records, output)
     print(f"Wrote {output}")
 
 

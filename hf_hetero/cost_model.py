@@ -25,9 +25,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.activation_policy import ActivationPolicy, read_policies
+from hf_hetero.activation_policy import LEAST_NUMBER, MOST_NUMBER, ActivationPolicy, read_policies
 from hf_hetero.errors import ConfigError
-from hf_hetero.json_fields import read_field
+from hf_hetero.json_fields import parsed, read_field
 from hf_hetero.layout import blocks_of, layout_of
 from hf_hetero.plan import ACTIVATIONS, Group, Plan
 from hf_hetero.volume import causal_pairs, travelling_tokens
@@ -93,18 +93,22 @@ class CostModel:
         for item in fields(self):
             value = getattr(self, item.name)
             for number in value.values() if isinstance(value, Mapping) else [value]:
-                if isinstance(number, int | float) and not (math.isfinite(number) and number >= 0):
-                    raise ConfigError(f"Cost model {self.name!r}: {item.name} is {value!r}; it must be 0 or more.")
+                if isinstance(number, int | float) and not 0 <= number <= MOST_NUMBER:
+                    raise ConfigError(
+                        f"Cost model {self.name!r:.60}: {item.name} is {value!r:.60}; it must be 0 or more, and "
+                        f"at most {MOST_NUMBER:.0e}."
+                    )
         if any(degree < 1 for degree in self.all_to_all_bytes_per_s):
             raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s has a degree below 1.")
-        if any(not bandwidth > 0 for bandwidth in self.all_to_all_bytes_per_s.values()):
+        if any(not bandwidth >= LEAST_NUMBER for bandwidth in self.all_to_all_bytes_per_s.values()):
             raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s must be above 0 at every degree.")
-        if self.network_bytes_per_s == 0 or self.ring_overlap > 1:
+        network = self.network_bytes_per_s
+        if (network is not None and network < LEAST_NUMBER) or self.ring_overlap > 1:
             raise ConfigError(
-                f"Cost model {self.name!r}: network_bytes_per_s is {self.network_bytes_per_s} and ring_overlap is "
+                f"Cost model {self.name!r}: network_bytes_per_s is {network} and ring_overlap is "
                 f"{self.ring_overlap}; a bandwidth is above 0, and a share at most 1."
             )
-        if not self.activation_bytes_per_token > 0:
+        if not self.activation_bytes_per_token >= LEAST_NUMBER:
             raise ConfigError(f"Cost model {self.name!r}: activation_bytes_per_token must be above 0.")
         if unknown := sorted(set(self.activation_policies) - set(ACTIVATIONS)):
             raise ConfigError(
@@ -333,7 +337,7 @@ class CostModel:
         if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (a file may hold anything)
             raise ConfigError(f"{where} holds a {type(data).__name__}; a cost model is a JSON object.")
         if data.get("format") != COST_FORMAT:
-            raise ConfigError(f"{where}: format {data.get('format')!r} is unknown; expected {COST_FORMAT!r}.")
+            raise ConfigError(f"{where}: format {data.get('format')!r:.60} is unknown; expected {COST_FORMAT!r}.")
         known: dict[str, Any] = {}
         for item in fields(cls):
             if item.name in data:
@@ -360,7 +364,7 @@ class CostModel:
         """
         file = SHIPPED_FOLDER / f"{path}.json" if str(path) in shipped_names() else Path(path)
         try:
-            data = json.loads(file.read_text(encoding="utf-8"))
+            data = parsed(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(
                 f"Cannot read the cost model {str(path)!r}: {error.strerror}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hf_hetero.planner.problem import MAX_TOKENS
 
 Lengths = NDArray[np.int64]
 
+MOST_DRAWN = 10_000_000
 TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
@@ -106,6 +108,8 @@ def global_batches(source: Source, batch_size: int, num_steps: int, seed: int = 
 
 
 def _of_mix(mix: Mix, num_samples: int, seed: int, max_tokens: int | None) -> Source:
+    if num_samples > MOST_DRAWN:
+        raise ConfigError(f"{num_samples:,} samples of {mix.name!r}: a mix is drawn from {MOST_DRAWN:,} times at most.")
     lengths, num_dropped = draw_lengths(mix, num_samples, seed, max_tokens)
     return Source(mix.name, lengths, min(mix.limit_tokens, max_tokens or mix.limit_tokens), num_dropped, is_drawn=True)
 
@@ -113,10 +117,10 @@ def _of_mix(mix: Mix, num_samples: int, seed: int, max_tokens: int | None) -> So
 def _is_table(where: str) -> bool:
     """Whether `datasets` reads it. A name that is no file, and does not look like one, may be on the hub."""
     path = Path(where)
-    if path.suffix in TABLE_SUFFIXES or path.is_dir():
+    if path.suffix in TABLE_SUFFIXES or os.path.isdir(path):
         return True
     looks_like_a_file = path.is_absolute() or where.startswith((".", "~")) or path.suffix == ".txt"
-    return not path.exists() and not looks_like_a_file and where.count("/") == 1
+    return not os.path.exists(path) and not looks_like_a_file and where.count("/") == 1
 
 
 def _of_text(where: str) -> Lengths:
@@ -127,7 +131,7 @@ def _of_text(where: str) -> Lengths:
             f"Cannot read the lengths {where!r}: {error.strerror}. Name a text file, a dataset, or one of the mixes "
             f"{', '.join(MIXES)}."
         ) from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"Cannot read the lengths {where!r}: it is not a text file.") from error
     numbers = [_whole(line, f"{where}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     return np.asarray(numbers, dtype=np.int64)

@@ -21,6 +21,8 @@ from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
 from hf_hetero.planner.program import Backend
 
 Solver = Literal["auto", "fast", "mip"]
+MOST_RANKS = 1 << 20
+"""A plan names every rank."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Planner:
     def __post_init__(self) -> None:
         if not _positive_integer(self.num_ranks):
             raise ConfigError(f"Planner.num_ranks is {self.num_ranks!r}: it must be a positive integer.")
+        if self.num_ranks > MOST_RANKS:
+            raise ConfigError(f"Planner.num_ranks is {self.num_ranks!s:.60}: it must be at most {MOST_RANKS:,}.")
         if self.max_degree is not None and not _positive_integer(self.max_degree):
             raise ConfigError(f"Planner.max_degree is {self.max_degree!r}: it must be None or a positive integer.")
         if self.solver not in get_args(Solver):
