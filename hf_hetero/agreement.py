@@ -9,9 +9,11 @@ So that a rank in trouble is heard wherever the others are, all exchanges begin 
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +21,9 @@ import torch.distributed as dist
 
 from hf_hetero import errors
 from hf_hetero.errors import BadSample, HeteroError, PlanMismatch
-from hf_hetero.groups import named
+from hf_hetero.groups import limit_of, named
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Told = tuple[str, str]
@@ -38,6 +42,10 @@ NUM_VALUES = 6
 MOST_WORDS = 20_000
 """Characters of an error that are told to other ranks."""
 NOT_READ = -1
+WORD_AFTER_S = 10.0
+"""Who waits longer for other ranks says so."""
+SPEAKERS = (0, 1)
+"""Ranks that do."""
 
 
 def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
@@ -58,7 +66,7 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
     # on behalf of all: whose it is says nothing
     told = None if error is None else _told(error, says_rank=not isinstance(error, HeteroError))
     _meet(FROM_RANK_0, (), control, told, error)
-    with _named(FROM_RANK_0):
+    with _named(FROM_RANK_0, control):
         dist.broadcast_object_list(message, src=0, group=control)
     return message[0]
 
@@ -115,7 +123,7 @@ def confirm_rows(
     mine = torch.tensor([fingerprints.get(row, NOT_READ) for row in shared], dtype=torch.int64)
     lowest = torch.where(mine == NOT_READ, torch.iinfo(torch.int64).min, -mine)
     extremes = torch.stack([mine, lowest])  # the largest of each, and the largest of its negative
-    with _named(BEFORE_STEP):
+    with _named(BEFORE_STEP, control):
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=control)
     differs = (extremes[0] != NOT_READ) & (extremes[0] != -extremes[1])
     if not differs.any():
@@ -190,7 +198,7 @@ def scatter(values: Sequence[T] | None, control: dist.ProcessGroup | None) -> T:
         error = HeteroError(f"Examples cannot be sent to other ranks: {type(raised).__name__}: {raised}")
         error.__cause__ = raised
     _meet(DEALING, (), control, None if error is None else _told(error), error)
-    with _named(DEALING):
+    with _named(DEALING, control):
         dist.scatter_object_list(mine, parts, src=0, group=control)
     return pickle.loads(mine[0])
 
@@ -242,20 +250,43 @@ def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError
 def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -> list[list[int]]:
     mine = torch.tensor(values, dtype=torch.int64)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    with _named(place):
-        dist.all_gather(found, mine, group=control)
+    with _named(place, control):
+        work: Any = dist.all_gather(found, mine, group=control, async_op=True)
+        _wait(work, place, control)
     return [row.tolist() for row in found]
+
+
+def _wait(work: Any, place: str, control: dist.ProcessGroup) -> None:
+    """Wait for an exchange, and say so once that takes long. Two ranks speak: one of them may be who is late."""
+    waited_s, word_s = 0.0, WORD_AFTER_S
+    while dist.get_rank() in SPEAKERS:
+        try:
+            work.wait(timedelta(seconds=word_s))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        else:
+            return
+        waited_s, word_s = waited_s + word_s, waited_s + word_s  # ever more rarely
+        logger.warning(
+            "Rank %d has waited %g s for other ranks, in %s, and waits on, as long as %s allows.",
+            dist.get_rank(),
+            waited_s,
+            _lower(place),
+            limit_of(control),
+        )
+    work.wait()
 
 
 def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
-    with _named(place):
+    with _named(place, control):
         dist.all_gather_object(found, value, group=control)
     return found
 
 
-def _named(place: str) -> Any:
-    return named(place, f"all {dist.get_world_size()} ranks", limit="TrainingArguments.ddp_timeout")
+def _named(place: str, control: dist.ProcessGroup) -> Any:
+    return named(place, f"all {dist.get_world_size()} ranks", limit=limit_of(control))
 
 
 def _told(error: Exception, says_rank: bool = True) -> Told:
