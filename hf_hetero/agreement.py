@@ -9,11 +9,9 @@ So that a rank in trouble is heard wherever the others are, all exchanges begin 
 
 from __future__ import annotations
 
-import logging
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -21,9 +19,7 @@ import torch.distributed as dist
 
 from hf_hetero import errors
 from hf_hetero.errors import BadSample, HeteroError, PlanMismatch
-from hf_hetero.groups import limit_of, named
-
-logger = logging.getLogger(__name__)
+from hf_hetero.groups import limit_of, named, wait_for
 
 T = TypeVar("T")
 Told = tuple[str, str]
@@ -42,10 +38,6 @@ NUM_VALUES = 6
 MOST_WORDS = 20_000
 """Characters of an error that are told to other ranks."""
 NOT_READ = -1
-WORD_AFTER_S = 10.0
-"""Who waits longer for other ranks says so."""
-SPEAKERS = (0, 1)
-"""Ranks that do."""
 
 
 def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
@@ -251,31 +243,8 @@ def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -
     mine = torch.tensor(values, dtype=torch.int64)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     with _named(place, control):
-        work: Any = dist.all_gather(found, mine, group=control, async_op=True)
-        _wait(work, place, control)
+        wait_for(dist.all_gather(found, mine, group=control, async_op=True), _lower(place), control)
     return [row.tolist() for row in found]
-
-
-def _wait(work: Any, place: str, control: dist.ProcessGroup) -> None:
-    """Wait for an exchange, and say so once that takes long. Two ranks speak: one of them may be who is late."""
-    waited_s, word_s = 0.0, WORD_AFTER_S
-    while dist.get_rank() in SPEAKERS:
-        try:
-            work.wait(timedelta(seconds=word_s))
-        except RuntimeError:
-            if work.is_completed():
-                raise
-        else:
-            return
-        waited_s, word_s = waited_s + word_s, waited_s + word_s  # ever more rarely
-        logger.warning(
-            "Rank %d has waited %g s for other ranks, in %s, and waits on, as long as %s allows.",
-            dist.get_rank(),
-            waited_s,
-            _lower(place),
-            limit_of(control),
-        )
-    work.wait()
 
 
 def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
 
+logger = logging.getLogger(__name__)
+
 TOO_LATE = ("Timed out", "timed out", "timeout")
 LOST_PEER = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 """Words of torch's errors when another rank has gone or is late."""
@@ -22,6 +25,10 @@ JOB_LIMIT = "TrainingArguments.ddp_timeout"
 """The settings that say how long ranks may wait for each other."""
 IN_HASTE = f" (now {GROUP_LIMIT} counts)"
 """At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
+WORD_AFTER_S = 10.0
+"""Who waits longer for all other ranks says so."""
+SPEAKERS = (0, 1)
+"""Ranks that do; one of them may be who is late."""
 PATIENCE_S = 2.0
 """How long those who miss a rank look for its last words."""
 MOST_WORDS = 2000
@@ -139,6 +146,28 @@ def _backends(group: dist.ProcessGroup) -> list[Any]:
 def _mark(group: dist.ProcessGroup, note: str) -> None:
     """Let a group's description say by which setting its operations may wait."""
     group._set_group_desc(group.group_desc.removesuffix(IN_HASTE) + note)  # pyright: ignore[reportPrivateUsage]
+
+
+def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
+    """Wait for what a group of all ranks does, and say so once that takes long."""
+    waited_s, word_s = 0.0, WORD_AFTER_S
+    while dist.get_rank() in SPEAKERS:
+        try:
+            work.wait(timedelta(seconds=word_s))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                break  # it has failed, or has come to its end just now
+        waited_s += word_s
+        word_s = waited_s  # ever more rarely
+        logger.warning(
+            "Rank %d has waited %g s for other ranks, in %s, and waits on, as long as %s allows.",
+            dist.get_rank(),
+            waited_s,
+            operation,
+            limit_of(group),
+        )
+    work.wait()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import run_ranks
 
-from hf_hetero import HeteroError, agreement
+from hf_hetero import HeteroError, groups
 from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
 from hf_hetero.groups import GroupPool, limit_of, named, tell
@@ -139,7 +139,7 @@ def waited_for(seconds: float) -> str:
     pool, heard = GroupPool((), 60, 60), io.StringIO()
     handler = logging.StreamHandler(heard)
     logging.getLogger("hf_hetero").addHandler(handler)
-    agreement.WORD_AFTER_S = 0.5  # type: ignore[misc]
+    groups.WORD_AFTER_S = 0.5  # type: ignore[misc]
     if dist.get_rank() == 0:
         time.sleep(seconds)
     gather([1], pool.control)

@@ -15,16 +15,27 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import LENGTHS, ScriptedTrainer, largest_difference, run_ranks, samples, scripted, tiny_model, trained
+from helpers import (
+    LENGTHS,
+    MARK,
+    ScriptedTrainer,
+    largest_difference,
+    processes_of,
+    run_ranks,
+    samples,
+    scripted,
+    tiny_model,
+    trained,
+)
 from transformers import TrainerCallback
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checkpoint import INCOMPLETE_FILE, RUN_FILE, problem_of
 from hf_hetero.errors import CollectiveFailed, ConfigError
 from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.safekeeping import LOCK_FILE, claim
 
 NUM_STEPS = 5
-MARK = "HETERO_TEST_MARK"
 
 
 class Fault(TrainerCallback):
@@ -221,6 +232,21 @@ def test_cannot_write_where_ranks_wait(tmp_path: Path, kind: str) -> None:
         assert ("too large" if kind == "disk" else "FileExistsError") in str(error)
 
 
+def test_two_runs_in_a_folder(tmp_path: Path) -> None:
+    """A run that saves where another one does is refused on all ranks before it has touched anything."""
+    (tmp_path / "plans.jsonl").touch()
+    theirs = claim(tmp_path, saves=True)
+    assert theirs is not None
+    for error in run_ranks(run, 2, str(tmp_path), NO_FAULT, {}, expect_errors=True):
+        assert isinstance(error, ConfigError)
+        assert f"process {os.getpid()} on" in str(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "plans.jsonl"]
+    run_ranks(run, 2, str(tmp_path), NO_FAULT, {"save_strategy": "no"})  # it is told, and does no harm
+    theirs.close()
+    run_ranks(run, 2, str(tmp_path), NO_FAULT, {"max_steps": 1})
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
 def spoil(folder: Path, how: str) -> None:
     if how == "truncated":
         path = folder / "optimizer.pt"
@@ -277,25 +303,13 @@ def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> Non
     assert len(rest[0]["losses"]) == NUM_STEPS
 
 
-def marked_processes(mark: str) -> list[str]:
-    """Command lines of the processes that carry a mark in their environment."""
-    found: list[str] = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
 def marked_run(folder: str, mark: str, seen: str) -> None:
     os.environ[MARK] = mark
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                Path(seen).write_text("\n".join(marked_processes(mark)))
+                Path(seen).write_text("\n".join(processes_of(mark).values()))
 
     trained(
         tiny_model(),
@@ -316,7 +330,7 @@ def test_leaves_no_process_behind(tmp_path: Path) -> None:
     assert ended[0] is None
     assert "hf_hetero.planner.process" in seen.read_text()  # they were there
     for _ in range(100):
-        if not marked_processes(mark):
+        if not processes_of(mark):
             break
         time.sleep(0.1)
-    assert marked_processes(mark) == []
+    assert processes_of(mark) == {}
