@@ -13,12 +13,14 @@ import torch
 from hf_hetero.attention.interface import planned_mask
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
-from hf_hetero.limits import Limits
+from hf_hetero.limits import Limits, check_whole_numbers
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
 from hf_hetero.rows import PACKED_COLUMN, nested
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
 Example = Mapping[str, Any]
+NUMBERS = ("input_ids", "labels", "position_ids")
+"""What a row counts with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +160,14 @@ class PackedCollator:
         if self.example_collator is not None:
             row = self.example_collator([dict(example)])
             example = {key: values[0] for key, values in row.items() if _has_rows(values)}
-        input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        input_ids = torch.as_tensor(example["input_ids"])
         if input_ids.ndim != 1:
             raise nested(name)
         per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
         found = {key: values for key, values in per_token.items() if values is not None}
         self._check_carried(example, found, name)
         is_masked = "attention_mask" in found
+        check_whole_numbers({key: found[key] for key in NUMBERS if key in found}, name)
         kept = _without_padding(found.pop("attention_mask", None), name)
         found = {key: values[kept] for key, values in found.items()}
         input_ids, labels, positions = found.pop("input_ids").long(), found.pop("labels", None), None

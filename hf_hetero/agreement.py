@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from hf_hetero import errors
 from hf_hetero.errors import BadSample, HeteroError, PlanMismatch
-from hf_hetero.groups import named
+from hf_hetero.groups import limit_of, named, wait_for
 
 T = TypeVar("T")
 Told = tuple[str, str]
@@ -58,7 +58,7 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
     # on behalf of all: whose it is says nothing
     told = None if error is None else _told(error, says_rank=not isinstance(error, HeteroError))
     _meet(FROM_RANK_0, (), control, told, error)
-    with _named(FROM_RANK_0):
+    with _named(FROM_RANK_0, control):
         dist.broadcast_object_list(message, src=0, group=control)
     return message[0]
 
@@ -115,7 +115,7 @@ def confirm_rows(
     mine = torch.tensor([fingerprints.get(row, NOT_READ) for row in shared], dtype=torch.int64)
     lowest = torch.where(mine == NOT_READ, torch.iinfo(torch.int64).min, -mine)
     extremes = torch.stack([mine, lowest])  # the largest of each, and the largest of its negative
-    with _named(BEFORE_STEP):
+    with _named(BEFORE_STEP, control):
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=control)
     differs = (extremes[0] != NOT_READ) & (extremes[0] != -extremes[1])
     if not differs.any():
@@ -190,7 +190,7 @@ def scatter(values: Sequence[T] | None, control: dist.ProcessGroup | None) -> T:
         error = HeteroError(f"Examples cannot be sent to other ranks: {type(raised).__name__}: {raised}")
         error.__cause__ = raised
     _meet(DEALING, (), control, None if error is None else _told(error), error)
-    with _named(DEALING):
+    with _named(DEALING, control):
         dist.scatter_object_list(mine, parts, src=0, group=control)
     return pickle.loads(mine[0])
 
@@ -242,20 +242,20 @@ def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError
 def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -> list[list[int]]:
     mine = torch.tensor(values, dtype=torch.int64)
     found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    with _named(place):
-        dist.all_gather(found, mine, group=control)
+    with _named(place, control):
+        wait_for(dist.all_gather(found, mine, group=control, async_op=True), _lower(place), control)
     return [row.tolist() for row in found]
 
 
 def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:
     found: list[Any] = [None] * dist.get_world_size()
-    with _named(place):
+    with _named(place, control):
         dist.all_gather_object(found, value, group=control)
     return found
 
 
-def _named(place: str) -> Any:
-    return named(place, f"all {dist.get_world_size()} ranks", limit="TrainingArguments.ddp_timeout")
+def _named(place: str, control: dist.ProcessGroup) -> Any:
+    return named(place, f"all {dist.get_world_size()} ranks", limit=limit_of(control))
 
 
 def _told(error: Exception, says_rank: bool = True) -> Told:

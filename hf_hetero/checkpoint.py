@@ -4,14 +4,13 @@
     hetero_run.json                 written last: where the run was, and every file's size and checksum
 
 A checkpoint is whole if the first is absent and all files are as the second says. One without either was written by a
-plain Trainer and is taken as it is.
+plain Trainer and is taken as it is, if it has weights and trainer_state.json.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -23,17 +22,20 @@ from typing import Any
 import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from hf_hetero.agreement import raise_together
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.reading import Position
+from hf_hetero.safekeeping import drop_older, settle, steps_of
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf-hetero-run/1"
 RUN_FILE = "hetero_run.json"
 INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
+STATE_FILE = "trainer_state.json"
+WEIGHTS = (".safetensors", ".bin", ".index.json", ".distcp")
+"""Ends of the names of files with weights, as transformers, peft and torch write them."""
 BYTES_AT_ONCE = 1 << 24
 END_BYTES = 1 << 20
 """At each end of a file: older checkpoints have checksums of these only."""
@@ -105,8 +107,8 @@ class Saving:
             raise
         finally:
             self.args.save_total_limit = limit
-        if writes and limit:
-            rotate_checkpoints(str(folder.parent), limit, best(), use_mtime=True)
+        if writes and limit and limit > 0:
+            drop_older(folder, limit, [path for path in [best()] if path is not None])
 
     def together(self, act: Callable[[], object], folder: Path) -> None:
         """Act on all ranks, then wait for all.
@@ -143,7 +145,9 @@ def _finish(folder: Path, run: Run) -> None:
     files = {str(path.relative_to(folder)): seal for path, seal in zip(paths, seals, strict=True)}
     data = {**run.to_dict(), "files": files}
     (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    settle([*paths, folder / RUN_FILE, *{path.parent for path in paths}, folder, folder.parent])
     (folder / INCOMPLETE_FILE).unlink(missing_ok=True)
+    settle([folder])
 
 
 def problem_of(folder: Path) -> str | None:
@@ -153,11 +157,13 @@ def problem_of(folder: Path) -> str | None:
     if (folder / INCOMPLETE_FILE).exists():
         return "its writing was cut short"
     if not (folder / RUN_FILE).exists():
-        return None
+        return _problem_of_a_plain_one(folder)
     try:
         files: dict[str, list[int]] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
     except (ValueError, KeyError, TypeError):
         return f"its {RUN_FILE} cannot be read"
+    if not files:
+        return f"its {RUN_FILE} names no file"
     for name, seal in files.items():
         path = folder / name
         if not path.is_file():
@@ -171,11 +177,19 @@ def problem_of(folder: Path) -> str | None:
     return None
 
 
+def _problem_of_a_plain_one(folder: Path) -> str | None:
+    """Of a checkpoint that a plain Trainer wrote, as far as it can be known: what it cannot do without is there."""
+    if not (folder / STATE_FILE).is_file():
+        return f"it has no {STATE_FILE}"
+    if not any(path.name.endswith(WEIGHTS) and path.name != "training_args.bin" for path in folder.rglob("*")):
+        return "it has no weights"
+    return None
+
+
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and why those after it cannot be resumed."""
-    steps = {int(m[1]): path for path in output_dir.glob("checkpoint-*") if (m := re.search(r"-(\d+)$", path.name))}
     problems: list[str] = []
-    for _, path in sorted(steps.items(), reverse=True):
+    for _, path in sorted(steps_of(output_dir).items(), reverse=True):
         if (problem := problem_of(path)) is None:
             return path, problems
         problems.append(f"{path.name}: {problem}.")

@@ -109,7 +109,11 @@ class HeteroConfig:
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )
     group_timeout_s: float = field(
-        default=600.0, metadata={"help": "Seconds a group operation may wait for its slowest rank."}
+        default=600.0,
+        metadata={
+            "help": "Seconds that ranks may wait for each other within a step; while some save or evaluate, "
+            "TrainingArguments.ddp_timeout counts."
+        },
     )
     planning_timeout_s: float = field(
         default=60.0, metadata={"help": "Seconds a plan may take; after them its step has a simpler plan."}

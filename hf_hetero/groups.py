@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,9 +15,20 @@ import torch.distributed as dist
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
 
+logger = logging.getLogger(__name__)
+
 TOO_LATE = ("Timed out", "timed out", "timeout")
-LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+LOST_PEER = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 """Words of torch's errors when another rank has gone or is late."""
+GROUP_LIMIT = "HeteroConfig.group_timeout_s"
+JOB_LIMIT = "TrainingArguments.ddp_timeout"
+"""The settings that say how long ranks may wait for each other."""
+IN_HASTE = f" (now {GROUP_LIMIT} counts)"
+"""At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
+WORD_AFTER_S = 10.0
+"""Who waits longer for all other ranks says so."""
+SPEAKERS = (0, 1)
+"""Ranks that do; one of them may be who is late."""
 PATIENCE_S = 2.0
 """How long those who miss a rank look for its last words."""
 MOST_WORDS = 2000
@@ -35,11 +47,14 @@ class GroupPool:
     A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
     many trainers, one after the other.
 
+    Control messages, and those of the default group (gradients, for one), have the timeout of the job: a rank may save
+    or evaluate for long. While steps are trained they have that of the groups, if that is shorter: see `hurry`.
+
     Without torch.distributed (a single process) the pool is empty.
 
     Args:
         degrees: sizes of the groups; 1 needs none.
-        timeout_s: seconds that an operation inside a group may wait.
+        timeout_s: seconds that an operation inside a group, or within a step, may wait.
         control_timeout_s: seconds that ranks may wait for each other between steps (saving, evaluating).
         device: of what the groups exchange.
     """
@@ -55,6 +70,8 @@ class GroupPool:
         self._timeout_s, self._control_timeout_s = timeout_s, control_timeout_s
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
+        self._limit = timedelta(seconds=timeout_s)
+        self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
         self.open()
 
     def open(self) -> None:
@@ -74,8 +91,40 @@ class GroupPool:
         """The process group of these ranks; None for a single rank, which needs none."""
         return self._groups[ranks] if len(ranks) > 1 else None
 
+    def hurry(self) -> None:
+        """From now on ranks wait for each other, in whatever they do together, no longer than in a group."""
+        if self.control is None or self._usual:
+            return
+        for group in (self.control, _default_group()):
+            usual = [(backend, backend.options._timeout) for backend in _backends(group)]
+            self._usual[group] = usual
+            if slower := [(backend, limit) for backend, limit in usual if limit > self._limit]:
+                _mark(group, IN_HASTE)
+                for backend, _ in slower:
+                    backend._set_default_timeout(self._limit)
+
+    def relax(self) -> None:
+        """From now on they wait as long as the job allows."""
+        for group, usual in self._usual.items():
+            _mark(group, "")
+            for backend, limit in usual:
+                backend._set_default_timeout(limit)
+        self._usual.clear()
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Meanwhile they wait as long as the job allows: some save, or evaluate, and others wait for them."""
+        was_in_haste = bool(self._usual)
+        self.relax()
+        try:
+            yield
+        finally:
+            if was_in_haste:
+                self.hurry()
+
     def close(self) -> None:
         """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
+        self.relax()
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:
@@ -88,9 +137,51 @@ def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = 
     return group  # for a rank outside, torch's placeholder
 
 
+def limit_of(group: dist.ProcessGroup | None = None) -> str:
+    """The setting that says how long ranks may wait in a group of all of them; None: the default one."""
+    return GROUP_LIMIT if (group or _default_group()).group_desc.endswith(IN_HASTE) else JOB_LIMIT
+
+
+def _default_group() -> dist.ProcessGroup:
+    return dist.distributed_c10d._get_default_group()  # pyright: ignore[reportPrivateUsage]
+
+
+def _backends(group: dist.ProcessGroup) -> list[Any]:
+    """Those of a group that have a limit, which is asked for with each operation."""
+    found: list[Any] = [group._get_backend(device) for device in group._device_types]  # pyright: ignore[reportPrivateUsage]
+    return [backend for backend in found if hasattr(backend, "options") and hasattr(backend, "_set_default_timeout")]
+
+
+def _mark(group: dist.ProcessGroup, note: str) -> None:
+    """Let a group's description say by which setting its operations may wait."""
+    group._set_group_desc(group.group_desc.removesuffix(IN_HASTE) + note)  # pyright: ignore[reportPrivateUsage]
+
+
+def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
+    """Wait for what a group of all ranks does, and say so once that takes long."""
+    waited_s, word_s = 0.0, WORD_AFTER_S
+    while dist.get_rank() in SPEAKERS:
+        try:
+            work.wait(timedelta(seconds=word_s))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                break  # it has failed, or has come to its end just now
+        waited_s += word_s
+        word_s = waited_s  # ever more rarely
+        logger.warning(
+            "Rank %d has waited %g s for other ranks, in %s, and waits on, as long as %s allows.",
+            dist.get_rank(),
+            waited_s,
+            operation,
+            limit_of(group),
+        )
+    work.wait()
+
+
 @contextmanager
 def named(
-    operation: str, where: Callable[[], str] | str, limit: str = "HeteroConfig.group_timeout_s"
+    operation: str, where: Callable[[], str] | str, limit: Callable[[], str] | str = GROUP_LIMIT
 ) -> Iterator[None]:
     """Give a failing collective a name: which operation, of which ranks, at which step, and why, where it is known.
 
@@ -112,6 +203,7 @@ def named(
         where = where if isinstance(where, str) else where()
         text = str(error).strip() or type(error).__name__
         if any(word in text for word in TOO_LATE):
+            limit = limit if isinstance(limit, str) else limit()
             why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
         else:
             why = _why_gone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,26 @@ def limits_of(model: Any) -> Limits:
         longest=longest,
         reason=reason,
     )
+
+
+def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse fractions, which would be cut.
+
+    Args:
+        tensors: of a row, by its keys.
+        name: of the row, for the message.
+
+    Raises:
+        BadSample: with the row, the key, the number and its position.
+    """
+    for key, values in tensors.items():
+        if values.is_floating_point() and bool((is_cut := values.long() != values).any()):
+            position = tuple(int(n) for n in is_cut.nonzero()[0])
+            where = ", ".join(map(str, position))
+            raise BadSample(
+                f"{name}: {key} holds {values[position].item():g} at position {where}, which is no whole number. Look "
+                "at how the dataset was tokenised, and whether columns changed places."
+            )
 
 
 def _longest(model: Any) -> tuple[int, str] | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from hf_hetero import checkpoint, sharding
 from hf_hetero.agreement import broadcast
@@ -21,6 +21,7 @@ from hf_hetero.machine import keep_cost_model
 from hf_hetero.planning import planning_of
 from hf_hetero.preparation import PreparedTrainer
 from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.safekeeping import Claim, claim
 from hf_hetero.stopping import OneDecision, StopWhenAsked, ending_in_words
 from hf_hetero.stream import is_stream
 
@@ -41,6 +42,7 @@ class ResumableTrainer(PreparedTrainer):
         self._is_training = False
         self._run_before: Run | None = None
         self._saving: Saving | None = None
+        self._claim: Claim | None = None
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
         self._decision = OneDecision(lambda: self.groups.control if self.is_in_train else None)
@@ -58,8 +60,14 @@ class ResumableTrainer(PreparedTrainer):
         loader = super().get_train_dataloader()
         if self._is_training and self._data is None:
             self._fit()
+            broadcast(self._claim_folder, self.groups.control)
             self._data = self._training_data(loader)
         return loader
+
+    def _claim_folder(self) -> None:
+        """Notice another run in the output folder; those of a search have their own."""
+        if self.hp_search_backend is None:
+            self._claim = claim(Path(self.args.output_dir or "."), saves=self.args.save_strategy != SaveStrategy.NO)
 
     def _training_data(self, loader: DataLoader[Any]) -> TrainingData:
         """The planned steps of a run."""
@@ -125,6 +133,9 @@ class ResumableTrainer(PreparedTrainer):
             if self._data is not None:
                 self._data.close()
             self._data = None
+            if self._claim is not None:
+                self._claim.close()
+            self._claim = None
             self._give_back()
 
     def _find_checkpoint(self, asked: str | bool) -> str:

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero.agreement import any_of
-from hf_hetero.groups import forget_errors, named, tell
+from hf_hetero.errors import CollectiveFailed
+from hf_hetero.groups import forget_errors, limit_of, named, tell
 
 logger = logging.getLogger(__name__)
 
@@ -117,9 +118,11 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
     forget_errors()
     try:
         # the wrapper's own collectives, and Trainer's
-        with named("Training", lambda: f"step {step()}", limit="TrainingArguments.ddp_timeout"):
+        with named("Training", lambda: f"step {step()}", limit=limit_of):
             yield
     except BaseException as error:
+        if isinstance(error, CollectiveFailed) and f"step {step()}" not in str(error).lower():
+            error.args = (f"Step {step()}: {error}",)
         if is_out_of_memory(error):
             error.args = (  # whoever catches torch's error finds it
                 f"Step {step()}: this rank ran out of memory. Let ranks hold fewer tokens at a time: lower "

@@ -16,6 +16,7 @@ The methods of `Trainer` that are overridden, by the class they are in, and why:
     trainer.HeteroTrainerMixin
         get_batch_samples               the next planned step, confirmed by all ranks before it starts
         training_step                   the loop over micro-batches
+        _maybe_log_save_evaluate        how long ranks may wait for each other
         get_eval_dataloader, get_test_dataloader, evaluation_loop     evaluation is planned, too
         evaluate, predict               groups end with them
         log                             add the callbacks' numbers
@@ -41,6 +42,7 @@ from hf_hetero.agreement import broadcast, confirm_rows, confirm_step, gather
 from hf_hetero.config import HeteroConfig
 from hf_hetero.epochs import KeptCounts
 from hf_hetero.errors import BadSample, UnsupportedModel
+from hf_hetero.groups import limit_of, named
 from hf_hetero.loss import IGNORE_INDEX
 from hf_hetero.plan import StepReport
 from hf_hetero.planning import planning_of
@@ -89,6 +91,8 @@ class HeteroTrainerMixin(ResumableTrainer):
                 if self._clock is not None:
                     self._clock.close()
                 self._clock = None
+                if self._machine is not None:
+                    self._machine.groups.relax()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer.evaluate`; several datasets share the groups."""
@@ -162,12 +166,15 @@ class HeteroTrainerMixin(ResumableTrainer):
                 f"{type(self).__name__}.training_step handed on a batch of its own ({type(inputs).__name__}), which no "
                 "plan knows. Hand on the batch it is given; change tensors in data_collator or _prepare_inputs."
             )
+        self.groups.hurry()  # what takes its time once, before the first step, is over
         clock = self._clock or self._start_clock(model)
         start = time.perf_counter()
         total = torch.zeros((), device=self.args.device)
         last = len(inputs.batch.micro_batches) - 1
-        for index, micro_batch in zip(inputs.numbers, inputs.micro_batches, strict=True):
-            total += self._micro_batch_loss(model, micro_batch, index, index == last, num_items_in_batch, clock)
+        where = f"step {self.state.global_step + 1}"
+        with named("The exchange of gradients", where, limit=limit_of):
+            for index, micro_batch in zip(inputs.numbers, inputs.micro_batches, strict=True):
+                total += self._micro_batch_loss(model, micro_batch, index, index == last, num_items_in_batch, clock)
         self._step_s += time.perf_counter() - start
         if inputs.numbers.stop > last:
             busy_s, peak_bytes = clock.read(), clock.peak_bytes()
@@ -231,6 +238,12 @@ class HeteroTrainerMixin(ResumableTrainer):
             callback.on_step_report(self.args, self.state, report)
             if (cost := callback.recalibrated(self.cost_model)) is not None:
                 self.cost_model = cost
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; ranks may wait long for one that saves or evaluates."""
+        takes_long = self.control.should_save or self.control.should_evaluate
+        with self.groups.relaxed() if takes_long else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------- evaluation
 

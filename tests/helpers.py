@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,6 +152,22 @@ def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, 
     results.close()
     results.join_thread()
     os._exit(0 if ok else 1)
+
+
+MARK = "HETERO_TEST_MARK"
+"""A variable of the environment, by which a test knows the processes that its ranks have started."""
+
+
+def processes_of(mark: str) -> dict[int, str]:
+    """Numbers and command lines of the processes that carry a mark."""
+    found: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except OSError:
+            continue
+    return found
 
 
 def shard_on_cpu() -> None:

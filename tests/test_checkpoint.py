@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +147,61 @@ def test_of_a_plain_trainer(tmp_path: Path) -> None:
     """A checkpoint that says nothing is taken as it is."""
     files_of(tmp_path / "checkpoint-5")()
     assert chosen(True, tmp_path) == (tmp_path / "checkpoint-5", None, [])
+
+
+def leave_nothing(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+
+
+PARTS: list[tuple[Callable[[Path], Any], str]] = [
+    (leave_nothing, "it has no trainer_state.json"),
+    (lambda folder: (folder / "trainer_state.json").unlink(), "it has no trainer_state.json"),
+    (
+        lambda folder: [path.unlink() for path in (*folder.glob("*.safetensors"), *folder.rglob("*.distcp"))],
+        "it has no weights",
+    ),
+    (lambda folder: (folder / RUN_FILE).write_text('{"files": {}}'), f"its {RUN_FILE} names no file"),
+]
+
+
+@pytest.mark.parametrize(("damage", "problem"), PARTS)
+def test_parts_of_a_checkpoint(tmp_path: Path, damage: Callable[[Path], Any], problem: str) -> None:
+    """A folder without what a run cannot do without is no checkpoint, whoever wrote it."""
+    files_of(tmp_path / "checkpoint-5")()
+    files_of(tmp_path / "checkpoint-6")()
+    damage(tmp_path / "checkpoint-6")
+    assert problem_of(tmp_path / "checkpoint-6") == problem
+    assert chosen(True, tmp_path) == (tmp_path / "checkpoint-5", None, [f"checkpoint-6: {problem}."])
+
+
+def test_on_the_disk_before_older_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut at any moment leaves a whole checkpoint: the new one is on the disk before any other is deleted."""
+    write(tmp_path, 1)
+    events: list[str] = []
+    sync, remove, unlink = os.fsync, shutil.rmtree, Path.unlink
+
+    def synced(descriptor: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def removed(path: Any, *args: Any, **kwargs: Any) -> None:
+        events.append(f"{path} goes")
+        remove(path, *args, **kwargs)
+
+    def unlinked(path: Path, *args: Any, **kwargs: Any) -> None:
+        events.append(f"{path} goes")
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(shutil, "rmtree", removed)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    folder = write(tmp_path, 2, limit=1)
+    marked = events.index(f"{folder / INCOMPLETE_FILE} goes")
+    written = {str(path) for path in folder.rglob("*")} | {str(folder), str(tmp_path)}
+    assert written <= set(events[:marked])
+    assert events[marked + 1 :] == [str(folder), f"{tmp_path / 'checkpoint-1'} goes"]
 
 
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import time
@@ -12,10 +14,10 @@ import torch
 import torch.distributed as dist
 from helpers import run_ranks
 
-from hf_hetero import HeteroError
+from hf_hetero import HeteroError, groups
 from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
-from hf_hetero.groups import GroupPool, named, tell
+from hf_hetero.groups import GroupPool, limit_of, named, tell
 
 
 def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
@@ -88,6 +90,68 @@ def late_for_a_group() -> float:
 def test_timeout_reaches_the_group() -> None:
     """A group's own timeout counts, not the default of the process group, and the failure is named."""
     assert run_ranks(late_for_a_group, 2, timeout_s=60)[0] < 10
+
+
+def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
+    """How long rank 0 waits for a rank that is late, and what it says."""
+    pool = GroupPool((), timeout_s=3, control_timeout_s=control_s)
+    usual = dist.group.WORLD.group_desc  # type: ignore[union-attr]
+    pool.hurry()
+    pool.hurry()
+    if how == "relaxed":
+        with pool.relaxed():
+            assert [gather([1], pool.control), dist.barrier()][0]
+            if dist.get_rank() == 1:
+                time.sleep(5)
+            gather([1], pool.control)
+            dist.all_reduce(torch.zeros(1))
+    if dist.get_rank() == 1:
+        time.sleep(8)
+        return 0.0, ""
+    start = time.monotonic()
+    with pytest.raises(CollectiveFailed) as caught, named("The sum", "step 3", limit=limit_of):
+        dist.all_reduce(torch.zeros(1)) if how == "gradients" else gather([1], pool.control)
+    seconds = time.monotonic() - start
+    pool.relax()
+    assert [limit_of(), limit_of(pool.control)] == ["TrainingArguments.ddp_timeout"] * 2
+    assert dist.group.WORLD.group_desc == usual  # type: ignore[union-attr]
+    return seconds, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("control_s", "how", "setting"),
+    [
+        (60, "report", "HeteroConfig.group_timeout_s"),
+        (60, "gradients", "HeteroConfig.group_timeout_s"),
+        (60, "relaxed", "HeteroConfig.group_timeout_s"),
+        (2, "report", "TrainingArguments.ddp_timeout"),
+    ],
+)
+def test_waits_within_a_step(control_s: float, how: str, setting: str) -> None:
+    """While steps are trained, no wait is longer than in a group, or than the job allows; the setting is named."""
+    seconds, words = run_ranks(late_in_a_step, 2, control_s, how, expect_errors=True, timeout_s=60)[0]
+    assert seconds < 5
+    assert words.endswith(f"raise {setting}.")
+
+
+def waited_for(seconds: float) -> str:
+    """What rank 1 says while rank 0 is late."""
+    pool, heard = GroupPool((), 60, 60), io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logging.getLogger("hf_hetero").addHandler(handler)
+    groups.WORD_AFTER_S = 0.5  # type: ignore[misc]
+    if dist.get_rank() == 0:
+        time.sleep(seconds)
+    gather([1], pool.control)
+    return heard.getvalue()
+
+
+def test_a_long_wait_says_so() -> None:
+    """Who waits says for what, and how long it may take, ever more rarely; of many ranks two do."""
+    found = run_ranks(waited_for, 3, 2.5, timeout_s=60)
+    assert [text.count("waited") for text in found] == [0, 3, 0]
+    assert "Rank 1 has waited 0.5 s for other ranks, in the exchange of a step's report, and waits on" in found[1]
+    assert "TrainingArguments.ddp_timeout" in found[1]
 
 
 def missing_a_rank(how: str) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers import LENGTHS, ScriptedPlanner, samples
 from tokenizers import Tokenizer, models
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
@@ -168,3 +170,25 @@ def test_bad_samples_are_named_by_row(example: dict[str, Any], message: str) -> 
         PackedCollator()(StepExamples(share, {0: example}))
     with pytest.raises(BadSample, match="sample 0 of the batch has no tokens"):
         PackedCollator()([{"input_ids": []}])
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        ({"input_ids": [5, 6.5, 7]}, "row 77: input_ids holds 6.5 at position 1, which is no whole number"),
+        ({"input_ids": np.array([5.0, 6.0, np.nan])}, "row 77: input_ids holds nan at position 2"),
+        ({"input_ids": [5, 6, 7], "labels": [5.0, 6.0, 7.25]}, "row 77: labels holds 7.25 at position 2"),
+        ({"input_ids": [5, 6, 7], "position_ids": [0, 0.5, 1]}, "row 77: position_ids holds 0.5 at position 1"),
+    ],
+)
+def test_fractions_are_not_cut(example: dict[str, Any], words: str) -> None:
+    """What a row counts with is whole: a fraction is refused with its row, and not trained as another token."""
+    with pytest.raises(BadSample, match=words):
+        collate(step_of_rows((77,), [3], num_ranks=1), [example], 0)
+
+
+def test_whole_numbers_of_another_kind() -> None:
+    """Tokens that are whole numbers are tokens, whatever their type."""
+    sample = PackedCollator().sample({"input_ids": np.array([5.0, 6.0, 7.0])}, "row 77")
+    assert sample.input_ids.tolist() == [5, 6, 7]
+    assert sample.input_ids.dtype == torch.long

@@ -9,20 +9,33 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import LENGTHS, ScriptedTrainer, largest_difference, run_ranks, samples, tiny_model, trained
+from helpers import (
+    LENGTHS,
+    MARK,
+    ScriptedTrainer,
+    largest_difference,
+    processes_of,
+    run_ranks,
+    samples,
+    scripted,
+    tiny_model,
+    trained,
+)
 from transformers import TrainerCallback
 
-from hf_hetero import HeteroError, HeteroTrainer
+from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checkpoint import INCOMPLETE_FILE, RUN_FILE, problem_of
 from hf_hetero.errors import CollectiveFailed, ConfigError
+from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.safekeeping import LOCK_FILE, claim
 
 NUM_STEPS = 5
-MARK = "HETERO_TEST_MARK"
 
 
 class Fault(TrainerCallback):
@@ -107,6 +120,55 @@ def test_killed(tmp_path: Path, kind: str, rank: int) -> None:
     check_same(rest, whole)
 
 
+class Freezes(TrainerCallback):
+    """Rank 1 stands still (SIGSTOP): half through the model of step 3, or before it."""
+
+    def __init__(self, is_in_model: bool) -> None:
+        self.is_in_model = is_in_model
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.process_index != 1 or state.global_step != 2:
+            return
+        if not self.is_in_model:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        layers = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
+        layers[1].register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+class AloneTrainer(HeteroTrainer):
+    """Its ranks share no sample, so they meet in gradients and control messages only."""
+
+    def _plan_source(self) -> PlanSource:
+        groups = (Group((0,), tuple(range(0, 8, 2))), Group((1,), tuple(range(1, 8, 2))))
+        return scripted(SimpleNamespace(plan=lambda _: Plan(2, (MicroBatch(groups),), 1.0, 1.0)))
+
+
+def frozen_run(folder: str, is_in_model: bool) -> str:
+    pids = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
+    dist.all_gather(pids, torch.tensor([os.getpid()]))
+    options = {"output_dir": folder, "max_steps": NUM_STEPS, "per_device_train_batch_size": 4}
+    hetero = HeteroConfig(group_timeout_s=4, plan_ahead_steps=0)
+    try:
+        trained(tiny_model(), samples(LENGTHS), AloneTrainer, hetero, callbacks=[Freezes(is_in_model)], **options)
+    finally:
+        os.kill(int(pids[1]), signal.SIGKILL)
+    return "never"
+
+
+@pytest.mark.parametrize(
+    ("is_in_model", "words"), [(True, "The exchange of gradients"), (False, "step 3: .*exchange|exchange.* at step 3")]
+)
+def test_frozen(tmp_path: Path, is_in_model: bool, words: str) -> None:
+    """A rank that stands still ends the other within group_timeout_s, wherever it waits, with step and limit."""
+    start = time.monotonic()
+    error = run_ranks(frozen_run, 2, str(tmp_path), is_in_model, expect_errors=True, timeout_s=60)[0]
+    assert time.monotonic() - start < 40
+    assert isinstance(error, CollectiveFailed)
+    assert re.search(words, str(error), re.IGNORECASE), error
+    assert re.search(r"[Ss]tep 3\b", str(error))
+    assert "raise HeteroConfig.group_timeout_s" in str(error)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_told_to_stop(tmp_path: Path, rank: int) -> None:
     """SIGTERM to any rank: all save after the same step and end in good order."""
@@ -170,6 +232,21 @@ def test_cannot_write_where_ranks_wait(tmp_path: Path, kind: str) -> None:
         assert ("too large" if kind == "disk" else "FileExistsError") in str(error)
 
 
+def test_two_runs_in_a_folder(tmp_path: Path) -> None:
+    """A run that saves where another one does is refused on all ranks before it has touched anything."""
+    (tmp_path / "plans.jsonl").touch()
+    theirs = claim(tmp_path, saves=True)
+    assert theirs is not None
+    for error in run_ranks(run, 2, str(tmp_path), NO_FAULT, {}, expect_errors=True):
+        assert isinstance(error, ConfigError)
+        assert f"process {os.getpid()} on" in str(error)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK_FILE, "plans.jsonl"]
+    run_ranks(run, 2, str(tmp_path), NO_FAULT, {"save_strategy": "no"})  # it is told, and does no harm
+    theirs.close()
+    run_ranks(run, 2, str(tmp_path), NO_FAULT, {"max_steps": 1})
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
 def spoil(folder: Path, how: str) -> None:
     if how == "truncated":
         path = folder / "optimizer.pt"
@@ -226,25 +303,13 @@ def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> Non
     assert len(rest[0]["losses"]) == NUM_STEPS
 
 
-def marked_processes(mark: str) -> list[str]:
-    """Command lines of the processes that carry a mark in their environment."""
-    found: list[str] = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except OSError:
-            continue
-    return found
-
-
 def marked_run(folder: str, mark: str, seen: str) -> None:
     os.environ[MARK] = mark
 
     class Look(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.is_world_process_zero:
-                Path(seen).write_text("\n".join(marked_processes(mark)))
+                Path(seen).write_text("\n".join(processes_of(mark).values()))
 
     trained(
         tiny_model(),
@@ -265,7 +330,7 @@ def test_leaves_no_process_behind(tmp_path: Path) -> None:
     assert ended[0] is None
     assert "hf_hetero.planner.process" in seen.read_text()  # they were there
     for _ in range(100):
-        if not marked_processes(mark):
+        if not processes_of(mark):
             break
         time.sleep(0.1)
-    assert marked_processes(mark) == []
+    assert processes_of(mark) == {}

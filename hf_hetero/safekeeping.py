@@ -1,0 +1,147 @@
+"""What keeps a run's work: files that are on the disk before older ones go, which go, and one run a folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from hf_hetero.errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # no such locks: nobody is noticed
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+LOCK_FILE = "_hetero_run.lock"
+"""What begins so is not pushed to the hub."""
+CANNOT_SETTLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+"""What file systems say that have no such operation; a full disk says another thing."""
+
+
+def settle(paths: Iterable[Path]) -> None:
+    """Wait until files, or the entries of folders, are on the disk: what a power cut leaves must be whole.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in CANNOT_SETTLE:
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def steps_of(output_dir: Path) -> dict[int, Path]:
+    """The checkpoints of a folder, by their steps."""
+    found = {path: CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
+    return {int(match[1]): path for path, match in found.items() if match is not None}
+
+
+def drop_older(newest: Path, limit: int, kept: Collection[str]) -> None:
+    """Delete all but so many checkpoints: first those beyond the newest, of a run before; then by their steps.
+
+    Their times are not looked at: clocks go back, and copies have other ones.
+
+    Args:
+        newest: the one that was just written; it stays.
+        limit: how many stay.
+        kept: others that stay, whatever their steps.
+    """
+    steps = steps_of(newest.parent)
+    now = next(step for step, path in steps.items() if path == newest)
+    oldest_first = [*(s for s in sorted(steps) if s > now), *(s for s in sorted(steps) if s < now)]
+    stay = {os.path.realpath(path) for path in kept}
+    going = [steps[step] for step in oldest_first if os.path.realpath(steps[step]) not in stay]
+    for path in going[: max(0, len(steps) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class Claim:
+    """That this process trains into a folder, for others to see. It goes with the process, however that ends."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def close(self) -> None:
+        """Give the folder back."""
+        with suppress(OSError):
+            Path(self._file.name).unlink(missing_ok=True)
+        self._file.close()
+
+
+def claim(folder: Path, saves: bool) -> Claim | None:
+    """Claim a folder for a run. None: where it is, nobody could tell; or another run has it that will do no harm.
+
+    Args:
+        folder: output of the run.
+        saves: whether it writes checkpoints.
+
+    Raises:
+        ConfigError: another run saves there, too; each would delete the other's checkpoints, or resume from them.
+    """
+    try:
+        file, is_mine = _locked(folder / LOCK_FILE)
+    except OSError:  # the folder cannot be written, or has no locks
+        return None
+    if is_mine:
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "saves": saves}))
+        file.flush()
+        return Claim(file)
+    with file:
+        other = _read(file)
+    text = f"Another run trains into {folder} (process {other.get('pid', '?')} on {other.get('host', '?')})."
+    if saves and other.get("saves", True):
+        raise ConfigError(
+            f"{text} Each would take the other's checkpoints for its own, and delete them. Give this run another "
+            "output_dir, or end that one."
+        )
+    logger.warning("%s Give each its own output_dir, or their files will mix.", text)
+    return None
+
+
+def _locked(path: Path) -> tuple[IO[str], bool]:
+    """The file of a claim, and whether it could be locked.
+
+    Such a lock belongs to a process: it ends with it, and readers of data that were forked from it do not hold it.
+    """
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, "no locks")
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return file, False
+            file.close()
+            raise
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file, True
+        file.close()  # it was given back, and removed, meanwhile
+
+
+def _read(file: IO[str]) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        found = json.loads(file.read())
+    except ValueError:  # it is being written
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,125 @@
+"""Nothing that was trained is lost: not to clocks, to older files, to a power cut, or to another run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hf_hetero import safekeeping
+from hf_hetero.errors import ConfigError
+from hf_hetero.safekeeping import LOCK_FILE, claim, drop_older, settle
+
+
+def checkpoints(folder: Path, *steps: int) -> dict[int, Path]:
+    found = {step: folder / f"checkpoint-{step}" for step in steps}
+    for step, path in found.items():
+        path.mkdir()
+        os.utime(path, (1e9 - step, 1e9 - step))  # by the clock, the newest are the oldest
+    return found
+
+
+@pytest.mark.parametrize(
+    ("there", "newest", "limit", "kept", "left"),
+    [
+        ((2, 4, 10), 10, 2, (), [4, 10]),
+        ((2, 4, 10), 10, 1, (), [10]),
+        ((2, 4, 10), 10, 5, (), [2, 4, 10]),
+        ((2, 4, 10), 10, 1, (2,), [2, 10]),
+        ((2, 4, 10), 10, 2, (2,), [2, 10]),
+        ((2, 4, 6, 8), 4, 2, (), [2, 4]),  # trained again from 2: 6 and 8 are of the run before
+        ((2, 100), 2, 1, (100,), [2, 100]),
+    ],
+)
+def test_the_newest_stay(
+    tmp_path: Path, there: tuple[int, ...], newest: int, limit: int, kept: tuple[int, ...], left: list[int]
+) -> None:
+    """Which checkpoints stay is a matter of steps, never of clocks; what was just written always stays."""
+    found = checkpoints(tmp_path, *there)
+    (tmp_path / "checkpoint-best").mkdir()
+    drop_older(found[newest], limit, [str(found[step]) for step in kept])
+    assert [step for step in there if found[step].exists()] == left
+    assert (tmp_path / "checkpoint-best").exists()  # no checkpoint of a step
+
+
+def test_settling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without fsync is as it is; one that cannot write says so."""
+    (tmp_path / "file").write_text("x")
+    settle([tmp_path / "file", tmp_path])
+
+    def failing(number: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", lambda _: failing(errno.EINVAL))
+    settle([tmp_path / "file"])
+    monkeypatch.setattr(os, "fsync", lambda _: failing(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left"):
+        settle([tmp_path / "file"])
+
+
+OTHER = """
+import pathlib, sys, time
+from hf_hetero.safekeeping import claim
+mine = claim(pathlib.Path(sys.argv[1]), saves=sys.argv[2] == "saves")
+print("claimed" if mine is not None else "no", flush=True)
+time.sleep(60)
+"""
+
+
+def other_run(folder: Path, saves: bool) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OTHER, str(folder), "saves" if saves else "looks"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "claimed\n"
+    return process
+
+
+def test_two_runs_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of two that save, the second is refused, with who the first is; a killed one is no hindrance."""
+    with other_run(tmp_path, saves=True) as other:
+        with pytest.raises(ConfigError, match=rf"Another run trains into .* \(process {other.pid} on .*output_dir"):
+            claim(tmp_path, saves=True)
+        assert claim(tmp_path, saves=False) is None
+        assert "Another run trains into" in caplog.text
+        other.send_signal(signal.SIGKILL)
+    mine = claim(tmp_path, saves=True)
+    assert mine is not None
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+    mine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_saves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It does no harm that a word would not do for."""
+    with other_run(tmp_path, saves=False) as other:
+        assert claim(tmp_path, saves=True) is None
+        assert "Give each its own output_dir" in caplog.text
+        other.kill()
+
+
+def test_readers_hold_no_claim(tmp_path: Path) -> None:
+    """Processes that a run forked may outlive it by seconds; they do not keep the next one out."""
+    outer = os.fork()
+    if not outer:
+        assert claim(tmp_path, saves=True) is not None
+        if not os.fork():
+            time.sleep(5)
+        os._exit(0)
+    os.waitpid(outer, 0)
+    mine = claim(tmp_path, saves=True)
+    assert mine is not None
+    mine.close()
+
+
+def test_where_there_are_no_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that cannot be written, or a system without such locks: training goes on as it would."""
+    assert claim(tmp_path / "none" / "such", saves=True) is None
+    monkeypatch.setattr(safekeeping, "fcntl", None)
+    assert claim(tmp_path, saves=True) is None
