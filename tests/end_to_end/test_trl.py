@@ -183,6 +183,54 @@ def test_evaluation(tmp_path: Any) -> None:
     assert evaluated == pytest.approx(expected, rel=1e-6)
 
 
+MEANS = ("entropy", "mean_token_accuracy", "num_tokens")
+
+
+def test_logged_means_are_over_tokens(tmp_path: Any) -> None:
+    """What TRL logs of a step does not depend on its plan: it is what TRL finds in one batch, in evaluation, too."""
+    import datasets
+
+    table = datasets.Dataset.from_list(with_masked(samples(LENGTHS)))
+    changes = {**UNPREPARED, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": len(LENGTHS)}
+    trainer = trl.SFTTrainer(
+        tiny_model(),
+        config(str(tmp_path), **changes),
+        train_dataset=table,
+        eval_dataset=table,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    expected = [of_logs(trainer.state.log_history, prefix) for prefix in ("", "eval_")]
+    for num_ranks in (2, 4):
+        data = with_masked(samples(LENGTHS))
+        found = run_ranks(train, num_ranks, str(tmp_path), data, {**changes, "per_device_eval_batch_size": 2})[0]
+        for prefix, values in zip(("", "eval_"), expected, strict=True):
+            assert of_logs(found["logs"], prefix) == [pytest.approx(value, rel=1e-6) for value in values]
+
+
+def test_logged_means_over_several_steps(tmp_path: Any) -> None:
+    """Between two logs each token counts alike, not each step or micro-batch."""
+    data = with_masked(samples(LENGTHS))
+    each = run_ranks(train, 2, str(tmp_path), data, UNPREPARED)[0]["logs"]
+    [together] = of_logs(run_ranks(train, 2, str(tmp_path), data, {**UNPREPARED, "logging_steps": 4})[0]["logs"], "")
+    targets = [sum(label != -100 for row in rows for label in data[row]["labels"][1:]) for rows in STEPS]
+    means = of_logs(each, "")
+    for at in (0, 1):
+        weighted = sum(mean[at] * count for mean, count in zip(means, targets, strict=True)) / sum(targets)
+        assert together[at] == pytest.approx(weighted, rel=1e-9)
+    assert together[2] == means[-1][2]
+
+
+def with_masked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every second row few tokens are learnt."""
+    masked = [{**row, "labels": [-100] * (len(row["labels"]) - 2) + row["labels"][-2:]} for row in rows]
+    return [one if n % 2 else other for n, (one, other) in enumerate(zip(rows, masked, strict=True))]
+
+
+def of_logs(logs: list[dict[str, Any]], prefix: str) -> list[list[float]]:
+    return [[log[f"{prefix}{name}"] for name in MEANS] for log in logs if f"{prefix}loss" in log]
+
+
 def test_the_mixin_alone(tmp_path: Any) -> None:
     """The mixin over SFTTrainer, with TRL's own collator below, prepares the same samples."""
     import datasets
