@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import pkgutil
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -21,6 +26,7 @@ from helpers import (
     trainer_order,
     with_lora,
 )
+from transformers import Trainer
 
 from hf_hetero import HeteroTrainerMixin, UnsupportedModel
 
@@ -245,11 +251,27 @@ def test_the_mixin_alone(tmp_path: Any) -> None:
     assert logged == pytest.approx(reference_steps(tiny_model(), samples(LENGTHS), STEPS)["losses"], rel=1e-5)
 
 
-def test_a_loss_over_pairs_is_refused() -> None:
-    """DPO compares two samples; nothing is built before it says so."""
+def trainers_of_trl() -> list[type]:
+    """Every trainer of TRL that can be imported here."""
+    found: dict[type, None] = {}
+    for module in pkgutil.walk_packages(trl.__path__, "trl."):
+        if not re.match(r"trl\.(trainer|experimental)\b", module.name):
+            continue
+        with warnings.catch_warnings(), contextlib.suppress(ImportError):
+            warnings.simplefilter("ignore")
+            members = vars(importlib.import_module(module.name)).values()
+            classes = [one for one in members if isinstance(one, type) and issubclass(one, Trainer)]
+            found |= dict.fromkeys(one for one in classes if one.__module__.startswith("trl."))
+    return sorted(found, key=lambda one: f"{one.__module__}.{one.__name__}")
 
-    class Pairs(HeteroTrainerMixin, trl.DPOTrainer):
-        pass
 
-    with pytest.raises(UnsupportedModel, match="DPOTrainer compares or generates samples"):
-        Pairs(tiny_model())
+def test_other_losses_of_trl_are_refused() -> None:
+    """Pairs, rewards, samples that are generated, a teacher: class and method are named, and nothing is built."""
+    tried = set()
+    for kind in trainers_of_trl():
+        if kind.__name__ in ("SFTTrainer", "_BaseTrainer"):
+            continue
+        tried.add(kind.__name__)
+        with pytest.raises(UnsupportedModel, match=rf"^{kind.__name__} compares.*: \w+Trainer\.\w+ is no sum"):
+            type("Mixed", (HeteroTrainerMixin, kind), {})(tiny_model())
+    assert tried >= {"DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "RewardTrainer"}
