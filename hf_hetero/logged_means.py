@@ -1,7 +1,7 @@
 """Means that a trainer keeps of its calls, one value a micro-batch, as means over tokens.
 
-TRL's trainers do: `compute_loss` appends a mean over all ranks to `_metrics[mode][name]`, and `log` takes the plain mean
-of what has come together. That would depend on how a plan cuts a step. Weighted by the target tokens of each
+TRL's trainers do: `compute_loss` appends a mean over all ranks to `_metrics[mode][name]`, and `log` takes the plain
+mean of what has come together. That would depend on how a plan cuts a step. Weighted by the target tokens of each
 micro-batch it does not: it is the mean over the tokens of all steps since the last log.
 """
 
