@@ -7,8 +7,13 @@ micro-batch it does not: it is the mean over the tokens of all steps since the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
+
+COUNTED = ("_metrics", "_total_train_tokens")
+"""Attributes of a trainer in which its `compute_loss` keeps what it counts."""
 
 
 class LoggedMeans:
@@ -45,3 +50,13 @@ class LoggedMeans:
         for values in kept.values():
             if total and len(values) == len(weights) > 1:
                 values[:] = [sum(value * weight for value, weight in zip(values, weights, strict=True)) / total]
+
+
+@contextmanager
+def uncounted(trainer: Any) -> Iterator[None]:
+    """Have `compute_loss` called meanwhile without a trace in what the trainer logs."""
+    before = {name: deepcopy(vars(trainer)[name]) for name in COUNTED if name in vars(trainer)}
+    try:
+        yield
+    finally:
+        vars(trainer).update(before)

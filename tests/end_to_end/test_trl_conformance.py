@@ -98,7 +98,7 @@ def make(kind: Any, folder: str, data: Any, **changes: Any) -> Any:
     return kind(model, options(folder, **changes), train_dataset=data, processing_class=tokenizer(), **given)
 
 
-TIMES = ("_runtime", "_per_second")
+TIMES = ("_runtime", "_per_second", "_time")
 
 
 def logs(trainer: Any) -> list[dict[str, Any]]:
@@ -398,12 +398,12 @@ def smoothed_labels(kind: Any, folder: str) -> Any:
 
 @behaviour("router's auxiliary loss")
 def auxiliary_loss_of_a_router(kind: Any, folder: str) -> Any:
-    return trained(kind, folder, texts(), model=tiny_model("qwen3_moe"))
+    return trained(kind, folder, texts(), model=tiny_model("qwen3-moe"))
 
 
 @behaviour()
 def experts_without_an_auxiliary_loss(kind: Any, folder: str) -> Any:
-    return trained(kind, folder, texts(), model=tiny_model("qwen3_moe"), router_aux_loss_coef=0.0)
+    return trained(kind, folder, texts(), model=tiny_model("qwen3-moe"), router_aux_loss_coef=0.0)
 
 
 # ------------------------------------------------------------------------------------------------------ around a run
