@@ -316,8 +316,9 @@ def evaluation_is_not_packed(kind: Any, folder: str) -> Any:
 
 @behaviour()
 def only_evaluation_is_packed(kind: Any, folder: str) -> Any:
+    """TRL's documents would see each other then; here each is evaluated for itself, as where none is packed."""
     changes: dict[str, Any] = {"max_length": 32, "eval_dataset": texts(7), "eval_strategy": "epoch"}
-    return trained(kind, folder, texts(), **changes, eval_packing=True)
+    return trained(kind, folder, texts(), **changes, eval_packing=kind is Here)
 
 
 # ------------------------------------------------------------------------------------------------------------- losses
@@ -406,6 +407,43 @@ def experts_without_an_auxiliary_loss(kind: Any, folder: str) -> Any:
     return trained(kind, folder, texts(), model=tiny_model("qwen3-moe"), router_aux_loss_coef=0.0)
 
 
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@behaviour()
+def first_tokens_that_count(kind: Any, folder: str) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropouts = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=64, n_embd=32, n_layer=1, n_head=4, **dropouts))
+    return trained(kind, folder, texts(), model=model)
+
+
+@behaviour()
+def logits_that_are_scaled(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, texts(), model=tiny_model("granite", logits_scaling=3.0))
+
+
+@behaviour()
+def logits_with_a_soft_cap(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, texts(), model=tiny_model("gemma3"))
+
+
+@behaviour()
+def embeddings_that_are_tied(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, pairs(), model=tiny_model("qwen3", tie_word_embeddings=True))
+
+
+@behaviour()
+def model_after_training(kind: Any, folder: str) -> Any:
+    model = tiny_model()
+    make(kind, folder, texts(), model=model).train()
+    logits = model.eval()(torch.tensor([[5, 6, 7]])).logits
+    generated = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+    return model.config._attn_implementation, type(model.lm_head).__name__, float(logits.sum()), generated.tolist()
+
+
 # ------------------------------------------------------------------------------------------------------ around a run
 
 
@@ -427,6 +465,26 @@ def pad(examples: list[Any]) -> dict[str, torch.Tensor]:
 @behaviour()
 def own_collator(kind: Any, folder: str) -> Any:
     return trained(kind, folder, texts(), data_collator=pad)
+
+
+@behaviour()
+def collator_of_trl(kind: Any, folder: str) -> Any:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, pad_to_multiple_of=8)
+    return trained(kind, folder, pairs(), data_collator=collator)
+
+
+@behaviour()
+def collator_over_trls(kind: Any, folder: str) -> Any:
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    class Halved(DataCollatorForLanguageModeling):
+        def torch_call(self, examples: list[Any]) -> Any:
+            batch = super().torch_call(examples)
+            return {**batch, "labels": batch["labels"].where(batch["labels"] % 2 == 0, -100)}
+
+    return trained(kind, folder, pairs(), data_collator=Halved(pad_token_id=0))
 
 
 @behaviour()
@@ -481,6 +539,29 @@ def selectively_recomputed_activations(kind: Any, folder: str) -> Any:
 def model_by_its_name(kind: Any, folder: str) -> Any:
     tiny_model().save_pretrained(f"{folder}/model")
     return trained(kind, folder, texts(), model=f"{folder}/model", model_init_kwargs={"dtype": "float32"})
+
+
+@behaviour()
+def plain_arguments(kind: Any, folder: str) -> Any:
+    from transformers import TrainingArguments
+
+    kept = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "report_to": [], "use_cpu": True, "bf16": False}
+    args = TrainingArguments(folder, **kept, activation_checkpointing=False, logging_steps=1, save_strategy="no")
+    trainer = kind(tiny_model(), args, train_dataset=texts(), processing_class=tokenizer())
+    trainer.train()
+    return learned(trainer), logs(trainer), type(trainer.args).__name__
+
+
+@behaviour()
+def loss_of_a_batch_of_ones_own(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, texts())
+    batch = next(iter(trainer.get_train_dataloader()))
+    return float(trainer.compute_loss(trainer.model, dict(batch)))
+
+
+@behaviour()
+def logs_of_an_epoch(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, texts(4), logging_strategy="epoch", num_train_epochs=2)
 
 
 @behaviour()
