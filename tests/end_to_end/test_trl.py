@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import re
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,17 +61,20 @@ def config(folder: str, **changes: Any) -> Any:
     return trl.SFTConfig(folder, **{**{name: plain[name] for name in names}, **options, **changes})
 
 
-def train(folder: str, data: Any, changes: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+def train(
+    folder: str, data: Any, changes: dict[str, Any], adapters: bool = False, methods: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Gradients, logs, and the dataset as TRL has prepared it."""
     import datasets
 
     from hf_hetero import HeteroSFTTrainer
 
-    class Scripted(HeteroSFTTrainer):
+    class Scripted(type("Own", (HeteroSFTTrainer,), methods or {})):
         def _plan_source(self) -> Any:
             return scripted(ScriptedPlanner(self.args.world_size))
 
-        _evaluation_source = _plan_source
+        def _planners(self) -> Any:
+            return SimpleNamespace(for_evaluation=self._plan_source)
 
     if changes.get("fsdp"):
         shard_on_cpu()
@@ -204,6 +208,18 @@ def test_logged_means_over_several_steps(tmp_path: Any) -> None:
         weighted = sum(mean[at] * count for mean, count in zip(means, targets, strict=True)) / sum(targets)
         assert together[at] == pytest.approx(weighted, rel=1e-9)
     assert together[2] == means[-1][2]
+
+
+def watched_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a user's class over SFTTrainer's, which TRL recommends."""
+    return trl.SFTTrainer.compute_loss(self, *args, **kwargs)
+
+
+def test_own_loss_over_trls(tmp_path: Any) -> None:
+    """It is tried before training, which leaves no trace in what is learnt or logged."""
+    methods = {"compute_loss": watched_loss}
+    found = run_ranks(train, 4, str(tmp_path), samples(LENGTHS), UNPREPARED, False, methods)[0]
+    check(found, samples(LENGTHS), STEPS)
 
 
 def with_masked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
