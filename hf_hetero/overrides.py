@@ -9,6 +9,7 @@ this package's is somebody's own:
     _get_train_sampler                                  decides the order
     prediction_step, evaluation_loop, ...               evaluation is Trainer's own, without plans
     loops and loaders of training                       refused: they expect batches that no plan has made
+    any of these in another trainer of TRL              refused: it compares or generates samples
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ def check(trainer_class: type) -> None:
     Raises:
         UnsupportedModel: with the class and the method.
     """
+    theirs = [base for base in trainer_class.__mro__ if base.__module__.split(".")[0] == "trl" and not _is_known(base)]
+    for base in theirs:
+        if name := next((name for name in (*LOSS, "training_step", *LOOPS) if name in vars(base)), None):
+            raise UnsupportedModel(
+                f"{theirs[0].__name__} compares or generates samples, which cannot be shared out one by one: "
+                f"{base.__name__}.{name} is no sum over tokens, as SFTTrainer's loss is. Use it without "
+                "HeteroTrainerMixin."
+            )
     for name, owner in own(trainer_class, LOOPS).items():
         raise UnsupportedModel(
             f"{owner}.{name} is its own, and planned steps are drawn by this package's: a DataLoader of other batches "

@@ -10,6 +10,7 @@ costs milliseconds and touches no weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_hetero.errors import HeteroError, UnsupportedModel
-from hf_hetero.loss import token_loss
+from hf_hetero.loss import IGNORE_INDEX, token_loss
 
 TOKENS = 5
 CLOSE = 1e-4
@@ -88,6 +89,7 @@ class _Table(nn.Module):
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         hetero: object = None,
+        fused_lm_head: bool = False,
         **inputs: Any,
     ) -> Any:
         self.reached = hetero is not None
@@ -95,8 +97,23 @@ class _Table(nn.Module):
         hidden = self.table[(input_ids * 31 + places * 17) % len(self.table)]
         weight = self.table[torch.arange(self.vocab_size, device=self.table.device) % len(self.table)]
         logits = hidden @ weight.T / 8
+        if fused_lm_head:
+            return _log_probs(logits, labels, inputs.get("shift_labels"))
         loss = None
         if labels is not None:
             kept = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
             loss = token_loss(logits, labels, self.vocab_size, **kept)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def _log_probs(logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> Any:
+    """What models give to TRL's SFTTrainer in the place of logits, each of shape (1, num_tokens)."""
+    if shift_labels is None:
+        assert labels is not None
+        logits, shift_labels = logits[:, :-1], labels[:, 1:]
+    is_target = shift_labels != IGNORE_INDEX
+    all_log_probs = logits.float().log_softmax(-1)
+    log_probs = all_log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * is_target
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1) * is_target
+    is_top1 = (logits.argmax(-1) == shift_labels) & is_target
+    return SimpleNamespace(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_target, aux_loss=None)

@@ -60,6 +60,10 @@ class Evaluation:
         control: group that carries the outputs; None for a single process.
         has_labels: False: there is no loss, and there are no labels to compare with.
         keeps_batches: keep outputs although metrics are counted batch by batch.
+
+    Attributes:
+        loss_sum, num_targets, num_rows: of all steps.
+        micro_batch_targets: target tokens of each micro-batch, of all ranks.
     """
 
     args: TrainingArguments
@@ -72,6 +76,7 @@ class Evaluation:
     loss_sum: float = 0.0
     num_targets: int = 0
     num_rows: int = 0
+    micro_batch_targets: list[int] = field(default_factory=list[int])
     _steps: list[dict[str, list[Nested]]] = field(default_factory=list[dict[str, list[Nested]]])
     _losses: list[float] = field(default_factory=list[float])
     _batch_metrics: dict[str, Any] | None = None
@@ -135,8 +140,10 @@ class Evaluation:
 
     def add(self, batch: StepBatch, loss: float, num_targets: int, pieces: Sequence[Piece], is_last: bool) -> None:
         """One step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
-        step, of_all = batch.share.step, gather_objects((loss, list(pieces)), self.control)
-        loss = sum(part for part, _ in of_all)
+        mine = (loss, list(pieces), [m.num_targets for m in batch.micro_batches])
+        step, of_all = batch.share.step, gather_objects(mine, self.control)
+        loss = sum(part for part, _, _ in of_all)
+        self.micro_batch_targets += map(sum, zip(*(counts for _, _, counts in of_all), strict=True))
         self.loss_sum += loss * max(num_targets, 1)
         self.num_targets += num_targets
         row_tokens: dict[int, int] = {}
@@ -146,7 +153,7 @@ class Evaluation:
         self._losses += [loss] * len(row_tokens)
         if not self.keeps_outputs:
             return
-        everywhere = [piece for _, mine in of_all for piece in mine]
+        everywhere = [piece for _, pieces, _ in of_all for piece in pieces]
         rows = assemble(everywhere, row_tokens)
         if not self.args.batch_eval_metrics or self.keeps_batches:
             self._steps.append(rows)

@@ -25,15 +25,19 @@ from hf_hetero.fitting import Fitted, choose_kernel
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import contiguous
 from hf_hetero.limits import limits_of
+from hf_hetero.logged_means import uncounted
 from hf_hetero.machine import Machine, set_up
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
 from hf_hetero.probe import check_untested
+from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 
 logger = logging.getLogger(__name__)
 
-PLANNED_INPUTS = frozenset({"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids"})
+PLANNED_INPUTS = frozenset(
+    {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
+)
 """What every batch of a causal language model has; of these, each plan makes its own."""
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
@@ -188,7 +192,8 @@ class PreparedTrainer(Trainer):
             assert self.compute_loss_func is not None
             return self.compute_loss_func(model(**inputs), labels, num_items_in_batch=total)
 
-        own_loss.check(compute, self._tiny_pack, base.config, self.args.device, what)
+        with uncounted(self):
+            own_loss.check(compute, self._tiny_pack, base.config, self.args.device, what)
 
     def _tiny_pack(self, numbers: Sequence[int]) -> dict[str, Any]:
         ids = [torch.arange(3, 3 + own_loss.TOKENS), torch.arange(11, 11 + own_loss.TOKENS)]

@@ -2,7 +2,8 @@
 
 Chat templates, completion-only and assistant-only loss are TRL's: it prepares `input_ids` and `labels`, and these are
 planned. `packing` and `padding_free` change nothing but the batch: rows that TRL has packed are taken apart into their
-documents, which are shared out anew, without padding.
+documents, which are shared out anew, without padding. So they are where `eval_packing` is set and `packing` is not:
+there the documents of TRL's rows would see each other.
 """
 
 from __future__ import annotations

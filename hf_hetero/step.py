@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hf_hetero.layout import Layout, Span, layout_of
+from hf_hetero.loss import num_targets
 from hf_hetero.plan import Group, Plan
 from hf_hetero.samples import Drawn
 
@@ -132,6 +133,12 @@ class RankMicroBatch:
     def num_tokens(self) -> int:
         """Tokens of samples that this rank holds."""
         return sum(span.num_tokens for span in self.spans)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens of this rank that have something to predict."""
+        targets = self.inputs.get("shift_labels", self.inputs.get("labels"))
+        return 0 if targets is None else num_targets(targets)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.epochs import KeptCounts
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.groups import limit_of, named
+from hf_hetero.logged_means import LoggedMeans
 from hf_hetero.loss import IGNORE_INDEX
 from hf_hetero.plan import StepReport
 from hf_hetero.planning import planning_of
@@ -80,6 +81,7 @@ class HeteroTrainerMixin(ResumableTrainer):
         self._fetch_s = self._step_s = 0.0
         self._has_learned, self._num_targets = False, 0
         self._counts = KeptCounts()
+        self._means = LoggedMeans(self)
         self._evaluated: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,16 +220,18 @@ class HeteroTrainerMixin(ResumableTrainer):
         assert self.cost_model is not None
         assert self._fitted is not None
         experts = self._fitted.experts
-        mine = [peak_bytes, *(round(1e9 * s) for s in busy_s)]
+        number = len(busy_s)
+        counts = [m.num_targets for m in batch.micro_batches] if self._means else []
         control = self.groups.control
-        rows = gather(mine, control)
+        rows = gather([peak_bytes, *(round(1e9 * s) for s in busy_s), *counts], control)
+        self._means.add("train", [sum(row[1 + number + m] for row in rows) for m in range(len(counts))])
         report = StepReport(
             step=self.state.global_step + 1,
             plan=batch.share.step.plan,
             lengths=batch.share.step.lengths,
             num_targets=self._num_targets,
             seconds=seconds,
-            busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
+            busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(number)),
             wait_s=self._fetch_s,
             plan_wait_s=batch.share.step.wait_s,
             peak_bytes=max(row[0] for row in rows),
@@ -351,12 +355,16 @@ class HeteroTrainerMixin(ResumableTrainer):
         except BadSample:  # rows may have changed since they were counted
             self._counts.forget(dataset)
             raise
+        if found.has_labels:
+            self._means.add("eval", found.micro_batch_targets)
         return found
 
     # ------------------------------------------------------------------------------------------- accounting
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Training logs also carry what the step callbacks counted."""
+        assert self.model is not None
+        self._means.weigh("train" if self.model.training else "eval")
         if "loss" in logs:
             for callback in self._step_callbacks():
                 logs.update(callback.metrics())

@@ -10,7 +10,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"topology", "backward", "drawing", "json_fields", "mixes", "plan", "rows", "safekeeping", "samples"},
+    {
+        "topology",
+        "backward",
+        "drawing",
+        "json_fields",
+        "logged_means",
+        "mixes",
+        "plan",
+        "rows",
+        "safekeeping",
+        "samples",
+    },
     {"chunked_mlp", "expert_load", "lm_head", "offload", "records"},
     {"config", "layout", "groups", "loss", "sharding", "timing"},
     {"activations", "heads"},

@@ -7,49 +7,22 @@ the refusal's words are. A report of another outcome becomes a line here.
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
+from conformance import Behaviour, Table, compare, learned, outcome, same, subclass
 from helpers import tiny_model
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_hetero import HeteroError, HeteroTrainer
+from hf_hetero import HeteroTrainer
 from hf_hetero.plan_ahead import PlanSource
 
-Run = Callable[[Any, str], Any]
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """What is tried, and the words of the refusal where it cannot be equal."""
-
-    run: Run
-    refused: str | None
-
-    @property
-    def name(self) -> str:
-        return self.run.__name__
-
-
-BEHAVIOURS: list[Behaviour] = []
-
-
-def behaviour(refused: str | None = None) -> Callable[[Run], Run]:
-    """Put a function into the table."""
-
-    def add(run: Run) -> Run:
-        BEHAVIOURS.append(Behaviour(run, refused))
-        return run
-
-    return add
+behaviour = Table()
 
 
 class Here(HeteroTrainer):
@@ -113,25 +86,6 @@ def trained(kind: Any, folder: str, *data: Any, **changes: Any) -> list[Any]:
     trainer = make(kind, folder, *data, **changes)
     trainer.train()
     return learned(trainer)
-
-
-def learned(trainer: Any) -> list[Any]:
-    logs = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "loss" in log]
-    weights = [float(p.detach().double().norm()) for p in trainer.model.parameters()]
-    return [trainer.state.global_step, logs, weights]
-
-
-def subclass(kind: Any, **methods: Any) -> Any:
-    """A user's class over either trainer."""
-    return type("Own", (kind,), methods)
-
-
-def same(stock: Any, ours: Any) -> bool:
-    if isinstance(stock, list | tuple):
-        return len(stock) == len(ours) and all(same(a, b) for a, b in zip(stock, ours, strict=True))
-    if isinstance(stock, float):
-        return ours == pytest.approx(stock, rel=2e-4, abs=1e-7, nan_ok=True)
-    return stock == ours
 
 
 # ------------------------------------------------------------------------------------------------ steps and arguments
@@ -807,21 +761,10 @@ def evaluation_of_a_stream(kind: Any, folder: str) -> Any:
 # --------------------------------------------------------------------------------------------------------------- tests
 
 
-def outcome(one: Behaviour, kind: Any, folder: Path) -> Any:
-    folder.mkdir()
-    torch.manual_seed(0)
-    return one.run(kind, str(folder))
-
-
-@pytest.mark.parametrize("one", BEHAVIOURS, ids=lambda one: one.name)
+@pytest.mark.parametrize("one", behaviour.all, ids=lambda one: one.name)
 def test_as_trainer_or_refused(one: Behaviour, tmp_path: Path) -> None:
     """The outcome is Trainer's, or a refusal that names what it is about."""
-    if one.refused is not None:
-        with pytest.raises(HeteroError, match=re.escape(one.refused)):
-            outcome(one, Here, tmp_path / "ours")
-        return
-    stock, ours = outcome(one, Trainer, tmp_path / "stock"), outcome(one, Here, tmp_path / "ours")
-    assert same(stock, ours), f"Trainer: {stock}\nHeteroTrainer: {ours}"
+    compare(one, Trainer, Here, tmp_path)
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:

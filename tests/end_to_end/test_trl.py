@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import pkgutil
+import re
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,32 +27,12 @@ from helpers import (
     trainer_order,
     with_lora,
 )
+from transformers import Trainer
+from words import say, tokenizer
 
 from hf_hetero import HeteroTrainerMixin, UnsupportedModel
 
 trl = pytest.importorskip("trl")
-
-WORDS = [f"w{n}" for n in range(80)]
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role }} {% if m.role == 'assistant' %}{% generation %}{{ m.content }} </s>"
-    "{% endgeneration %} {% else %}{{ m.content }} {% endif %}{% endfor %}"
-)
-
-
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    entries = ["<pad>", "<s>", "</s>", "user", "assistant", *WORDS]
-    words = Tokenizer(models.WordLevel({word: n for n, word in enumerate(entries)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>")
-    made.chat_template = TEMPLATE
-    return made
-
-
-def say(num_words: int, at: int) -> str:
-    return " ".join(WORDS[(at + 7 * n) % len(WORDS)] for n in range(num_words))
 
 
 def chats() -> list[dict[str, Any]]:
@@ -75,17 +61,20 @@ def config(folder: str, **changes: Any) -> Any:
     return trl.SFTConfig(folder, **{**{name: plain[name] for name in names}, **options, **changes})
 
 
-def train(folder: str, data: Any, changes: dict[str, Any], adapters: bool = False) -> dict[str, Any]:
+def train(
+    folder: str, data: Any, changes: dict[str, Any], adapters: bool = False, methods: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Gradients, logs, and the dataset as TRL has prepared it."""
     import datasets
 
     from hf_hetero import HeteroSFTTrainer
 
-    class Scripted(HeteroSFTTrainer):
+    class Scripted(type("Own", (HeteroSFTTrainer,), methods or {})):
         def _plan_source(self) -> Any:
             return scripted(ScriptedPlanner(self.args.world_size))
 
-        _evaluation_source = _plan_source
+        def _planners(self) -> Any:
+            return SimpleNamespace(for_evaluation=self._plan_source)
 
     if changes.get("fsdp"):
         shard_on_cpu()
@@ -183,6 +172,66 @@ def test_evaluation(tmp_path: Any) -> None:
     assert evaluated == pytest.approx(expected, rel=1e-6)
 
 
+MEANS = ("entropy", "mean_token_accuracy", "num_tokens")
+
+
+def test_logged_means_are_over_tokens(tmp_path: Any) -> None:
+    """What TRL logs of a step does not depend on its plan: it is what TRL finds in one batch, in evaluation, too."""
+    import datasets
+
+    table = datasets.Dataset.from_list(with_masked(samples(LENGTHS)))
+    changes = {**UNPREPARED, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": len(LENGTHS)}
+    trainer = trl.SFTTrainer(
+        tiny_model(),
+        config(str(tmp_path), **changes),
+        train_dataset=table,
+        eval_dataset=table,
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    expected = [of_logs(trainer.state.log_history, prefix) for prefix in ("", "eval_")]
+    for num_ranks in (2, 4):
+        data = with_masked(samples(LENGTHS))
+        found = run_ranks(train, num_ranks, str(tmp_path), data, {**changes, "per_device_eval_batch_size": 2})[0]
+        for prefix, values in zip(("", "eval_"), expected, strict=True):
+            assert of_logs(found["logs"], prefix) == [pytest.approx(value, rel=1e-6) for value in values]
+
+
+def test_logged_means_over_several_steps(tmp_path: Any) -> None:
+    """Between two logs each token counts alike, not each step or micro-batch."""
+    data = with_masked(samples(LENGTHS))
+    each = run_ranks(train, 2, str(tmp_path), data, UNPREPARED)[0]["logs"]
+    [together] = of_logs(run_ranks(train, 2, str(tmp_path), data, {**UNPREPARED, "logging_steps": 4})[0]["logs"], "")
+    targets = [sum(label != -100 for row in rows for label in data[row]["labels"][1:]) for rows in STEPS]
+    means = of_logs(each, "")
+    for at in (0, 1):
+        weighted = sum(mean[at] * count for mean, count in zip(means, targets, strict=True)) / sum(targets)
+        assert together[at] == pytest.approx(weighted, rel=1e-9)
+    assert together[2] == means[-1][2]
+
+
+def watched_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a user's class over SFTTrainer's, which TRL recommends."""
+    return trl.SFTTrainer.compute_loss(self, *args, **kwargs)
+
+
+def test_own_loss_over_trls(tmp_path: Any) -> None:
+    """It is tried before training, which leaves no trace in what is learnt or logged."""
+    methods = {"compute_loss": watched_loss}
+    found = run_ranks(train, 4, str(tmp_path), samples(LENGTHS), UNPREPARED, False, methods)[0]
+    check(found, samples(LENGTHS), STEPS)
+
+
+def with_masked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every second row few tokens are learnt."""
+    masked = [{**row, "labels": [-100] * (len(row["labels"]) - 2) + row["labels"][-2:]} for row in rows]
+    return [one if n % 2 else other for n, (one, other) in enumerate(zip(rows, masked, strict=True))]
+
+
+def of_logs(logs: list[dict[str, Any]], prefix: str) -> list[list[float]]:
+    return [[log[f"{prefix}{name}"] for name in MEANS] for log in logs if f"{prefix}loss" in log]
+
+
 def test_the_mixin_alone(tmp_path: Any) -> None:
     """The mixin over SFTTrainer, with TRL's own collator below, prepares the same samples."""
     import datasets
@@ -197,11 +246,27 @@ def test_the_mixin_alone(tmp_path: Any) -> None:
     assert logged == pytest.approx(reference_steps(tiny_model(), samples(LENGTHS), STEPS)["losses"], rel=1e-5)
 
 
-def test_a_loss_over_pairs_is_refused() -> None:
-    """DPO compares two samples; nothing is built before it says so."""
+def trainers_of_trl() -> list[type]:
+    """Every trainer of TRL that can be imported here."""
+    found: dict[type, None] = {}
+    for module in pkgutil.walk_packages(trl.__path__, "trl."):
+        if not re.match(r"trl\.(trainer|experimental)\b", module.name):
+            continue
+        with warnings.catch_warnings(), contextlib.suppress(ImportError):
+            warnings.simplefilter("ignore")
+            members = vars(importlib.import_module(module.name)).values()
+            classes = [one for one in members if isinstance(one, type) and issubclass(one, Trainer)]
+            found |= dict.fromkeys(one for one in classes if one.__module__.startswith("trl."))
+    return sorted(found, key=lambda one: f"{one.__module__}.{one.__name__}")
 
-    class Pairs(HeteroTrainerMixin, trl.DPOTrainer):
-        pass
 
-    with pytest.raises(UnsupportedModel, match="DPOTrainer compares or generates samples"):
-        Pairs(tiny_model())
+def test_other_losses_of_trl_are_refused() -> None:
+    """Pairs, rewards, samples that are generated, a teacher: class and method are named, and nothing is built."""
+    tried = set()
+    for kind in trainers_of_trl():
+        if kind.__name__ in ("SFTTrainer", "_BaseTrainer"):
+            continue
+        tried.add(kind.__name__)
+        with pytest.raises(UnsupportedModel, match=rf"^{kind.__name__} compares.*: \w+Trainer\.\w+ is no sum"):
+            type("Mixed", (HeteroTrainerMixin, kind), {})(tiny_model())
+    assert tried >= {"DPOTrainer", "KTOTrainer", "GRPOTrainer", "RLOOTrainer", "RewardTrainer"}
