@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -206,9 +207,11 @@ def prepared_model(trainer: Trainer) -> torch.nn.Module:
     """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
     model: Any = trainer.model
     if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
+        start = time.time()
         sharded = trainer.is_fsdp_enabled and not trainer.args.torch_compile
         accelerator: Any = trainer.accelerator
         model = accelerator.prepare(model) if sharded else accelerator.prepare_model(model, evaluation_mode=True)
+        trainer.model_preparation_time = round(time.time() - start, 4)  # Trainer's own attribute: it takes it off
         trainer.model_wrapped = model
         if trainer.is_fsdp_enabled:
             trainer.model = model

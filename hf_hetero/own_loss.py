@@ -53,7 +53,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
         for samples in ((0,), (1,), (0, 1)):
             model.reached = False
             with torch.enable_grad():
-                losses.append(float(compute_loss(model, pack(samples), total)))
+                losses.append(compute_loss(model, pack(samples), total).item())
             if not model.reached:
                 raise UnsupportedModel(
                     f"{what} does not hand all its inputs to the model, so attention cannot learn which ranks share "

@@ -271,7 +271,10 @@ class HeteroTrainerMixin(ResumableTrainer):
                 )
             self.callback_handler.eval_dataloader = cast("Any", dataloader)
             found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
-            return found.output(metric_key_prefix)
+            output = found.output(metric_key_prefix)
+            if hasattr(self, "model_preparation_time"):  # as in stock, where evaluation comes before training
+                output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
+            return output
         finally:
             if is_new:
                 self._give_back()
