@@ -97,11 +97,73 @@ def prompts_not_learnt(kind: Any, folder: str) -> Any:
 
 
 @behaviour()
-def collator_that_is_random(kind: Any, folder: str) -> Any:
-    def collate(examples: list[Any]) -> Any:
-        return pad(examples)
+def end_that_is_the_padding(kind: Any, folder: str) -> Any:
+    data = [{"input_ids": [*row["input_ids"], 0]} for row in rows()]
+    return trained(kind, folder, data, data_collator=DataCollatorForLanguageModeling(tokenizer(), mlm=False))
 
-    return trained(kind, folder, data_collator=collate, seed=11, data_seed=2)
+
+@behaviour("could not be tried: KeyError: 'weights'")
+def weights_of_samples(kind: Any, folder: str) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = 1
+    ) -> Any:
+        weights = inputs.pop("weights")
+        outputs = model(**inputs)
+        return (outputs.loss * weights.mean(), outputs) if return_outputs else outputs.loss * weights.mean()
+
+    def collate(examples: list[Any]) -> Any:
+        return {**pad(examples), "weights": torch.tensor([float(e["input_ids"][0]) for e in examples])}
+
+    return trained(subclass(kind, compute_loss=compute_loss), folder, data_collator=collate)
+
+
+# ---------------------------------------------------------------------------------------------- rows with padding
+
+
+def padded(row: Any, to: int, learns: bool, left: bool = False) -> Any:
+    ids, more = row["input_ids"], to - len(row["input_ids"])
+    filling, labels, mask = [0] * more, [0 if learns else -100] * more, [0] * more
+    joined = (lambda a, b: b + a) if left else (lambda a, b: a + b)
+    return {
+        "input_ids": joined(ids, filling),
+        "labels": joined(ids, labels),
+        "attention_mask": joined([1] * len(ids), mask),
+    }
+
+
+@behaviour()
+def padding_in_the_rows(kind: Any, folder: str) -> Any:
+    data = [padded(row, 24, learns=False) for row in rows()]
+    return trained(kind, folder, data, data_collator=None, eval_dataset=data[:8], eval_strategy="epoch")
+
+
+@behaviour("Give padding the label -100")
+def padding_that_is_learnt(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, [padded(row, 24, learns=True) for row in rows()], data_collator=None)
+
+
+@behaviour()
+def padding_on_the_left_of_the_rows(kind: Any, folder: str) -> Any:
+    data = [padded(row, 24, learns=False, left=True) for row in rows()]
+    data = [
+        {**row, "labels": [-100 if n <= row["attention_mask"].index(1) else i for n, i in enumerate(row["labels"])]}
+        for row in data
+    ]
+    return trained(kind, folder, data, data_collator=None)
+
+
+@behaviour()
+def padding_without_a_mask(kind: Any, folder: str) -> Any:
+    data = [{k: v for k, v in padded(row, 24, learns=False).items() if k != "attention_mask"} for row in rows()]
+    return trained(kind, folder, data, data_collator=None)
+
+
+@behaviour()
+def evaluation_of_rows_with_padding(kind: Any, folder: str) -> Any:
+    data = [padded(row, 12, learns=False) for row in rows(8, length=9)]
+    found = make(kind, folder, data_collator=None).predict(data)
+    tokens = found.label_ids != -100
+    return found.predictions[tokens].shape, found.label_ids[tokens].tolist(), found.metrics["test_loss"]
 
 
 # -------------------------------------------------------------------------------------------------------- datasets
@@ -249,7 +311,10 @@ def logits_before_metrics(kind: Any, folder: str) -> Any:
 
     def compute(found: Any) -> dict[str, float]:
         hits = found.predictions[:, :-1] == found.label_ids[:, 1:]
-        return {"right": float(hits[found.label_ids[:, 1:] != -100].mean()), "kind": float(found.predictions.dtype.kind == "i")}
+        return {
+            "right": float(hits[found.label_ids[:, 1:] != -100].mean()),
+            "kind": float(found.predictions.dtype.kind == "i"),
+        }
 
     trainer = make(kind, folder, eval_dataset=rows(9), compute_metrics=compute, preprocess_logits_for_metrics=best)
     found = trainer.evaluate()
@@ -372,7 +437,9 @@ def evaluation_within_training_leaves_it_alone(kind: Any, folder: str) -> Any:
 def evaluation_with_own_loss(kind: Any, folder: str) -> Any:
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
         logits = outputs.logits[:, :-1].flatten(0, 1)
-        return 2 * torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        return (
+            2 * torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+        )
 
     trainer = make(kind, folder, eval_dataset=EVEN, compute_loss_func=loss)
     return trainer.evaluate()["eval_loss"], outputs(trainer.predict(EVEN))
@@ -402,6 +469,39 @@ def trainer_without_training_data(kind: Any, folder: str) -> Any:
 
     trainer = kind(model=tiny_model(), args=options(folder), data_collator=pad, eval_dataset=EVEN)
     return trainer.evaluate()["eval_loss"], outputs(trainer.predict(EVEN))
+
+
+@behaviour()
+def metrics_of_batches_with_inputs(kind: Any, folder: str) -> Any:
+    seen: list[Any] = []
+
+    def compute(found: Any, compute_result: bool = False) -> dict[str, float]:
+        seen.append((found.inputs["input_ids"].tolist(), found.losses.shape, found.predictions.shape))
+        return {}
+
+    changes = {"include_for_metrics": ["inputs", "loss"], "batch_eval_metrics": True}
+    make(kind, folder, eval_dataset=EVEN, compute_metrics=compute, **changes).evaluate()
+    return seen
+
+
+@behaviour()
+def evaluation_without_label_names(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, eval_dataset=EVEN, label_names=[])
+    return sorted(k for k in trainer.evaluate() if k.endswith("loss")), trainer.predict(EVEN).label_ids is None
+
+
+@behaviour()
+def attentions_among_outputs(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, model=tiny_model(attention="eager", output_attentions=True), eval_dataset=EVEN)
+    trainer.train()
+    return learned(trainer), [part.shape for part in trainer.predict(EVEN).predictions[1]]
+
+
+@behaviour("evaluate after training")
+def attentions_while_training(kind: Any, folder: str) -> Any:
+    model = tiny_model(attention="eager", output_attentions=True)
+    changes = {"eval_strategy": "epoch", "compute_metrics": lambda found: {}}
+    return trained(kind, folder, model=model, eval_dataset=EVEN, **changes)
 
 
 # -------------------------------------------------------------------------------------------------------- tests

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from behaviours import Behaviour, check, into, learned, make, pad, rows, subclass, trained
+from behaviours import Behaviour, check, into, learned, make, options, pad, rows, subclass, trained
 from helpers import tiny_model, with_lora
-from torch.utils.data import IterableDataset
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 BEHAVIOURS: list[Behaviour] = []
@@ -116,7 +117,12 @@ def few_checkpoints(kind: Any, folder: str) -> Any:
 
 @behaviour()
 def one_checkpoint_and_the_best(kind: Any, folder: str) -> Any:
-    changes = {"save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": True, "greater_is_better": True}
+    changes = {
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+    }
     trainer = make(kind, folder, eval_dataset=EVEN, eval_strategy="epoch", num_train_epochs=3, **changes)
     trainer.train()
     return files(folder), Path(trainer.state.best_model_checkpoint).name, learned(trainer)
@@ -146,7 +152,9 @@ def results_in_files(kind: Any, folder: str) -> Any:
 def progress_bars(kind: Any, folder: str) -> Any:
     seen: list[Any] = []
 
-    def on_prediction_step(self: Any, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any) -> None:
+    def on_prediction_step(
+        self: Any, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **_: Any
+    ) -> None:
         seen.append((len(eval_dataloader), len(eval_dataloader.dataset)))
 
     class Bars(ProgressCallback):
@@ -205,7 +213,9 @@ def optimizer_by_class(kind: Any, folder: str) -> Any:
 
 @behaviour()
 def optimizers_by_name(kind: Any, folder: str) -> Any:
-    return [trained(kind, folder, optim=name) for name in ("adafactor", "adagrad", "sgd", "rmsprop", "adamw_torch_fused")]
+    return [
+        trained(kind, folder, optim=name) for name in ("adafactor", "adagrad", "sgd", "rmsprop", "adamw_torch_fused")
+    ]
 
 
 @behaviour()
@@ -315,9 +325,7 @@ def labels_by_name(kind: Any, folder: str) -> Any:
 def losses_that_are_not_finite(kind: Any, folder: str) -> Any:
     model = tiny_model()
     model.lm_head.weight.data[0] = float("inf")
-    return [
-        trained(kind, folder, model=model, logging_nan_inf_filter=keeps, max_steps=2)[1] for keeps in (True, False)
-    ]
+    return [trained(kind, folder, model=model, logging_nan_inf_filter=keeps, max_steps=2)[1] for keeps in (True, False)]
 
 
 @behaviour()
@@ -635,8 +643,11 @@ def callbacks_that_go_on(kind: Any, folder: str) -> Any:
     one(3).train()
     trainer = one(6)
     trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-3")
-    return history(trainer), [c.early_stopping_patience_counter for c in trainer.callback_handler.callbacks
-                              if isinstance(c, EarlyStoppingCallback)]
+    return history(trainer), [
+        c.early_stopping_patience_counter
+        for c in trainer.callback_handler.callbacks
+        if isinstance(c, EarlyStoppingCallback)
+    ]
 
 
 @behaviour()
@@ -708,6 +719,167 @@ def wrapped_by_a_script(kind: Any, folder: str) -> Any:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     with torch.no_grad():
         return [float(model(**batch).loss) for batch in loader], model is trainer.model
+
+
+@behaviour()
+def model_of_learnt_positions(kind: Any, folder: str) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=97, n_positions=64, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0)
+    config.attn_pdrop = 0.0
+    data = [
+        {
+            "input_ids": [0] * 4 + row["input_ids"],
+            "labels": [-100] * 5 + row["labels"][1:],
+            "attention_mask": [0] * 4 + [1] * len(row["input_ids"]),
+        }
+        for row in rows(24, length=8)
+    ]
+    return trained(kind, folder, data, model=GPT2LMHeadModel(config), data_collator=None)
+
+
+class OwnMean(LlamaForCausalLM):
+    """Someone's model, whose loss is its own."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        found = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if labels is not None:
+            logits = found.logits[:, :-1].flatten(0, 1)
+            found.loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return found
+
+
+@behaviour("loss")
+def model_with_own_loss(kind: Any, folder: str) -> Any:
+    torch.manual_seed(0)
+    return trained(kind, folder, model=OwnMean(tiny_model().config), gradient_accumulation_steps=2)
+
+
+@behaviour()
+def two_trainers_of_one_model(kind: Any, folder: str) -> Any:
+    model = tiny_model()
+    first, second = (
+        make(kind, folder, model=model),
+        make(kind, folder, rows(12, seed=5), model=model, eval_dataset=EVEN),
+    )
+    first.train()
+    second.train()
+    found = second.evaluate()["eval_loss"]
+    first.train()
+    return found, learned(first), learned(second)
+
+
+@behaviour()
+def run_that_failed_before(kind: Any, folder: str) -> Any:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise RuntimeError("on purpose")
+
+    failing = watch(on_step_end=on_step_end)
+    trainer = make(kind, folder, callbacks=[failing], save_strategy="steps", save_steps=1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.train()
+    attention = trainer.model.config._attn_implementation
+    trainer.remove_callback(failing)
+    trainer.train(resume_from_checkpoint=True)
+    return attention, learned(trainer)
+
+
+@behaviour()
+def random_numbers_of_a_callback(kind: Any, folder: str) -> Any:
+    import random
+
+    seen: list[Any] = []
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
+        seen.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "num_train_epochs": 2}
+    make(kind, folder, eval_dataset=EVEN, callbacks=[watch(on_step_end=on_step_end)], **changes).train()
+    return seen
+
+
+@behaviour()
+def no_epoch_at_all(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, num_train_epochs=0)
+    trainer.train()
+    return learned(trainer)
+
+
+@behaviour()
+def arguments_by_position(kind: Any, folder: str) -> Any:
+    trainer = kind(tiny_model(), options(folder), pad, rows(12), EVEN)
+    trainer.train()
+    return learned(trainer), trainer.evaluate()["eval_loss"], trainer.args.output_dir == folder
+
+
+@behaviour()
+def arguments_are_the_ones_given(kind: Any, folder: str) -> Any:
+    args = options(folder)
+    trainer = kind(model=tiny_model(), args=args, train_dataset=rows(12), data_collator=pad)
+    return trainer.args is args, trainer.data_collator is pad
+
+
+@behaviour()
+def step_that_reads_the_accelerator(kind: Any, folder: str) -> Any:
+    seen: list[Any] = []
+
+    def training_step(self: Any, model: Any, *others: Any, **kwargs: Any) -> Any:
+        state = self.accelerator.gradient_state
+        seen.append((state.sync_gradients, self.current_gradient_accumulation_steps, model.training))
+        return kind.training_step(self, model, *others, **kwargs)
+
+    trained(subclass(kind, training_step=training_step), folder, rows(20), gradient_accumulation_steps=2)
+    return seen
+
+
+@behaviour()
+def resumed_with_another_split_of_a_step(kind: Any, folder: str) -> Any:
+    make(kind, folder, rows(48), save_strategy="steps", save_steps=2, gradient_accumulation_steps=2).train()
+    trainer = make(kind, folder, rows(48), per_device_train_batch_size=8)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return learned(trainer)
+
+
+@behaviour()
+def resumed_from_a_checkpoint_of_trainer(kind: Any, folder: str) -> Any:
+    make(Trainer, folder, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2).train()
+    trainer = make(kind, folder, gradient_accumulation_steps=2, num_train_epochs=2)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return learned(trainer)
+
+
+@behaviour()
+def resumed_by_trainer(kind: Any, folder: str) -> Any:
+    make(kind, folder, save_strategy="steps", save_steps=2, gradient_accumulation_steps=2).train()
+    trainer = make(Trainer, folder, gradient_accumulation_steps=2, num_train_epochs=2)
+    trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    return learned(trainer)
+
+
+@behaviour()
+def batches_uneven_for_accelerate(kind: Any, folder: str) -> Any:
+    config = {"even_batches": False, "non_blocking": True}
+    return trained(kind, folder, rows(22), accelerator_config=config, num_train_epochs=2)
+
+
+@behaviour()
+def modes_of_the_model(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, eval_dataset=EVEN)
+    found = [trainer.model.training]
+    trainer.evaluate()
+    found.append(trainer.model.training)
+    trainer.train()
+    return [*found, trainer.model.training, trainer.is_in_train, type(trainer.model_wrapped).__name__]
+
+
+@behaviour()
+def trainer_in_a_pickle(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder)
+    trainer.train()
+    state = copy.deepcopy(trainer.state)
+    return state.global_step, type(pickle.loads(pickle.dumps(trainer.args))).__name__
 
 
 # -------------------------------------------------------------------------------------------------------- tests

@@ -194,7 +194,9 @@ def order_of_events(kind: Any, folder: str) -> Any:
             return super().__getattribute__(name)
 
     note = Note()
-    made(kind, folder, callbacks=[note], gradient_accumulation_steps=2, eval_dataset=EVEN, eval_strategy="epoch").train()
+    made(
+        kind, folder, callbacks=[note], gradient_accumulation_steps=2, eval_dataset=EVEN, eval_strategy="epoch"
+    ).train()
     return [event for event in note.events if event != "on_step_report"]
 
 
@@ -321,7 +323,9 @@ def stream_beside_accumulation(kind: Any, folder: str) -> Any:
 
 @on_one
 def evaluation_of_a_stream(kind: Any, folder: str) -> Any:
-    return made(kind, folder, eval_dataset=Streamed(16), per_device_eval_batch_size=16 // world()).evaluate()["eval_loss"]
+    return made(kind, folder, eval_dataset=Streamed(16), per_device_eval_batch_size=16 // world()).evaluate()[
+        "eval_loss"
+    ]
 
 
 # --------------------------------------------------------------------------------------------- checkpoints
