@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data import ConcatDataset, IterableDataset, Subset
 from transformers import (
+    BatchEncoding,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -242,6 +243,66 @@ def stream_without_labels_and_collator(kind: Any, folder: str) -> Any:
     data = datasets.Dataset.from_list(unlabelled()).to_iterable_dataset()
     collator = DataCollatorForLanguageModeling(tokenizer(), mlm=False)
     return trained(kind, folder, data, data_collator=collator, max_steps=5)
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Rows made by a function each time."""
+
+    def __init__(self, make_row: Any, num: int = 16) -> None:
+        self.make_row, self.num = make_row, num
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __getitem__(self, row: int) -> Any:
+        return self.make_row(rows(self.num, length=9)[row])
+
+
+@behaviour()
+def rows_of_tensors(kind: Any, folder: str) -> Any:
+    data = Rows(lambda row: {name: torch.tensor(values) for name, values in row.items()})
+    return trained(kind, folder, data, data_collator=None)
+
+
+@behaviour()
+def rows_of_arrays(kind: Any, folder: str) -> Any:
+    data = Rows(lambda row: {name: np.asarray(values) for name, values in row.items()})
+    return trained(kind, folder, data, data_collator=None)
+
+
+@behaviour()
+def rows_of_a_tokenizer(kind: Any, folder: str) -> Any:
+    data = Rows(lambda row: BatchEncoding({**row, "attention_mask": [1] * len(row["input_ids"])}))
+    return trained(kind, folder, data, data_collator=None)
+
+
+@behaviour()
+def lengths_in_a_column(kind: Any, folder: str) -> Any:
+    data = datasets.Dataset.from_list([{**row, "length": len(row["input_ids"])} for row in rows()])
+    return trained(kind, folder, data)
+
+
+@behaviour()
+def table_split_and_joined(kind: Any, folder: str) -> Any:
+    parts = table(30).train_test_split(0.4, seed=1)
+    data = datasets.concatenate_datasets([parts["train"], parts["test"].select(range(4))])
+    return trained(kind, folder, data, eval_dataset=parts["test"], eval_strategy="epoch")
+
+
+@behaviour()
+def streams_joined(kind: Any, folder: str) -> Any:
+    streams = [table(12, seed=n).to_iterable_dataset() for n in range(2)]
+    return trained(kind, folder, datasets.interleave_datasets(streams, seed=3, probabilities=[0.5, 0.5]), max_steps=6)
+
+
+@behaviour()
+def stream_taken_in_part(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, table(20).to_iterable_dataset().skip(2).take(14), max_steps=6)
+
+
+@behaviour()
+def stream_read_by_workers(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, table(20).to_iterable_dataset(), max_steps=4, dataloader_num_workers=1)
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

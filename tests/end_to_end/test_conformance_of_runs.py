@@ -213,9 +213,7 @@ def optimizer_by_class(kind: Any, folder: str) -> Any:
 
 @behaviour()
 def optimizers_by_name(kind: Any, folder: str) -> Any:
-    return [
-        trained(kind, folder, optim=name) for name in ("adafactor", "adagrad", "sgd", "rmsprop", "adamw_torch_fused")
-    ]
+    return [trained(kind, folder, optim=name) for name in ("adafactor", "sgd")]
 
 
 @behaviour()
@@ -664,6 +662,33 @@ def resumed_with_the_best_model(kind: Any, folder: str) -> Any:
 
 
 @behaviour()
+def best_adapter(kind: Any, folder: str) -> Any:
+    changes = {"save_strategy": "epoch", "load_best_model_at_end": True, "greater_is_better": True}
+    model = with_lora(tiny_model())
+    trainer = make(kind, folder, model=model, eval_dataset=EVEN, eval_strategy="epoch", num_train_epochs=2, **changes)
+    trainer.train()
+    return learned(trainer), trainer.state.best_metric, trainer.evaluate()["eval_loss"]
+
+
+@behaviour()
+def adapter_with_a_trained_head(kind: Any, folder: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    return trained(kind, folder, model=get_peft_model(tiny_model(), config), gradient_accumulation_steps=2)
+
+
+@behaviour()
+def adapter_merged_after_training(kind: Any, folder: str) -> Any:
+    trainer = make(kind, folder, model=with_lora(tiny_model()))
+    trainer.train()
+    merged = trainer.model.merge_and_unload()
+    with torch.no_grad():
+        return merged(torch.tensor([[5, 6, 7]])).logits.sum(-1).tolist(), merged.config._attn_implementation
+
+
+@behaviour()
 def tied_weights(kind: Any, folder: str) -> Any:
     model = tiny_model(tie_word_embeddings=True)
     found = trained(kind, folder, model=model)
@@ -754,6 +779,64 @@ class OwnMean(LlamaForCausalLM):
 def model_with_own_loss(kind: Any, folder: str) -> Any:
     torch.manual_seed(0)
     return trained(kind, folder, model=OwnMean(tiny_model().config), gradient_accumulation_steps=2)
+
+
+@behaviour()
+def loss_that_masks_by_itself(kind: Any, folder: str) -> Any:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        targets = labels[:, 1:]
+        log_probs = outputs.logits[:, :-1].float().log_softmax(-1)
+        each = -log_probs.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return each.where(targets != -100, 0.0).sum() / num_items_in_batch
+
+    return trained(kind, folder, compute_loss_func=loss, gradient_accumulation_steps=2)
+
+
+@behaviour()
+def loss_with_a_penalty_of_logits(kind: Any, folder: str) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = 1
+    ) -> Any:
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        targets = inputs["labels"][:, 1:] != -100
+        squares = outputs.logits[:, :-1].logsumexp(-1) ** 2
+        loss = outputs.loss + 1e-2 * squares[targets].sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    return trained(subclass(kind, compute_loss=compute_loss), folder, rows(24, length=9))
+
+
+@behaviour("Own.compute_loss could not be tried")
+def loss_that_reads_the_mask(kind: Any, folder: str) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = 1
+    ) -> Any:
+        inputs.pop("labels")
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        outputs = model(**inputs)
+        each = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        loss = (each * mask[:, 1:].flatten()).sum() / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    return trained(subclass(kind, compute_loss=compute_loss), folder)
+
+
+@behaviour()
+def metrics_beside_the_loss(kind: Any, folder: str) -> Any:
+    seen: list[int] = []
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = 1
+    ) -> Any:
+        loss, outputs = kind.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if self.is_in_train and model is self.model_wrapped:
+            right = outputs.logits.argmax(-1)[:, :-1] == inputs["labels"][:, 1:]
+            seen.append(int(right[inputs["labels"][:, 1:] != -100].sum()))
+        return (loss, outputs) if return_outputs else loss
+
+    return trained(subclass(kind, compute_loss=compute_loss), folder), sum(seen)
 
 
 @behaviour()

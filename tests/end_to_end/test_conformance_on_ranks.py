@@ -179,6 +179,65 @@ def weighted_loss(kind: Any, folder: str) -> Any:
     return trained(kind, folder, rows(24, length=9), compute_loss_func=loss, gradient_accumulation_steps=2)
 
 
+@on_ranks
+def watched_loss(kind: Any, folder: str) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = 1
+    ) -> Any:
+        loss, outputs = kind.compute_loss(self, model, inputs, True, num_items_in_batch)
+        return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    return trained(subclass(kind, compute_loss=compute_loss), folder, gradient_accumulation_steps=2)
+
+
+@on_ranks
+def shared_weights(kind: Any, folder: str) -> Any:
+    return trained(kind, folder, model=tiny_model(tie_word_embeddings=True), ddp_find_unused_parameters=False)
+
+
+@on_ranks
+def loss_of_shared_weights(kind: Any, folder: str) -> Any:
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+    return trained(kind, folder, model=tiny_model(tie_word_embeddings=True), compute_loss_func=loss)
+
+
+@on_ranks
+def evaluated_before_training(kind: Any, folder: str) -> Any:
+    trainer = made(kind, folder, eval_dataset=EVEN)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    return before, learned(trainer)
+
+
+@on_ranks
+def frozen_in_part(kind: Any, folder: str) -> Any:
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "mlp" in name
+    return trained(kind, folder, model=model)
+
+
+@on_ranks
+def random_numbers(kind: Any, folder: str) -> Any:
+    seen: list[float] = []
+
+    class Draw(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(float(torch.rand(())))
+
+    made(kind, folder, callbacks=[Draw()], num_train_epochs=2).train()
+    return seen
+
+
+@on_ranks
+def in_bfloat16(kind: Any, folder: str) -> Any:
+    [steps, losses, _], _ = trained(kind, folder, bf16=True)
+    return steps, [round(loss, 1) for loss, _ in losses]
+
+
 # ------------------------------------------------------------------------------------------------ callbacks
 
 
