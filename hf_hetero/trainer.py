@@ -280,7 +280,8 @@ class HeteroTrainerMixin(ResumableTrainer):
             found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
             output = found.output(metric_key_prefix)
             if hasattr(self, "model_preparation_time"):  # as in stock, where evaluation comes before training
-                output.metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
+                metrics = cast("dict[str, Any]", output.metrics)
+                metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
             return output
         finally:
             if is_new:
