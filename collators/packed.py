@@ -166,9 +166,10 @@ class PackedCollator:
         per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
         found = {key: values for key, values in per_token.items() if values is not None}
         self._check_carried(example, found, name)
-        is_masked = "attention_mask" in found
+        mask = found.pop("attention_mask", None)
         check_whole_numbers({key: found[key] for key in NUMBERS if key in found}, name)
-        kept = _without_padding(found.pop("attention_mask", None), name)
+        kept = _without_padding(mask, name)
+        _check_padding_labels(mask, found.get("labels"), name)
         found = {key: values[kept] for key, values in found.items()}
         input_ids, labels, positions = found.pop("input_ids").long(), found.pop("labels", None), None
         if (given := found.pop("position_ids", None)) is not None:
@@ -178,11 +179,13 @@ class PackedCollator:
                     f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column "
                     "with the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
                 )
-            if not is_packed and not is_masked and bool((positions.diff() != 1).any()):
+            if not is_packed and mask is None and bool((positions.diff() != 1).any()):
                 raise BadSample(
                     f"{name}: its position_ids skip some, which transformers takes for the start of another document "
                     "where there is no attention_mask. Give the row an attention_mask of ones if it is one sample."
                 )
+        elif kept.start:  # as in stock, where padding on the left takes the first positions
+            positions = torch.arange(kept.start, kept.stop)
         if labels is None and self.makes_labels:
             labels = input_ids
         if labels is None and self.needs_labels:
@@ -413,3 +416,15 @@ def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
             "tokens from the row, or train with plain Trainer."
         )
     return slice(first, last + 1)
+
+
+def _check_padding_labels(mask: torch.Tensor | None, labels: torch.Tensor | None, name: str) -> None:
+    """Trainer's loss would learn padding that has labels, and padding is left out here."""
+    if mask is None or labels is None:
+        return
+    if bool((learnt := (mask == 0) & (labels != IGNORE_INDEX)).any()):
+        place = int(torch.nonzero(learnt)[0])
+        raise BadSample(
+            f"{name} has the label {int(labels[place])} at token {place}, which its attention_mask says is padding: "
+            f"Trainer would learn it. Give padding the label {IGNORE_INDEX}, or leave it out: no padding is needed."
+        )

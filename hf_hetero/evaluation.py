@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.collators import PackedCollator
 from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.epochs import Epochs, KeptCounts, read_rows
-from hf_hetero.errors import ConfigError
+from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.lengths import gives_tokens
 from hf_hetero.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
 from hf_hetero.plan_ahead import PlanAhead
@@ -105,6 +106,24 @@ def has_labels(dataset: Any, packer: PackedCollator) -> bool:
 def ignored_outputs(model: Any) -> list[str]:
     """Outputs of a model that are no prediction."""
     return list(getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
+
+
+def gives_attentions(model: Any) -> bool:
+    """Whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
+    return bool(getattr(model.config, "output_attentions", False))
+
+
+def refuse_attentions(model: Any) -> None:
+    """While training, attention is this package's, which does not keep its weights.
+
+    Raises:
+        UnsupportedModel: they are asked for.
+    """
+    if gives_attentions(model):
+        raise UnsupportedModel(
+            "config.output_attentions=True asks an evaluation for the weights of attention, which are not kept while "
+            "training. Set it to False, or evaluate after training."
+        )
 
 
 def outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
@@ -209,9 +228,11 @@ def prepared_model(trainer: Trainer) -> torch.nn.Module:
     """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
     model: Any = trainer.model
     if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
+        start = time.time()
         sharded = trainer.is_fsdp_enabled and not trainer.args.torch_compile
         accelerator: Any = trainer.accelerator
         model = accelerator.prepare(model) if sharded else accelerator.prepare_model(model, evaluation_mode=True)
+        trainer.model_preparation_time = round(time.time() - start, 4)  # Trainer's own attribute: it takes it off
         trainer.model_wrapped = model
         if trainer.is_fsdp_enabled:
             trainer.model = model

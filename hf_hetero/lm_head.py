@@ -50,7 +50,7 @@ class LeanHead(torch.nn.Linear):
         """Logits, shape (..., vocab_size), of hidden states, shape (..., hidden)."""
         if not (self._is_lazy and self.training and torch.is_grad_enabled()):
             return super().forward(input)
-        return LazyLogits.of(input, self.weight, self.bias, ())
+        return LazyLogits.of(_Joined.apply(input, self.weight, self.bias), self.weight, self.bias, ())
 
 
 def install(model: Any) -> LeanHead | str:
@@ -84,6 +84,22 @@ def uninstall(model: Any) -> None:
         vars(head).pop("_is_lazy", None)
         vars(head).pop("_num_installed", None)
         cast("Any", head).__class__ = torch.nn.Linear
+
+
+class _Joined(torch.autograd.Function):
+    """Hidden states from which the head's weights can be reached, too, as from logits.
+
+    DistributedDataParallel takes weights that it cannot reach from a model's outputs for unused, and a loss of one's
+    own has the logits computed after that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, *weights: torch.Tensor | None) -> torch.Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (*grad_outputs, None, None)
 
 
 class LazyLogits(torch.Tensor):

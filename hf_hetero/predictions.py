@@ -159,6 +159,10 @@ class Evaluation:
             self._steps.append(rows)
         if self.args.batch_eval_metrics and self.compute_metrics is not None and self.has_labels:
             tensors = {name: _map(torch.from_numpy, pad_rows(values)) for name, values in rows.items()}
+            if "inputs" in tensors:  # a whole batch, in stock
+                ids = tensors["inputs"]
+                mask = (ids != PADDING).long()
+                tensors["inputs"] = {"input_ids": ids * mask, "attention_mask": mask, "labels": tensors["labels"]}
             losses = torch.full((len(row_tokens),), loss)
             self._batch_metrics = self.compute_metrics(self._prediction(tensors, losses), compute_result=is_last)
 

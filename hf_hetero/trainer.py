@@ -275,6 +275,9 @@ class HeteroTrainerMixin(ResumableTrainer):
         for name, owner in overrides.own(self, overrides.EVALUATION).items():
             logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
             return False
+        if self.label_names != ["labels"] or evaluation.gives_attentions(self.model):
+            logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
+            return False
         can_be_planned = partial(evaluation.can_be_planned, dataset, self.args)
         return broadcast(can_be_planned, self.groups.control) if is_stream(dataset) else can_be_planned()
 
@@ -297,12 +300,20 @@ class HeteroTrainerMixin(ResumableTrainer):
         try:
             if not self._is_planned(dataset):
                 evaluation.refuse_packed_rows(dataset)
+                if is_new:
+                    self._give_back()
+                elif not loss_only:
+                    evaluation.refuse_attentions(self.model)
                 return super().evaluation_loop(
                     dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
                 )
             self.callback_handler.eval_dataloader = cast("Any", dataloader)
             found = self._evaluate_planned(dataset, loss_only, description == "Prediction", ignore_keys)
-            return found.output(metric_key_prefix)
+            output = found.output(metric_key_prefix)
+            if hasattr(self, "model_preparation_time"):  # as in stock, where evaluation comes before training
+                metrics = cast("dict[str, Any]", output.metrics)
+                metrics[f"{metric_key_prefix}_model_preparation_time"] = self.model_preparation_time
+            return output
         finally:
             if is_new:
                 self._give_back()

@@ -55,7 +55,7 @@ def compare(one: Behaviour, stock: type, ours: type, folder: Path) -> None:
 
 
 def outcome(one: Behaviour, kind: Any, folder: Path) -> Any:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     torch.manual_seed(0)
     return one.run(kind, str(folder))
 

@@ -182,6 +182,22 @@ def test_wrappers_may_ask(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.text
 
 
+def test_the_weights_can_be_reached() -> None:
+    """DistributedDataParallel takes a weight that it cannot reach from the model's outputs for unused."""
+    model = tiny_model().train()
+    head = install(model)
+    assert isinstance(head, LeanHead)
+    with head.lazy():
+        logits = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+    assert isinstance(logits, LazyLogits)
+    seen, coming = set(), [logits.grad_fn]
+    while coming:
+        node = coming.pop()
+        seen.add(getattr(node, "variable", None))
+        coming += [after for after, _ in node.next_functions if after is not None]
+    assert head.weight in seen
+
+
 def test_only_where_asked() -> None:
     """Outside `lazy`, in evaluation and without gradients, logits are what they always are."""
     model = tiny_model()

@@ -121,6 +121,21 @@ def test_padding_of_the_dataset_is_taken_off() -> None:
     assert batch.micro_batches[0].inputs["input_ids"].tolist() == [[5, 6, 7]]
 
 
+def test_padding_keeps_its_positions() -> None:
+    """As in Trainer, the tokens of a row padded on the left do not stand at 0."""
+    sample = PackedCollator().sample({"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}, "row 1")
+    assert sample.position_ids(0, 2).tolist() == [2, 3]
+    assert PackedCollator().sample({"input_ids": [5, 0], "attention_mask": [1, 0]}, "row 1").positions is None
+
+
+def test_padding_with_labels_is_refused() -> None:
+    """Trainer would learn it; the row, the token and the label are named."""
+    row = {"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0], "labels": [5, 6, -100, 4]}
+    with pytest.raises(BadSample, match=r"row 9 has the label 4 at token 3.*Give padding the label -100"):
+        PackedCollator().sample(row, "row 9")
+    assert PackedCollator().sample({**row, "labels": [5, 6, -100, -100]}, "row 9").input_ids.tolist() == [5, 6]
+
+
 def test_ordinary_collator() -> None:
     """Plain examples give one padded batch, with labels that the model shifts itself."""
     batch: Any = PackedCollator(pad_token_id=9)(

@@ -6,86 +6,20 @@ the refusal's words are. A report of another outcome becomes a line here.
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from conformance import Behaviour, Table, compare, learned, outcome, same, subclass
+from behaviours import Here, check, make, pad, rows, trained
+from conformance import Behaviour, Table, learned, outcome, same, subclass
 from helpers import tiny_model
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-from hf_hetero import HeteroTrainer
-from hf_hetero.plan_ahead import PlanSource
+from transformers import Trainer, TrainerCallback
 
 behaviour = Table()
-
-
-class Here(HeteroTrainer):
-    """Plans in this process: starting others takes longer than these runs."""
-
-    def _plan_source(self) -> PlanSource:
-        return self._planners().for_evaluation()
-
-
-# ----------------------------------------------------------------------------------------------------- what runs share
-
-
-def rows(num: int = 24, length: int | None = None, seed: int = 0) -> list[dict[str, list[int]]]:
-    draw = random.Random(seed)
-    found = []
-    for _ in range(num):
-        ids = [draw.randint(3, 96) for _ in range(length or draw.randint(4, 24))]
-        found.append({"input_ids": ids, "labels": list(ids)})
-    return found
-
-
-def pad(examples: list[Any]) -> dict[str, torch.Tensor]:
-    most = max(len(example["input_ids"]) for example in examples)
-
-    def filled(name: str, value: int) -> torch.Tensor:
-        return torch.tensor([list(e[name]) + [value] * (most - len(e[name])) for e in examples])
-
-    masks = [[1] * len(e["input_ids"]) + [0] * (most - len(e["input_ids"])) for e in examples]
-    batch = {"input_ids": filled("input_ids", 0), "attention_mask": torch.tensor(masks)}
-    return {**batch, "labels": filled("labels", -100)} if "labels" in examples[0] else batch
-
-
-def options(folder: str, **changes: Any) -> TrainingArguments:
-    usual: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "dataloader_pin_memory": False,
-    }
-    return TrainingArguments(output_dir=folder, **{**usual, **changes})
-
-
-def make(kind: Any, folder: str, data: Any = None, model: Any = None, **changes: Any) -> Any:
-    names = ("callbacks", "eval_dataset", "compute_loss_func", "compute_metrics", "model_init")
-    given = {name: changes.pop(name) for name in names if name in changes}
-    given.setdefault("data_collator", changes.pop("data_collator", pad))
-    if "model_init" not in given:
-        given["model"] = model or tiny_model()
-    data = rows() if data is None else data
-    return kind(args=options(folder, **changes), train_dataset=data, **given)
-
-
-def trained(kind: Any, folder: str, *data: Any, **changes: Any) -> list[Any]:
-    """Losses, gradient norms, and weights at the end."""
-    trainer = make(kind, folder, *data, **changes)
-    trainer.train()
-    return learned(trainer)
 
 
 # ------------------------------------------------------------------------------------------------ steps and arguments
@@ -764,7 +698,7 @@ def evaluation_of_a_stream(kind: Any, folder: str) -> Any:
 @pytest.mark.parametrize("one", behaviour.all, ids=lambda one: one.name)
 def test_as_trainer_or_refused(one: Behaviour, tmp_path: Path) -> None:
     """The outcome is Trainer's, or a refusal that names what it is about."""
-    compare(one, Trainer, Here, tmp_path)
+    check(one, tmp_path)
 
 
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
