@@ -139,7 +139,10 @@ def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = 
 
 def limit_of(group: dist.ProcessGroup | None = None) -> str:
     """The setting that says how long ranks may wait in a group of all of them; None: the default one."""
-    return GROUP_LIMIT if (group or _default_group()).group_desc.endswith(IN_HASTE) else JOB_LIMIT
+    if not dist.is_initialized():
+        return JOB_LIMIT
+    group = _default_group() if group is None else group
+    return GROUP_LIMIT if group.group_desc.endswith(IN_HASTE) else JOB_LIMIT
 
 
 def _default_group() -> dist.ProcessGroup:

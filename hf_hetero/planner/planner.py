@@ -168,11 +168,11 @@ class Planner:
         return self._improved(problem, plan) if self.solver == "mip" else plan
 
     def _with_methods(self, plan: Plan, problem: Problem, lengths: Sequence[int]) -> Plan:
-        """The best of two or three plans, each with the fastest method for each of its groups.
+        """The best of several plans, each with the fastest method for each of its groups.
 
         One was made as if all groups exchanged heads, the other as if no exchange took time. The truth is between, and
         the bound of the second holds whatever the methods. Both take heads for divisible; where they are not at large
-        degrees, a third does without those.
+        degrees, a third does without those. Those with one degree are tried, too: none of them shall be faster.
         """
         free = Planner(self.cost_model.with_free_exchange(), self.num_ranks, self.max_degree, self.solver)
         at_best = replace(free, mip_time_limit_s=self.mip_time_limit_s, mip_backend=self.mip_backend).plan(lengths)
@@ -181,6 +181,9 @@ class Planner:
         if len(even) < len(problem.degrees) and problem.lengths[0] <= problem.capacity * even[-1]:
             fewer = make_problem(self.cost_model.with_degrees(even), self.num_ranks, self.max_degree, lengths)
             made_by.append(to_plan(fewer, *_fast(fewer), at_best.lower_bound_s))
+        for degree in problem.degrees:
+            if (draft := homogeneous(problem, degree)) is not None:
+                made_by.append(to_plan(problem, draft, "homogeneous", at_best.lower_bound_s))
         found = [with_methods(self.cost_model, made, lengths, self.methods) for made in made_by]
         return replace(min(found, key=lambda made: made.seconds), lower_bound_s=at_best.lower_bound_s)
 

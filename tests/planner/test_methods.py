@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_hetero.activation_policy import ActivationPolicy
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
 from hf_hetero.planner.methods import with_methods
+from hf_hetero.sources import read_source
 
 LENGTHS = [9000, 3, 170, 1100, 4000, 64, 2100, 33, 700, 4, 1300, 500]
 
@@ -191,3 +193,18 @@ def test_only_who_must_recomputes() -> None:
     by_sample = {group.samples: group.activations for group in plan.groups}
     assert by_sample == {(0,): "recompute", (1,): None, (2,): None}
     assert not any(group.activations for group in Planner(cost, 2).plan([3900, 3900]).groups)
+
+
+@pytest.mark.parametrize("methods", [METHODS, ("ring",), ("ulysses", "gather")])
+@pytest.mark.parametrize(("name", "num_ranks"), [("llama-8b_8xh100_pcie", 8), ("llama-8b_64xa100_ib", 16)])
+def test_never_worse_than_one_degree_with_methods(name: str, num_ranks: int, methods: tuple[str, ...]) -> None:
+    """A run with one degree may choose its methods, too, and is no faster."""
+    cost = CostModel.load(name)
+    planner = Planner(cost, num_ranks, methods=methods)
+    for seed in range(4):
+        lengths = read_source("long-sft", 24, seed=seed, max_tokens=planner.degrees[-1] * cost.capacity_tokens).lengths
+        plan = planner.plan(lengths.tolist())
+        for degree in planner.degrees:
+            with suppress(InfeasibleBatch):
+                fixed = with_methods(cost, planner.static(lengths.tolist(), degree), lengths.tolist(), methods)
+                assert plan.seconds <= fixed.seconds * (1 + 1e-9), (seed, degree)
