@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,14 +161,16 @@ def problem_of(folder: Path) -> str | None:
     if not (folder / RUN_FILE).exists():
         return _problem_of_a_plain_one(folder)
     try:
-        files: dict[str, list[int]] = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError, TypeError):
+        files = _seals_in(folder)
+        with suppress(HeteroError):  # another version's, which is said when it is resumed
+            _run_of(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"its {RUN_FILE} cannot be read"
     if not files:
         return f"its {RUN_FILE} names no file"
     for name, seal in files.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # also a name that no file can have
             return f"{name} is missing"
         if path.stat().st_size != seal[0]:
             return f"{name} has {path.stat().st_size} bytes instead of {seal[0]}"
@@ -184,6 +188,23 @@ def _problem_of_a_plain_one(folder: Path) -> str | None:
     if not any(path.name.endswith(WEIGHTS) and path.name != "training_args.bin" for path in folder.rglob("*")):
         return "it has no weights"
     return None
+
+
+def _seals_in(folder: Path) -> dict[str, list[int]]:
+    """The seals of a checkpoint's files, by name, as it has them written down.
+
+    Raises:
+        ValueError: it has not.
+    """
+    data: Any = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or not isinstance(files := data.get("files"), dict):
+        raise ValueError("no files")
+    for name, seal in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError("a file elsewhere")
+        if not isinstance(seal, list) or len(seal) < WHOLE or not all(type(number) is int for number in seal):
+            raise ValueError("no seal")
+    return files
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
@@ -251,8 +272,13 @@ def _run_of(folder: Path) -> Run | None:
     data = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     if data.get("format") != FORMAT:
         raise HeteroError(f"{folder / RUN_FILE} is of format {data.get('format')!r}; this version reads {FORMAT!r}.")
-    stream = data.get("stream")
-    return Run(data["num_ranks"], data.get("order", {}), None if stream is None else Position(**stream))
+    order: Any = data.get("order", {})
+    stream: Any = data.get("stream")
+    run = Run(data["num_ranks"], order, None if stream is None else Position(**stream))
+    counts = [run.num_ranks, *([run.stream.epoch, run.stream.batches, run.stream.rows] if run.stream else [])]
+    if not isinstance(order, dict) or not all(type(count) is int for count in counts):
+        raise TypeError(f"{folder / RUN_FILE} does not say where its run was")
+    return run
 
 
 def _files(folder: Path) -> list[Path]:

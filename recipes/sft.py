@@ -448,7 +448,7 @@ def load_tokenizer(args: RecipeArguments, data: datasets.Dataset) -> Any:
     """The tokenizer named, or one made of the dataset's text and kept in the user's cache; None if none is needed."""
     if args.tokenizer != "train":
         if (name := args.tokenizer or args.model) is not None:
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if "input_ids" in data.column_names:
             return None
         raise HeteroError("Name a tokenizer (a folder or a hub name), or make one of the dataset: tokenizer: train.")
@@ -480,7 +480,8 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
     if (args.model is None) == (args.model_config is None):
         raise HeteroError("Set one of `model` (a folder or a hub name) and `model_config` (train from scratch).")
     if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+        # said outright, because transformers would ask at the terminal, and ranks have none
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
     else:
         shape = json.loads(args.model_config) if isinstance(args.model_config, str) else dict(args.model_config)
         if tokenizer is not None:

@@ -106,6 +106,38 @@ def test_damaged(tmp_path: Path, damage: Callable[[Path], Any], problem: str) ->
     assert str(older) in str(refused.value)
 
 
+ODD_RUNS: list[dict[str, Any]] = [
+    *({"files": files} for files in (None, [], 3, {"a": None}, {"a": []}, {"a": ["1", 2]}, {"a": {"b": 1}})),
+    *({"files": {name: [1, 2]}} for name in ("/etc/passwd", "../other", "a/../../b")),
+    *({"num_ranks": ranks} for ranks in (None, "4", 1.5, True)),
+    *({"order": order} for order in (None, [], "x")),
+    *({"stream": stream} for stream in ([], "x", 3, {"epochs": 1}, {"epoch": "1"}, {"rows": None})),
+]
+
+
+@pytest.mark.parametrize("changes", ODD_RUNS)
+def test_odd_runs_are_passed_over(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Whatever stands where a run should: the checkpoint before it is taken, and no file elsewhere is looked at."""
+    older, newer = write(tmp_path, 2), write(tmp_path, 10)
+    data = json.loads((newer / RUN_FILE).read_text())
+    (newer / RUN_FILE).write_text(json.dumps({**data, **changes}))
+    assert chosen(True, tmp_path) == (older, RUN, [f"checkpoint-10: its {RUN_FILE} cannot be read."])
+
+
+@pytest.mark.parametrize(
+    "content", [b"null", b"3", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"format": "hf-hetero-run/1"}']
+)
+def test_what_is_no_run_is_passed_over(tmp_path: Path, content: bytes) -> None:
+    """The same for any content of the file, and for names that no file can have."""
+    older, newer = write(tmp_path, 2), write(tmp_path, 10)
+    data = json.loads((newer / RUN_FILE).read_text())
+    (newer / RUN_FILE).write_bytes(content)
+    assert chosen(True, tmp_path)[0] == older
+    for name in ("x" * 5000, "a\0b"):
+        (newer / RUN_FILE).write_text(json.dumps({**data, "files": {name: [1, 2]}}))
+        assert chosen(True, tmp_path) == (older, RUN, [f"checkpoint-10: {name} is missing."])
+
+
 @pytest.mark.parametrize("at", [0, 1 << 20, 2_500_000, 5_119_999])
 def test_every_byte_counts(tmp_path: Path, at: int) -> None:
     """One bit that changed anywhere in a file is known."""

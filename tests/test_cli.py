@@ -273,6 +273,36 @@ def test_no_torch(verb: str, files: list[str]) -> None:
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_a_report_lies_beside_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the file is named, or its folder, or the folder one stands in."""
+    cost, lengths = a_cost_model(), [50, 7]
+    plan = Planner(cost, 2).plan(lengths)
+    record = {"step": 1, "lengths": lengths, "plan": plan.to_dict(), "seconds": 1.0, "wait_s": 0.0}
+    text = json.dumps({**record, "busy_s": busy_seconds(plan, lengths, cost)})
+    (tmp_path / "plans.jsonl").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for where in (str(tmp_path), ".", "plans.jsonl"):
+        assert main(["report", where]) == 0
+        (tmp_path / "report.html").unlink()
+
+
+def test_whoever_has_seen_enough_may_leave() -> None:
+    """`hf-hetero costs | head -1` and a full disk end with 1 and at most a line."""
+    command = [sys.executable, "-m", "hf_hetero.cli", "costs"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout is not None
+    running.stdout.close()
+    assert running.stderr is not None
+    assert running.stderr.read() == ""
+    running.stderr.close()
+    assert running.wait() == 1
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[0] == "hf-hetero: Cannot write the output: No space left on device."
+
+
 def page() -> str:
     return (Path(__file__).parents[1] / "recipes" / "plan_only" / "README.md").read_text(encoding="utf-8")
 

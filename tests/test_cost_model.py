@@ -233,3 +233,14 @@ def test_agrees_with_the_independent_judge() -> None:
         groups = (Group((0, 1), (0, 2)), Group((2,), (1, 3)), Group((3,), (4,)))
         plan = Plan(4, (MicroBatch(groups),))
         assert ours.plan_seconds(plan, lengths) == pytest.approx(judge.plan_seconds(plan.to_dict(), lengths, theirs))
+
+
+def test_a_field_twice_and_a_file_too_deep(tmp_path: Path) -> None:
+    """Of two values of one field none is guessed; what cannot be read is said, whatever the reason."""
+    text = json.dumps(a_cost_model().to_dict())
+    (tmp_path / "twice.json").write_text(text[:-1] + ', "micro_batch_s": 5.0}')
+    with pytest.raises(ConfigError, match="the field 'micro_batch_s' stands there twice"):
+        CostModel.load(tmp_path / "twice.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deep"):
+        CostModel.load(tmp_path / "deep.json")

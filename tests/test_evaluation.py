@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -29,7 +30,6 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
-from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.predictions import Piece, assemble, pad_rows
 
 DATA = samples(LENGTHS, seed=3)
@@ -38,8 +38,8 @@ DATA = samples(LENGTHS, seed=3)
 class ScriptedEvaluation(ScriptedTrainer):
     """Evaluation by plans of mixed degrees and methods, with empty groups."""
 
-    def _evaluation_source(self) -> PlanSource:
-        return scripted(ScriptedPlanner(self.args.world_size))
+    def _planners(self) -> Any:
+        return SimpleNamespace(for_evaluation=lambda: scripted(ScriptedPlanner(self.args.world_size)))
 
 
 def reference(model: Any = None) -> tuple[float, list[np.ndarray]]:
