@@ -310,7 +310,7 @@ def script_reads_its_loaders(kind: Any, folder: str) -> Any:
 def script_computes_a_loss(kind: Any, folder: str) -> Any:
     trainer = make(kind, folder, eval_dataset=rows(9))
     trainer.model.eval()
-    return [float(trainer.compute_loss(trainer.model, batch)) for batch in trainer.get_eval_dataloader()]
+    return [float(trainer.compute_loss(trainer.model, batch).detach()) for batch in trainer.get_eval_dataloader()]
 
 
 @behaviour()
@@ -463,7 +463,7 @@ def loss_that_is_watched(kind: Any, folder: str) -> Any:
     ) -> Any:
         loss, outputs = kind.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.is_in_train and model is self.model_wrapped:
-            seen.append(float(loss))
+            seen.append(float(loss.detach()))
         return (loss, outputs) if return_outputs else loss
 
     return trained(subclass(kind, compute_loss=compute_loss), folder), seen
