@@ -397,7 +397,7 @@ def loss_that_is_watched(kind: Any, folder: str) -> Any:
     ) -> Any:
         loss, outputs = kind.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.is_in_train and model is self.model_wrapped:
-            seen.append(float(loss))
+            seen.append(float(loss.detach()))
         return (loss, outputs) if return_outputs else loss
 
     return trained(subclass(kind, compute_loss=compute_loss), folder), seen

@@ -371,7 +371,7 @@ def loss_that_is_watched(kind: Any, folder: str) -> Any:
     def compute_loss(self: Any, model: Any, inputs: Any, *others: Any, **kwargs: Any) -> Any:
         loss = kind.compute_loss(self, model, inputs, *others, **kwargs)
         if self.is_in_train and model is self.model_wrapped:
-            seen.append(float(loss))
+            seen.append(float(loss.detach()))
         return loss
 
     return trained(subclass(kind, compute_loss=compute_loss), folder, texts()), sum(seen)  # once a micro-batch
@@ -560,7 +560,7 @@ def plain_arguments(kind: Any, folder: str) -> Any:
 def loss_of_a_batch_of_ones_own(kind: Any, folder: str) -> Any:
     trainer = make(kind, folder, texts())
     batch = next(iter(trainer.get_train_dataloader()))
-    return float(trainer.compute_loss(trainer.model, dict(batch)))
+    return float(trainer.compute_loss(trainer.model, dict(batch)).detach())
 
 
 @behaviour()
