@@ -122,7 +122,7 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
             yield
     except BaseException as error:
         if isinstance(error, CollectiveFailed) and f"step {step()}" not in str(error).lower():
-            error.args = (f"Step {step()}: {error}",)
+            error.args = (f"At step {step()}: {error}",)
         if is_out_of_memory(error):
             error.args = (  # whoever catches torch's error finds it
                 f"Step {step()}: this rank ran out of memory. Let ranks hold fewer tokens at a time: lower "
