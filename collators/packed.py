@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from hf_hetero.limits import Limits, check_whole_numbers
 from hf_hetero.loss import IGNORE_INDEX, num_targets, shift_labels
 from hf_hetero.rows import PACKED_COLUMN, nested
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
+
+logger = logging.getLogger(__name__)
 
 Example = Mapping[str, Any]
 NUMBERS = ("input_ids", "labels", "position_ids")
@@ -89,6 +92,7 @@ class PackedCollator:
             making labels (`DataCollatorForLanguageModeling`, for one).
         pad_token_id: fills the rows of an ordinary batch.
         makes_labels: take `input_ids` for the labels of rows that have none.
+        says_so: do that in training at least, and say so once.
         needs_labels: refuse rows without labels.
         model_inputs: what the model's forward takes; of these, what a row has for each token is handed on.
         columns: of a row that are looked at; None: all. Others are left out before `example_collator` sees them.
@@ -102,6 +106,7 @@ class PackedCollator:
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
     pad_token_id: int = 0
     makes_labels: bool = True
+    says_so: bool = False
     needs_labels: bool = False
     model_inputs: frozenset[str] = frozenset()
     columns: frozenset[str] | None = None
@@ -188,6 +193,11 @@ class PackedCollator:
             positions = torch.arange(kept.start, kept.stop)
         if labels is None and self.makes_labels:
             labels = input_ids
+            if self.says_so:
+                logger.warning(
+                    "%s has no labels: all tokens of such rows are learned. Give rows labels to learn others.", name
+                )
+                self.says_so = False
         if labels is None and self.needs_labels:
             raise BadSample(
                 f"{name} has no labels, so there is nothing to learn. Give the dataset a labels column, or make labels "

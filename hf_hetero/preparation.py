@@ -64,7 +64,7 @@ class PreparedTrainer(Trainer):
         exactness.check_model(self)
         if self.data_collator is default_data_collator:
             # transformers' takes rows of one length only
-            self.data_collator = PackedCollator(makes_labels=False)
+            self.data_collator = PackedCollator(makes_labels=False, says_so=True)
         choose_kernel(exactness.base_model(self.model), self.args.device.type, self._compute_dtype())
         self._tried: Any = None
         self._try_untested()
@@ -101,9 +101,8 @@ class PreparedTrainer(Trainer):
             return False
         exactness.check_model(self)
         self._try_untested()
-        # Liger brings a loss of its own, and so may users, outside the wrapper; a compiler sees through no lazy tensor
-        has_other_loss = self.args.use_liger_kernel or self.compute_loss_func or overrides.own(self, ("compute_loss",))
-        chunked = self.hetero.chunked_loss and not has_other_loss and not self.args.torch_compile
+        # Liger brings a loss of its own; a compiler sees through no lazy tensor
+        chunked = self.hetero.chunked_loss and not self.args.use_liger_kernel and not self.args.torch_compile
         self._fitted = Fitted(self.model, self.args, self._dtype_of_now(), chunked)
         try:
             self._check_own_loss()
@@ -153,17 +152,19 @@ class PreparedTrainer(Trainer):
         collator: Any = self.data_collator
         if isinstance(collator, PackedCollator):
             return collator
-        if type(collator) is DataCollatorWithPadding:
+        if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
             pad = getattr(self.processing_class, "pad_token_id", None)
-            return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False)
+            return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False, says_so=True)
         # theirs keeps serving stock batches; here it makes the labels of one sample at a time
         return PackedCollator(example_collator=collator, makes_labels=False)
 
     def _packer(self, needs_labels: bool) -> PackedCollator:
         self._set_signature_columns_if_needed()
         taken = frozenset(self._signature_columns or ())
+        packer = self._make_packer()
         return replace(
-            self._make_packer(),
+            packer,
+            makes_labels=packer.makes_labels or (needs_labels and packer.says_so),
             needs_labels=needs_labels,
             model_inputs=taken - PLANNED_INPUTS,
             columns=taken if self.args.remove_unused_columns else None,

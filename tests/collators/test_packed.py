@@ -207,3 +207,14 @@ def test_whole_numbers_of_another_kind() -> None:
     sample = PackedCollator().sample({"input_ids": np.array([5.0, 6.0, 7.0])}, "row 77")
     assert sample.input_ids.tolist() == [5, 6, 7]
     assert sample.input_ids.dtype == torch.long
+
+
+def test_labels_that_are_made_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Once, where nobody asked for them; where somebody did, there is nothing to say."""
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5]}]
+    for says_so in (True, False):
+        collator = PackedCollator(says_so=says_so)
+        assert [collator.sample(row, f"row {n}").labels.tolist() for n, row in enumerate(rows)] == [[1, 2, 3], [4, 5]]
+        said = [record.message for record in caplog.records]
+        assert [message.startswith("row 0 has no labels") for message in said] == [True] * says_so
+        caplog.clear()
