@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_hetero import agreement
+from hf_hetero import agreement, groups
 from hf_hetero.agreement import (
     any_of,
     broadcast,
@@ -71,6 +71,9 @@ class Ranks:
 
     def get_world_size(self) -> int:
         return self.num_ranks
+
+    def is_initialized(self) -> bool:
+        return False  # there are no groups of torch
 
     def meet(self, what: str, value: Any) -> list[Any]:
         """Come to an exchange, and wait for the others; what each of them brought."""
@@ -246,6 +249,7 @@ def run(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agreement, "dist", ranks)
+        patch.setattr(groups, "dist", ranks)
         threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_ranks)]
         for thread in threads:
             thread.start()
