@@ -17,7 +17,8 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels import Kernel
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
 from hf_hetero.collators import PackedCollator
-from hf_hetero.collators.packed import Sample, pack_spans
+from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.spans import pack_spans
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import HeteroError

@@ -117,7 +117,7 @@ class RankMicroBatch:
         layout: which tokens each of them holds.
         spans: those that this rank holds, in memory order.
         inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
-            in: on a rank without tokens, or as the place of the last target (see `collators.packed.pack_spans`).
+            in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`).
         labels: each token's own label, shape (1, num_tokens); None where samples have none.
         reaches: for each span, one more than the last position of its whole sample.
     """

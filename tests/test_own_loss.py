@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from hf_hetero import UnsupportedModel
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.cpu import CPU
-from hf_hetero.collators.packed import Sample, pack_spans
+from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.spans import pack_spans
 from hf_hetero.layout import contiguous
 from hf_hetero.own_loss import TOKENS, check
 

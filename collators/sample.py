@@ -1,0 +1,208 @@
+"""One row of a dataset as what is trained on: its tokens without padding, and what there is of each of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_hetero.errors import BadSample
+from hf_hetero.limits import check_whole_numbers
+from hf_hetero.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.rows import nested
+
+Example = Mapping[str, Any]
+NUMBERS = ("input_ids", "labels", "position_ids")
+"""What a row counts with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample, ready to be packed. Each tensor has one entry a token, shape (num_tokens, ...).
+
+    Args:
+        input_ids: tokens.
+        labels: what each token is, where it is to be predicted; None where the sample has no labels.
+        positions: given by the row; None: they count from 0.
+        inputs: what else the model takes of each token.
+        weights: what else there is of each label, for a loss of one's own.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor | None
+    positions: torch.Tensor | None = None
+    inputs: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """The label after each token; the last one has nothing to predict."""
+        if self.labels is None:
+            return torch.full_like(self.input_ids, IGNORE_INDEX)
+        return shift_labels(self.labels)
+
+    @property
+    def num_positions(self) -> int:
+        """One more than its last position."""
+        return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
+
+    def fingerprint(self) -> int:
+        """63 bits of all that is its own."""
+        digest = hashlib.blake2b(digest_size=8)
+        for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
+            if tensor is not None:
+                digest.update(tensor.contiguous().numpy().data)
+        return int.from_bytes(digest.digest(), "big") >> 1
+
+    def part(self, start: int, end: int) -> Sample:
+        """A stretch of it, as a sample of its own."""
+        kept = slice(start, end)
+        return Sample(
+            self.input_ids[kept],
+            None if self.labels is None else self.labels[kept],
+            None if self.positions is None else self.positions[kept],
+            {name: values[kept] for name, values in self.inputs.items()},
+            {name: values[kept] for name, values in self.weights.items()},
+        )
+
+    def position_ids(self, start: int, end: int) -> torch.Tensor:
+        """Of a span."""
+        return torch.arange(start, end) if self.positions is None else self.positions[start:end]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a row has of each of its tokens.
+
+    Args:
+        values: by name, without `attention_mask`; each of shape (num_tokens, ...).
+        kept: where in the row these tokens are; around them is padding.
+        is_masked: whether the row had an attention mask.
+    """
+
+    values: dict[str, torch.Tensor]
+    kept: slice
+    is_masked: bool
+
+    def positions(self, is_packed: bool, name: str) -> torch.Tensor | None:
+        """Where its tokens are, if that is not simply 0, 1, 2, ...
+
+        Args:
+            is_packed: its documents are known.
+            name: of the row, for messages.
+
+        Raises:
+            BadSample: transformers would take it for several documents.
+        """
+        if "position_ids" not in self.values:
+            # as in stock, where padding on the left takes the first positions
+            start, stop = self.kept.start or 0, self.kept.stop
+            return torch.arange(start, stop) if start and not is_packed else None
+        positions = self.values["position_ids"].long()
+        steps = positions.diff()
+        if not is_packed and bool((steps < 0).any()):
+            raise BadSample(
+                f"{name} was packed: its position_ids start anew within it. Give the dataset a seq_lengths column "
+                "with the tokens of each document, as TRL's packing does, or do not pack: steps are packed anyway."
+            )
+        if not is_packed and not self.is_masked and bool((steps != 1).any()):
+            raise BadSample(
+                f"{name}: its position_ids skip some, which transformers takes for the start of another document "
+                "where there is no attention_mask. Give the row an attention_mask of ones if it is one sample."
+            )
+        return positions
+
+
+def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
+    """A row's values, without its padding.
+
+    Args:
+        example: with `input_ids`.
+        model_inputs: what the model takes beside them.
+        name: of the row, for messages.
+
+    Raises:
+        BadSample: what cannot be shared out token by token, or is not what a row may hold.
+    """
+    input_ids = torch.as_tensor(example["input_ids"])
+    if input_ids.ndim != 1:
+        raise nested(name)
+    per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
+    values = {key: tensor for key, tensor in per_token.items() if tensor is not None}
+    _check_carried(example, values, model_inputs, name)
+    mask = values.pop("attention_mask", None)
+    check_whole_numbers({key: values[key] for key in NUMBERS if key in values}, name)
+    kept = _without_padding(mask, name)
+    _check_padding_labels(mask, values.get("labels"), name)
+    return Row({key: tensor[kept] for key, tensor in values.items()}, kept, mask is not None)
+
+
+def _check_carried(
+    example: Example, found: Mapping[str, torch.Tensor], model_inputs: frozenset[str], name: str
+) -> None:
+    """Refuse what a rank that holds a part of the row could not be given its part of."""
+    num_tokens = len(found["input_ids"])
+    if example.get("labels") is not None and "labels" not in found:
+        raise BadSample(
+            f"{name} has {num_tokens} input_ids but {torch.as_tensor(example['labels']).numel()} labels. Give "
+            f"every token a label; {IGNORE_INDEX} marks those not to learn from."
+        )
+    for key in sorted((model_inputs & set(example)) - set(found)):
+        if example[key] is not None:
+            raise BadSample(
+                f"{name}: {key} is an input of the model and does not have one value for each of the {num_tokens} "
+                "tokens, so it cannot be shared out with them. Remove it, or train with plain Trainer."
+            )
+
+
+def has_rows(values: Any) -> bool:
+    """Whether it is of a batch with one row."""
+    return isinstance(values, torch.Tensor | Sequence | np.ndarray) and len(values) == 1
+
+
+def _per_token(values: Any, num_tokens: int) -> torch.Tensor | None:
+    """As a tensor with one entry a token; None for anything else."""
+    if values is None or isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        return None
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return tensor if tensor.ndim and len(tensor) == num_tokens else None
+
+
+def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
+    """Where the tokens of a padded row are."""
+    if mask is None:
+        return slice(None)
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise BadSample(
+            f"{name} was packed: its attention_mask numbers its documents. Give the dataset a seq_lengths column with "
+            "the tokens of each document instead."
+        )
+    tokens = torch.nonzero(mask).flatten()
+    if not len(tokens):
+        return slice(0, 0)
+    first, last = int(tokens[0]), int(tokens[-1])
+    if last - first + 1 != len(tokens):
+        raise BadSample(
+            f"{name} has holes in its attention_mask: only padding at its ends can be left out. Remove the masked "
+            "tokens from the row, or train with plain Trainer."
+        )
+    return slice(first, last + 1)
+
+
+def _check_padding_labels(mask: torch.Tensor | None, labels: torch.Tensor | None, name: str) -> None:
+    """Trainer's loss would learn padding that has labels, and padding is left out here."""
+    if mask is None or labels is None:
+        return
+    if bool((learnt := (mask == 0) & (labels != IGNORE_INDEX)).any()):
+        place = int(torch.nonzero(learnt)[0])
+        raise BadSample(
+            f"{name} has the label {int(labels[place])} at token {place}, which its attention_mask says is padding: "
+            f"Trainer would learn it. Give padding the label {IGNORE_INDEX}, or leave it out: no padding is needed."
+        )

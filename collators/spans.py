@@ -1,0 +1,98 @@
+"""The spans that a rank holds, one after the other, as inputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from hf_hetero.attention.interface import planned_mask
+from hf_hetero.collators.sample import Sample
+from hf_hetero.errors import BadSample
+from hf_hetero.layout import Span
+from hf_hetero.loss import IGNORE_INDEX
+
+
+def pack_spans(
+    spans: Sequence[Span], samples: Sequence[Sample | None], unshifted: bool = False
+) -> dict[str, torch.Tensor]:
+    """Model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
+
+    Positions count within each sample, unless its row gives others. The loss reads `shift_labels`, what each token has
+    to predict, since the next token may lie elsewhere; `labels` are each token's own. A rank without tokens runs one
+    token that has no target and that attention leaves out: its gradient is zero, and the rank joins every collective.
+
+    A loss that shifts `labels` itself compares those of tokens 1, 2, ... with the logits of tokens 0, 1, ... So for
+    one, `labels` are the targets, one place later, and a token that stands in at the end makes room for the last:
+    whatever spans the rank holds, the loss compares each token with its target, and no token with another sample's.
+
+    Args:
+        spans: of one rank, in memory order.
+        samples: of the pack; None where this rank holds nothing of them.
+        unshifted: for a loss that shifts labels itself.
+    """
+    held = [(sample_of(samples, span), slice(span.start, span.end)) for span in spans]
+    num_tokens = sum(span.num_tokens for span in spans)
+    stands_in = unshifted or not held
+    inputs = {
+        "input_ids": _joined([sample.input_ids[at] for sample, at in held], stands_in, 0),
+        "position_ids": _joined([sample.position_ids(at.start, at.stop) for sample, at in held], stands_in, 0),
+        "attention_mask": planned_mask(num_tokens, num_tokens + stands_in),
+    }
+    for name in _names(sample.inputs for sample, _ in held):
+        inputs[name] = _joined([sample.inputs[name][at] for sample, at in held], stands_in, 0)
+    if any(sample.labels is None for sample, _ in held):
+        return inputs
+    targets = _joined([sample.targets[at] for sample, at in held], stands_in, IGNORE_INDEX)
+    if not unshifted:
+        labels = [sample.labels[at] for sample, at in held if sample.labels is not None]
+        return {**inputs, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
+    inputs["labels"] = _one_later(targets, IGNORE_INDEX)
+    for name in _names(sample.weights for sample, _ in held):
+        after = [_shifted(sample.weights[name])[at] for sample, at in held]
+        inputs[name] = _one_later(_joined(after, stands_in, 0), 0)
+    return inputs
+
+
+def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:
+    """Values of tokens one after the other, and of a token that stands in. Shape (1, num_tokens, ...)."""
+    shape = values[0].shape[1:] if values else ()
+    kind = values[0].dtype if values else torch.long
+    extra = [torch.full((1, *shape), filling, dtype=kind)] if stands_in else []
+    return torch.cat([*values, *extra]).unsqueeze(0)
+
+
+def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
+    """Each token's value at the token after it. Shape (1, num_tokens, ...)."""
+    moved = values.roll(1, dims=1)
+    moved[:, 0] = filling
+    return moved
+
+
+def _shifted(values: torch.Tensor) -> torch.Tensor:
+    """What the token after each has; the last one gets 0. Shape (num_tokens, ...)."""
+    moved = values.roll(-1, dims=0)
+    moved[-1] = 0
+    return moved
+
+
+def labels_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> torch.Tensor | None:
+    """Each token's own label, shape (1, num_tokens); None where a sample has none."""
+    held = [(sample_of(samples, span), span) for span in spans]
+    labels = [sample.labels[span.start : span.end] for sample, span in held if sample.labels is not None]
+    return _joined(labels, stands_in=not held, filling=IGNORE_INDEX) if len(labels) == len(held) else None
+
+
+def sample_of(samples: Sequence[Sample | None], span: Span) -> Sample:
+    """The sample that a span is of, which this rank has read."""
+    sample = samples[span.sample]
+    assert sample is not None
+    return sample
+
+
+def _names(of_samples: Iterable[Mapping[str, torch.Tensor]]) -> list[str]:
+    """Keys of the first; all samples of a pack must have the same."""
+    keys = [tuple(sorted(one)) for one in of_samples]
+    if len(set(keys)) > 1:
+        raise BadSample(f"Some rows have {sorted(set(keys[0]) ^ set(min(set(keys) - {keys[0]})))}, others have not.")
+    return list(keys[0]) if keys else []
