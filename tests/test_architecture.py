@@ -54,6 +54,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"evaluation", "fitting"},
     {"predictions", "preparation"},
     {"resumption"},
+    {"evaluating"},
     {"trainer"},
     {"sft"},
     {""},  # hf_hetero/__init__.py, the catalogue
