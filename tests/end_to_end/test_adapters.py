@@ -91,6 +91,7 @@ def test_gradients_equal_the_reference(kind: str) -> None:
 
 def head_of(kind: str) -> str:
     trainer = ScriptedTrainer(adapted(kind), arguments("unused", 1), train_dataset=samples(LENGTHS))
+    trainer._fit()
     return type(trainer.model.get_base_model().get_output_embeddings()).__name__
 
 

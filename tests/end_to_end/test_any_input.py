@@ -19,6 +19,8 @@ from hf_hetero import CostModel, Planner
 from hf_hetero.cli import main
 from hf_hetero.simulate import busy_seconds
 
+pytestmark = pytest.mark.slow
+
 COST = CostModel.load("llama-8b_8xa100_pcie")
 FAST = ["--ranks", "8", "--solver", "fast"]
 LENGTHS = [3000, 500, 40, 7]

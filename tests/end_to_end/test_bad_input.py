@@ -126,13 +126,13 @@ def test_wrong_number_of_ranks() -> None:
 class OtherPlan(ScriptedTrainer):
     """Rank 1 swaps two groups of what it was given."""
 
-    def get_train_dataloader(self) -> Any:
-        loader = super().get_train_dataloader()
-        sampler: Any = loader.batch_sampler
+    def _training_data(self, loader: Any) -> Any:
+        data = super()._training_data(loader)
+        sampler: Any = data.loader.batch_sampler
         if dist.get_rank() == 1:
             given = sampler._plan_step
             sampler._plan_step = lambda *key: altered(given(*key))
-        return loader
+        return data
 
 
 def altered(step: Any) -> Any:

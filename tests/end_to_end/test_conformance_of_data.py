@@ -25,6 +25,8 @@ from transformers import (
     TrainerCallback,
 )
 
+pytestmark = pytest.mark.slow
+
 behaviour = Table()
 
 EVEN = rows(8, length=8)

@@ -17,6 +17,8 @@ from helpers import tiny_model, with_lora
 from transformers import EarlyStoppingCallback, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+pytestmark = pytest.mark.slow
+
 behaviour = Table()
 
 EVEN = rows(8, length=8)

@@ -19,6 +19,8 @@ from helpers import ScriptedTrainer, run_ranks, tiny_model, with_lora
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
+pytestmark = pytest.mark.slow
+
 ON_RANKS: list[Behaviour] = []
 """Two ranks of Trainer are right."""
 ON_ONE: list[Behaviour] = []

@@ -15,6 +15,8 @@ from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 from hf_hetero import HeteroConfig, HeteroTrainer
 from hf_hetero.errors import BadSample, InfeasibleBatch
 
+pytestmark = pytest.mark.slow
+
 WARM_UP, NUM_TRAINERS = 1, 2
 DATA = samples(LENGTHS)
 

@@ -21,6 +21,8 @@ trl = pytest.importorskip("trl")
 
 from hf_hetero import HeteroSFTTrainer  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 behaviour = Table()
 
 
