@@ -701,6 +701,17 @@ def test_as_trainer_or_refused(one: Behaviour, tmp_path: Path) -> None:
     check(one, tmp_path)
 
 
+def test_the_readme_counts_them() -> None:
+    """All tables together: how many behaviours there are, how many of them are equal, and how many are refused."""
+    here = Path(__file__).parent
+    lines = [line for file in here.glob("test_*conformance*.py") for line in file.read_text().splitlines()]
+    tried = [line for line in lines if line.startswith(("@behaviour(", "@on_ranks", "@on_one"))]
+    refused = [line for line in tried if line.startswith("@behaviour(") and line != "@behaviour()"]
+    said = " ".join((here.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(tried)} behaviours of `Trainer`" in said
+    assert f"{len(tried) - len(refused)} are equal, {len(refused)} are refused by name" in said
+
+
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     """Another learning rate is another outcome."""
     one = Behaviour(lambda kind, folder: trained(kind, folder, learning_rate=1e-3 if kind is Trainer else 2e-3), None)
