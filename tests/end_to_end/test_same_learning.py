@@ -277,9 +277,9 @@ def test_whole_logits_are_not_computed_under_ddp(changes: dict[str, Any]) -> Non
 class NoGlobalCount(ScriptedTrainer):
     """Wrong on purpose: each rank divides by its own targets."""
 
-    def get_batch_samples(self, *args: Any) -> Any:
-        batches, count = super().get_batch_samples(*args)
-        return batches, torch.tensor(max(batches[0].num_targets, 1)) if batches else count
+    def _confirmed(self, *args: Any) -> Any:
+        batch, count = super()._confirmed(*args)
+        return batch, count if batch is None else batch.num_targets
 
 
 class NoWorldFactor(ScriptedTrainer):
@@ -292,9 +292,9 @@ class NoWorldFactor(ScriptedTrainer):
 class CountedTwice(ScriptedTrainer):
     """Wrong on purpose: the count of all ranks is gathered once more."""
 
-    def get_batch_samples(self, *args: Any) -> Any:
-        batches, count = super().get_batch_samples(*args)
-        return batches, count * self.args.world_size if batches else count
+    def _confirmed(self, *args: Any) -> Any:
+        batch, count = super()._confirmed(*args)
+        return batch, count * self.args.world_size
 
 
 def train_wrongly(trainer_class: Any) -> dict[str, Any]:
