@@ -149,6 +149,7 @@ POLICIES = {
 }
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(batches, st.sampled_from([1, 2, 4, 8]), st.booleans(), st.sampled_from([("ulysses",), METHODS]))
 def test_laws_of_policies(lengths: list[int], num_ranks: int, knows_kv: bool, methods: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ from hf_hetero.planner.relaxation import relaxed_bound
 pytest.importorskip("mip")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batches(max_ranks=6, max_samples=6))
 def test_no_plan_is_faster(batch: tuple[list[int], int, CostModel]) -> None:
@@ -27,6 +28,7 @@ def test_no_plan_is_faster(batch: tuple[list[int], int, CostModel]) -> None:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batches(max_ranks=4, max_samples=7))
 def test_no_plan_is_faster_where_samples_are_taken_together(batch: tuple[list[int], int, CostModel]) -> None:
