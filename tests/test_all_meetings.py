@@ -291,6 +291,7 @@ def test_each_fault_reaches_all(num_ranks: int) -> None:
             assert {str(error) for error in ended} == {str(ended[0])}, (fault, ended)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_two_faults(num_ranks: int) -> None:
     """Any two things that go wrong in the same step."""

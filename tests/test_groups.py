@@ -118,6 +118,7 @@ def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
     return seconds, str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("control_s", "how", "setting"),
     [

@@ -26,6 +26,8 @@ from transformers import Trainer
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.kernels import choose_kernel
 
+pytestmark = pytest.mark.slow
+
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False}
 LONGROPE: dict[str, Any] = {

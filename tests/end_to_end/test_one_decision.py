@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from hf_hetero.errors import CollectiveFailed
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 4
 
 

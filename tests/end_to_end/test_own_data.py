@@ -16,6 +16,8 @@ from transformers import Trainer
 
 from hf_hetero import HeteroError, HeteroTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def pad(examples: list[Any]) -> dict[str, torch.Tensor]:
     def filled(name: str, value: int) -> torch.Tensor:
