@@ -51,12 +51,14 @@ class Task:
         free: samples to be put into them.
         least: seconds that a micro-batch takes anyway.
         held: the free samples that each slot holds in the plan that is known.
+        is_whole: whether every faster plan is among its solutions, so that its bound holds for all plans.
     """
 
     slots: list[Slot]
     free: list[int]
     least: dict[int, float]
     held: list[list[int]]
+    is_whole: bool = False
 
 
 def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backend = "highs") -> tuple[Draft, float]:
@@ -69,7 +71,7 @@ def improved(problem: Problem, draft: Draft, time_limit_s: float, backend: Backe
     num_micro_batches = _most_micro_batches(problem, draft)
     if solved_whole(problem, draft):
         slots = _all_slots(problem, num_micro_batches)
-        task = Task(slots, list(range(len(problem.lengths))), {}, _filled(problem, slots, draft))
+        task = Task(slots, list(range(len(problem.lengths))), {}, _filled(problem, slots, draft), is_whole=True)
         found, bound = _solve(problem, task, time_limit_s, backend)
         best = draft if found is None else _better(problem, draft, list(found.values()))
         return best, min(bound * TOLERANCE, draft_seconds(problem, best))
@@ -168,7 +170,7 @@ def _solve(
 
     Exact memory is checked afterwards.
     """
-    program, slots = Program(backend), task.slots
+    program, slots = Program(backend, claims=task.is_whole), task.slots
     lengths = sorted({problem.lengths[sample] for sample in task.free}, reverse=True)
     numbers = sorted({slot.micro_batch for slot in slots} | set(task.least))
     spans = {m: program.column(cost=1.0, lower=task.least.get(m, 0.0)) for m in numbers}

@@ -23,7 +23,9 @@ from hf_hetero.planner.program import TOLERANCE, Backend, Program
 NUM_CLASSES = 8
 NUM_KINDS = (30, 45, 60)
 """Kinds of samples in the first program of a branch, in the second, and in the later ones."""
-NARROWEST = 1.002
+NARROWEST, LEAST_SHARE = 1.002, 1e-4
+"""A class of durations is halved while its ends are further apart than this ratio, and than this share of the step.
+Narrower ones say no more, and a solver takes differences below 1e-9 for none."""
 MOST_WHOLE = 8
 """Groups of which at most so many fit on the ranks come in whole numbers; of more, a fraction changes little."""
 DUAL_FEASIBLE = (1, 2, 3)
@@ -130,7 +132,7 @@ def _tighten(problem: Problem, branch: Branch, upper_s: float, time_limit_s: flo
         return  # there is no such plan, or no time to find one
     halves: list[float] = []
     for count, (low_s, high_s) in zip(counts, pairwise(branch.edges), strict=True):
-        if answer.values[count] > 0.5 and high_s > low_s * NARROWEST:
+        if answer.values[count] > 0.5 and high_s > low_s * NARROWEST and high_s - low_s > LEAST_SHARE * upper_s:
             halves.append((low_s + high_s) / 2)
     branch.edges = sorted([*branch.edges, *halves])
     branch.final = not halves and branch.rounds >= len(NUM_KINDS)

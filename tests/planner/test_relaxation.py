@@ -28,6 +28,14 @@ def test_no_plan_is_faster(batch: tuple[list[int], int, CostModel]) -> None:
     )
 
 
+@pytest.mark.parametrize(("lengths", "micro_batch_s", "latency_s"), [([1, 1, 2, 1], 0.1, 0.5), ([1], 0.0, 0.0)])
+def test_a_claim_survives_the_solver(lengths: list[int], micro_batch_s: float, latency_s: float) -> None:
+    """Where a solver's presolve removed the optimum, and where classes were halved until it took them for nothing."""
+    cost = CostModel(0.0, 0.0, micro_batch_s, 0.0, {2: 0.5}, 1.0, 0.0, 1.0, all_to_all_latency_s={2: latency_s})
+    optimum = optimal_seconds(lengths, 4, cost)
+    assert relaxed_bound(make_problem(cost, 4, None, lengths), 1.5 * optimum + 1.0, 5.0) <= optimum * (1 + 1e-9)
+
+
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batches(max_ranks=4, max_samples=7))
