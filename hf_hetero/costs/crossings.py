@@ -1,12 +1,13 @@
 """What it costs that the ranks of a group share samples, by method: from where the samples are cut, and from the links.
 
 For a group of d ranks, in blocks of n that exchange heads (n = 1 but for "ulysses_ring"), whose busiest block computes
-with `causal_pairs` and moves `travelling_tokens` (see `volume`):
+with `causal_pairs` and moves `travelling_tokens` (see `volume`), in seconds:
 
     attention = attention_s_per_token2 * causal_pairs / n * head_imbalance(n)
     once      = kv_bytes_per_token * max(1, n / num_kv_heads) / n * travelling_tokens / bandwidth
     exchange  = 2 * once                                                            gather
               = max(0, 3 * once + messages - ring_overlap * attention)              ring, ulysses_ring
+    messages  = RING_MESSAGES * all_to_all_latency_s[d] * (d / n - 1)
 
 Keys that are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
 messages of their own, and hides part of that behind attention. What a block exchanges within itself comes on top.
