@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import TrainerState, TrainingArguments
 
 from hf_hetero.callbacks.step_report import StepReportCallback
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import StepReport
 
 
@@ -55,7 +55,11 @@ Floats = NDArray[np.float64]
 
 
 def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Floats]:
-    """What the model charges for each group, shape (num_groups, 4), and what was measured, shape (num_groups,)."""
+    """What the model charges for each group, and what was measured.
+
+    Returns:
+        Seconds for attention, linear, exchange and fixed, shape (num_groups, 4); measured seconds, shape (num_groups,).
+    """
     charged: list[list[float]] = []
     measured: list[float] = []
     for report in reports:
@@ -67,7 +71,8 @@ def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Fl
                 seconds = max(busy_s[rank] for rank in group.ranks)
                 if seconds <= 0:
                     continue
-                charged.append(list(cost.charges(group, report.lengths)))
+                parts = cost.charges(group, report.lengths)
+                charged.append([parts.attention_s, parts.linear_s, parts.exchange_s, parts.fixed_s])
                 measured.append(seconds)
     return np.array(charged), np.array(measured)
 

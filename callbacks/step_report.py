@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import StepReport
 
 

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_hetero.config import HeteroConfig
-    from hf_hetero.cost_model import CostModel
+    from hf_hetero.costs import CostModel
     from hf_hetero.errors import HeteroError, InfeasibleBatch, UnsupportedModel
     from hf_hetero.plan import Group, MicroBatch, Plan
     from hf_hetero.planner import Planner
@@ -40,7 +40,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     homes = {
         "HeteroConfig": "config",
-        "CostModel": "cost_model",
+        "CostModel": "costs",
         "HeteroError": "errors",
         "InfeasibleBatch": "errors",
         "UnsupportedModel": "errors",

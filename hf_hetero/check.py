@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from hf_hetero import exactness
 from hf_hetero.attention import kernels
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.heads import share_heads
+from hf_hetero.layout import share_heads
 from hf_hetero.limits import limits_of
 from hf_hetero.memory import tokens_by_lever
 from hf_hetero.model_shape import shape_of

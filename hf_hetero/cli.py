@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.cost_model import CostModel, shipped_names
+from hf_hetero.costs import CostModel, shipped_names
 from hf_hetero.drawing import picture_format
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.mixes import MIXES

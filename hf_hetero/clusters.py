@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_hetero import estimate
-from hf_hetero.cost_model import SHIPPED_FOLDER, CostModel
+from hf_hetero.costs import SHIPPED_FOLDER, CostModel
 from hf_hetero.estimate import Device
 from hf_hetero.memory import Shards
 from hf_hetero.model_shape import ModelShape

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 
 MORE_MICRO_BATCHES = 4  # numbers of micro-batches that are tried

@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hf_hetero.activation_policy import ActivationPolicy
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.memory import Shards, boundary_bytes, memory_of, model_state_bytes, sharded_bytes
 from hf_hetero.model_shape import ModelShape
 from hf_hetero.topology import Topology

@@ -1,7 +1,8 @@
 """Which tokens of a group's pack each of its ranks holds: the one type that all attention methods share.
 
 A group packs its samples one after the other, without padding. A layout cuts the pack into spans and gives each rank
-some of them; the spans of a rank, in order, are what the rank has in memory.
+some of them; the spans of a rank, in order, are what the rank has in memory. Where ranks exchange heads instead, each
+computes a `HeadShare` of all tokens.
 """
 
 from __future__ import annotations
@@ -78,6 +79,38 @@ class Layout:
     def max_seqlen(self) -> int:
         """Tokens of the longest sample; 0 for an empty pack."""
         return max(self.lengths, default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """Heads that one rank computes: query heads `[q_start, q_end)` with key-value heads `[kv_start, kv_end)`.
+
+    `kv_of_q` names, for each query head, its key-value head counted from `kv_start`.
+    """
+
+    q_start: int
+    q_end: int
+    kv_start: int
+    kv_end: int
+    kv_of_q: tuple[int, ...]
+
+    @property
+    def num_q(self) -> int:
+        """Query heads."""
+        return self.q_end - self.q_start
+
+    @property
+    def num_kv(self) -> int:
+        """Key-value heads."""
+        return self.kv_end - self.kv_start
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether the key-value heads serve equal runs of query heads, as kernels expect."""
+        if not self.num_kv or self.num_q % self.num_kv:
+            return self.num_q == 0
+        run = self.num_q // self.num_kv
+        return self.kv_of_q == tuple(head // run for head in range(self.num_q))
 
 
 def layout_of(group: Group, lengths: Sequence[int]) -> Layout:
@@ -189,6 +222,19 @@ def needed(layout: Layout, receiver: int, sender: int, window: int | None = None
         for first, end in seen.get(held.sample, ())
         if max(held.start, first) < min(held.end, end)
     )
+
+
+def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
+    """Query heads in near-equal runs; each rank gets every key-value head its run needs, so some travel twice."""
+    group_size = num_heads // num_kv_heads
+    bounds = (0, *accumulate(equal_splits(num_heads, degree)))
+    shares: list[HeadShare] = []
+    for start, end in pairwise(bounds):
+        kv_start = start // group_size if end > start else 0
+        kv_end = (end - 1) // group_size + 1 if end > start else 0
+        kv_of_q = tuple(head // group_size - kv_start for head in range(start, end))
+        shares.append(HeadShare(start, end, kv_start, kv_end, kv_of_q))
+    return tuple(shares)
 
 
 def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list[int]) -> None:

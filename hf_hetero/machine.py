@@ -18,7 +18,7 @@ from hf_hetero import estimate, memory
 from hf_hetero.activations import Activations
 from hf_hetero.agreement import broadcast
 from hf_hetero.config import HeteroConfig
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
 from hf_hetero.lm_head import LeanHead
@@ -102,7 +102,7 @@ def set_up(
     messengers.close()
     if args.process_index == 0:
         degrees = ", ".join(map(str, cost.degrees(world)))
-        held = ", ".join(f"{under.capacity_tokens} with {policy}" for policy, under in cost.under.items() if policy)
+        held = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
         tokens = f"{cost.capacity_tokens} tokens a rank{f' ({held})' if held else ''}"
         logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:

@@ -9,7 +9,7 @@ from typing import cast
 import torch.distributed as dist
 
 from hf_hetero.config import HeteroConfig
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.limits import Limits
 from hf_hetero.plan_ahead import PlanSource, planned_elsewhere
 from hf_hetero.planner import Backend, Planner, Solver

@@ -20,7 +20,7 @@ from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.config import HeteroConfig
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
 from hf_hetero.fitting import Fitted, choose_kernel
 from hf_hetero.groups import GroupPool

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.dynamic_cp import dynamic_cp
 from hf_hetero.errors import BadSample, InfeasibleBatch
 from hf_hetero.plan import Plan, idle_share
@@ -181,8 +181,9 @@ def simulate(
     if not planner.has_choice:
         del ways["by-heads"]
     # where groups may do something to hold more tokens, these do as little as holds the context, everywhere
-    shared = next(under for under in cost.under.values() if _holds(under, max(by_degree), context))
-    alone = next((under for under in cost.under.values() if _holds(under, 1, context)), cost)
+    models = cost.by_activations.values()
+    shared = next(model for model in models if _holds(model, max(by_degree), context))
+    alone = next((model for model in models if _holds(model, 1, context)), cost)
     bound_s: list[float] = []
     planning_s: list[float] = []
     for lengths in progress(batches):

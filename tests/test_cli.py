@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cost_model import a_cost_model
+from costs.test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, Plan, Planner
 from hf_hetero.cli import _parser, main
-from hf_hetero.cost_model import shipped_names
+from hf_hetero.costs import shipped_names
 from hf_hetero.mixes import MIXES
 from hf_hetero.simulate import busy_seconds
 

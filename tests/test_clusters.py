@@ -21,7 +21,7 @@ from hf_hetero.clusters import (
     cluster_cost_model,
     write_estimates,
 )
-from hf_hetero.cost_model import SHIPPED_FOLDER, shipped_names
+from hf_hetero.costs import SHIPPED_FOLDER, shipped_names
 from hf_hetero.memory import activation_bytes, gathered_bytes, loss_bytes
 from hf_hetero.model_shape import shape_of
 

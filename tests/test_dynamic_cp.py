@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from costs.test_cost_model import a_cost_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, Plan, Planner
 from hf_hetero.dynamic_cp import dynamic_cp

@@ -166,12 +166,12 @@ def test_policies() -> None:
     model = tiny_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
     big = shape_of(model, model.config, 2, False, True, True, True)
     cost = estimate_cost_model(big, DEVICE, topology, (1, 2, 4, 8), None, ACTIVATIONS)
-    plain, recompute, offload = cost.under.values()
+    plain, recompute, offload = cost.by_activations.values()
     assert plain.capacity_tokens * 4 < recompute.capacity_tokens < offload.capacity_tokens / 1.5
     assert plain.linear_s_per_token * 8 / 6 == pytest.approx(recompute.linear_s_per_token)
     assert recompute.linear_s_per_token == offload.linear_s_per_token  # copies hide
     slow = replace(DEVICE, host_bytes_per_s=1e7)
-    waits = estimate_cost_model(big, slow, topology, (1, 2, 4, 8), None, ACTIVATIONS).under["offload"]
+    waits = estimate_cost_model(big, slow, topology, (1, 2, 4, 8), None, ACTIVATIONS).by_activations["offload"]
     assert waits.linear_s_per_token == pytest.approx(2 * 12 * boundary_bytes(big) / 1e7)
     small = estimate_cost_model(big, DEVICE, replace(topology, host_memory_bytes=12 * 10**9), (1, 2), None, ACTIVATIONS)
     host_bytes = cost.activation_policies["offload"].host_bytes_per_token

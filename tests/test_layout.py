@@ -1,11 +1,22 @@
-"""Layouts hold each token of the pack exactly once, in shares that differ by one token at most."""
+"""Layouts hold each token of the pack exactly once, in shares that differ by one at most; so are heads shared."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_hetero.layout import Layout, blocks_of, contiguous, equal_splits, layout_of, needed, two_level, zigzag
+from hf_hetero.layout import (
+    Layout,
+    blocks_of,
+    contiguous,
+    equal_splits,
+    layout_of,
+    needed,
+    share_heads,
+    two_level,
+    zigzag,
+)
 from hf_hetero.plan import Group
 
 LENGTHS = st.lists(st.integers(1, 50) | st.sampled_from([1, 200, 1000]), max_size=20)
@@ -102,3 +113,16 @@ def test_each_method_has_its_layout() -> None:
     assert layout_of(Group(ranks, samples, "gather"), lengths) == zigzag([100, 9], 4)
     assert layout_of(Group(ranks, samples, "ring"), lengths) == zigzag([100, 9], 4)
     assert layout_of(Group(ranks, samples, "ulysses_ring", 2), lengths) == two_level([100, 9], 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "degree"), [(4, 2, 4), (6, 3, 4), (8, 8, 8), (3, 1, 4), (7, 1, 3), (6, 2, 4)]
+)
+def test_heads_are_shared_once(heads: int, kv_heads: int, degree: int) -> None:
+    """Each query head is computed by one rank, which has the key-value head it needs; shares differ by one at most."""
+    shares = share_heads(heads, kv_heads, degree)
+    assert [h for s in shares for h in range(s.q_start, s.q_end)] == list(range(heads))
+    assert max(s.num_q for s in shares) - min(s.num_q for s in shares) <= 1
+    for share in shares:
+        for q, kv in zip(range(share.q_start, share.q_end), share.kv_of_q, strict=True):
+            assert share.kv_start + kv == q // (heads // kv_heads)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from costs.test_cost_model import a_cost_model
 from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
-from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.activations import Activations

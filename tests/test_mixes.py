@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from test_cost_model import SHARED
+from costs.test_cost_model import SHARED
 
 from hf_hetero.errors import BadSample
 from hf_hetero.mixes import MIXES, Mix, draw_lengths, pareto_above, quantiles

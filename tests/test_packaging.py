@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXPECTED = {"hf_hetero/collators/packed.py", "hf_hetero/callbacks/plan_metrics.py", "hf_hetero/py.typed"}
+EXPECTED = {
+    "hf_hetero/collators/packed.py",
+    "hf_hetero/callbacks/plan_metrics.py",
+    "hf_hetero/costs/cost_model.py",
+    "hf_hetero/costs/gpt-7b_64xa100_192k.json",
+    "hf_hetero/py.typed",
+}
 
 
 def run(*words: str, cwd: Path) -> str:

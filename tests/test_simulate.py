@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_cost_model import SHARED, a_cost_model
+from costs.test_cost_model import SHARED, a_cost_model
 
 from hf_hetero import CostModel, InfeasibleBatch, Planner
 from hf_hetero.errors import BadSample

@@ -14,8 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from hf_hetero.activation_policy import ActivationPolicy
-from hf_hetero.cost_model import CostModel, shipped_names
+from hf_hetero.costs import ActivationPolicy, CostModel, shipped_names
 from hf_hetero.errors import HeteroError
 from hf_hetero.mixes import MIXES, draw_lengths
 from hf_hetero.planner import Planner

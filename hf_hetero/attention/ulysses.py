@@ -18,8 +18,7 @@ from hf_hetero.attention.gather import attend_gathered
 from hf_hetero.attention.ring import attend_in_rounds
 from hf_hetero.attention.routes import gather_route, ring_route
 from hf_hetero.attention.traffic import all_to_all
-from hf_hetero.heads import HeadShare, share_heads
-from hf_hetero.layout import Layout, blocks_of
+from hf_hetero.layout import HeadShare, Layout, blocks_of, share_heads
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 """Attention of all tokens of a group and some of the heads."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 
 
@@ -31,7 +31,7 @@ def _ways(cost: CostModel, group: Group, lengths: Sequence[int], allowed: Collec
     """Those that fit; of equally fast ones, the first does least."""
     tokens = sum(lengths[sample] for sample in group.samples)
     found: list[Group] = []
-    for activations, under in cost.under.items():
+    for activations, under in cost.by_activations.items():
         if tokens <= under.capacity_tokens * group.degree:
             ways = under.methods(group, lengths)
             ways = [way for way in ways if way.method in allowed] or ways[:1]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Plan
 from hf_hetero.planner import policies
@@ -82,7 +82,7 @@ class Planner:
             InfeasibleBatch: a sample that no degree can hold.
         """
         started = time.perf_counter()
-        if len(self.cost_model.under) > 1:
+        if len(self.cost_model.by_activations) > 1:
             plan = policies.plan_with(self, lengths)
         else:
             problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
@@ -112,7 +112,7 @@ class Planner:
             ConfigError: a degree that the cost model lacks, or that cannot tile the ranks.
             InfeasibleBatch: a sample that no degree, or not this one, can hold.
         """
-        if len(self.cost_model.under) > 1:
+        if len(self.cost_model.by_activations) > 1:
             return policies.static_with(self, lengths, degree)
         started = time.perf_counter()
         if degree is not None and degree not in self.degrees:
@@ -139,7 +139,7 @@ class Planner:
             BadSample, InfeasibleBatch: as `plan`.
             ConfigError: the plan is for other samples or ranks.
         """
-        if len(self.cost_model.under) > 1:
+        if len(self.cost_model.by_activations) > 1:
             return policies.improved_with(self, plan, lengths)
         started = time.perf_counter()
         problem = make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)

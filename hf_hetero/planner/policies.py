@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import InfeasibleBatch
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner.bound import lower_bound
@@ -35,7 +35,7 @@ def plan_with(planner: Planner, lengths: Sequence[int]) -> Plan:
     if not lengths:
         return at_best
     made_by = [at_best]
-    for under in cost.under.values():
+    for under in cost.by_activations.values():
         if max(lengths) <= _room(planner, under):
             made_by.append(_on(planner, under).plan(lengths))
     made_by += _in_two(planner, made_by[-1], lengths)
@@ -49,7 +49,7 @@ def static_with(planner: Planner, lengths: Sequence[int], degree: int | None) ->
     """The best plan in which all groups have one degree and do the same to hold their tokens."""
     found: list[Plan] = []
     refused: InfeasibleBatch | None = None
-    for activations, cost in planner.cost_model.under.items():
+    for activations, cost in planner.cost_model.by_activations.items():
         try:
             plan = _on(planner, cost).static(lengths, degree)
         except InfeasibleBatch as error:
@@ -67,7 +67,7 @@ def improved_with(planner: Planner, plan: Plan, lengths: Sequence[int]) -> Plan:
     """The plan improved as one of groups that do nothing to hold more tokens; as it is, where some do."""
     if any(group.activations for group in plan.groups):
         return plan
-    better = replace(planner, cost_model=planner.cost_model.under[None]).improve(plan, lengths)
+    better = replace(planner, cost_model=planner.cost_model.by_activations[None]).improve(plan, lengths)
     return replace(better, lower_bound_s=plan.lower_bound_s)  # what was proven holds without policies only
 
 
@@ -81,7 +81,7 @@ def _in_two(planner: Planner, plan: Plan, lengths: Sequence[int]) -> Iterator[Pl
         lengths: tokens of each sample.
     """
     cost, most = planner.cost_model, planner.cost_model.leanest
-    *simpler, _ = cost.under
+    *simpler, _ = cost.by_activations
     less = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in simpler})
     slowest_first = sorted(plan.micro_batches, key=lambda m: -max(most.group_seconds(g, lengths) for g in m.groups))
     parts = [slowest_first[:number] for number in range(1, min(len(slowest_first), MOST_SPLITS + 1))]

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hf_hetero import errors
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner.planner import Planner

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from test_cost_model import a_cost_model
+from costs.test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, Group, MicroBatch, Plan
 from hf_hetero.callbacks import CalibrationCallback

@@ -34,9 +34,9 @@ from helpers import (
 from transformers import Trainer
 
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
-from hf_hetero.activation_policy import ActivationPolicy
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
+from hf_hetero.costs import ActivationPolicy
 from hf_hetero.plan import ACTIVATIONS, METHODS, Group
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from flexsp import Settings, solve
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner import Planner
 
 NAMES = ("wikipedia", "prolong", "github", "wlbllm")

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 
 MS = 1e3  # its programs are in milliseconds, which the tolerances of a solver are not indifferent to

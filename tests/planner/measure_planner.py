@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner import Planner
 from hf_hetero.planner.bound import area_bound
 from hf_hetero.planner.problem import make_problem

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import Plan
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -46,7 +46,7 @@ def optimal_seconds(lengths: Sequence[int], num_ranks: int, cost: CostModel) -> 
     @functools.cache
     def group_s(subset: int, degree: int) -> float:
         held = [length for sample, length in enumerate(lengths) if subset >> sample & 1]
-        ways = [under for under in cost.under.values() if sum(held) <= under.capacity_tokens * degree]
+        ways = [under for under in cost.by_activations.values() if sum(held) <= under.capacity_tokens * degree]
         return min((under.seconds(held, degree) for under in ways), default=math.inf)
 
     @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from planner.reference import batches, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner.cuts import MOST_CUTS, guesses, slowest_full_group
 from hf_hetero.planner.packing import pack
 from hf_hetero.planner.problem import make_problem

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from planner.reference import batches, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import draft_seconds, tiling, to_plan
 from hf_hetero.planner.homogeneous import best_homogeneous
 from hf_hetero.planner.problem import make_problem

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from planner.reference import batches, optimal_seconds, problems, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import draft_seconds, to_plan
 from hf_hetero.planner.fast import fast_draft
 from hf_hetero.planner.homogeneous import best_homogeneous

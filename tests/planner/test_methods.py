@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planner.reference import optimal_seconds, problems
 
 from hf_hetero import CostModel, Plan, Planner
-from hf_hetero.activation_policy import ActivationPolicy
+from hf_hetero.costs import ActivationPolicy
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
 from hf_hetero.planner.methods import with_methods
@@ -84,9 +84,9 @@ def test_each_method_is_best_somewhere() -> None:
 def test_more_ranks_than_heads() -> None:
     """Exchanged, two heads keep two of eight ranks busy: that costs, so larger groups go another way."""
     cost, group = a_cost(num_heads=2), Group(tuple(range(8)), (0,))
-    attention_s, *rest = cost.charges(group, [30_001])
-    assert attention_s == pytest.approx(4 * a_cost().charges(group, [30_001])[0])
-    assert rest == list(a_cost().charges(group, [30_001])[1:])
+    uneven, even = cost.charges(group, [30_001]), a_cost().charges(group, [30_001])
+    assert uneven.attention_s == pytest.approx(4 * even.attention_s)
+    assert uneven._replace(attention_s=even.attention_s) == even
     methods = {g.method for g in Planner(cost, 8).plan([30_001]).groups if g.degree > 2}
     assert methods
     assert "ulysses" not in methods
@@ -128,15 +128,6 @@ def test_improvement_keeps_methods() -> None:
     assert better.seconds == pytest.approx(planner.cost_model.plan_seconds(better, LENGTHS))
 
 
-def test_charges_add_up() -> None:
-    """The parts of a group's seconds are its seconds, by every method; heads by the first formula."""
-    cost = a_cost()
-    group = Group(tuple(range(8)), tuple(range(len(LENGTHS))))
-    for way in cost.methods(group, LENGTHS):
-        assert sum(cost.charges(way, LENGTHS)) == pytest.approx(cost.group_seconds(way, LENGTHS))
-    assert sum(cost.charges(group, LENGTHS)) == pytest.approx(cost.seconds(LENGTHS, 8))
-
-
 def test_unknown_methods_are_refused() -> None:
     """By name, with those there are."""
     with pytest.raises(ConfigError, match=r"teleport.*ulysses, gather, ring, ulysses_ring"):
@@ -165,7 +156,7 @@ def test_laws_of_policies(lengths: list[int], num_ranks: int, knows_kv: bool, me
     assert plan.seconds == pytest.approx(cost.plan_seconds(plan, lengths))
     assert static.seconds == pytest.approx(cost.plan_seconds(static, lengths))
     assert plan.seconds <= static.seconds * (1 + 1e-9)
-    for under in cost.under.values():
+    for under in cost.by_activations.values():
         if max(lengths) <= under.capacity_tokens * planner.degrees[-1]:
             alone = Planner(under, num_ranks, methods=methods).plan(lengths)
             assert plan.seconds <= alone.seconds * (1 + 1e-9)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from planner.reference import batches, optimal_seconds, problems, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import Planner, milp

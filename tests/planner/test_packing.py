@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner.reference import batches, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import micro_batch_seconds
 from hf_hetero.planner.packing import longest_samples, pack
 from hf_hetero.planner.problem import make_problem

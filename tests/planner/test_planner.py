@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planner.reference import SHARED, batches, optimal_seconds, problems, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import BadSample, ConfigError, InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from planner.reference import batches, optimal_seconds, small_cost
 
-from hf_hetero.cost_model import CostModel
+from hf_hetero.costs import CostModel
 from hf_hetero.planner import relaxation
 from hf_hetero.planner.bound import area_bound, lower_bound
 from hf_hetero.planner.planner import Planner

@@ -7,11 +7,9 @@ need (arXiv:2502.21231), MEMO by how much a long sample's attention hides (arXiv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from hf_hetero.errors import ConfigError
-from hf_hetero.json_fields import number_of
 
 LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
 """Of what is divided by, and of all: with others, sums of seconds and bytes would overflow."""
@@ -43,29 +41,3 @@ class ActivationPolicy:
                 raise ConfigError(f"An activation policy's {name} is {value!r}; it must be 0 or more.")
         if not self.activation_bytes_per_token >= LEAST_NUMBER:
             raise ConfigError("An activation policy's activation_bytes_per_token must be above 0.")
-
-
-def read_policies(value: object, where: str) -> dict[str, ActivationPolicy]:
-    """Policies by name, from a cost model's JSON.
-
-    Raises:
-        ConfigError: not an object of objects, or a field that is missing or no number.
-    """
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: activation_policies is {value!r:.60}; it must be an object, name -> policy.")
-    entries: Mapping[object, object] = value
-    found: dict[str, ActivationPolicy] = {}
-    for name, entry in entries.items():
-        place = f"{where}: activation_policies.{name!s:.60}"
-        if not isinstance(entry, Mapping):
-            raise ConfigError(f"{place} is {entry!r:.60}; it must be an object.")
-        data: Mapping[object, object] = entry
-        numbers: dict[str, float] = {}
-        for item in fields(ActivationPolicy):
-            if item.name in data:
-                numbers[item.name] = number_of(data[item.name], f"{place}.{item.name}")
-        try:
-            found[str(name)] = ActivationPolicy(**numbers)
-        except (TypeError, ConfigError) as error:  # a field that is missing, or out of range
-            raise ConfigError(f"{place}: {error}") from error
-    return found

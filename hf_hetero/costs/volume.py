@@ -21,8 +21,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from hf_hetero.heads import share_heads
-from hf_hetero.layout import Layout, blocks_of, needed
+from hf_hetero.layout import Layout, blocks_of, needed, share_heads
 
 
 @dataclass(frozen=True, slots=True)

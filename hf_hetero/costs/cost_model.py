@@ -12,32 +12,23 @@ A micro-batch lasts as long as its slowest group; a step is its micro-batches, o
 A group may also hold more tokens and take longer (`Group.activations`): each such way is an `ActivationPolicy`.
 
 That is a group whose ranks exchange heads ("ulysses"). With `kv_bytes_per_token` the model also knows the other methods
-(`charges`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
+(`crossings`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.activation_policy import LEAST_NUMBER, MOST_NUMBER, ActivationPolicy, read_policies
+from hf_hetero.costs.activation_policy import LEAST_NUMBER, MOST_NUMBER, ActivationPolicy
+from hf_hetero.costs.crossings import Charges, Crossings
+from hf_hetero.costs.files import as_json, read_json, values_of, write_json
 from hf_hetero.errors import ConfigError
-from hf_hetero.json_fields import parsed, read_field
-from hf_hetero.layout import blocks_of, layout_of
 from hf_hetero.plan import ACTIVATIONS, Group, Plan
-from hf_hetero.volume import causal_pairs, travelling_tokens
-
-COST_FORMAT = "hf-hetero-cost/1"
-GATHER_MESSAGES = 2 / 4
-"""Exchanges of a layer, forward and backward, where exchanging heads takes four."""
-RING_MESSAGES = 3 / 4
-"""The same, for each other rank of a ring."""
-SHIPPED_FOLDER = Path(__file__).parent / "costs"
 
 
 @dataclass(frozen=True)
@@ -135,23 +126,23 @@ class CostModel:
         return int(free // self.activation_bytes_per_token)
 
     @cached_property
-    def under(self) -> Mapping[str | None, CostModel]:
+    def by_activations(self) -> Mapping[str | None, CostModel]:
         """The cost model of groups by `Group.activations`: without policies to choose from, the same without any.
 
         Policies that hold no more tokens than a faster one are left out.
         """
-        found: dict[str | None, CostModel] = {None: replace(self, activation_policies={})}
+        models: dict[str | None, CostModel] = {None: replace(self, activation_policies={})}
         for name in ACTIVATIONS:
             if policy := self.activation_policies.get(name):
                 leaner = self._following(policy)
-                if leaner.capacity_tokens > max(known.capacity_tokens for known in found.values()):
-                    found[name] = leaner
-        return found
+                if leaner.capacity_tokens > max(model.capacity_tokens for model in models.values()):
+                    models[name] = leaner
+        return models
 
     @property
     def leanest(self) -> CostModel:
         """The cost model of groups that do everything they may to hold more tokens."""
-        return list(self.under.values())[-1]
+        return list(self.by_activations.values())[-1]
 
     def of_group(self, group: Group) -> CostModel:
         """What a plan's group costs by.
@@ -159,18 +150,18 @@ class CostModel:
         Raises:
             ConfigError: it follows a policy that this cost model lacks.
         """
-        if group.activations not in self.under:
+        if group.activations not in self.by_activations:
             raise ConfigError(
                 f"A plan's group of ranks {list(group.ranks)} has activations {group.activations!r}, about which cost "
                 f"model {self.name!r} says nothing. Plan again with this cost model."
             )
-        return self.under[group.activations]
+        return self.by_activations[group.activations]
 
     def with_free_memory(self) -> CostModel:
         """The same machine if nothing that a group does to hold more took time: no plan is faster than one on it."""
         most = self.leanest
         return replace(
-            self.under[None],
+            self.by_activations[None],
             activation_bytes_per_token=most.activation_bytes_per_token,
             memory_bytes_per_rank=most.memory_bytes_per_rank,
         )
@@ -225,73 +216,44 @@ class CostModel:
             return self.seconds((lengths[sample] for sample in group.samples), group.degree)
         return sum(self.charges(group, lengths))
 
+    @cached_property
+    def _crossings(self) -> Crossings:
+        return Crossings(**{item.name: getattr(self, item.name) for item in fields(Crossings)})
+
     def head_imbalance(self, degree: int) -> float:
         """Heads of the rank that has most of them, by the mean; 1 where they divide, or nobody knows."""
-        if self.num_heads is None or self.kv_bytes_per_token is None:
-            return 1.0
-        return degree * -(-self.num_heads // degree) / self.num_heads
+        return self._crossings.head_imbalance(degree)
 
     def exchanges_heads(self, group: Group) -> bool:
         """Whether the first formula counts for a group: its ranks exchange heads, or it is all this model knows."""
         return group.degree == 1 or group.method == "ulysses" or self.kv_bytes_per_token is None
 
-    def charges(self, group: Group, lengths: Sequence[int]) -> tuple[float, float, float, float]:
-        """Seconds of a plan's group for attention, for all that grows with tokens, for the exchange, and fixed ones.
-
-        A rank that shares tokens computes with the pairs of tokens that it has, and the busiest one counts. Keys that
-        are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
-        messages of their own, and hides part of that behind attention. See `volume` for what travels.
-        """
+    def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
+        """Seconds of a plan's group, by what they are for; `group_seconds` is their sum."""
         if group.activations is not None:
             return self.of_group(group).charges(replace(group, activations=None), lengths)
+        if not self.exchanges_heads(group):
+            return self._crossings.charges(group, lengths)
         held, degree = [lengths[sample] for sample in group.samples], group.degree
-        tokens, latency_s = sum(held) / degree, self.fixed_s(degree) - self.micro_batch_s
-        linear_s = self.linear_s_per_token * tokens
-        if self.exchanges_heads(group):
-            attention_s = self.attention_s_per_token2 * sum(length * length for length in held) / degree
-            return (
-                attention_s * self.head_imbalance(degree),
-                linear_s,
-                (self.linear_s(degree) - self.linear_s_per_token) * tokens,
-                self.fixed_s(degree),
-            )
-        layout, inner = layout_of(group, lengths), group.ulysses_degree or 1
-        blocks = blocks_of(layout) if inner > 1 else layout
-        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner * self.head_imbalance(inner)
-        exchange_s, fixed_s = 0.0, self.micro_batch_s
-        if inner > 1:
-            exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
-            fixed_s += self.all_to_all_latency_s.get(inner, 0.0)
-        if blocks.is_cut:
-            assert self.kv_bytes_per_token is not None
-            copies = max(1 / inner, 1 / (self.num_kv_heads or inner))
-            speed = self.all_to_all_bytes_per_s[degree] if inner == 1 else self.network_bytes_per_s
-            assert speed is not None
-            once_s = self.kv_bytes_per_token * copies * travelling_tokens(blocks) / speed
-            if group.method == "gather":
-                exchange_s, fixed_s = exchange_s + 2 * once_s, fixed_s + latency_s * GATHER_MESSAGES
-            else:
-                messages_s = latency_s * RING_MESSAGES * (blocks.degree - 1)
-                exchange_s += max(0.0, 3 * once_s + messages_s - self.ring_overlap * attention_s)
-        return attention_s, linear_s, exchange_s, fixed_s
+        tokens, squares = sum(held) / degree, sum(length * length for length in held)
+        return Charges(
+            attention_s=self.attention_s_per_token2 * squares / degree * self.head_imbalance(degree),
+            linear_s=self.linear_s_per_token * tokens,
+            exchange_s=(self.linear_s(degree) - self.linear_s_per_token) * tokens,
+            fixed_s=self.fixed_s(degree),
+        )
 
     def methods(self, group: Group, lengths: Sequence[int]) -> tuple[Group, ...]:
         """A group in each way that this model knows and that fits the memory; the first exchanges heads."""
-        heads = Group(group.ranks, group.samples)
-        if group.degree == 1 or self.kv_bytes_per_token is None or not group.samples:
-            return (heads,)
-        found = [heads, Group(group.ranks, group.samples, "ring")]
-        gathered = Group(group.ranks, group.samples, "gather")
-        # what a rank gathers stays until backward
-        bytes_gathered = self.kv_bytes_per_token * travelling_tokens(layout_of(gathered, lengths))
+        ways, most = self._crossings.ways(group), self.memory_bytes_per_rank
+        if len(ways) == 1:
+            return ways
         bytes_held = self.num_bytes((lengths[sample] for sample in group.samples), group.degree)
-        if bytes_held + bytes_gathered <= self.memory_bytes_per_rank:
-            found.append(gathered)
-        inner = self.ranks_per_node or group.degree
-        blocks = 1 < inner < group.degree and group.degree % inner == 0 and group.ranks[0] % inner == 0
-        if blocks and self.network_bytes_per_s and inner in self.all_to_all_bytes_per_s:
-            found.append(Group(group.ranks, group.samples, "ulysses_ring", inner))
-        return tuple(found)
+        return tuple(
+            way
+            for way in ways
+            if way.method != "gather" or bytes_held + self._crossings.bytes_gathered(way, lengths) <= most
+        )
 
     def with_free_exchange(self) -> CostModel:
         """The same machine if every exchange took no time: no plan by any method is faster than one on it."""
@@ -320,12 +282,7 @@ class CostModel:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form (format hf-hetero-cost/1)."""
-        data = asdict(self)
-        for name in ("all_to_all_bytes_per_s", "all_to_all_latency_s"):
-            data[name] = {str(degree): value for degree, value in data[name].items()}
-        if not self.activation_policies:
-            del data["activation_policies"]
-        return {"format": COST_FORMAT, **{key: value for key, value in data.items() if value is not None}}
+        return as_json(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "cost model") -> CostModel:
@@ -334,26 +291,15 @@ class CostModel:
         Raises:
             ConfigError: another format, a missing field, or a value of the wrong kind.
         """
-        if not isinstance(data, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] (a file may hold anything)
-            raise ConfigError(f"{where} holds a {type(data).__name__}; a cost model is a JSON object.")
-        if data.get("format") != COST_FORMAT:
-            raise ConfigError(f"{where}: format {data.get('format')!r:.60} is unknown; expected {COST_FORMAT!r}.")
-        known: dict[str, Any] = {}
-        for item in fields(cls):
-            if item.name in data:
-                read = read_policies if item.name == "activation_policies" else partial(read_field, item)
-                known[item.name] = read(data[item.name], where)
-        needed = {item.name for item in fields(cls) if item.default is MISSING and item.default_factory is MISSING}
-        if missing := sorted(needed - set(known)):
-            raise ConfigError(f"{where} lacks {', '.join(missing)}.")
+        values = values_of(fields(cls), data, where)
         try:
-            return cls(**known)
+            return cls(**values)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_json(self.to_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> CostModel:
@@ -362,19 +308,4 @@ class CostModel:
         Raises:
             ConfigError: no such file or name, not JSON, or not a cost model.
         """
-        file = SHIPPED_FOLDER / f"{path}.json" if str(path) in shipped_names() else Path(path)
-        try:
-            data = parsed(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot read the cost model {str(path)!r}: {error.strerror}. "
-                f"Name a file, or one of {', '.join(shipped_names())}."
-            ) from error
-        except ValueError as error:  # bytes that are no text, or text that is no JSON
-            raise ConfigError(f"{path} is not JSON: {error}.") from error
-        return cls.from_dict(data, where=str(path))
-
-
-def shipped_names() -> tuple[str, ...]:
-    """Cost models that come with the package; `hf-hetero costs` says what they are."""
-    return tuple(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
+        return cls.from_dict(read_json(path), where=str(path))

@@ -1,0 +1,117 @@
+"""What it costs that the ranks of a group share samples, by method: from where the samples are cut, and from the links.
+
+For a group of d ranks, in blocks of n that exchange heads (n = 1 but for "ulysses_ring"), whose busiest block computes
+with `causal_pairs` and moves `travelling_tokens` (see `volume`), in seconds:
+
+    attention = attention_s_per_token2 * causal_pairs / n * head_imbalance(n)
+    once      = kv_bytes_per_token * max(1, n / num_kv_heads) / n * travelling_tokens / bandwidth
+    exchange  = 2 * once                                                            gather
+              = max(0, 3 * once + messages - ring_overlap * attention)              ring, ulysses_ring
+    messages  = RING_MESSAGES * all_to_all_latency_s[d] * (d / n - 1)
+
+Keys that are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
+messages of their own, and hides part of that behind attention. What a block exchanges within itself comes on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from hf_hetero.costs.volume import causal_pairs, travelling_tokens
+from hf_hetero.layout import blocks_of, layout_of
+from hf_hetero.plan import Group
+
+GATHER_MESSAGES = 2 / 4
+"""Exchanges of a layer, forward and backward, where exchanging heads takes four."""
+RING_MESSAGES = 3 / 4
+"""The same, for each other rank of a ring."""
+
+
+class Charges(NamedTuple):
+    """Seconds of a group, in the parts that add up to them.
+
+    Args:
+        attention_s: for what grows with the square of a sample's tokens.
+        linear_s: for what grows with the tokens and stays on a rank.
+        exchange_s: for the bytes that ranks exchange, as far as nothing hides it.
+        fixed_s: for what a micro-batch and its messages take, whatever they hold.
+    """
+
+    attention_s: float
+    linear_s: float
+    exchange_s: float
+    fixed_s: float
+
+
+@dataclass(frozen=True)
+class Crossings:
+    """What a cost model knows of ranks that share samples. Each field is `CostModel`'s of the same name."""
+
+    attention_s_per_token2: float
+    linear_s_per_token: float
+    micro_batch_s: float
+    all_to_all_bytes_per_token: float
+    all_to_all_bytes_per_s: Mapping[int, float]
+    all_to_all_latency_s: Mapping[int, float]
+    ranks_per_node: int | None
+    kv_bytes_per_token: float | None
+    num_heads: int | None
+    num_kv_heads: int | None
+    network_bytes_per_s: float | None
+    ring_overlap: float
+
+    def head_imbalance(self, degree: int) -> float:
+        """Heads of the rank that has most of them, by the mean; 1 where they divide, or nobody knows."""
+        if self.num_heads is None or self.kv_bytes_per_token is None:
+            return 1.0
+        return degree * -(-self.num_heads // degree) / self.num_heads
+
+    def ways(self, group: Group) -> tuple[Group, ...]:
+        """A group in each way that attention can cross its ranks, whatever their memory; the first exchanges heads."""
+        heads = Group(group.ranks, group.samples)
+        if group.degree == 1 or self.kv_bytes_per_token is None or not group.samples:
+            return (heads,)
+        ways = [heads, Group(group.ranks, group.samples, "ring"), Group(group.ranks, group.samples, "gather")]
+        inner = self.ranks_per_node or group.degree
+        blocks = 1 < inner < group.degree and group.degree % inner == 0 and group.ranks[0] % inner == 0
+        if blocks and self.network_bytes_per_s and inner in self.all_to_all_bytes_per_s:
+            ways.append(Group(group.ranks, group.samples, "ulysses_ring", inner))
+        return tuple(ways)
+
+    def bytes_gathered(self, group: Group, lengths: Sequence[int]) -> float:
+        """Memory, on the busiest rank of a group that gathers, of what comes from others and stays until backward."""
+        assert self.kv_bytes_per_token is not None
+        return self.kv_bytes_per_token * travelling_tokens(layout_of(group, lengths))
+
+    def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
+        """Seconds of a group whose ranks share tokens, not heads only; the busiest rank counts.
+
+        Args:
+            group: of a plan; its method is "gather", "ring" or "ulysses_ring".
+            lengths: tokens of each sample of the global batch.
+        """
+        degree, inner = group.degree, group.ulysses_degree or 1
+        tokens = sum(lengths[sample] for sample in group.samples) / degree
+        layout = layout_of(group, lengths)
+        blocks = blocks_of(layout) if inner > 1 else layout
+        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner * self.head_imbalance(inner)
+        exchange_s, fixed_s = 0.0, self.micro_batch_s
+        if inner > 1:
+            exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
+            fixed_s += self.all_to_all_latency_s.get(inner, 0.0)
+        if blocks.is_cut:
+            assert self.kv_bytes_per_token is not None
+            copies = max(1 / inner, 1 / (self.num_kv_heads or inner))
+            speed = self.all_to_all_bytes_per_s[degree] if inner == 1 else self.network_bytes_per_s
+            assert speed is not None
+            once_s = self.kv_bytes_per_token * copies * travelling_tokens(blocks) / speed
+            # the difference of two sums, so that plans keep the seconds that are on record, to the last bit
+            latency_s = self.micro_batch_s + self.all_to_all_latency_s.get(degree, 0.0) - self.micro_batch_s
+            if group.method == "gather":
+                exchange_s, fixed_s = exchange_s + 2 * once_s, fixed_s + latency_s * GATHER_MESSAGES
+            else:
+                messages_s = latency_s * RING_MESSAGES * (blocks.degree - 1)
+                exchange_s += max(0.0, 3 * once_s + messages_s - self.ring_overlap * attention_s)
+        return Charges(attention_s, self.linear_s_per_token * tokens, exchange_s, fixed_s)

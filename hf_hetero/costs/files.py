@@ -1,0 +1,193 @@
+"""Cost models as JSON files, format hf-hetero-cost/1, read strictly: what a file gets wrong is named, not guessed.
+
+`CostModel.load`, `save`, `from_dict` and `to_dict` are the doors; the files beside this one come with the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from hf_hetero.costs.activation_policy import ActivationPolicy
+from hf_hetero.errors import ConfigError
+
+COST_FORMAT = "hf-hetero-cost/1"
+SHIPPED_FOLDER = Path(__file__).parent
+MOST_COUNTED = 1 << 40
+MOST_DIGITS = 12
+"""Of a degree: more are none that a run can have, and Python reads no number of thousands."""
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Cost models that come with the package; `hf-hetero costs` says what they are."""
+    return tuple(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
+
+
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds, or the shipped cost model of this name.
+
+    Raises:
+        ConfigError: no such file or name, or not JSON.
+    """
+    file = SHIPPED_FOLDER / f"{path}.json" if str(path) in shipped_names() else Path(path)
+    try:
+        return parsed(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot read the cost model {str(path)!r}: {error.strerror}. "
+            f"Name a file, or one of {', '.join(shipped_names())}."
+        ) from error
+    except ValueError as error:  # bytes that are no text, or text that is no JSON
+        raise ConfigError(f"{path} is not JSON: {error}.") from error
+
+
+def write_json(data: Mapping[str, Any], path: str | Path) -> None:
+    """Write a JSON file that `read_json` reads."""
+    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON-ready form of a cost model's values: degrees are text, and what is None or a lack of policies is absent.
+
+    Args:
+        values: of each field of `CostModel`, by name; policies as mappings of their own fields.
+    """
+    data: dict[str, Any] = {"format": COST_FORMAT}
+    for name, value in values.items():
+        if value is None or (name == "activation_policies" and not value):
+            continue
+        by_degree = name in {"all_to_all_bytes_per_s", "all_to_all_latency_s"}
+        data[name] = {str(degree): number for degree, number in value.items()} if by_degree else value
+    return data
+
+
+def values_of(declared: Sequence[Field[Any]], data: object, where: str) -> dict[str, Any]:
+    """The values of a cost model's fields, by name; what `declared` does not name is left aside.
+
+    Args:
+        declared: fields of `CostModel`.
+        data: what a file holds.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: another format, a missing field, or a value of the wrong kind.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} holds a {type(data).__name__}; a cost model is a JSON object.")
+    entries: Mapping[object, object] = data
+    if entries.get("format") != COST_FORMAT:
+        raise ConfigError(f"{where}: format {entries.get('format')!r:.60} is unknown; expected {COST_FORMAT!r}.")
+    values: dict[str, Any] = {}
+    for item in declared:
+        if item.name not in entries:
+            continue
+        value = entries[item.name]
+        is_policies = item.name == "activation_policies"
+        values[item.name] = read_policies(value, where) if is_policies else read_field(item, value, where)
+    needed = {item.name for item in declared if item.default is MISSING and item.default_factory is MISSING}
+    if missing := sorted(needed - set(values)):
+        raise ConfigError(f"{where} lacks {', '.join(missing)}.")
+    return values
+
+
+def read_policies(value: object, where: str) -> dict[str, ActivationPolicy]:
+    """Policies by name, from a cost model's JSON.
+
+    Raises:
+        ConfigError: not an object of objects, or a field that is missing or no number.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: activation_policies is {value!r:.60}; it must be an object, name -> policy.")
+    entries: Mapping[object, object] = value
+    policies: dict[str, ActivationPolicy] = {}
+    for name, entry in entries.items():
+        place = f"{where}: activation_policies.{name!s:.60}"
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{place} is {entry!r:.60}; it must be an object.")
+        data: Mapping[object, object] = entry
+        numbers: dict[str, float] = {}
+        for item in fields(ActivationPolicy):
+            if item.name in data:
+                numbers[item.name] = number_of(data[item.name], f"{place}.{item.name}")
+        try:
+            policies[str(name)] = ActivationPolicy(**numbers)
+        except (TypeError, ConfigError) as error:  # a field that is missing, or out of range
+            raise ConfigError(f"{place}: {error}") from error
+    return policies
+
+
+def read_field(item: Field[Any], value: object, where: str) -> Any:
+    """A field's value from JSON, refused unless its kind is the one declared: "1" and true are no numbers.
+
+    Args:
+        item: the field; its annotation is a string, and one of float, int, str, Mapping[int, float], or one or None.
+        value: what the file holds.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    kind = str(item.type)
+    if value is None and kind.endswith("None"):
+        return None
+    if kind.startswith("Mapping"):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {item.name} is {value!r:.60}; it must be an object, degree -> number.")
+        entries: Mapping[object, object] = value
+        return {
+            _degree(item, degree, where): number_of(number, f"{where}: {item.name}")
+            for degree, number in entries.items()
+        }
+    if kind.startswith("float"):
+        return number_of(value, f"{where}: {item.name}")
+    if kind.startswith("int"):
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_COUNTED:
+            raise ConfigError(f"{where}: {item.name} is {value!r:.60}; it must be a positive whole number.")
+    elif not isinstance(value, str):
+        raise ConfigError(f"{where}: {item.name} is {value!r:.60}; it must be text.")
+    return value
+
+
+def number_of(value: object, name: str) -> float:
+    """A number from JSON, where whole ones may have any size.
+
+    Raises:
+        ConfigError: anything else, or a number that is too large to compute with.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r:.60}; it must be a number.")
+    try:
+        float(value)
+    except OverflowError:
+        raise ConfigError(f"{name} is {str(value)[:12]}...; that is too large.") from None
+    return value
+
+
+def parsed(text: str) -> Any:
+    """JSON, each of whose objects has a field once.
+
+    Raises:
+        ValueError: it is none, it is nested too deep to be read, or a field stands there twice.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    by_name: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in by_name:
+            raise ValueError(f"the field {name!r:.60} stands there twice")
+        by_name[name] = value
+    return by_name
+
+
+def _degree(item: Field[Any], value: object, where: str) -> int:
+    if not isinstance(value, str) or not (value.isdecimal() and len(value) <= MOST_DIGITS and str(int(value)) == value):
+        raise ConfigError(f"{where}: {item.name} has the degree {value!r:.60}; a degree is a positive whole number.")
+    return int(value)
