@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_hetero.attention.contract import Kernel
-from hf_hetero.backward import in_backward
+from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.layout import Layout
-from hf_hetero.offload import HostStore, Parcel
+from hf_hetero.model.backward import in_backward
+from hf_hetero.model.offload import HostStore, Parcel
 
 Tensors = tuple[torch.Tensor, ...]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.routes import GatherRoute, gather_route
 from hf_hetero.attention.traffic import all_to_all
 

@@ -15,9 +15,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.kernels.contract import Scores
+from hf_hetero.attention.kernels.plain import weigh
 from hf_hetero.attention.methods import attend
-from hf_hetero.attention.plain import weigh
 from hf_hetero.errors import UnsupportedModel
 
 # must hold neither "flash" nor "sdpa": transformers treats such names in ways of its own

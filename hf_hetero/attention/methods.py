@@ -8,8 +8,8 @@ from types import MappingProxyType
 import torch
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
 from hf_hetero.attention.gather import gather
+from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.ring import ring
 from hf_hetero.attention.ulysses import ulysses, ulysses_ring
 

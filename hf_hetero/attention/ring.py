@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Kernel, Scores, merge, sinks_gradient, with_sinks
 from hf_hetero.attention.gather import gather
+from hf_hetero.attention.kernels.contract import Kernel, Scores, merge, sinks_gradient, with_sinks
 from hf_hetero.attention.routes import Meeting, RingRoute, Round, ring_route
 from hf_hetero.attention.traffic import Shift
 from hf_hetero.errors import UnsupportedModel

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_hetero.attention.contract import Segments
+from hf_hetero.attention.kernels.contract import Segments
 from hf_hetero.layout import Layout, Span, needed
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores, Segments
 from hf_hetero.attention.gather import attend_gathered
+from hf_hetero.attention.kernels.contract import Scores, Segments
 from hf_hetero.attention.ring import attend_in_rounds
 from hf_hetero.attention.routes import gather_route, ring_route
 from hf_hetero.attention.traffic import all_to_all

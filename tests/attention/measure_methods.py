@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import run_ranks
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.contract import Scores
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import layout_of

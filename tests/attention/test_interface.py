@@ -10,7 +10,7 @@ from helpers import tiny_model
 
 from hf_hetero.attention import interface
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.kernels import CPU
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.layout import contiguous
 

@@ -13,8 +13,8 @@ from attention.dense_attention import Case, dense
 from helpers import run_ranks
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores, Segments
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.contract import Scores, Segments
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import Layout, layout_of

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_hetero.attention import ring
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
 from hf_hetero.attention.routes import ring_route
 from hf_hetero.layout import Layout, blocks_of, two_level, zigzag
 

@@ -14,7 +14,7 @@ from helpers import run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.methods import attend
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.groups import GroupPool

@@ -16,7 +16,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch.nn import functional as F
 
-from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
 
 logger = logging.getLogger(__name__)
 

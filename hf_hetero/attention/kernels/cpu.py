@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_hetero.attention import plain
-from hf_hetero.attention.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments, merge
+from hf_hetero.attention.kernels import plain
+from hf_hetero.attention.kernels.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments, merge
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

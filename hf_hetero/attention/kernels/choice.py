@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel
-from hf_hetero.attention.cpu import CPU
-from hf_hetero.attention.cuda import TORCH_VARLEN, through_transformers
-from hf_hetero.attention.flash import flash_kernels, named_flash_kernel
-from hf_hetero.attention.plain import PLAIN
+from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel
+from hf_hetero.attention.kernels.cpu import CPU
+from hf_hetero.attention.kernels.cuda import TORCH_VARLEN, through_transformers
+from hf_hetero.attention.kernels.flash import flash_kernels, named_flash_kernel
+from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)

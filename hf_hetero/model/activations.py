@@ -16,8 +16,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_hetero.chunked_mlp import chunked_class
-from hf_hetero.offload import HostStore, stream_for
+from hf_hetero.model.chunked_mlp import chunked_class
+from hf_hetero.model.offload import HostStore, stream_for
 from hf_hetero.plan import ACTIVATIONS
 
 

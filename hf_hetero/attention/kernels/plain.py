@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_hetero.attention.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
 
 BLOCK_QUERIES = 256  # a block's scores are kept, never those of a whole sample
 
