@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from hf_hetero.attention.interface import planned_mask
+from hf_hetero.attention.context import planned_mask
 from hf_hetero.collators.sample import Sample
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span

@@ -152,9 +152,9 @@ def _causal_meeting(
         first = 0 if window is None else max(0, span.start - window + 1)
         keys.append(buffer.within(span.sample, first, span.end))
         assert not whole or sum(map(len, keys[-1])) == span.end - first, "a key that is needed has not been sent"
-    flat = [rows for found in keys for rows in found]
+    flat = [rows for met in keys for rows in met]
     as_they_are = _joined(flat) == [range(buffer.num_rows)]
-    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, found)) for found in keys], device)
+    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, met)) for met in keys], device)
     return Meeting(None if as_they_are else _index(flat, device), segments)
 
 

@@ -75,7 +75,7 @@ def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | Non
     q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
     scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None)
-    out = attend(q, k, v, context, scores, 0)
+    out = attend(q, k, v, scores, context.at(0))
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     return [rows, out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
 

@@ -54,7 +54,7 @@ def test_a_wrong_offload_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: what comes back from the host decides the gradients."""
     _, expected = under(None, deep_model())
     get = HostStore.get
-    monkeypatch.setattr(HostStore, "get", lambda store, parcel: get(store, parcel) * 1.01)
+    monkeypatch.setattr(HostStore, "get", lambda store, saved: get(store, saved) * 1.01)
     _, found = under("offload", deep_model())
     assert largest_difference(found, expected) > 1e-4
 

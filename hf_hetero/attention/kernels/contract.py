@@ -30,7 +30,7 @@ class Segments:
 
     Args:
         q_lengths, k_lengths: tokens of each run.
-        cu_q, cu_k: where they start, and the end; int32 tensors on the device, shape (num_runs + 1,).
+        cu_q, cu_k: where they start, and the end; int32 tensors on the device, shape (R + 1,).
         max_q, max_k: tokens of the longest run; 0 without runs.
         causal: the last query of a run meets all of its keys, the one before it all but the last, and so on; else
             every query of a run meets all of its keys.
@@ -69,7 +69,7 @@ class Scores:
         scaling: factor on q @ k.
         window: a token sees itself and the `window - 1` tokens before it; None means all before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: one logit a query head that takes part in the softmax and has no value. Shape (num_heads,).
+        sinks: one logit a query head that takes part in the softmax and has no value. Shape (H,).
     """
 
     scaling: float
@@ -93,8 +93,9 @@ class Scores:
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], tuple[torch.Tensor, torch.Tensor]]
-"""(q, k, v, segments, scores without sinks) -> out, lse. q: (num_q, num_heads, head_dim); k, v: (num_k, num_kv_heads,
-head_dim), num_heads a multiple of num_kv_heads; out as q; lse (num_q, num_heads), fp32 or wider. Not differentiable."""
+"""(q, k, v, segments, scores without sinks) -> out, lse. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv), H a
+multiple of Hk, Dv equal to D unless `unequal_values`; out: (Tq, H, Dv); lse: (Tq, H), fp32 or wider. Not
+differentiable."""
 
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """(grad_out, q, k, v, out, lse, segments, scores without sinks) -> dq, dk, dv. Out and lse may be merged over more keys
@@ -134,7 +135,7 @@ class Kernel:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
     ) -> torch.Tensor:
-        """Differentiable attention. q: (num_q, num_heads, head_dim); out: (num_q, num_heads, size of a value).
+        """Differentiable attention. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv); out: (Tq, H, Dv).
 
         Without queries, keys or heads the output is empty and still has a gradient.
 
@@ -218,7 +219,7 @@ def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None)
 def sinks_gradient(
     grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (num_heads,)."""
+    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (H,)."""
     if sinks is None:
         return None
     weights = (sinks.detach().to(lse.dtype) - lse).exp()
