@@ -164,6 +164,16 @@ def test_imports_point_down(module: str) -> None:
             assert room == module.split(".")[0] or floor(inner) < floor(module), f"{module} may not import {target}"
 
 
+def test_kernels_know_no_ranks() -> None:
+    """Methods cross ranks, kernels compute: a kernel imports nothing of attention but other kernels."""
+    kernels = {name: path for name, path in modules().items() if name.startswith("attention.kernels")}
+    assert kernels
+    for module, path in kernels.items():
+        above = {target for target in imports(path) if target.startswith("hf_hetero.attention.")}
+        above -= {target for target in above if target.startswith("hf_hetero.attention.kernels")}
+        assert not above | (imports(path) & {"torch.distributed"}), module
+
+
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_one_door_per_dependency(module: str) -> None:
     """A third-party solver or kernel is imported in one place."""

@@ -18,7 +18,7 @@ Why that is exact.
     (`kernels.contract.merge`), and merging is associative.
 
     Backward needs no order either. With the merged output and log-sum-exp, the gradients of some of the keys depend on
-    no other key (`kernels.contract`), so each round computes its part, and sums them up.
+    no other key (`kernels.contract`), so each round adds its part.
 
 Why all ranks finish a round together. `zigzag` cuts a long sample into 2d pieces of c tokens, of which rank r has r
 and 2d - 1 - r. With the keys of rank j < r, both pieces of queries come after piece j and before piece 2d - 1 - j: they
@@ -169,7 +169,7 @@ class _Rounds:
         """dq, dk, dv of this rank's rows, summed in fp32 or wider.
 
         The gradients of round n leave after the keys of round n + 1 and before those of round n + 2, on every rank,
-        whatever rounds it is idle in. So all ranks have one order of messages, and no two can wait for each other.
+        whatever rounds it is idle in: one order of messages, so no circle of waiting ranks (`routes.RingRoute`).
         """
         key_dim, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
         rows = torch.cat([k, v], dim=2)

@@ -87,7 +87,7 @@ class TablesBySample:
 
     @torch.compiler.disable
     def _by_sample(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """What the module gives for each token: one table, or a tuple, of shape (..., num_tokens, dim)."""
+        """What the module gives for each token: one table, or a tuple; the n tokens are the dim before the last."""
         if self._context is None:
             return None
         call = inspect.signature(module.forward).bind(*args, **kwargs)

@@ -77,8 +77,10 @@ class Round:
 class RingRoute:
     """What this rank holds itself, and all rounds of the group by number, those in which it is idle too.
 
-    On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. Ranks that
-    are idle in different rounds still need one order for their messages, and the number of the round is that order.
+    On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. All ranks have
+    one order for their messages, that of the rounds' numbers, whichever rounds each of them is idle in. So no ranks can
+    wait for each other in a circle: who stands at a message waits for a rank that stands at an earlier one, and the
+    rank that stands at the earliest of all would have nobody to wait for.
     """
 
     local: Meeting

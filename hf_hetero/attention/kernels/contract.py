@@ -1,8 +1,20 @@
 """What every attention kernel is given and gives back: runs of queries, runs of keys, output and log-sum-exp.
 
-The log-sum-exp makes attention additive: outputs over disjoint keys merge exactly (`merge`), sinks are one more key
-without a value, and a backward pass over some of the keys is exact when it is given the merged output and log-sum-exp.
-So one pair of functions, forward and backward, serves whole samples, gathered keys and blocks of a ring.
+The log-sum-exp makes attention additive, so one pair of functions, forward and backward, serves whole samples, gathered
+keys and blocks of a ring. For one query with scores s over keys of a set A, write
+
+    Z_A = sum of exp(s) over A,    lse_A = log Z_A,    out_A = sum of exp(s) v over A / Z_A.
+
+Forward. Sums over disjoint sets A and B add up, so with Z = Z_A + Z_B
+
+    out = (Z_A out_A + Z_B out_B) / Z = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B,    lse = log(Z_A + Z_B):
+
+exactly attention over all keys (`merge`). No exponent is above 0, so nothing overflows. A sink is one more key, with a
+score and without a value (`with_sinks`).
+
+Backward. With weights p = exp(s - lse), and dp = grad_out . v, the gradient of a score is p (dp - grad_out . out), and
+those of q, k and v follow from it and p. Other keys enter only by `lse` and `out`. So a backward pass over A that is
+given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq is the sum over the sets.
 """
 
 from __future__ import annotations
