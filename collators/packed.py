@@ -14,7 +14,7 @@ from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.limits import Limits
-from hf_hetero.loss import IGNORE_INDEX, num_targets
+from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 

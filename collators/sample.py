@@ -12,7 +12,7 @@ import torch
 
 from hf_hetero.errors import BadSample
 from hf_hetero.limits import check_whole_numbers
-from hf_hetero.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
 from hf_hetero.rows import nested
 
 Example = Mapping[str, Any]

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from hf_hetero.attention.interface import planned_mask
+from hf_hetero.attention.context import planned_mask
 from hf_hetero.collators.sample import Sample
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
-from hf_hetero.loss import IGNORE_INDEX
+from hf_hetero.model.loss import IGNORE_INDEX
 
 
 def pack_spans(

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_hetero import exactness
-from hf_hetero.attention import kernels
+from hf_hetero.attention.kernels import choice
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.layout import share_heads
 from hf_hetero.limits import limits_of
@@ -104,7 +104,7 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
     num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     try:
-        kernel = kernels.choose_kernel("cuda", torch.bfloat16, kernels.features_of(text)).name
+        kernel = choice.choose_kernel("cuda", torch.bfloat16, choice.features_of(text)).name
     except HeteroError as error:
         kernel = str(error)
     reasons, trial = _try(config)

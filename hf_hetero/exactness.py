@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_hetero import sharding
 from hf_hetero.attention import rotary
 from hf_hetero.errors import ConfigError, UnsupportedModel
+from hf_hetero.model.wrapped import base_model
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +29,6 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attent
 STEPS_IN_BACKWARD = frozenset({"lomo", "adalomo"})
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
-
-
-def base_model(model: torch.nn.Module | None) -> Any:
-    """The transformers model inside a peft one, or the model itself, which may bring adapters of its own."""
-    assert model is not None
-    wrapped: Any = model
-    if isinstance(wrapped, PreTrainedModel) or not hasattr(wrapped, "peft_config"):
-        return wrapped
-    # peft's model of mixed adapters has no such method
-    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped.base_model.model
 
 
 def is_tested(model: PreTrainedModel) -> bool:

@@ -14,12 +14,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import lm_head, loss
-from hf_hetero.attention import interface, kernels
+from hf_hetero.attention import interface
+from hf_hetero.attention.kernels import choice as kernels
 from hf_hetero.attention.rotary import TablesBySample
-from hf_hetero.exactness import base_model
-from hf_hetero.expert_load import ExpertLoad
-from hf_hetero.lm_head import LeanHead
+from hf_hetero.model import lm_head, loss
+from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.lm_head import LeanHead
+from hf_hetero.model.wrapped import base_model
 
 logger = logging.getLogger(__name__)
 

@@ -239,6 +239,8 @@ def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadSha
 
 def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list[int]) -> None:
     """Two pieces of one sample to each rank; the tokens that do not divide go to the ranks that hold the fewest."""
+    # Of 2d pieces of c tokens, piece i meets i whole pieces and half of itself: (i + 1/2) c^2 pairs. Rank r has the
+    # pieces r and 2d - 1 - r, so 2d c^2 pairs, whatever r is.
     degree = len(held)
     piece, left = divmod(length, 2 * degree)
     sizes = [piece] * (2 * degree)

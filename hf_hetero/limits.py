@@ -11,7 +11,7 @@ import torch
 
 from hf_hetero.attention.rotary import longest_exact
 from hf_hetero.errors import BadSample
-from hf_hetero.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
 from hf_hetero.samples import Samples
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_hetero import estimate, memory
-from hf_hetero.activations import Activations
 from hf_hetero.agreement import broadcast
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
-from hf_hetero.lm_head import LeanHead
+from hf_hetero.model.activations import Activations
+from hf_hetero.model.lm_head import LeanHead
+from hf_hetero.model.wrapped import base_model
 from hf_hetero.model_shape import ModelShape, shape_of
 from hf_hetero.sharding import Sharding
 from hf_hetero.topology import Topology

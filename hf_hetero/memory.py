@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from hf_hetero import chunked_mlp
-from hf_hetero.lm_head import CHUNK_BYTES
+from hf_hetero.model import chunked_mlp
+from hf_hetero.model.chunked_loss import CHUNK_BYTES
 from hf_hetero.model_shape import ModelShape
 from hf_hetero.topology import Topology
 

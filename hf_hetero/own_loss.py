@@ -18,7 +18,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_hetero.errors import HeteroError, UnsupportedModel
-from hf_hetero.loss import IGNORE_INDEX, token_loss
+from hf_hetero.model.loss import IGNORE_INDEX, token_loss
 
 TOKENS = 5
 CLOSE = 1e-4

@@ -12,9 +12,8 @@ import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 
 from hf_hetero import exactness, overrides, own_loss, sharding
-from hf_hetero.activations import Activations
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.kernels import Kernel
+from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.sample import Sample
@@ -28,6 +27,7 @@ from hf_hetero.layout import contiguous
 from hf_hetero.limits import limits_of
 from hf_hetero.logged_means import uncounted
 from hf_hetero.machine import Machine, set_up
+from hf_hetero.model.activations import Activations
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
 from hf_hetero.probe import check_untested

@@ -24,12 +24,12 @@ from hf_hetero import exactness
 from hf_hetero.agreement import broadcast
 from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
-from hf_hetero.loss import shift_labels, token_loss
+from hf_hetero.model.loss import shift_labels, token_loss
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_hetero.layout import Layout, Span, layout_of
-from hf_hetero.loss import num_targets
+from hf_hetero.model.loss import num_targets
 from hf_hetero.plan import Group, Plan
 from hf_hetero.samples import Drawn
 

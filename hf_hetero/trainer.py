@@ -40,10 +40,10 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.evaluating import EvaluatingTrainer
 from hf_hetero.groups import limit_of, named
-from hf_hetero.loss import IGNORE_INDEX
+from hf_hetero.model.loss import IGNORE_INDEX
+from hf_hetero.model.timing import StepClock
 from hf_hetero.plan import StepReport
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
-from hf_hetero.timing import StepClock
 
 logger = logging.getLogger(__name__)
 

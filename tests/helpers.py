@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
-from hf_hetero.chunked_mlp import ChunkedMLP
+from hf_hetero.model.chunked_mlp import ChunkedMLP
 from hf_hetero.plan import ACTIVATIONS, METHODS
 from hf_hetero.plan_ahead import PlanSource
 

@@ -19,11 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_hetero import lm_head
-from hf_hetero.activations import Activations
-from hf_hetero.chunked_mlp import ChunkedMLP
-from hf_hetero.lm_head import LeanHead
-from hf_hetero.loss import token_loss
+from hf_hetero.model import lm_head
+from hf_hetero.model.activations import Activations
+from hf_hetero.model.chunked_mlp import ChunkedMLP
+from hf_hetero.model.lm_head import LeanHead
+from hf_hetero.model.loss import token_loss
 
 KINDS = {  # what groups do, and whether MLPs go in chunks
     "kept": (None, False),

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from hf_hetero.lm_head import LazyLogits
-from hf_hetero.loss import token_loss
+from hf_hetero.model.lm_head import LazyLogits
+from hf_hetero.model.loss import token_loss
 
 
 def resident(field: str) -> int:

@@ -12,7 +12,6 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {
         "topology",
-        "backward",
         "drawing",
         "logged_means",
         "mixes",
@@ -21,9 +20,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "safekeeping",
         "samples",
     },
-    {"chunked_mlp", "expert_load", "lm_head", "offload", "records"},
-    {"config", "layout", "groups", "loss", "sharding", "timing"},
-    {"activations"},
+    {"records"},
+    {"config", "layout", "groups", "model", "sharding"},
     {"costs"},
     {"agreement", "attention", "dynamic_cp", "planner", "step"},
     {"limits"},
@@ -58,17 +56,16 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"cli"},
 ]
 DOORS = {  # third-party package -> the only rooms that may import it
-    "flash_attn": {"attention.flash"},
-    "flash_attn_interface": {"attention.flash"},
+    "flash_attn": {"attention.kernels.flash"},
+    "flash_attn_interface": {"attention.kernels.flash"},
     "mip": {"planner.program"},
     "trl": {"sft"},
     "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"evaluation", "lengths", "loader"},
     "transformers": {
-        "activations",
         "attention.interface",
-        "attention.cuda",
-        "attention.kernels",
+        "attention.kernels.cuda",
+        "attention.kernels.choice",
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
@@ -83,6 +80,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "lengths",
         "loader",
         "machine",
+        "model.activations",
+        "model.wrapped",
         "own_loss",
         "probe",
         "sharding",
@@ -155,6 +154,16 @@ def test_imports_point_down(module: str) -> None:
         if first == "hf_hetero" and inner:
             room = inner.split(".")[0]
             assert room == module.split(".")[0] or floor(inner) < floor(module), f"{module} may not import {target}"
+
+
+def test_kernels_know_no_ranks() -> None:
+    """Methods cross ranks, kernels compute: a kernel imports nothing of attention but other kernels."""
+    kernels = {name: path for name, path in modules().items() if name.startswith("attention.kernels")}
+    assert kernels
+    for module, path in kernels.items():
+        above = {target for target in imports(path) if target.startswith("hf_hetero.attention.")}
+        above -= {target for target in above if target.startswith("hf_hetero.attention.kernels")}
+        assert not above | (imports(path) & {"torch.distributed"}), module
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

@@ -10,8 +10,6 @@ import torch
 from helpers import kept_by_autograd, tiny_model, with_lora
 from test_estimate import shape
 
-from hf_hetero import chunked_mlp
-from hf_hetero.lm_head import CHUNK_BYTES
 from hf_hetero.memory import (
     LEVERS,
     activation_bytes,
@@ -24,6 +22,8 @@ from hf_hetero.memory import (
     tokens_by_lever,
     tokens_in_chunk,
 )
+from hf_hetero.model import chunked_mlp
+from hf_hetero.model.chunked_loss import CHUNK_BYTES
 from hf_hetero.model_shape import shape_of
 
 

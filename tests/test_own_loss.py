@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hf_hetero import UnsupportedModel
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.layout import contiguous

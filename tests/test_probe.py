@@ -178,8 +178,8 @@ def test_attention_that_mixes_samples_fails(monkeypatch: pytest.MonkeyPatch) -> 
 def test_attention_without_its_window_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """So is a window that attention never heard of: some sample is longer than it."""
 
-    def boundless(q: Any, k: Any, v: Any, context: Any, scores: Any, layer: int) -> torch.Tensor:
-        return methods.attend(q, k, v, context, type(scores)(scores.scaling), layer)
+    def boundless(q: Any, k: Any, v: Any, scores: Any, place: Any) -> torch.Tensor:
+        return methods.attend(q, k, v, type(scores)(scores.scaling), place)
 
     monkeypatch.setattr(interface, "attend", boundless)
     assert probed(config_of("llama")).ok
@@ -189,9 +189,9 @@ def test_attention_without_its_window_fails(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_layer_that_is_not_reached_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer whose attention never heard of the plan is counted and named."""
 
-    def forgetful(q: Any, k: Any, v: Any, context: Any, scores: Any, layer: int) -> torch.Tensor:
-        context.reached.discard(1)
-        return methods.attend(q, k, v, context, scores, layer)
+    def forgetful(q: Any, k: Any, v: Any, scores: Any, place: Any) -> torch.Tensor:
+        place.context.reached.discard(1)
+        return methods.attend(q, k, v, scores, place)
 
     monkeypatch.setattr(interface, "attend", forgetful)
     found = probed(config_of("llama"))

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from hf_hetero.attention.contract import Kernel
-from hf_hetero.backward import in_backward
+from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.layout import Layout
-from hf_hetero.offload import HostStore, Parcel
+from hf_hetero.model.backward import in_backward
+from hf_hetero.model.offload import HostStore, SavedTensor
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Peers:
+    """Ranks that exchange with each other inside a layer: a group, a block of it, or one rank of each block.
+
+    Args:
+        group: a process group that all of them are in, maybe with others; None for a single rank.
+        ranks: their global ranks, in the order of what they hold.
+        me: position of this rank among them.
+        tokens: that each of them holds; 0 is allowed.
+    """
+
+    group: dist.ProcessGroup | None
+    ranks: tuple[int, ...]
+    me: int
+    tokens: tuple[int, ...]
 
 
 class AttentionContext:
@@ -38,6 +56,7 @@ class AttentionContext:
         reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
 
     Attributes:
+        peers: the ranks of the group.
         group_rank: this rank's position in the group.
         num_tokens: tokens of this rank that belong to a sample.
         reached: layers that attention was called for; shows whether the model hands its keywords down.
@@ -59,27 +78,32 @@ class AttentionContext:
         store: HostStore | None = None,
         reaches: tuple[int, ...] | None = None,
     ) -> None:
-        self.layout, self.ranks, self.process_group, self.inner_group = layout, ranks, process_group, inner_group
+        self.layout, self.inner_group = layout, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
         self.store = store
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
+        self.peers = Peers(process_group, ranks, self.group_rank, layout.rank_tokens)
         self.num_tokens = layout.rank_tokens[self.group_rank]
         spans = layout.spans[self.group_rank]
         self.reaches = reaches or tuple(layout.lengths[span.sample] for span in spans)
         self.reached: set[int] = set()
-        self._made: dict[Any, Any] = {}
-        self._kept: dict[tuple[int, str], tuple[torch.Tensor | Parcel, ...] | None] = {}
+        self._shared: dict[Any, Any] = {}
+        self._exchanged: dict[tuple[int, str], tuple[torch.Tensor | SavedTensor, ...] | None] = {}
+
+    def at(self, layer: int) -> Place:
+        """The context as a layer sees it."""
+        return Place(self, layer)
 
     def where(self, layer: int) -> str:
-        """Place of an operation, for messages."""
-        return f"step {self.step}, micro-batch {self.micro_batch}, layer {layer}, ranks {list(self.ranks)}"
+        """Step, micro-batch, layer and ranks of an operation, for messages."""
+        return f"step {self.step}, micro-batch {self.micro_batch}, layer {layer}, ranks {list(self.peers.ranks)}"
 
-    def made(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Something all layers share, such as row numbers on the device: made by the first layer that asks."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def shared(self, key: Any, make: Callable[[], Any]) -> Any:
+        """Something all layers share, such as row numbers on the device: the first layer that asks has it made."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     def once(self, layer: int, operation: str, compute: Callable[[], Tensors]) -> Tensors:
         """What an operation of a layer gives, kept from the forward pass to its recompute in backward.
@@ -90,17 +114,47 @@ class AttentionContext:
             return compute()
         key = (layer, operation)
         if in_backward():
-            kept = self._kept.pop(key, None)
-            return compute() if kept is None else tuple(map(self._fetched, kept))
-        found = compute()
-        self._kept[key] = None if key in self._kept else tuple(map(self._put_away, found))
-        return found
+            saved = self._exchanged.pop(key, None)
+            return compute() if saved is None else tuple(map(self._load, saved))
+        results = compute()
+        self._exchanged[key] = None if key in self._exchanged else tuple(map(self._save, results))
+        return results
 
-    def _put_away(self, tensor: torch.Tensor) -> torch.Tensor | Parcel:
+    def _save(self, tensor: torch.Tensor) -> torch.Tensor | SavedTensor:
         return tensor.detach() if self.store is None else self.store.put(tensor)
 
-    def _fetched(self, kept: torch.Tensor | Parcel) -> torch.Tensor:
-        if isinstance(kept, torch.Tensor):
-            return kept
+    def _load(self, saved: torch.Tensor | SavedTensor) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
         assert self.store is not None
-        return self.store.get(kept)
+        return self.store.get(saved)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A layer of a micro-batch: all that a method must know besides queries, keys, values and scores."""
+
+    context: AttentionContext
+    layer: int
+
+    @property
+    def where(self) -> str:
+        """Step, micro-batch, layer and ranks, for messages."""
+        return self.context.where(self.layer)
+
+    def once(self, operation: str, compute: Callable[[], Tensors]) -> Tensors:
+        """What an operation gives, computed once for the forward pass and its recompute (`AttentionContext.once`)."""
+        return self.context.once(self.layer, operation, compute)
+
+
+def planned_mask(num_tokens: int, local_tokens: int) -> torch.Tensor:
+    """A 4-D mask, which models hand through untouched: no mask is built, and attention can tell it from a real one.
+
+    Args:
+        num_tokens: tokens of this rank that belong to a sample.
+        local_tokens: tokens of this rank, one at least.
+
+    Returns:
+        Bool, shape (1, 1, 1, n): True for tokens of samples.
+    """
+    return (torch.arange(local_tokens) < num_tokens).view(1, 1, 1, local_tokens)

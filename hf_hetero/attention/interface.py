@@ -15,26 +15,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.kernels.contract import Scores
+from hf_hetero.attention.kernels.plain import weigh
 from hf_hetero.attention.methods import attend
-from hf_hetero.attention.plain import weigh
 from hf_hetero.errors import UnsupportedModel
 
 # must hold neither "flash" nor "sdpa": transformers treats such names in ways of its own
 ATTENTION_NAME = "hf_hetero"
-
-
-def planned_mask(num_tokens: int, local_tokens: int) -> torch.Tensor:
-    """A 4-D mask, which models hand through untouched: no mask is built, and attention can tell it from a real one.
-
-    Args:
-        num_tokens: tokens of this rank that belong to a sample.
-        local_tokens: tokens of this rank, one at least.
-
-    Returns:
-        Bool, shape (1, 1, 1, local_tokens): True for tokens of samples.
-    """
-    return (torch.arange(local_tokens) < num_tokens).view(1, 1, 1, local_tokens)
 
 
 @torch.compiler.disable
@@ -55,11 +42,12 @@ def hetero_attention(
     """Attention across the group of the current micro-batch.
 
     Args:
-        query: shape (1, num_heads, local_tokens, head_dim); key and value: the same with num_kv_heads.
+        query: shape (1, H, n, D).
+        key, value: shapes (1, Hk, n, D) and (1, Hk, n, Dv).
         hetero: the micro-batch; None outside a plan.
 
     Returns:
-        Shape (1, local_tokens, num_heads, head_dim), and None for the weights.
+        Shape (1, n, H, Dv), and None for the weights.
 
     Raises:
         UnsupportedModel: the model lost the context on its way here, or wants what no plan can keep exact.
@@ -83,7 +71,7 @@ def hetero_attention(
     hetero.reached.add(layer)
     # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
     q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
-    out = attend(q, k, v, hetero, scores, layer)
+    out = attend(q, k, v, scores, hetero.at(layer))
     # the token that stands in on a rank without any gets zeros
     out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
     return out.unsqueeze(0), None

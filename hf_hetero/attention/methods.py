@@ -7,24 +7,36 @@ from types import MappingProxyType
 
 import torch
 
-from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.context import Place
 from hf_hetero.attention.gather import gather
+from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.ring import ring
 from hf_hetero.attention.ulysses import ulysses, ulysses_ring
 
-Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, AttentionContext, Scores, int], torch.Tensor]
-"""(q, k, v, context, scores, layer) -> out. q: (local tokens, num_heads, head_dim); k: (local tokens, num_kv_heads,
-head_dim); v and out as k and q, in the size of a value. Exact in forward and backward, whatever the layout holds."""
+Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, Place], torch.Tensor]
+"""(q, k, v, scores, place) -> out. q: (t, H, D); k: (t, Hk, D); v: (t, Hk, Dv); out: (t, H, Dv). Exact causal attention
+in forward and backward, whatever the layout holds."""
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {"ulysses": ulysses, "gather": gather, "ring": ring, "ulysses_ring": ulysses_ring}
 )
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: AttentionContext, scores: Scores, layer: int
-) -> torch.Tensor:
-    """Attention by the method of the context. A group of one rank exchanges nothing, whatever its method."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
+    """Attention by the method of the context. A group of one rank exchanges nothing, whatever its method.
+
+    Args:
+        q, k, v: shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
+        scores: scaling and features of this layer.
+        place: the layer, and through its context the group, layout and kernel.
+
+    Returns:
+        Shape (t, H, Dv).
+
+    Raises:
+        CollectiveFailed: an exchange failed or waited longer than the group's timeout.
+        UnsupportedModel: the kernel cannot do what the layer or the method needs.
+    """
+    context = place.context
     method = ulysses if context.layout.degree == 1 else METHODS[context.method]
-    return method(q, k, v, context, scores, layer)
+    return method(q, k, v, scores, place)

@@ -7,6 +7,23 @@ fp32 or wider (in fp64, exactly). A rank holds the keys of two others at a time,
 need not divide by the degree.
 
 Layers with a sliding window need only the window before each cut: they gather it at once (`gather`).
+
+Why that is exact.
+    Every rank meets every other's keys once. In round n = 1 .. d - 1, rank r receives from rank r - n and sends to rank
+    r + n, modulo d. For a fixed r, r - n runs through all other ranks, each once; its own keys come first, without a
+    round. And where r sends to r + n, that rank receives from (r + n) - n = r: no message lacks its other half. Which
+    of the keys a query meets depends on positions in the sample alone (`layout.needed`), never on the round.
+
+    The order of the rounds changes nothing but rounding, because outputs over disjoint keys merge exactly
+    (`kernels.contract.merge`), and merging is associative.
+
+    Backward needs no order either. With the merged output and log-sum-exp, the gradients of some of the keys depend on
+    no other key (`kernels.contract`), so each round adds its part.
+
+Why all ranks finish a round together. `zigzag` cuts a long sample into 2d pieces of c tokens, of which rank r has r
+and 2d - 1 - r. With the keys of rank j < r, both pieces of queries come after piece j and before piece 2d - 1 - j: they
+meet 2 c^2 pairs. With those of rank j > r, the late piece of queries comes after both pieces of keys, the early one
+before both: 2 c^2 pairs again. So every rank has as much to compute in every round as every other rank.
 """
 
 from __future__ import annotations
@@ -16,59 +33,56 @@ from typing import Any
 
 import torch
 
-from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Kernel, Scores, merge, sinks_gradient, with_sinks
+from hf_hetero.attention.context import Peers, Place
 from hf_hetero.attention.gather import gather
+from hf_hetero.attention.kernels.contract import Kernel, Scores, merge, sinks_gradient, with_sinks
 from hf_hetero.attention.routes import Meeting, RingRoute, Round, ring_route
 from hf_hetero.attention.traffic import Shift
 from hf_hetero.errors import UnsupportedModel
 
 
-def ring(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: AttentionContext, scores: Scores, layer: int
-) -> torch.Tensor:
-    """Exact causal attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
+def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
+    """Attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
     if scores.window is not None:
-        return gather(q, k, v, context, scores, layer)
-    route: RingRoute = context.made("ring", lambda: ring_route(context.layout, context.group_rank, context.device))
-    return attend_in_rounds(q, k, v, context, route, context.ranks, scores, layer)
+        return gather(q, k, v, scores, place)
+    context = place.context
+    route: RingRoute = context.shared("ring", lambda: ring_route(context.layout, context.group_rank, context.device))
+    return attend_in_rounds(q, k, v, scores, place, context.peers, route)
 
 
 def attend_in_rounds(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    context: AttentionContext,
-    route: RingRoute,
-    peers: tuple[int, ...],
     scores: Scores,
-    layer: int,
+    place: Place,
+    peers: Peers,
+    route: RingRoute,
 ) -> torch.Tensor:
     """Attention along a route.
 
     Args:
-        q, k, v: this rank's rows, as the route counts them.
-        context: process group and kernel.
-        route: who meets whom, when.
-        peers: global rank of each position in the route.
+        q, k, v: this rank's rows, as the route counts them; shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
         scores: scaling and features; no window.
-        layer: for messages.
+        place: the layer.
+        peers: the ranks of the route.
+        route: who meets whom, when.
 
     Returns:
-        Shape (rows of q, num_heads, size of a value).
+        Shape (t, H, Dv).
 
     Raises:
         CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
     """
-    kernel = context.kernel
+    kernel = place.context.kernel
     kernel.require(scores.features)
     if not kernel.has_lse:
         raise UnsupportedModel(
             f"Kernel {kernel.name!r} gives no log-sum-exp, so a ring cannot merge its parts. "
             'Leave "ring" and "ulysses_ring" out of HeteroConfig.methods, or let hf_hetero choose the kernel.'
         )
-    out: Any = _Ring.apply(q, k, v, scores.sinks, context, route, peers, scores.without_sinks(), layer)
+    out: Any = _Ring.apply(q, k, v, scores.sinks, scores.without_sinks(), place, peers, route)
     return out
 
 
@@ -82,36 +96,32 @@ class _Ring(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
-        context: AttentionContext,
-        route: RingRoute,
-        peers: tuple[int, ...],
         scores: Scores,
-        layer: int,
+        place: Place,
+        peers: Peers,
+        route: RingRoute,
     ) -> torch.Tensor:
-        rounds = _Rounds(context, route, peers, "ring", layer)
-        out, lse = context.once(layer, "ring", lambda: rounds.attend(q, k, v, sinks, scores))
+        rounds = _Rounds(place, peers, route, "ring")
+        out, lse = place.once("ring", lambda: rounds.attend(q, k, v, sinks, scores))
         ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.call = context, route, peers, scores, layer
+        ctx.call = scores, _Rounds(place, peers, route, "ring in backward")
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse, sinks = ctx.saved_tensors
-        context, route, peers, scores, layer = ctx.call
+        scores, rounds = ctx.call
         grad = grad_outputs[0].contiguous()
-        grads = _Rounds(context, route, peers, "ring in backward", layer).gradients(grad, q, k, v, out, lse, scores)
-        return *grads, sinks_gradient(grad, out, lse, sinks), None, None, None, None, None
+        grads = rounds.gradients(grad, q, k, v, out, lse, scores)
+        return *grads, sinks_gradient(grad, out, lse, sinks), None, None, None, None
 
 
 class _Rounds:
     """One pass along a route: what is under way, and what it is for."""
 
-    def __init__(
-        self, context: AttentionContext, route: RingRoute, peers: tuple[int, ...], operation: str, layer: int
-    ) -> None:
-        self._kernel: Kernel = context.kernel
-        self._group, self._route, self._peers = context.process_group, route, peers
-        self._operation, self._where = operation, context.where(layer)
+    def __init__(self, place: Place, peers: Peers, route: RingRoute, operation: str) -> None:
+        self._kernel: Kernel = place.context.kernel
+        self._place, self._peers, self._route, self._operation = place, peers, route, operation
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, scores: Scores
@@ -159,7 +169,7 @@ class _Rounds:
         """dq, dk, dv of this rank's rows, summed in fp32 or wider.
 
         The gradients of round n leave after the keys of round n + 1 and before those of round n + 2, on every rank,
-        whatever rounds it is idle in. So all ranks have one order of messages, and no two can wait for each other.
+        whatever rounds it is idle in: one order of messages, so no circle of waiting ranks (`routes.RingRoute`).
         """
         key_dim, wide = k.shape[2], torch.promote_types(q.dtype, torch.float32)
         rows = torch.cat([k, v], dim=2)
@@ -175,11 +185,11 @@ class _Rounds:
             queries = (block_grad, q[of], block_k, block_v, block_out, lse[of])
             dq, dk, dv = self._kernel.backward(*queries, meeting.segments, scores)
             grad_q[of] += dq
-            found = torch.cat([dk, dv[..., : v.shape[2]]], dim=2).to(into.dtype)
+            grad_keys = torch.cat([dk, dv[..., : v.shape[2]]], dim=2).to(into.dtype)
             if meeting.key_rows is None:
-                into += found
+                into += grad_keys
             else:
-                into.index_add_(0, meeting.key_rows, found)
+                into.index_add_(0, meeting.key_rows, grad_keys)
 
         turns = self._route.rounds
         under_way = self._start(turns, 0, rows)
@@ -223,10 +233,8 @@ class _Rounds:
         receive_from: int,
         tag: int,
     ) -> Shift:
-        assert self._group is not None
-        name = f"{self._operation}, round {turn.number}"
-        to, source = self._peers[send_to], self._peers[receive_from]
-        return Shift(outgoing, incoming, to, source, tag, self._group, name, self._where)
+        operation = f"{self._operation}, round {turn.number}"
+        return Shift(outgoing, incoming, send_to, receive_from, tag, self._peers, operation, self._place)
 
 
 def _keys_and_values(rows: torch.Tensor, meeting: Meeting, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

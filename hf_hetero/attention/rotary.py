@@ -32,13 +32,13 @@ def problems(model: torch.nn.Module) -> Iterator[str]:
 
 def longest_exact(model: torch.nn.Module) -> tuple[int, str] | None:
     """Tokens of the longest sample whose table does not depend on other samples, and the rope_type; None: any."""
-    found = [
+    limits = [
         (int(cast("Any", module).original_max_seq_len), kind)
         for _, module, kinds in _tables(model)
         for kind in kinds.values()
         if "dynamic" in kind
     ]
-    return min(found, default=None)
+    return min(limits, default=None)
 
 
 def _tables(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, dict[str | None, str]]]:
@@ -87,7 +87,7 @@ class TablesBySample:
 
     @torch.compiler.disable
     def _by_sample(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """What the module gives for each token: one table, or a tuple, of shape (..., num_tokens, dim)."""
+        """What the module gives for each token: one table, or a tuple; the n tokens are the dim before the last."""
         if self._context is None:
             return None
         call = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -103,8 +103,8 @@ class TablesBySample:
 
         def tables(of: torch.Tensor) -> tuple[torch.Tensor, ...]:
             call.arguments["position_ids"] = of
-            found = module.forward(*call.args, **call.kwargs)
-            return found if isinstance(output, tuple) else (found,)
+            table = module.forward(*call.args, **call.kwargs)
+            return table if isinstance(output, tuple) else (table,)
 
         # one position more, of a token that is not there, tells that the sample is long
         beyond = positions.new_full((*positions.shape[:-1], 1), switch)
@@ -128,4 +128,4 @@ def _in_long_samples(context: AttentionContext, switch: int, positions: torch.Te
             start += span.num_tokens
         return is_long.to(positions.device)
 
-    return context.made(("long samples", switch), make)
+    return context.shared(("long samples", switch), make)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_hetero.attention.contract import Segments
+from hf_hetero.attention.kernels.contract import Segments
 from hf_hetero.layout import Layout, Span, needed
 
 
@@ -77,8 +77,10 @@ class Round:
 class RingRoute:
     """What this rank holds itself, and all rounds of the group by number, those in which it is idle too.
 
-    On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. Ranks that
-    are idle in different rounds still need one order for their messages, and the number of the round is that order.
+    On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. All ranks have
+    one order for their messages, that of the rounds' numbers, whichever rounds each of them is idle in. So no ranks can
+    wait for each other in a circle: who stands at a message waits for a rank that stands at an earlier one, and the
+    rank that stands at the earliest of all would have nobody to wait for.
     """
 
     local: Meeting
@@ -152,9 +154,9 @@ def _causal_meeting(
         first = 0 if window is None else max(0, span.start - window + 1)
         keys.append(buffer.within(span.sample, first, span.end))
         assert not whole or sum(map(len, keys[-1])) == span.end - first, "a key that is needed has not been sent"
-    flat = [rows for found in keys for rows in found]
+    flat = [rows for met in keys for rows in met]
     as_they_are = _joined(flat) == [range(buffer.num_rows)]
-    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, found)) for found in keys], device)
+    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, met)) for met in keys], device)
     return Meeting(None if as_they_are else _index(flat, device), segments)
 
 

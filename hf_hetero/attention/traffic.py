@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
-from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.context import Peers, Place
 from hf_hetero.groups import named
 
 
@@ -25,59 +25,58 @@ class _AllToAll(torch.autograd.Function):
         buffer: torch.Tensor,
         in_splits: list[int],
         out_splits: list[int],
-        group: dist.ProcessGroup,
-        context: AttentionContext,
+        peers: Peers,
         operation: str,
-        layer: int,
+        place: Place,
     ) -> torch.Tensor:
-        ctx.exchange = out_splits, in_splits, group, f"{operation} of gradients", context.where(layer)
+        ctx.exchange = out_splits, in_splits, peers, f"{operation} of gradients", place
 
         def exchange() -> tuple[torch.Tensor]:
-            return (_exchange(buffer, in_splits, out_splits, group, operation, context.where(layer)),)
+            return (_exchange(buffer, in_splits, out_splits, peers, operation, place),)
 
         # an alias: what is kept must not be the very tensor that autograd marks as this call's output
-        return context.once(layer, operation, exchange)[0].view(-1)
+        return place.once(operation, exchange)[0].view(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
         grad = _exchange(grad_outputs[0].contiguous(), *ctx.exchange)
-        return grad, None, None, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _exchange(
-    buffer: torch.Tensor,
-    in_splits: list[int],
-    out_splits: list[int],
-    group: dist.ProcessGroup,
-    operation: str,
-    where: str,
+    buffer: torch.Tensor, in_splits: list[int], out_splits: list[int], peers: Peers, operation: str, place: Place
 ) -> torch.Tensor:
-    with named(operation, where):
+    group = peers.group
+    assert group is not None
+    in_splits, out_splits = (_over_group(splits, peers, group) for splits in (in_splits, out_splits))
+    with named(operation, place.where):
         return collectives.wait_tensor(collectives.all_to_all_single(buffer, out_splits, in_splits, group))
 
 
+def _over_group(splits: list[int], peers: Peers, group: dist.ProcessGroup) -> list[int]:
+    """Elements for each rank of the process group: none for those that are not among the peers."""
+    elements = [0] * group.size()
+    for rank, num_elements in zip(peers.ranks, splits, strict=True):
+        elements[dist.get_group_rank(group, rank)] = num_elements
+    return elements
+
+
 def all_to_all(
-    buffer: torch.Tensor,
-    in_splits: list[int],
-    out_splits: list[int],
-    group: dist.ProcessGroup,
-    context: AttentionContext,
-    operation: str,
-    layer: int,
+    buffer: torch.Tensor, in_splits: list[int], out_splits: list[int], peers: Peers, operation: str, place: Place
 ) -> torch.Tensor:
-    """Send consecutive parts of a flat buffer to the ranks of a group, and get theirs. Differentiable.
+    """Send consecutive parts of a flat buffer to some ranks of a process group, and get theirs. Differentiable.
 
     Args:
         buffer: flat and contiguous.
-        in_splits, out_splits: elements for, and from, each rank of the group.
-        group: who exchanges.
-        context, operation, layer: for messages, and to keep what arrived.
+        in_splits, out_splits: elements for, and from, each of the peers.
+        peers: who exchanges; all ranks of their process group must call this, each with peers of its own.
+        operation, place: for messages, and to keep what arrived.
 
     Raises:
         CollectiveFailed: the exchange failed or waited longer than the group's timeout.
     """
-    received: Any = _AllToAll.apply(buffer, in_splits, out_splits, group, context, operation, layer)
-    return received
+    arrived: Any = _AllToAll.apply(buffer, in_splits, out_splits, peers, operation, place)
+    return arrived
 
 
 class Shift:
@@ -86,10 +85,10 @@ class Shift:
     Args:
         outgoing: for the rank `send_to`; None sends nothing. Kept until it has left.
         incoming: filled with what comes from `receive_from`; None expects nothing.
-        send_to, receive_from: global ranks.
+        send_to, receive_from: positions among the peers.
         tag: tells the messages between two ranks apart.
-        group: process group of both.
-        operation, where: for messages.
+        peers: who exchanges.
+        operation, place: for messages.
 
     Raises:
         CollectiveFailed: a rank is gone.
@@ -102,16 +101,17 @@ class Shift:
         send_to: int,
         receive_from: int,
         tag: int,
-        group: dist.ProcessGroup,
+        peers: Peers,
         operation: str,
-        where: str,
+        place: Place,
     ) -> None:
-        self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, where)
+        assert peers.group is not None
+        self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, place.where)
         ops: list[dist.P2POp] = []
         if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
-            ops.append(dist.P2POp(dist.isend, outgoing, send_to, group, tag))
+            ops.append(dist.P2POp(dist.isend, outgoing, peers.ranks[send_to], peers.group, tag))
         if incoming is not None and incoming.numel():
-            ops.append(dist.P2POp(dist.irecv, incoming, receive_from, group, tag))
+            ops.append(dist.P2POp(dist.irecv, incoming, peers.ranks[receive_from], peers.group, tag))
         with named(*self._name):
             self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
 

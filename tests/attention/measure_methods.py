@@ -20,8 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers import run_ranks
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.contract import Scores
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.costs.volume import Heads, volume
 from hf_hetero.groups import GroupPool
@@ -65,7 +65,7 @@ def seconds(heads: tuple[int, int], head_dim: int, repeats: int) -> dict[tuple[s
                 q, k, v = (torch.randn(tokens, h, head_dim, requires_grad=True) for h in (heads[0], *heads[1:] * 2))
                 dist.barrier()
                 start = time.perf_counter()
-                attend(q, k, v, context, Scores(head_dim**-0.5), 0).sum().backward()
+                attend(q, k, v, Scores(head_dim**-0.5), context.at(0)).sum().backward()
                 dist.barrier()
                 if turn:  # the first makes connections
                     found.setdefault((name, group.method), []).append(time.perf_counter() - start)

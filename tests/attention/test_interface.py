@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_model
 
 from hf_hetero.attention import interface
-from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.kernels import CPU
+from hf_hetero.attention.context import AttentionContext, planned_mask
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.layout import contiguous
 
@@ -32,7 +32,7 @@ def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": torch.randint(3, 97, (1, total)),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "attention_mask": interface.planned_mask(total, total),
+        "attention_mask": planned_mask(total, total),
     }
 
 
@@ -97,7 +97,7 @@ def test_rank_without_tokens() -> None:
     """Its one token attends to nothing, and every weight still gets a gradient, of zero."""
     model = hetero_model()
     inputs = {"input_ids": torch.tensor([[0]]), "position_ids": torch.tensor([[0]])}
-    out = model(**inputs, attention_mask=interface.planned_mask(0, 1), hetero=context_of([]), use_cache=False)
+    out = model(**inputs, attention_mask=planned_mask(0, 1), hetero=context_of([]), use_cache=False)
     (0 * out.logits).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 

@@ -13,8 +13,8 @@ from attention.dense_attention import Case, dense
 from helpers import run_ranks
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Scores, Segments
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.contract import Scores, Segments
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.groups import GroupPool
 from hf_hetero.layout import Layout, layout_of
@@ -75,7 +75,7 @@ def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | Non
     q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
     scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None)
-    out = attend(q, k, v, context, scores, 0)
+    out = attend(q, k, v, scores, context.at(0))
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     return [rows, out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
 

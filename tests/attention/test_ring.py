@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_hetero.attention import ring
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.contract import Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
 from hf_hetero.attention.routes import ring_route
 from hf_hetero.layout import Layout, blocks_of, two_level, zigzag
 
@@ -68,9 +68,7 @@ class Posted:
 
     stream: list[Post]
 
-    def __init__(
-        self, outgoing: Any, incoming: Any, send_to: int, receive_from: int, tag: int, group: Any, *words: str
-    ) -> None:
+    def __init__(self, outgoing: Any, incoming: Any, send_to: int, receive_from: int, tag: int, *words: Any) -> None:
         self._incoming = None if incoming is None else incoming.zero_()
         halves = ((True, send_to, outgoing), (False, receive_from, incoming))
         self.stream.append(tuple(Message(s, peer, tag, x.numel()) for s, peer, x in halves if x is not None))
@@ -100,8 +98,8 @@ def streams_of(layout: Layout, how: str, num_layers: int, monkeypatch: pytest.Mo
         context = AttentionContext(layout, ranks, me, group, "ring", KERNEL, CPU, keeps=how == "kept")
 
         def attend(x: torch.Tensor, k: torch.Tensor, layer: int, context: Any = context, me: int = me) -> Any:
-            route = context.made("ring", lambda: ring_route(layout, me, CPU))
-            return ring.attend_in_rounds(x, k, k, context, route, ranks, Scores(1.0), layer)
+            route = context.shared("ring", lambda: ring_route(layout, me, CPU))
+            return ring.attend_in_rounds(x, k, k, Scores(1.0), context.at(layer), context.peers, route)
 
         x, k = (torch.zeros(layout.rank_tokens[me], 1, 1, requires_grad=True) for _ in range(2))
         out = x

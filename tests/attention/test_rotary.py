@@ -11,7 +11,7 @@ import transformers
 from helpers import FAMILIES, TINY
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.attention.cpu import CPU
+from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.rotary import TablesBySample, longest_exact, problems
 from hf_hetero.layout import Layout, contiguous, zigzag
 

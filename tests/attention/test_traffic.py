@@ -14,7 +14,7 @@ from helpers import run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero.attention.contract import Scores
+from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.methods import attend
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.groups import GroupPool
@@ -47,7 +47,7 @@ def two_layers(method: str, pool: GroupPool, how: str, layers: tuple[int, int] =
     for layer in layers:
 
         def attention(x: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int = layer) -> torch.Tensor:
-            return attend(x.sin(), k.cos(), v.tan(), context, Scores(0.3), layer)
+            return attend(x.sin(), k.cos(), v.tan(), Scores(0.3), context.at(layer))
 
         x = attention(x, k, v) if how == "plain" else checkpoint(attention, x, k, v, use_reentrant=how == "reentrant")
     return list(torch.autograd.grad(x.square().sum(), [q, k, v]) if how != "reentrant" else backward(x, q, k, v))
@@ -101,7 +101,7 @@ def fail(method: str, how: str) -> str:
         time.sleep(10)
         return "late"
     with pytest.raises(CollectiveFailed) as caught:
-        attend(q, k, v, context, Scores(0.3), 5)
+        attend(q, k, v, Scores(0.3), context.at(5))
     return str(caught.value)
 
 

@@ -23,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from hf_hetero.lm_head import LeanHead
+from hf_hetero.model.lm_head import LeanHead
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 KINDS: dict[str, dict[str, Any]] = {

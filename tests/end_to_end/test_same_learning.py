@@ -260,7 +260,7 @@ def warnings_while_training(changes: dict[str, Any]) -> list[str]:
         def emit(self, record: logging.LogRecord) -> None:
             said.append(record.getMessage())
 
-    logging.getLogger("hf_hetero.lm_head").addHandler(Listener())
+    logging.getLogger("hf_hetero.model.lm_head").addHandler(Listener())
     trained(tiny_model(), samples(LENGTHS), **changes)
     return said
 

@@ -20,7 +20,7 @@ from helpers import (
 from transformers import Trainer, TrainerCallback
 
 from hf_hetero.collators import PackedCollator
-from hf_hetero.lm_head import uninstall
+from hf_hetero.model.lm_head import uninstall
 
 
 class InBetween(TrainerCallback):

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from hf_hetero.attention.contract import Kernel, Scores, Segments
-from hf_hetero.attention.cuda import TORCH_VARLEN
-from hf_hetero.attention.flash import flash_kernels
-from hf_hetero.attention.kernels import choose_kernel
-from hf_hetero.attention.plain import PLAIN
+from hf_hetero.attention.kernels.choice import choose_kernel
+from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
+from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
+from hf_hetero.attention.kernels.flash import flash_kernels
+from hf_hetero.attention.kernels.plain import PLAIN
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero.offload import HostStore, stream_for
+from hf_hetero.model.offload import HostStore, stream_for
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
 
 
 def _window(segments: Segments, scores: Scores) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_hetero.timing import StepClock
+from hf_hetero.model.timing import StepClock
 
 
 class SlowEnd(torch.autograd.Function):

@@ -1,8 +1,20 @@
 """What every attention kernel is given and gives back: runs of queries, runs of keys, output and log-sum-exp.
 
-The log-sum-exp makes attention additive: outputs over disjoint keys merge exactly (`merge`), sinks are one more key
-without a value, and a backward pass over some of the keys is exact when it is given the merged output and log-sum-exp.
-So one pair of functions, forward and backward, serves whole samples, gathered keys and blocks of a ring.
+The log-sum-exp makes attention additive, so one pair of functions, forward and backward, serves whole samples, gathered
+keys and blocks of a ring. For one query with scores s over keys of a set A, write
+
+    Z_A = sum of exp(s) over A,    lse_A = log Z_A,    out_A = sum of exp(s) v over A / Z_A.
+
+Forward. Sums over disjoint sets A and B add up, so with Z = Z_A + Z_B
+
+    out = (Z_A out_A + Z_B out_B) / Z = exp(lse_A - lse) out_A + exp(lse_B - lse) out_B,    lse = log(Z_A + Z_B):
+
+exactly attention over all keys (`merge`). No exponent is above 0, so nothing overflows. A sink is one more key, with a
+score and without a value (`with_sinks`).
+
+Backward. With weights p = exp(s - lse), and dp = grad_out . v, the gradient of a score is p (dp - grad_out . out), and
+those of q, k and v follow from it and p. Other keys enter only by `lse` and `out`. So a backward pass over A that is
+given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq is the sum over the sets.
 """
 
 from __future__ import annotations
@@ -30,7 +42,7 @@ class Segments:
 
     Args:
         q_lengths, k_lengths: tokens of each run.
-        cu_q, cu_k: where they start, and the end; int32 tensors on the device, shape (num_runs + 1,).
+        cu_q, cu_k: where they start, and the end; int32 tensors on the device, shape (R + 1,).
         max_q, max_k: tokens of the longest run; 0 without runs.
         causal: the last query of a run meets all of its keys, the one before it all but the last, and so on; else
             every query of a run meets all of its keys.
@@ -69,7 +81,7 @@ class Scores:
         scaling: factor on q @ k.
         window: a token sees itself and the `window - 1` tokens before it; None means all before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: one logit a query head that takes part in the softmax and has no value. Shape (num_heads,).
+        sinks: one logit a query head that takes part in the softmax and has no value. Shape (H,).
     """
 
     scaling: float
@@ -93,8 +105,9 @@ class Scores:
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], tuple[torch.Tensor, torch.Tensor]]
-"""(q, k, v, segments, scores without sinks) -> out, lse. q: (num_q, num_heads, head_dim); k, v: (num_k, num_kv_heads,
-head_dim), num_heads a multiple of num_kv_heads; out as q; lse (num_q, num_heads), fp32 or wider. Not differentiable."""
+"""(q, k, v, segments, scores without sinks) -> out, lse. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv), H a
+multiple of Hk, Dv equal to D unless `unequal_values`; out: (Tq, H, Dv); lse: (Tq, H), fp32 or wider. Not
+differentiable."""
 
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """(grad_out, q, k, v, out, lse, segments, scores without sinks) -> dq, dk, dv. Out and lse may be merged over more keys
@@ -134,7 +147,7 @@ class Kernel:
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
     ) -> torch.Tensor:
-        """Differentiable attention. q: (num_q, num_heads, head_dim); out: (num_q, num_heads, size of a value).
+        """Differentiable attention. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv); out: (Tq, H, Dv).
 
         Without queries, keys or heads the output is empty and still has a gradient.
 
@@ -218,7 +231,7 @@ def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None)
 def sinks_gradient(
     grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (num_heads,)."""
+    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (H,)."""
     if sinks is None:
         return None
     weights = (sinks.detach().to(lse.dtype) - lse).exp()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.lm_head import LazyLogits, loss_sum
+from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_loss
+from hf_hetero.model.lm_head import LazyLogits
 
-IGNORE_INDEX = -100
 LENT = "_hf_hetero_loss"
 """Attribute of a model that computes `token_loss`: for how many, and what it had set before."""
 
@@ -83,7 +83,8 @@ def token_loss(
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     if isinstance(logits, LazyLogits):
         targets = shift_labels.to(logits.device)
-        total = loss_sum(logits, targets, ignore_index)
+        hidden, weight, bias, changes = logits.parts()
+        total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index)
         return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(dtype).view(-1, vocab_size)

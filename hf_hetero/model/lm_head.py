@@ -1,12 +1,8 @@
-"""The loss without the logits: computed chunk by chunk, gradients in the forward pass, only where there is a target.
+"""The disguise in which a model's head hands out no logits, but what the loss computes them from.
 
-The logits of a micro-batch are often its largest tensor: 8192 tokens of a 128K vocabulary are 4 GiB in fp32, and the
-loss holds three of them. So in planned training the model's output embedding, a `LeanHead`, hands out `LazyLogits`:
-what logits would come from, and what the model does to them (scaling, a soft cap). `token_loss` computes loss and
-gradients from those, for a few tokens at a time. Whatever else is done to lazy logits has them computed: slower, the
-same.
-
-The idea of gradients in the forward pass is that of Cut Cross-Entropy (arXiv:2411.09009) and Liger (arXiv:2410.10989).
+In planned training the model's output embedding, a `LeanHead`, hands out `LazyLogits`: hidden states, weight and bias,
+and what the model does to the logits (scaling, a soft cap). `token_loss` computes loss and gradients from those
+(`chunked_loss`), for a few tokens at a time. Whatever else is done to lazy logits has them computed: slower, the same.
 """
 
 from __future__ import annotations
@@ -20,12 +16,9 @@ import torch
 from torch._C import DisableTorchFunctionSubclass
 from torch.nn import functional as F
 
+from hf_hetero.model.chunked_loss import Change
+
 logger = logging.getLogger(__name__)
-
-CHUNK_BYTES = 1 << 29
-"""Logits of a chunk, in fp32. Adding to the head's gradient, once a chunk, should be little beside computing it."""
-
-Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LeanHead(torch.nn.Linear):
@@ -200,85 +193,3 @@ def _computed(value: Any) -> Any:
         items = [_computed(item) for item in cast("Sequence[Any]", value)]
         return items if isinstance(value, list) else tuple(items)
     return value
-
-
-def loss_sum(logits: LazyLogits, targets: torch.Tensor, ignore_index: int, chunk_bytes: int = CHUNK_BYTES) -> Any:
-    """Sum of the cross-entropies, as a scalar in at least fp32.
-
-    Args:
-        logits: of all tokens; in any shape (..., vocab_size).
-        targets: as many, in order; `ignore_index` where there is none.
-        ignore_index: the label of a token without a target.
-        chunk_bytes: most bytes of a chunk's logits in fp32.
-    """
-    hidden, weight, bias, changes = logits.parts()
-    return _ChunkedLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), ignore_index, changes, chunk_bytes
-    )
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Gradients are made beside the loss, for a gradient of 1, and scaled in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        ignore_index: int,
-        changes: tuple[Change, ...],
-        chunk_bytes: int,
-    ) -> torch.Tensor:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        exact = torch.promote_types(dtype, torch.float32)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        positions = (targets != ignore_index).nonzero().squeeze(1)  # waits for the device, once a micro-batch
-        with torch.autocast(kind, enabled=False):
-            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
-            total = torch.zeros((), dtype=exact, device=hidden.device)
-            of_hidden = torch.zeros_like(hidden) if needs_hidden else None
-            # one chunk is added to another in fp32: in bf16 a long sum would lose what a single product keeps
-            of_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
-            of_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
-            for chunk in positions.split(max(1, chunk_bytes // (4 * weight.shape[0]))):
-                h = hidden[chunk].to(dtype)
-                loss, gradient = _chunk(F.linear(h, w, b), targets[chunk], changes, exact)
-                total += loss
-                if of_hidden is not None:
-                    of_hidden[chunk] = (gradient @ w).to(hidden.dtype)
-                if of_weight is not None:
-                    of_weight += gradient.T @ h
-                if of_bias is not None:
-                    of_bias += gradient.sum(0, dtype=exact)
-        ctx.gradients = ((of_hidden, hidden.dtype), (of_weight, weight.dtype), (of_bias, weight.dtype))
-        return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        [scale] = grad_outputs
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (None if g is None else g.to(scale.dtype).mul_(scale).to(dtype) for g, dtype in gradients)
-        return (*scaled, None, None, None, None)
-
-
-def _chunk(
-    logits: torch.Tensor, targets: torch.Tensor, changes: tuple[Change, ...], exact: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a chunk, and its gradient by the logits as the head gave them."""
-    with torch.enable_grad():
-        leaf = logits.detach().requires_grad_(bool(changes))
-        changed = leaf
-        for change in changes:
-            changed = change(changed)
-    log_softmax = F.log_softmax(changed.detach().to(exact), dim=-1)
-    at_targets = targets.unsqueeze(1)
-    loss = -log_softmax.gather(1, at_targets).sum()
-    gradient = log_softmax.exp_().scatter_add_(1, at_targets, -torch.ones_like(at_targets, dtype=exact))
-    gradient = gradient.to(changed.dtype)
-    if changes:
-        [gradient] = torch.autograd.grad(changed, leaf, gradient)
-    return loss, gradient

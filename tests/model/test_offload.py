@@ -15,7 +15,7 @@ from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, scripted, tiny
 from torch.utils.checkpoint import checkpoint
 
 from hf_hetero import Group, MicroBatch, Plan
-from hf_hetero.offload import HostStore, stream_for
+from hf_hetero.model.offload import HostStore, stream_for
 from hf_hetero.plan_ahead import PlanSource
 
 CPU = torch.device("cpu")
@@ -28,19 +28,19 @@ class Watched(HostStore):
         super().__init__(CPU, 3, 4)
         self.brought: list[int] = []
 
-    def _bring(self, parcel: object) -> None:
-        self.brought.append(parcel.bundle)  # type: ignore[attr-defined]
-        super()._bring(parcel)  # type: ignore[arg-type]
+    def _copy_back(self, saved: object) -> None:
+        self.brought.append(saved.bundle)  # type: ignore[attr-defined]
+        super()._copy_back(saved)  # type: ignore[arg-type]
 
 
 def test_what_is_put_comes_back() -> None:
     """A copy, equal to what was put whatever became of that; as often as it is asked for."""
     store, x = HostStore(CPU, 3, 4), torch.arange(12.0).view(1, 3, 4)
-    parcel, expected = store.put(x), x.clone()
+    saved, expected = store.put(x), x.clone()
     x.zero_()
     for _ in range(2):
-        assert torch.equal(store.get(parcel), expected)
-    assert store.get(parcel).data_ptr() != store.get(parcel).data_ptr()
+        assert torch.equal(store.get(saved), expected)
+    assert store.get(saved).data_ptr() != store.get(saved).data_ptr()
     assert stream_for(CPU) is None
 
 
@@ -50,17 +50,17 @@ def test_the_bundle_before_is_on_its_way() -> None:
     bundles = [[store.put(torch.full((2,), 1.0 * n), opens=True), *map(store.put, torch.eye(2))] for n in range(4)]
     assert store.get(bundles[3][0]).tolist() == [3.0, 3.0]
     assert store.brought == [3, 3, 3, 2, 2, 2]
-    assert [store.get(parcel).tolist() for parcel in bundles[3][1:]] == [[1.0, 0.0], [0.0, 1.0]]
+    assert [store.get(saved).tolist() for saved in bundles[3][1:]] == [[1.0, 0.0], [0.0, 1.0]]
     assert store.brought == [3, 3, 3, 2, 2, 2]
     assert store.get(bundles[2][0]).tolist() == [2.0, 2.0]
     assert store.brought[6:] == [1, 1, 1]
     store.get(bundles[0][0])
     assert store.brought[9:] == [0, 0, 0]
-    assert [parcel.back is None for parcel in bundles[3] + bundles[0]] == [True] * 4 + [False] * 2
+    assert [saved.on_device is None for saved in bundles[3] + bundles[0]] == [True] * 4 + [False] * 2
 
 
 def test_what_nobody_can_ask_for_is_not_brought() -> None:
-    """A parcel that its owner let go of stays away, and its memory is free."""
+    """A saved tensor that its owner let go of stays away, and its memory is free."""
     store = Watched()
     first, second = store.put(torch.ones(2), opens=True), store.put(torch.ones(2))
     last, host = store.put(torch.ones(2), opens=True), ref(second.host)
@@ -118,8 +118,8 @@ def offloading(method: str) -> dict[str, int]:
             return scripted(Planner(method))
 
     def on_device(store: HostStore, first: int) -> int:
-        known = [parcel() for bundle in store._bundles[first:] for parcel in bundle]  # pyright: ignore[reportPrivateUsage]
-        return sum(parcel is not None and parcel.back is not None for parcel in known)
+        known = [reference() for bundle in store._bundles[first:] for reference in bundle]  # pyright: ignore[reportPrivateUsage]
+        return sum(saved is not None and saved.on_device is not None for saved in known)
 
     def counting(name: str, count: str) -> Any:
         call = getattr(HostStore, name)
@@ -135,7 +135,7 @@ def offloading(method: str) -> dict[str, int]:
         return counted
 
     with pytest.MonkeyPatch.context() as patch:
-        for name, count in (("put", "put"), ("get", "given"), ("_bring", "brought")):
+        for name, count in (("put", "put"), ("get", "given"), ("_copy_back", "brought")):
             patch.setattr(HostStore, name, counting(name, count))
         trained(tiny_model(), samples(LENGTHS), Trainer, max_steps=1)
     counts["left"] += sum(on_device(store, 0) for store in stores)

@@ -1,4 +1,4 @@
-"""The loss without the logits is the loss; its gradients are the gradients; and what it cannot do it says."""
+"""A model whose head hands out lazy logits learns what it learns with whole ones; and what it cannot do it says."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with_lora
 from measure_lm_head import compare
-from torch.nn import functional as F
 
-from hf_hetero.lm_head import LazyLogits, LeanHead, install, loss_sum, uninstall
-from hf_hetero.loss import token_loss
+from hf_hetero.model.lm_head import LazyLogits, LeanHead, install, uninstall
+from hf_hetero.model.loss import token_loss
 
 NUM_TARGETS = 17
 
@@ -96,33 +95,6 @@ def test_no_target() -> None:
     assert all(float(g.abs().max()) == 0.0 for g in gradients_of(model).values())
 
 
-def chunked(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, chunk_tokens: int) -> Any:
-    logits = LazyLogits.of(hidden, head.weight, head.bias, (lambda x: torch.tanh(x / 2) * 2,))
-    return loss_sum(logits, targets, -100, chunk_bytes=4 * head.out_features * chunk_tokens)
-
-
-@pytest.mark.parametrize("chunk_tokens", [0, 1, 6, 7, 8, 1000])
-@pytest.mark.parametrize("bias", [True, False])
-def test_chunks(chunk_tokens: int, bias: bool) -> None:
-    """Whether a chunk holds one target, exactly all (7), one fewer or more: the same."""
-    torch.manual_seed(0)
-    head = torch.nn.Linear(5, 13, bias=bias, dtype=torch.float64)
-    targets = torch.tensor([-100, 3, 4, -100, 12, 0, -100, 5, 5, 1])
-    found = []
-    for lean in (False, True):
-        hidden = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 10, 5).requires_grad_()
-        if lean:
-            loss = chunked(hidden, head, targets, chunk_tokens)
-        else:
-            logits = torch.tanh(head(hidden) / 2) * 2
-            loss = F.cross_entropy(logits[0], targets, ignore_index=-100, reduction="sum")
-        loss.backward()
-        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
-        head.zero_grad()
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
-
-
 @pytest.mark.parametrize("autocast", [True, False])
 def test_low_precision(autocast: bool) -> None:
     """In bf16, many chunks are as near to the fp64 gradients as the plain loss is."""
@@ -136,16 +108,6 @@ def test_low_precision(autocast: bool) -> None:
         errors.append(largest_difference(found, gradients_of(exact)))
         assert all(p.grad is not None and p.grad.dtype == p.dtype for p in model.parameters())
     assert errors[1] < 1.2 * errors[0]
-
-
-def test_scale_is_not_rounded() -> None:
-    """A factor that bf16 cannot hold scales bf16 gradients as it is: 0.875 x 257 / 256, not 0.875 x 1."""
-    head = torch.nn.Linear(4, 8, bias=False, dtype=torch.bfloat16)
-    torch.nn.init.zeros_(head.weight)  # so each class has a probability of 1 / 8
-    logits = LazyLogits.of(torch.ones(1, 1, 4, dtype=torch.bfloat16), head.weight, None, ())
-    (257 / 256 * loss_sum(logits, torch.tensor([2]), -100)).backward()
-    assert head.weight.grad is not None
-    assert head.weight.grad[2, 0] == torch.tensor(-0.875 * 257 / 256).bfloat16() != -0.875
 
 
 def test_anything_else_makes_logits_real(caplog: pytest.LogCaptureFixture) -> None:

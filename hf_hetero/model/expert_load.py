@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_hetero.backward import in_backward
+from hf_hetero.model.backward import in_backward
 
 
 class ExpertLoad:

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel
-from hf_hetero.attention.cpu import CPU
-from hf_hetero.attention.cuda import TORCH_VARLEN, through_transformers
-from hf_hetero.attention.flash import flash_kernels, named_flash_kernel
-from hf_hetero.attention.plain import PLAIN
+from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel
+from hf_hetero.attention.kernels.cpu import CPU
+from hf_hetero.attention.kernels.cuda import TORCH_VARLEN, through_transformers
+from hf_hetero.attention.kernels.flash import flash_kernels, named_flash_kernel
+from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.errors import UnsupportedModel
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,12 @@ def _known_to_transformers() -> list[str]:
 
 def features_of(config: Any) -> frozenset[str]:
     """What the attention layers of a transformers config will ask of a kernel."""
-    found: set[str] = set()
+    features: set[str] = set()
     layer_types = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
-        found.add(WINDOW)
+        features.add(WINDOW)
     if getattr(config, "attn_logit_softcapping", None):
-        found.add(SOFTCAP)
+        features.add(SOFTCAP)
     if getattr(config, "model_type", "") == "gpt_oss":
-        found.add(SINKS)
-    return frozenset(found)
+        features.add(SINKS)
+    return frozenset(features)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import gradients_of, kept_by_autograd, largest_difference, tiny_model
 
-from hf_hetero.activations import Activations
-from hf_hetero.chunked_mlp import ChunkedMLP
 from hf_hetero.memory import activation_bytes, boundary_bytes
+from hf_hetero.model.activations import Activations
+from hf_hetero.model.chunked_mlp import ChunkedMLP
+from hf_hetero.model.offload import HostStore
 from hf_hetero.model_shape import shape_of
-from hf_hetero.offload import HostStore
 from hf_hetero.plan import ACTIVATIONS
 
 TOKENS = 64
@@ -54,7 +54,7 @@ def test_a_wrong_offload_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above can fail: what comes back from the host decides the gradients."""
     _, expected = under(None, deep_model())
     get = HostStore.get
-    monkeypatch.setattr(HostStore, "get", lambda store, parcel: get(store, parcel) * 1.01)
+    monkeypatch.setattr(HostStore, "get", lambda store, saved: get(store, saved) * 1.01)
     _, found = under("offload", deep_model())
     assert largest_difference(found, expected) > 1e-4
 

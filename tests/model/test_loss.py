@@ -7,7 +7,7 @@ import torch
 from helpers import tiny_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero.loss import install, num_targets, shift_labels, token_loss, uninstall
+from hf_hetero.model.loss import install, num_targets, shift_labels, token_loss, uninstall
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,13 +16,13 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch.nn import functional as F
 
-from hf_hetero.attention.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
 
 logger = logging.getLogger(__name__)
 
 Tensors = tuple[torch.Tensor, ...]
 MULTIPLE = 8  # elements of a head that the kernels want; shorter heads are filled up with zeros
-OLDEST_FA2 = Version("2.7")  # from then on the log-sum-exp of packed samples is (num_heads, num_tokens)
+OLDEST_FA2 = Version("2.7")  # from then on the log-sum-exp of packed samples is (H, Tq)
 FEATURES = frozenset({WINDOW, SOFTCAP, SINKS})
 
 
@@ -36,9 +36,9 @@ def flash_kernels(capability: tuple[int, int] | None = None) -> list[Kernel]:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     major = capability[0]
     makers = {9: (fa3, fa4, fa2), 8: (fa2,)}.get(major, (fa4, fa2) if major > 9 else ())
-    found = [make() for make in makers]
+    kernels = [make() for make in makers]
     # FA4 differentiates no softcap on consumer Blackwell
-    return [_without_softcap(k) if k.name == "fa4" and major == 12 else k for k in found if k is not None]
+    return [_without_softcap(k) if k.name == "fa4" and major == 12 else k for k in kernels if k is not None]
 
 
 def named_flash_kernel(implementation: str) -> Kernel | None:
@@ -52,13 +52,13 @@ def fa2() -> Kernel | None:
     library = _library("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     if library is None:  # also where only FA4 is installed, which shares the package's name
         return None
-    found = getattr(importlib.import_module("flash_attn"), "__version__", "0")
+    version = getattr(importlib.import_module("flash_attn"), "__version__", "0")
     try:
-        is_old = Version(found) < OLDEST_FA2
+        is_old = Version(version) < OLDEST_FA2
     except InvalidVersion:
         is_old = True
     if is_old:
-        logger.warning("flash-attn %s is too old for rings; install %s or later.", found, OLDEST_FA2)
+        logger.warning("flash-attn %s is too old for rings; install %s or later.", version, OLDEST_FA2)
         return None
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores) -> Tensors:
@@ -134,7 +134,7 @@ def fa4() -> Kernel | None:
         grad_out: torch.Tensor, saved: Tensors, grads: Tensors, segments: Segments, scores: Scores
     ) -> Tensors | None:
         q, k, v, out, lse = saved
-        found = library["_flash_attn_bwd"](
+        results = library["_flash_attn_bwd"](
             q,
             k,
             v,
@@ -145,7 +145,7 @@ def fa4() -> Kernel | None:
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **_common(segments, scores, "causal", endless=None),
         )
-        return tuple(found[:3])
+        return tuple(results[:3])
 
     return _kernel("fa4", forward, backward)
 
@@ -155,7 +155,7 @@ def _kernel(name: str, forward: Callable[..., Tensors], backward: Callable[..., 
 
     Args:
         name: for the log.
-        forward: (q, k, v, segments, scores) -> out, lse of shape (num_heads, num_q).
+        forward: (q, k, v, segments, scores) -> out, lse of shape (H, Tq).
         backward: (grad_out, (q, k, v, out, lse), (dq, dk, dv) to write to, segments, scores) -> the gradients, or None
             if it wrote them.
     """
@@ -178,8 +178,8 @@ def _kernel(name: str, forward: Callable[..., Tensors], backward: Callable[..., 
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         saved = (*map(_filled, (q, k, v, out)), lse.T.contiguous())
         grads = tuple(torch.empty_like(x) for x in saved[:3])
-        found = backward(_filled(grad_out), saved, grads, segments, scores) or grads
-        dq, dk, dv = (x[..., : like.shape[-1]] for x, like in zip(found, (q, k, v), strict=True))
+        written = backward(_filled(grad_out), saved, grads, segments, scores) or grads
+        dq, dk, dv = (x[..., : like.shape[-1]] for x, like in zip(written, (q, k, v), strict=True))
         return dq, dk, dv
 
     return Kernel(name, "cuda", HALF, FEATURES, pair_forward, pair_backward)
@@ -214,10 +214,10 @@ def _common(segments: Segments, scores: Scores, causal: str, endless: int | None
 def _library(module: str, *names: str) -> dict[str, Any] | None:
     """Functions of a module; None if it, or one of them, is not there."""
     try:
-        found = importlib.import_module(module)
+        library = importlib.import_module(module)
     except (ImportError, OSError):  # OSError: built for another CUDA
         return None
-    functions = {name: getattr(found, name, None) for name in names}
+    functions = {name: getattr(library, name, None) for name in names}
     return None if None in functions.values() else functions
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers import tiny_model, with_lora
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero.chunked_mlp import INNER_TENSORS, ChunkedMLP, chunked_class, widest_inner
+from hf_hetero.model.chunked_mlp import INNER_TENSORS, ChunkedMLP, chunked_class, widest_inner
 
 HIDDEN = 32
 

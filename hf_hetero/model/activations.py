@@ -3,6 +3,24 @@
 Layers are changed for one micro-batch: by the attributes that transformers documents (`GradientCheckpointingLayer`)
 and by the class of their MLPs (`chunked_mlp`). They stay changed until backward is through, because recomputed layers
 must do what they did; then they are as they were.
+
+What is on the device when, of a model of three layers. x1: the input of layer 1, with what attention exchanged in it
+where that is kept. S1: all tensors that layer 1 saves inside; without the MLP's, where MLPs go in chunks. (x1): a copy
+of it on its way to the host, or back.
+
+                 forward                              backward
+    layer      | 1         | 2         | 3          | 3           | 2          | 1     |
+    None       | S1        | S1 S2     | S1 S2 S3   | S1 S2 S3    | S1 S2      | S1    |
+    recompute  | x1        | x1 x2     | x1 x2 x3   | x1 x2 x3 S3 | x1 x2 S2   | x1 S1 |
+    offload    | x1        | (x1) x2   | (x2) x3    | (x2) x3 S3  | (x1) x2 S2 | x1 S1 |
+
+So the most, for L layers, is L S, L x + S and 2 x + S.
+
+Why the gradients stay the same. Saved tensors are what they were: S2 is computed again from the same x2 (on the device,
+or copied out and back bit by bit), by the same weights (the optimizer steps after backward), with the same random
+numbers (`checkpoint` restores their state), in layers that are changed in the same way. What attention exchanges is
+kept, or exchanged once more: all ranks of a group follow the group's one policy, so they repeat the same exchanges in
+the same order, and none waits for one that the others leave out.
 """
 
 from __future__ import annotations
@@ -16,8 +34,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_hetero.chunked_mlp import chunked_class
-from hf_hetero.offload import HostStore, stream_for
+from hf_hetero.model.chunked_mlp import chunked_class
+from hf_hetero.model.offload import HostStore, stream_for
 from hf_hetero.plan import ACTIVATIONS
 
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_hetero.attention import kernels
-from hf_hetero.attention.contract import SINKS, SOFTCAP, WINDOW
-from hf_hetero.attention.cuda import TORCH_VARLEN
-from hf_hetero.attention.kernels import choose_kernel, features_of
+from hf_hetero.attention.kernels import choice
+from hf_hetero.attention.kernels.choice import choose_kernel, features_of
+from hf_hetero.attention.kernels.contract import SINKS, SOFTCAP, WINDOW
+from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
 from hf_hetero.errors import UnsupportedModel
 
 FLASHES = {"able": frozenset({WINDOW, SOFTCAP, SINKS}), "less": frozenset({WINDOW, SINKS})}
@@ -29,8 +29,8 @@ def test_choice() -> None:
 def test_flash_attn_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed flash-attn that can do what is needed is preferred; the one that the user named, to all others."""
     able, less = (replace(TORCH_VARLEN, name=name, features=features) for name, features in FLASHES.items())
-    monkeypatch.setattr(kernels, "flash_kernels", lambda: [less, able])
-    monkeypatch.setattr(kernels, "named_flash_kernel", {"flash_attention_2": able}.get)
+    monkeypatch.setattr(choice, "flash_kernels", lambda: [less, able])
+    monkeypatch.setattr(choice, "named_flash_kernel", {"flash_attention_2": able}.get)
     assert choose_kernel("cuda", torch.bfloat16).name == "less"
     assert choose_kernel("cuda", torch.bfloat16, frozenset({SOFTCAP})).name == "able"
     assert choose_kernel("cuda", torch.bfloat16, wanted="flash_attention_2").name == "able"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from attention.dense_attention import Case, dense
 
-from hf_hetero.attention.contract import FLOATS, Kernel, Scores, Segments, merge
-from hf_hetero.attention.cpu import CPU
-from hf_hetero.attention.plain import BLOCK_QUERIES, PLAIN
+from hf_hetero.attention.kernels.contract import FLOATS, Kernel, Scores, Segments, merge
+from hf_hetero.attention.kernels.cpu import CPU
+from hf_hetero.attention.kernels.plain import BLOCK_QUERIES, PLAIN
 from hf_hetero.errors import UnsupportedModel
 
 KERNELS = pytest.mark.parametrize("kernel", [CPU, PLAIN], ids=lambda kernel: kernel.name)

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hf_hetero.attention import plain
-from hf_hetero.attention.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments, merge
+from hf_hetero.attention.kernels import plain
+from hf_hetero.attention.kernels.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments, merge
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -27,7 +27,7 @@ def forward(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     for queries, blocks in _runs(segments):
-        found: tuple[torch.Tensor, torch.Tensor] | None = None
+        merged: tuple[torch.Tensor, torch.Tensor] | None = None
         for keys, causal in blocks:
             block_out, block_lse = _forward(
                 _heads_first(q[queries]),
@@ -38,9 +38,9 @@ def forward(
                 scale=scores.scaling,
             )
             part = block_out[0].transpose(0, 1), block_lse[0].T
-            found = part if found is None else merge(*found, *part)
-        assert found is not None
-        out[queries], lse[queries] = found
+            merged = part if merged is None else merge(*merged, *part)
+        assert merged is not None
+        out[queries], lse[queries] = merged
     return out, lse
 
 
@@ -62,8 +62,8 @@ def backward(
         run_lse = lse[queries].T.contiguous()[None]
         for number, (keys, causal) in enumerate(blocks):
             rows = (grad_out[queries], q[queries], k[keys], v[keys], out[queries])
-            found = _backward(*map(_heads_first, rows), run_lse, 0.0, causal, scale=scores.scaling)
-            for grad, part, place in zip(grads, found, (queries, keys, keys), strict=True):
+            block_grads = _backward(*map(_heads_first, rows), run_lse, 0.0, causal, scale=scores.scaling)
+            for grad, part, place in zip(grads, block_grads, (queries, keys, keys), strict=True):
                 part = part[0].transpose(0, 1)
                 if number and grad is grads[0]:
                     grad[place] += part
@@ -76,7 +76,7 @@ CPU = Kernel("cpu", "cpu", FLOATS, frozenset({WINDOW, SOFTCAP, SINKS}), forward,
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(num_tokens, num_heads, head_dim) -> (1, num_heads, num_tokens, head_dim), as the operator wants it."""
+    """(Tq, H, D) -> (1, H, Tq, D), as the operator wants it; likewise keys and values."""
     return x.transpose(0, 1).unsqueeze(0)
 
 

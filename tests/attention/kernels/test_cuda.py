@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import modeling_flash_attention_utils as lookup
 
-from hf_hetero.attention.contract import SOFTCAP, WINDOW, Scores, Segments
-from hf_hetero.attention.cuda import through_transformers
-from hf_hetero.attention.plain import PLAIN
+from hf_hetero.attention.kernels.contract import SOFTCAP, WINDOW, Scores, Segments
+from hf_hetero.attention.kernels.cuda import through_transformers
+from hf_hetero.attention.kernels.plain import PLAIN
 
 
 def test_flash_attn_through_transformers_lookup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_hetero.attention.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import FLOATS, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
 
 BLOCK_QUERIES = 256  # a block's scores are kept, never those of a whole sample
 
@@ -87,7 +87,7 @@ def _blocks(segments: Segments, window: int | None, device: torch.device) -> Ite
 def _logits(
     q: torch.Tensor, k: torch.Tensor, block: _Block, scores: Scores, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores of a block, (num_kv_heads, group, num_q, num_k); and what the softcap's slope is, None for 1."""
+    """Scores of a block, shape (Hk, H / Hk, Tq, Tk); and what the softcap's slope is, None for 1."""
     queries = q[block.q].to(dtype).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
     logits = torch.einsum("qhgd,khd->hgqk", queries, k[block.k].to(dtype)) * scores.scaling
     slope = None
@@ -103,8 +103,8 @@ def weigh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tenso
     """Differentiable softmax attention with any mask, for passes without a plan.
 
     Args:
-        q, k, v: (..., num_tokens, num_heads, head_dim), with as many heads each.
-        hidden: True where a query must not see a key; broadcasts to (..., num_heads, num_queries, num_keys).
+        q, k, v: shapes (..., Tq, H, D), (..., Tk, H, D) and (..., Tk, H, Dv).
+        hidden: True where a query must not see a key; broadcasts to (..., H, Tq, Tk).
     """
     logits = torch.einsum("...qhd,...khd->...hqk", q, k) * scores.scaling
     if scores.softcap is not None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_hetero.attention import flash
-from hf_hetero.attention.contract import SOFTCAP, Kernel, Scores, Segments
-from hf_hetero.attention.plain import PLAIN
+from hf_hetero.attention.kernels import flash
+from hf_hetero.attention.kernels.contract import SOFTCAP, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.plain import PLAIN
 
 assert PLAIN.forward is not None
 assert PLAIN.backward is not None

@@ -5,8 +5,8 @@ whole at a time, and of that by the MLP: its inner tensors are several times as 
 depends on that token only. So forward keeps nothing but the MLP's input, and backward computes inner tensors and their
 gradients chunk by chunk (StreamBP, arXiv:2506.03077; TiledMLP of ALST, arXiv:2506.13996).
 
-The recompute of the layer ends where the last tensor that it kept is found again. That is the MLP's input, kept by a
-node of its own before the MLP (`_Keep`). So with non-reentrant checkpointing the MLP is computed twice, as it would be
+The recompute of a layer ends when the last tensor that it saved is there again. That is the MLP's input, saved by a
+node of its own before the MLP (`_Save`). So with non-reentrant checkpointing the MLP is computed twice, as it would be
 without chunks, not three times.
 
 An MLP is given another class for a micro-batch, as FSDP2 gives one for good to the modules it shards: names, weights
@@ -34,8 +34,8 @@ class ChunkedMLP(torch.nn.Module):
         """Shape (..., hidden) in and out."""
         if len(args) != 1 or kwargs or not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        [x], kept = args, _Kept()
-        return _InChunks.apply(_Keep.apply(x, kept) if x.requires_grad else x, kept, self, *self.parameters())
+        [x], saved_at = args, _SavedAt()
+        return _InChunks.apply(_Save.apply(x, saved_at) if x.requires_grad else x, saved_at, self, *self.parameters())
 
 
 def chunked_class(layer: torch.nn.Module) -> type[ChunkedMLP] | None:
@@ -66,19 +66,19 @@ def _is_by_token(mlp: torch.nn.Module) -> bool:
     )
 
 
-class _Kept:
-    """Joins the two nodes below: the second finds its input at the first, or else keeps it itself."""
+class _SavedAt:
+    """The node that saved the MLP's input: the MLP's own node reads it there, or else saves it itself."""
 
     node: Any = None
 
 
-class _Keep(torch.autograd.Function):
-    """Its input, kept for backward."""
+class _Save(torch.autograd.Function):
+    """The identity, which saves its input for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kept: _Kept) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, saved_at: _SavedAt) -> torch.Tensor:
         ctx.save_for_backward(x)
-        kept.node = ctx
+        saved_at.node = ctx
         return x.view_as(x)
 
     @staticmethod
@@ -87,12 +87,14 @@ class _Keep(torch.autograd.Function):
 
 
 class _InChunks(torch.autograd.Function):
-    """The MLP without anything kept; its gradients from its input, chunk by chunk."""
+    """The MLP, of which nothing is saved; its gradients from its input, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, kept: _Kept, mlp: ChunkedMLP, *params: torch.nn.Parameter) -> torch.Tensor:
-        ctx.kept, ctx.mlp, ctx.params = kept, mlp, params
-        if kept.node is None:  # nothing before it gets a gradient
+    def forward(
+        ctx: Any, x: torch.Tensor, saved_at: _SavedAt, mlp: ChunkedMLP, *params: torch.nn.Parameter
+    ) -> torch.Tensor:
+        ctx.saved_at, ctx.mlp, ctx.params = saved_at, mlp, params
+        if saved_at.node is None:  # nothing before it gets a gradient
             ctx.save_for_backward(x)
         device = x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
@@ -102,7 +104,7 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        [x] = (ctx.kept.node or ctx).saved_tensors
+        [x] = (ctx.saved_at.node or ctx).saved_tensors
         mlp, size = ctx.mlp, _chunk_tokens(x, ctx.mlp)
         needed = [p for p in ctx.params if p.requires_grad]
         # chunks are added up in fp32: in bf16 a sum of many would lose what one product keeps
@@ -114,10 +116,10 @@ class _InChunks(torch.autograd.Function):
             with torch.enable_grad(), torch.autocast(device, dtype, enabled):
                 out = _whole(mlp, leaf)
             inputs = [leaf, *needed] if ctx.needs_input_grad[0] else needed
-            found = list(torch.autograd.grad(out, inputs, gradient))
+            grads = list(torch.autograd.grad(out, inputs, gradient))
             if ctx.needs_input_grad[0]:
-                of_x.append(found.pop(0))
-            for total, part in zip(sums, found, strict=True):
+                of_x.append(grads.pop(0))
+            for total, part in zip(sums, grads, strict=True):
                 total += part
         by_param = dict(zip(map(id, needed), sums, strict=True))
         of_params = [None if id(p) not in by_param else by_param[id(p)].to(p.dtype) for p in ctx.params]

@@ -1,0 +1,18 @@
+"""The transformers model inside whatever wraps it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+def base_model(model: torch.nn.Module | None) -> Any:
+    """The transformers model inside a peft one, or the model itself, which may bring adapters of its own."""
+    assert model is not None
+    wrapped: Any = model
+    if isinstance(wrapped, PreTrainedModel) or not hasattr(wrapped, "peft_config"):
+        return wrapped
+    # peft's model of mixed adapters has no such method
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped.base_model.model

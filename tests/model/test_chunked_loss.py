@@ -1,0 +1,71 @@
+"""The loss in chunks is `cross_entropy` of whole logits, and its gradients are that one's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from hf_hetero.model.chunked_loss import chunked_loss
+
+
+def chunked(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+    changes = (lambda x: torch.tanh(x / 2), lambda x: x * 2)
+    return chunked_loss(
+        hidden, head.weight, head.bias, targets, changes, chunk_bytes=4 * head.out_features * chunk_tokens
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 6, 7, 8, 1000])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunks(chunk_tokens: int, bias: bool) -> None:
+    """Whether a chunk holds one target, exactly all (7), one fewer or more: the same."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 13, bias=bias, dtype=torch.float64)
+    targets = torch.tensor([-100, 3, 4, -100, 12, 0, -100, 5, 5, 1])
+    found = []
+    for lean in (False, True):
+        hidden = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 10, 5).requires_grad_()
+        if lean:
+            loss = chunked(hidden, head, targets, chunk_tokens)
+        else:
+            logits = torch.tanh(head(hidden) / 2) * 2
+            loss = F.cross_entropy(logits[0], targets, ignore_index=-100, reduction="sum")
+        loss.backward()
+        found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+        head.zero_grad()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_scale_is_not_rounded() -> None:
+    """A factor that bf16 cannot hold scales bf16 gradients as it is: 0.875 x 257 / 256, not 0.875 x 1."""
+    head = torch.nn.Linear(4, 8, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.zeros_(head.weight)  # so each class has a probability of 1 / 8
+    hidden = torch.ones(1, 1, 4, dtype=torch.bfloat16)
+    (257 / 256 * chunked_loss(hidden, head.weight, None, torch.tensor([2]))).backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad[2, 0] == torch.tensor(-0.875 * 257 / 256).bfloat16() != -0.875
+
+
+def test_only_what_trains_gets_a_gradient() -> None:
+    """Hidden states, weight and bias may each be frozen; those that are not get what they get when all train."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(size, dtype=torch.float64) for size in ((6, 4), (9, 4), (9,))]
+    targets = torch.tensor([1, -100, 8, 0, 3, 3])
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    F.cross_entropy(F.linear(*leaves), targets, reduction="sum").backward()
+    for number in range(3):
+        some = [x.clone().requires_grad_(position == number) for position, x in enumerate(tensors)]
+        chunked_loss(*some, targets, chunk_bytes=4 * 9 * 2).backward()
+        assert [x.grad is not None for x in some] == [position == number for position in range(3)]
+        torch.testing.assert_close(some[number].grad, leaves[number].grad, rtol=1e-12, atol=1e-14)
+
+
+def test_it_is_differentiated_once() -> None:
+    """A gradient of its gradient, which it does not know, is refused instead of being zero."""
+    hidden = torch.randn(2, 4, requires_grad=True)
+    loss = chunked_loss(hidden, torch.randn(9, 4), None, torch.tensor([1, 2]))
+    [gradient] = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
