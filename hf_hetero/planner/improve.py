@@ -40,7 +40,7 @@ class Improved:
     bound: float
 
 
-def improve(problem: Problem, draft: Draft, bound: float, time_limit_s: float, backend: Backend) -> Improved:
+def improve_draft(problem: Problem, draft: Draft, bound: float, time_limit_s: float, backend: Backend) -> Improved:
     """Spend at most about so many wall seconds on a draft.
 
     Args:
