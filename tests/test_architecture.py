@@ -63,7 +63,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
 DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.flash"},
     "flash_attn_interface": {"attention.flash"},
-    "mip": {"planner.program"},
+    "mip": {"planner.improve.program"},
     "trl": {"sft"},
     "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"evaluation", "lengths", "loader"},

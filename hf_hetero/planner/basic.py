@@ -12,11 +12,11 @@ from hf_hetero.errors import InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
-from hf_hetero.planner.fast import fast_draft
-from hf_hetero.planner.homogeneous import best_homogeneous, homogeneous
-from hf_hetero.planner.improve import improve_draft
+from hf_hetero.planner.improve.improve import improve_draft
+from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.program import Backend
+from hf_hetero.planner.search.fast import fast_draft
+from hf_hetero.planner.search.homogeneous import best_homogeneous, homogeneous
 
 Solver = Literal["auto", "fast", "mip"]
 

@@ -14,8 +14,8 @@ from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic
 from hf_hetero.planner.basic import Search
 from hf_hetero.planner.draft import from_plan, to_plan
-from hf_hetero.planner.homogeneous import homogeneous
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.search.homogeneous import homogeneous
 
 
 def has_choice(cost: CostModel, allowed: Collection[str]) -> bool:

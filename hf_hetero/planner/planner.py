@@ -16,8 +16,8 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS, Plan
 from hf_hetero.planner import methods, policies
 from hf_hetero.planner.basic import Search, Solver
+from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
-from hf_hetero.planner.program import Backend
 
 MOST_RANKS = 1 << 20
 """A plan names every rank."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hf_hetero.planner.improve.program import Program
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.program import Program
 
 MOST_WHOLE = 8
 """Groups of which at most so many fit on the ranks come in whole numbers; of more, a fraction changes little."""

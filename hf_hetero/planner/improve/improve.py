@@ -11,12 +11,12 @@ import time
 from dataclasses import dataclass, replace
 
 from hf_hetero.planner.bound import ROUNDING
-from hf_hetero.planner.descent import Trial, Tries, descend, stretched
 from hf_hetero.planner.draft import Draft, draft_seconds, micro_batch_seconds
-from hf_hetero.planner.milp import improved, solved_whole
+from hf_hetero.planner.improve.milp import improved, solved_whole
+from hf_hetero.planner.improve.program import Backend
+from hf_hetero.planner.improve.relaxation import relaxed_bound
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.program import Backend
-from hf_hetero.planner.relaxation import relaxed_bound
+from hf_hetero.planner.search.descent import Trial, Tries, descend, stretched
 
 SHARES = (0.3, 0.3, 0.4)
 """Of the limit, for the walk, the integer program and the relaxation; what one leaves is the next one's."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from statistics import median
 
-from hf_hetero.planner.cuts import Guess, guesses, slowest_full_group
-from hf_hetero.planner.descent import Trial, Tries, descend, kick, scale
 from hf_hetero.planner.draft import Draft
-from hf_hetero.planner.parts import num_parts, plan_in_parts
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.search.cuts import Guess, guesses, slowest_full_group
+from hf_hetero.planner.search.descent import Trial, Tries, descend, kick, scale
+from hf_hetero.planner.search.parts import num_parts, plan_in_parts
 
 MOST_TRIES = 52
 FEWEST_TRIES = 14

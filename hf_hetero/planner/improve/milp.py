@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 from hf_hetero.planner.draft import Draft, DraftMicroBatch, draft_seconds, micro_batch_seconds
+from hf_hetero.planner.improve.program import TOLERANCE, Backend, Program
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.program import TOLERANCE, Backend, Program
 
 MOST_WHOLE_VARIABLES = 1500
 MOST_FREE_SAMPLES = 24

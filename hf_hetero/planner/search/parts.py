@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hf_hetero.planner.draft import Draft, micro_batch_seconds
-from hf_hetero.planner.packing import pack
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.search.packing import pack
 
 MOST_RANKS_A_PART = 1024
 STRETCHES = (1.0, 1.002, 1.004, 1.007, 1.01, 1.015, 1.02, 1.03, 1.05, 1.08, 1.12, 1.2, 1.5)

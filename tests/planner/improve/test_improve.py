@@ -10,10 +10,10 @@ from planner.reference import batches, optimal_seconds, problems, small_cost
 
 from hf_hetero.cost_model import CostModel
 from hf_hetero.planner.draft import draft_seconds, to_plan
-from hf_hetero.planner.fast import fast_draft
-from hf_hetero.planner.homogeneous import best_homogeneous
-from hf_hetero.planner.improve import improve_draft
+from hf_hetero.planner.improve.improve import improve_draft
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.fast import fast_draft
+from hf_hetero.planner.search.homogeneous import best_homogeneous
 
 pytest.importorskip("mip")
 

@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 
 from hf_hetero.planner.bound import area_bound, longest_bound
-from hf_hetero.planner.group_rows import Flow, Kind, add_groups
+from hf_hetero.planner.improve.group_rows import Flow, Kind, add_groups
+from hf_hetero.planner.improve.program import TOLERANCE, Backend, Program
 from hf_hetero.planner.problem import Problem
-from hf_hetero.planner.program import TOLERANCE, Backend, Program
 
 NUM_CLASSES = 8
 NUM_KINDS = (30, 45, 60)

@@ -7,9 +7,9 @@ import random
 import pytest
 from planner.reference import small_cost
 
-from hf_hetero.planner.cuts import guesses, slowest_full_group
-from hf_hetero.planner.descent import Tries, descend, kick, scale
 from hf_hetero.planner.problem import Problem, make_problem
+from hf_hetero.planner.search.cuts import guesses, slowest_full_group
+from hf_hetero.planner.search.descent import Tries, descend, kick, scale
 
 
 @pytest.fixture

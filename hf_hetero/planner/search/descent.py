@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_hetero.planner.packing import Packing, pack
 from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.search.packing import Packing, pack
 
 FIRST_STEP = 0.06
 KICKED_STEP = 0.03
