@@ -19,6 +19,7 @@ MOST_CUTS = 1024
 LONGEST_APART = 128
 LONGEST_ALONE = 8
 PATIENCE = 2
+MOST_CAREFUL = 2
 MOST_EXTRA = 16
 TINY = 1e-30  # keeps quotients finite where a cost is 0
 
@@ -51,7 +52,7 @@ def guesses(problem: Problem) -> list[Guess]:
     index = np.minimum(index, len(problem.degrees) - 1)
     lost = 1 - problem.linear_s[0] / np.maximum(problem.linear_s, TINY)
     careful = ranks + lost[index] * (np.array(problem.degrees, dtype=np.float64)[index] - ranks)
-    found = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:2]
+    found = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:MOST_CAREFUL]
     return found + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
 
 

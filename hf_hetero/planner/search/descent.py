@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.packing import Packing, pack
 
-FIRST_STEP = 0.06
+STRETCH = 0.03
+CLOSE = 0.006
 KICKED_STEP = 0.03
 LAST_GAIN = 2e-3
 KICKS = (0.015, 0.03, 0.008, 0.05)
@@ -61,7 +62,7 @@ def scale(tries: Tries, durations: Sequence[float], limit_s: float, most: int) -
     problem, fixed_s = tries.problem, tries.problem.fixed_s[0]
     variable = sum(durations) - fixed_s * len(durations)
     best: Trial | None = None
-    factor, growth, fails, fits = 1.0, 1.03, 0.0, 0.0
+    factor, growth, fails, fits = 1.0, 1 + STRETCH, 0.0, 0.0
     for _ in range(most):
         target = stretched(problem, durations, factor)
         if best is None and sum(target) > limit_s:
@@ -79,13 +80,13 @@ def scale(tries: Tries, durations: Sequence[float], limit_s: float, most: int) -
         if trial.seconds > limit_s:
             return best
         fits = min(factor, (trial.seconds - fixed_s * len(trial.durations)) / variable) if variable > 0 else 0.0
-        if fits - fails < 0.006:
+        if fits - fails < CLOSE:
             return best
         factor = (fails + fits) / 2 if fails else fits * 0.98
     return best
 
 
-def descend(tries: Tries, trial: Trial, first_step: float = FIRST_STEP, most: int | None = None) -> Trial:
+def descend(tries: Tries, trial: Trial, first_step: float, most: int | None = None) -> Trial:
     """Shorten the micro-batch that has most to give; a step that fails is tried three times smaller next time."""
     stop = 0 if most is None else max(0, tries.left - most)
     fixed_s = tries.problem.fixed_s[0]

@@ -17,6 +17,7 @@ TRIED_SAMPLES = 600_000
 TRIES_A_GUESS = 5
 TRIES_WHEN_FULL = 16
 FULL_STEP = 0.2
+FIRST_STEP = 0.06
 TRIES_A_RIVAL = 14
 WORTH_TRYING = 1.03
 WORTH_SQUEEZING = 1.05
@@ -42,9 +43,9 @@ def _search(problem: Problem) -> Draft | None:
         return None
     best, *others = sorted(by_number.values(), key=lambda trial: trial.seconds)
     if others and others[0].seconds <= best.seconds * WORTH_SQUEEZING:
-        rivals = [descend(tries, trial, most=TRIES_A_RIVAL) for trial in (best, others[0])]
+        rivals = [descend(tries, trial, FIRST_STEP, TRIES_A_RIVAL) for trial in (best, others[0])]
         best = min(rivals, key=lambda trial: trial.seconds)
-    return kick(tries, descend(tries, best)).packing.draft(problem)
+    return kick(tries, descend(tries, best, FIRST_STEP)).packing.draft(problem)
 
 
 def _first_trials(tries: Tries) -> Iterator[Trial]:

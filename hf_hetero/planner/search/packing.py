@@ -16,7 +16,7 @@ from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
 
 ROUNDING = 1 + 1e-12  # the makespan of a packing, given back as a duration, must hold the same packing
-LARGEST_MERGE = 8
+JOINS = (2, 4, 8)
 
 
 @dataclass(slots=True)
@@ -79,7 +79,7 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
         durations: seconds of each micro-batch, descending: long samples go where they need few ranks.
     """
     attention, linear_s = problem.cost.attention_s_per_token2, problem.linear_s
-    useful = -(-problem.lengths[-1] // LARGEST_MERGE)  # smaller rooms hold no sample, not even joined
+    useful = -(-problem.lengths[-1] // JOINS[-1])  # smaller rooms hold no sample, not even joined
     packing = _empty(problem, durations)
     rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
     degree, tokens, work, samples = packing.degree, packing.tokens, packing.work, packing.samples
@@ -175,14 +175,14 @@ def _merge(problem: Problem, packing: Packing, length: int) -> int:
     alike: dict[tuple[int, int], list[int]] = {}
     best: tuple[float, int, float, list[int]] | None = None
     for key in reversed(rooms):
-        if (key >> shift) * LARGEST_MERGE < length:
+        if (key >> shift) * JOINS[-1] < length:
             break  # from here on, rooms are too small to help
         group = key & mask
         keys = alike.setdefault((packing.micro_batch[group], packing.degree[group]), [])
-        if len(keys) == LARGEST_MERGE:
+        if len(keys) == JOINS[-1]:
             continue
         keys.append(key)
-        if len(keys) in (2, 4, 8):
+        if len(keys) in JOINS:
             join = _join(problem, packing, [key & mask for key in keys], length)
             if join is not None and (best is None or join < best):
                 best = *join, keys[:]

@@ -23,7 +23,7 @@ def test_it_never_gets_slower_and_never_tries_more_than_it_may(problem: Problem)
     tries = Tries(problem, 40)
     start = tries.pack([slowest_full_group(problem)] * (problem.fewest_micro_batches + 1))
     assert start is not None
-    shorter = descend(tries, start, most=10)
+    shorter = descend(tries, start, 0.06, most=10)
     assert tries.left >= 29
     assert shorter.seconds < start.seconds
     kicked = kick(tries, shorter)
