@@ -76,21 +76,21 @@ def add_groups(
     rank_s: list[tuple[int, float]] = [(total_s, -float(problem.num_ranks)), (count, low_s * problem.num_ranks)]
     capacity_left: list[tuple[int, float]] = []
     for index, degree in enumerate(problem.degrees):
-        here = [flow for flow in flows if flow.index == index]
-        if not here:
+        of_degree = [flow for flow in flows if flow.index == index]
+        if not of_degree:
             continue
         most, busy_s = float(problem.num_ranks // degree), low_s - problem.fixed_s[index]
         groups, beyond = program.column(integer=most <= MOST_WHOLE), program.column()
         program.at_most([(groups, 1.0), (count, -most)], 0.0)
         program.at_most([(beyond, 1.0), (groups, low_s - high_s)], 0.0)
         program.at_most([(beyond, 1.0), (total_s, -most), (count, most * low_s)], 0.0)
-        work = [(flow.column, flow.work_s) for flow in here]
+        work = [(flow.column, flow.work_s) for flow in of_degree]
         program.at_most([*work, (groups, -busy_s), (beyond, -1.0)], 0.0)
-        tokens = [(flow.column, kinds[flow.kind].num_tokens / (degree * problem.capacity)) for flow in here]
+        tokens = [(flow.column, kinds[flow.kind].num_tokens / (degree * problem.capacity)) for flow in of_degree]
         program.at_most([*tokens, (groups, -1.0)], 0.0)
-        _add_crowding(program, kinds, here, groups, degree * problem.capacity)
-        _add_waste(problem, program, kinds, here, ends_s, groups, beyond)
-        for flow in here:
+        _add_crowding(program, kinds, of_degree, groups, degree * problem.capacity)
+        _add_waste(problem, program, kinds, of_degree, ends_s, groups, beyond)
+        for flow in of_degree:
             if kinds[flow.kind].num_samples == 1:
                 program.at_most([(flow.column, 1.0), (groups, -1.0)], 0.0)
                 if flow.alone_s > low_s:

@@ -190,9 +190,9 @@ def _add_longest(
     """A sample that is alone in its kind is in one micro-batch, which lasts at least as long as the sample does."""
     count, total_s = micro_batches
     for number, kind in enumerate(kinds):
-        here = [flow for flow in flows if flow.kind == number]
-        if kind.num_samples == 1 and here:
-            program.at_most([*((flow.column, 1.0) for flow in here), (count, -1.0)], 0.0)
-            longer = [(flow.column, flow.alone_s - low_s) for flow in here if flow.alone_s > low_s]
+        of_kind = [flow for flow in flows if flow.kind == number]
+        if kind.num_samples == 1 and of_kind:
+            program.at_most([*((flow.column, 1.0) for flow in of_kind), (count, -1.0)], 0.0)
+            longer = [(flow.column, flow.alone_s - low_s) for flow in of_kind if flow.alone_s > low_s]
             if longer:
                 program.at_most([*longer, (total_s, -1.0), (count, low_s)], 0.0)

@@ -3,6 +3,8 @@
 Sorted samples are cut into consecutive runs, one a micro-batch (FlexSP's "blaster", arXiv:2412.01523, section 4.2), but
 the cuts minimise the sum of the durations, not the largest number of tokens, and all numbers of micro-batches are
 solved at once: with the durations to choose among fixed, a run's start is a look-up, and the cuts are a shortest path.
+
+A guess need not be true: `packing.pack` says what fits, so what is rough here costs time, and never makes a wrong plan.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def guesses(problem: Problem) -> list[Guess]:
     index = np.minimum(index, len(problem.degrees) - 1)
     lost = 1 - problem.linear_s[0] / np.maximum(problem.linear_s, TINY)
     careful = ranks + lost[index] * (np.array(problem.degrees, dtype=np.float64)[index] - ranks)
-    found = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:MOST_CAREFUL]
-    return found + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
+    cautious = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:MOST_CAREFUL]
+    return cautious + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
 
 
 def slowest_full_group(problem: Problem) -> float:
@@ -107,6 +109,8 @@ def _reach(problem: Problem, ranks: Floats, impossible: Positions) -> Positions:
         first = int(impossible[row])
         before: Floats = np.concatenate([np.zeros(first + 1), np.cumsum(ranks[row, first:])])[cuts]
         start = int(np.searchsorted(cuts, first))
+        # demands are positive, so `before` ascends, and the longest run that the ranks hold starts at a look-up; none
+        # starts before the samples that this duration cannot hold at any degree
         reach[row] = np.maximum(np.searchsorted(before, before - problem.num_ranks * (1 + 1e-9)), start)
         reach[row, : start + 1] = np.arange(start + 1)
     return reach
@@ -124,26 +128,32 @@ def _possible_cuts(problem: Problem) -> Positions:
 
 
 def _shortest_paths(problem: Problem, durations: Floats, reach: Positions, patience: int) -> list[Guess]:
-    """The best guess for each number of micro-batches, fastest first; stops when more of them do not help."""
+    """The best guess for each number of micro-batches, fastest first; stops when more of them do not help.
+
+    `seconds[end]` is the least sum of durations of so many runs that together hold the samples before `end`; with one
+    run more it follows from the last one, as in Bellman's and Ford's shortest paths.
+    """
     position = np.arange(reach.shape[1], dtype=np.intp)
     possible = np.where(reach < position, 0.0, np.inf) + durations[:, None]
     seconds = np.full(len(position), np.inf)
     seconds[0] = 0.0
     choices: list[Positions] = []
-    found: list[Guess] = []
+    guessed: list[Guess] = []
     while len(choices) < len(problem.lengths):
+        # A run that ends here and lasts so long starts as early as it can: what is left over is then a part of what any
+        # later start leaves, and a part never takes longer than the whole. So one start for each duration will do.
         ends = seconds[reach] + possible
         choice = ends.argmin(axis=0)
         seconds = ends[choice, position]
         choices.append(choice)
         if len(choices) >= problem.fewest_micro_batches:
             if seconds[-1] < np.inf:
-                found.append(_walk_back(durations, reach, choices))
-            best = min(range(len(found)), key=lambda i: found[i].seconds, default=-1)
-            patient = len(found) - 1 - best < patience and len(choices) < problem.fewest_micro_batches + MOST_EXTRA
-            if not patient and (found or patience == 0):
+                guessed.append(_walk_back(durations, reach, choices))
+            best = min(range(len(guessed)), key=lambda i: guessed[i].seconds, default=-1)
+            patient = len(guessed) - 1 - best < patience and len(choices) < problem.fewest_micro_batches + MOST_EXTRA
+            if not patient and (guessed or patience == 0):
                 break
-    return sorted(found, key=lambda guess: guess.seconds)
+    return sorted(guessed, key=lambda guess: guess.seconds)
 
 
 def _walk_back(durations: Floats, reach: Positions, choices: list[Positions]) -> Guess:

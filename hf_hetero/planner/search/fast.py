@@ -49,14 +49,14 @@ def _search(problem: Problem) -> Draft | None:
 
 
 def _first_trials(tries: Tries) -> Iterator[Trial]:
-    """Guesses made real, as far as they promise to be about as fast as what was found before them."""
-    found = guesses(tries.problem)
+    """Guesses made real, as far as they promise to be about as fast as the best before them."""
+    guessed = guesses(tries.problem)
     limit_s = float("inf")
     trial = _full(tries)
     if trial is not None:
         limit_s = trial.seconds * WORTH_TRYING
         yield trial
-    for guess in [*(_levelled(guess) for guess in found[:1]), *found]:
+    for guess in [*(_levelled(guess) for guess in guessed[:1]), *guessed]:
         if guess.seconds <= limit_s:
             trial = scale(tries, guess.durations, limit_s, TRIES_A_GUESS)
             if trial is not None:
