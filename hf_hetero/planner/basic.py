@@ -1,4 +1,4 @@
-"""The lowest layer: groups exchange heads and recompute nothing. All that is chosen is who shares what with whom.
+"""The lowest layer chooses who shares what with whom; its groups exchange heads, and recompute nothing.
 
 The layers above give groups more freedom, one kind each, and are made of plans of this one.
 """
@@ -23,7 +23,7 @@ Solver = Literal["auto", "fast", "mip"]
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """How long, and by what, a batch is searched.
+    """A search says how long, and by what, a batch is planned.
 
     Args:
         solver: "mip" improves each plan at once; "fast" and "auto" do not.
@@ -37,14 +37,14 @@ class Search:
 
 
 def plan(problem: Problem, search: Search) -> Plan:
-    """The best plan whose groups exchange heads, and its bound."""
+    """Find a good plan whose groups exchange heads, no slower than any with one degree, and a bound for all of them."""
     draft, solver = draft_and_solver(problem)
     fast = to_plan(problem, draft, solver, lower_bound(problem))
     return improve(problem, fast, search) if search.solver == "mip" else fast
 
 
 def static(problem: Problem, degree: int | None = None) -> Plan:
-    """The plan of a run with one degree: this one, or the best for these samples.
+    """Plan as a run with one degree does: with this one, or with the best for these samples.
 
     Raises:
         InfeasibleBatch: a sample that groups of this degree cannot hold.
@@ -59,7 +59,7 @@ def static(problem: Problem, degree: int | None = None) -> Plan:
 
 
 def improve(problem: Problem, plan: Plan, search: Search) -> Plan:
-    """A plan that is as fast or faster, and a bound that is as high or higher."""
+    """Make a plan faster, or its bound higher, within the limit; neither gets worse."""
     draft = from_plan(problem, plan)
     improved = improve_draft(problem, draft, plan.lower_bound_s, search.mip_time_limit_s, search.mip_backend)
     if improved.solver is not None:
@@ -68,7 +68,7 @@ def improve(problem: Problem, plan: Plan, search: Search) -> Plan:
 
 
 def draft_and_solver(problem: Problem) -> tuple[Draft, str]:
-    """The better of the fast search's draft and the best one with one degree, and the name of who drew it."""
+    """Choose between the fast search's draft and the best one with one degree; say who drew it, too."""
     mixed = fast_draft(problem)
     below_s = draft_seconds(problem, mixed) if mixed is not None else float("inf")
     one_degree = best_homogeneous(problem, below_s)

@@ -1,4 +1,4 @@
-"""The middle layer: attention may cross each group in any way that fits.
+"""The middle layer lets attention cross each group in any way that fits.
 
 Who shares what with whom comes from plans of the basic layer, made as if groups exchanged heads, or as if they need not
 exchange at all; then each group takes its fastest way.
@@ -19,12 +19,12 @@ from hf_hetero.planner.search.homogeneous import homogeneous
 
 
 def has_choice(cost: CostModel, allowed: Collection[str]) -> bool:
-    """Whether this layer has a say: groups may exchange something else, or heads that do not divide."""
+    """Tell whether this layer has a say: groups may exchange something else, or heads that do not divide."""
     return cost.kv_bytes_per_token is not None and (set(allowed) != {"ulysses"} or cost.num_heads is not None)
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
-    """The best of several plans, each with the fastest method for each of its groups.
+    """Choose the fastest of several plans, each with the fastest method for each of its groups.
 
     One is made as if all groups exchanged heads, one as if no exchange took time. The truth is between, and the bound
     of the second holds whatever the methods.
@@ -42,7 +42,7 @@ def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:
-    """A plan that is as fast or faster: improved as if its groups exchanged heads, then with methods.
+    """Make a plan faster as if its groups exchanged heads, then let methods have their say; it does not get slower.
 
     Its bound is as high or higher where there is no choice of methods; else it is the plan's, because what is proven
     for heads does not hold for other methods.
@@ -55,7 +55,7 @@ def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[st
 
 
 def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: Collection[str]) -> Plan:
-    """The same groups, each in its fastest way: no slower than as planned, for groups do not wait within one.
+    """Let each group of a plan take its fastest way: no slower than as planned, for groups do not wait for each other.
 
     Args:
         cost: knows the methods, and what groups may do to hold more tokens.
@@ -73,7 +73,7 @@ def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: C
 
 
 def _with_even_heads(problem: Problem) -> Iterator[Plan]:
-    """A plan without the degrees that do not divide the heads, which the basic layer takes for divisible."""
+    """Plan without the degrees that do not divide the heads, which the basic layer takes for divisible."""
     even = [degree for degree in problem.degrees if problem.cost.head_imbalance(degree) == 1]
     if len(even) < len(problem.degrees):
         fewer = problem.priced_by(problem.cost.with_degrees(even))
@@ -82,7 +82,7 @@ def _with_even_heads(problem: Problem) -> Iterator[Plan]:
 
 
 def _with_one_degree(problem: Problem) -> Iterator[Plan]:
-    """The plan with each degree: a run with one degree may choose its methods, too, and shall be no faster."""
+    """Plan with each degree: a run with one degree may choose its methods, too, and shall be no faster."""
     for degree in problem.degrees:
         draft = homogeneous(problem, degree)
         if draft is not None:
@@ -90,7 +90,7 @@ def _with_one_degree(problem: Problem) -> Iterator[Plan]:
 
 
 def _ways(cost: CostModel, group: Group, lengths: Sequence[int], allowed: Collection[str]) -> list[Group]:
-    """The ways that fit; of equally fast ones, the first does least."""
+    """List the ways that fit; of equally fast ones, the first does least."""
     tokens = sum(lengths[sample] for sample in group.samples)
     fitting: list[Group] = []
     for activations, under in cost.under.items():

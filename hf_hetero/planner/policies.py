@@ -1,4 +1,4 @@
-"""The top layer: groups may do something to hold more tokens, recompute or offload, as far as the cost model offers it.
+"""The top layer lets groups do something to hold more tokens, recompute or offload, if the cost model offers that.
 
 Its plans are made of plans whose groups all do alike, which the layer below makes. A micro-batch does not wait for
 another, so a plan of some samples and a plan of the others are a plan of all. And a group may always do less than it
@@ -22,7 +22,7 @@ MOST_SPLITS = 3
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
-    """The best of several plans, each group of which does what it must to hold its tokens, and no more.
+    """Choose the fastest of several plans, each group of which does what it must to hold its tokens, and no more.
 
     One is made as if holding more tokens took no time, and its bound holds whatever groups do; others as if all groups
     did the same, or as if only those of some micro-batches did the most.
@@ -44,7 +44,7 @@ def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
 
 
 def static(problem: Problem, degree: int | None = None) -> Plan:
-    """The best plan in which all groups have one degree, exchange heads, and do the same to hold their tokens.
+    """Find the best plan in which all groups have one degree, exchange heads, and do the same to hold their tokens.
 
     Raises:
         InfeasibleBatch: a sample that groups of this degree cannot hold, whatever they do.
@@ -63,7 +63,7 @@ def static(problem: Problem, degree: int | None = None) -> Plan:
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:
-    """The plan improved as one of groups that do nothing to hold more tokens; as it is, where some do.
+    """Improve a plan as one of groups that do nothing to hold more tokens; give it back as it is, where some do.
 
     Raises:
         InfeasibleBatch: the plan's groups do nothing, and could not hold a sample so.
@@ -79,7 +79,7 @@ def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[st
 
 
 def _in_two(problem: Problem, lean: Plan, search: Search, allowed: Collection[str]) -> Iterator[Plan]:
-    """Plans of which a part does the most to hold more tokens, and the other part is planned without that.
+    """Make plans of which a part does the most to hold more tokens, and the other part is planned without that.
 
     Args:
         lean: a plan of groups that all do the most. Its slowest micro-batches are one part, or else just the samples
@@ -100,14 +100,14 @@ def _in_two(problem: Problem, lean: Plan, search: Search, allowed: Collection[st
 
 
 def _without_most(cost: CostModel) -> CostModel:
-    """The same machine whose groups may do anything but the most to hold more tokens."""
+    """Take from a machine what holds the most tokens; its groups may do anything else."""
     *simpler, _ = cost.under
     offered = {name: policy for name, policy in cost.activation_policies.items() if name in simpler}
     return replace(cost, activation_policies=offered)
 
 
 def _renamed(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
-    """A plan's micro-batches where its samples are these of a larger batch; methods and policies are left open."""
+    """Name a plan's samples as those of a larger batch; methods and policies are left open."""
     return [
         MicroBatch(tuple(Group(g.ranks, tuple(samples[s] for s in g.samples)) for g in m.groups))
         for m in plan.micro_batches
@@ -115,7 +115,7 @@ def _renamed(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
 
 
 def _doing(plan: Plan, activations: str | None) -> Plan:
-    """The plan with all groups that hold samples doing the same."""
+    """Have all groups of a plan that hold samples do the same."""
     micro_batches = tuple(
         MicroBatch(tuple(replace(g, activations=activations) if g.samples else g for g in m.groups))
         for m in plan.micro_batches

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +148,14 @@ def test_a_part_of_a_batch_is_a_batch(lengths: list[int], data: st.DataObject) -
     assert part == make_problem(COST, 8, 4, [lengths[sample] for sample in samples])
     fewer = COST.with_degrees([2, 8])
     assert part.priced_by(fewer) == make_problem(fewer, 8, 4, part.batch)
+
+
+def test_the_readme_names_every_file() -> None:
+    """Its table has a row for each file of the room, and none for others."""
+    room = Path(policies.__file__).parent
+    files = {path.relative_to(room).with_suffix("").as_posix() for path in room.rglob("*.py")}
+    named = re.findall(r"^\| `([\w/]+)` \|", (room / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(name for name in files if not name.endswith("__init__"))
 
 
 def lengths_fit(room: int, lengths: list[int]) -> bool:
