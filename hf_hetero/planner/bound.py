@@ -13,6 +13,7 @@ from hf_hetero.planner.problem import Problem
 
 MOST_DURATIONS = 16
 ROUNDING = 1 - 1e-12
+"""Left of a bound for the rounding of its sums, so that a plan that reaches it is not below it."""
 
 Floats = NDArray[np.float64]
 

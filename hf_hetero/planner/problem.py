@@ -12,6 +12,7 @@ from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import BadSample, InfeasibleBatch
 
 MAX_TOKENS = 1 << 40
+"""Tokens of a sample, at most: sums of squares of lengths stay finite, and a mistyped length is told."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.descent import Trial, Tries, descend, stretched
 
 SHARES = (0.3, 0.3, 0.4)
-"""Of the limit, for the walk, the integer program and the relaxation; what one leaves is the next one's."""
+"""Of the limit, for the walk, the integer program and the relaxation; what one leaves is the next one's. They add up
+to 1, and are not measured by half and double."""
 TRIES_A_STEP = 40
 STEP = 0.05
 WANDERS = 1.01

@@ -26,7 +26,7 @@ NUM_KINDS = (30, 45, 60)
 """Kinds of samples in the first program of a branch, in the second, and in the later ones."""
 NARROWEST, LEAST_SHARE = 1.002, 1e-4
 """A class of durations is halved while its ends are further apart than this ratio, and than this share of the step.
-Narrower ones say no more, and a solver takes differences below 1e-9 for none."""
+Narrower ones say no more, and a solver takes differences below 1e-9 for none. Half and double: no change (improved)."""
 LONGEST_LADDER = 200
 
 

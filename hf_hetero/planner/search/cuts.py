@@ -23,7 +23,8 @@ LONGEST_ALONE = 8
 PATIENCE = 2
 MOST_CAREFUL = 2
 MOST_EXTRA = 16
-TINY = 1e-30  # keeps quotients finite where a cost is 0
+TINY = 1e-30
+"""Keeps quotients finite where a cost is 0."""
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]

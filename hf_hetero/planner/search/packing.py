@@ -19,7 +19,8 @@ from math import sqrt
 from hf_hetero.planner.draft import Draft
 from hf_hetero.planner.problem import Problem
 
-ROUNDING = 1 + 1e-12  # the makespan of a packing, given back as a duration, must hold the same packing
+ROUNDING = 1 + 1e-12
+"""How far a duration is exceeded: the makespan of a packing, given back as a duration, must hold the same packing."""
 JOINS = (2, 4, 8)
 
 
