@@ -10,7 +10,7 @@ bound          no way is faster
 
 The context is the longest sample that the run may meet. A run's one degree is chosen before its data are seen, so it
 must hold the context, whether or not such a sample comes; `padded` needs one rank that holds it. Every way packs or
-pads as well as it can: one degree means the better of best-fit and balanced packing (`planner.homogeneous`).
+pads as well as it can: one degree means the better of best-fit and balanced packing (`planner.search.homogeneous`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.mixes import MIXES, Mix, draw_lengths
-from hf_hetero.planner.problem import MAX_TOKENS
+from hf_hetero.planner import MAX_TOKENS
 
 Lengths = NDArray[np.int64]
 

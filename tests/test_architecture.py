@@ -55,10 +55,34 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
+PLANNER_FLOORS = [  # inside the planner's room, bottom to top
+    {"problem"},
+    {"draft", "bound"},
+    {"search.packing", "search.cuts", "search.homogeneous"},
+    {"search.descent", "search.parts"},
+    {"search.fast"},
+    {"improve.program"},
+    {"improve.milp", "improve.group_rows"},
+    {"improve.relaxation"},
+    {"improve.improve"},
+    {"basic"},
+    {"methods"},
+    {"policies"},
+    {"planner"},
+    {"process"},
+]
+PACKAGES = {
+    "hf_hetero",
+    "hf_hetero.attention",
+    "hf_hetero.planner",
+    "hf_hetero.planner.search",
+    "hf_hetero.planner.improve",
+}
+"""What is imported from these may be a module."""
 DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.kernels.flash"},
     "flash_attn_interface": {"attention.kernels.flash"},
-    "mip": {"planner.program"},
+    "mip": {"planner.improve.program"},
     "trl": {"sft"},
     "matplotlib": {"drawing", "report", "simulation_picture"},
     "datasets": {"evaluation", "lengths", "loader"},
@@ -132,7 +156,7 @@ def imports(path: Path) -> set[str]:
             assert not node.level, f"{path}: write the full name"
             assert node.module
             found.add(node.module)
-            if node.module in {"hf_hetero", "hf_hetero.attention"}:
+            if node.module in PACKAGES:
                 found.update(f"{node.module}.{alias.name}" for alias in node.names)
     return found
 
@@ -164,6 +188,33 @@ def test_kernels_know_no_ranks() -> None:
         above = {target for target in imports(path) if target.startswith("hf_hetero.attention.")}
         above -= {target for target in above if target.startswith("hf_hetero.attention.kernels")}
         assert not above | (imports(path) & {"torch.distributed"}), module
+
+
+def upward(module: str, targets: set[str]) -> set[str]:
+    """Of the names that a module of the planner's room imports, those that are not below it; names of the door are."""
+    number = {name: number for number, names in enumerate(PLANNER_FLOORS) for name in names}
+    prefix = "hf_hetero.planner."
+    inside = {target.removeprefix(prefix) for target in targets - PACKAGES if target.startswith(prefix)}
+    return {target for target in inside if number.get(target, len(number)) >= number[module]}
+
+
+@pytest.mark.parametrize("module", sorted({module for names in PLANNER_FLOORS for module in names}))
+def test_the_planner_calls_only_down(module: str) -> None:
+    """Inside the planner's room, each file imports from lower ones only, so that no layer knows who calls it."""
+    assert not upward(module, imports(modules()[f"planner.{module}"])), f"planner.{module} may not import these"
+
+
+def test_the_planner_has_a_floor_for_each_file() -> None:
+    """Each file of the planner's room stands on a floor, and its sub-rooms' doors import nothing."""
+    files = {module.removeprefix("planner.") for module in modules() if module.startswith("planner.")}
+    assert files == {module for names in PLANNER_FLOORS for module in names} | {"search", "improve"}
+    assert not imports(modules()["planner.search"]) | imports(modules()["planner.improve"])
+
+
+def test_a_call_upward_would_be_noticed() -> None:
+    """The check above refuses a layer that imports the one above, itself, or the door."""
+    targets = {f"hf_hetero.planner.{name}" for name in ("Planner", "methods", "policies", "basic", "search.fast")}
+    assert upward("methods", {"hf_hetero.planner", *targets}) == {"Planner", "methods", "policies"}
 
 
 @pytest.mark.parametrize("module", sorted(modules()))

@@ -1,7 +1,9 @@
 """The planner's room. `Planner` is its door, `PlannerProcess` the same elsewhere; nothing here imports torch."""
 
-from hf_hetero.planner.planner import Planner, Solver
+from hf_hetero.planner.basic import Solver
+from hf_hetero.planner.improve.program import Backend
+from hf_hetero.planner.planner import Planner
+from hf_hetero.planner.problem import MAX_TOKENS
 from hf_hetero.planner.process import PlannerLost, PlannerProcess
-from hf_hetero.planner.program import Backend
 
-__all__ = ["Backend", "Planner", "PlannerLost", "PlannerProcess", "Solver"]
+__all__ = ["MAX_TOKENS", "Backend", "Planner", "PlannerLost", "PlannerProcess", "Solver"]

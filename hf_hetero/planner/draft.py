@@ -32,10 +32,8 @@ def to_plan(problem: Problem, draft: Draft, solver: str, lower_bound_s: float) -
     """
     slowest_first = sorted(draft, key=lambda groups: (-micro_batch_seconds(problem, groups), groups))
     plan = Plan(problem.num_ranks, tuple(_named(problem, groups) for groups in slowest_first))
-    lengths = [0] * len(problem.order)
-    for position, sample in enumerate(problem.order):
-        lengths[sample] = problem.lengths[position]
-    return replace(plan, seconds=problem.cost.plan_seconds(plan, lengths), lower_bound_s=lower_bound_s, solver=solver)
+    seconds = problem.cost.plan_seconds(plan, problem.batch)
+    return replace(plan, seconds=seconds, lower_bound_s=lower_bound_s, solver=solver)
 
 
 def from_plan(problem: Problem, plan: Plan) -> Draft:

@@ -1,16 +1,61 @@
-"""How attention crosses each group of a plan, and what the group does to hold its tokens: the fastest that fits."""
+"""The middle layer lets attention cross each group in any way that fits.
+
+Who shares what with whom comes from plans of the basic layer, made as if groups exchanged heads, or as if they need not
+exchange at all; then each group takes its fastest way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
+from hf_hetero.planner import basic
+from hf_hetero.planner.basic import Search
+from hf_hetero.planner.draft import from_plan, to_plan
+from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.search.homogeneous import homogeneous
+
+
+def has_choice(cost: CostModel, allowed: Collection[str]) -> bool:
+    """Tell whether this layer has a say: groups may exchange something else, or heads that do not divide."""
+    return cost.kv_bytes_per_token is not None and (set(allowed) != {"ulysses"} or cost.num_heads is not None)
+
+
+def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
+    """Choose the fastest of several plans, each with the fastest method for each of its groups.
+
+    One is made as if all groups exchanged heads, one as if no exchange took time. The truth is between, and the bound
+    of the second holds whatever the methods.
+
+    Args:
+        allowed: methods to choose from.
+    """
+    by_heads = basic.plan(problem, search)
+    if not has_choice(problem.cost, allowed):
+        return by_heads
+    unhindered = basic.plan(problem.priced_by(problem.cost.with_free_exchange()), search)
+    candidates = [by_heads, unhindered, *_with_even_heads(problem), *_with_one_degree(problem)]
+    crossing = [with_methods(problem.cost, candidate, problem.batch, allowed) for candidate in candidates]
+    return replace(min(crossing, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
+
+
+def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:
+    """Make a plan faster as if its groups exchanged heads, then let methods have their say; it does not get slower.
+
+    Its bound is as high or higher where there is no choice of methods; else it is the plan's, because what is proven
+    for heads does not hold for other methods.
+    """
+    if not has_choice(problem.cost, allowed):
+        return basic.improve(problem, plan, search)
+    by_heads = to_plan(problem, from_plan(problem, plan), plan.solver, 0.0)
+    better = with_methods(problem.cost, basic.improve(problem, by_heads, search), problem.batch, allowed)
+    return replace(better, lower_bound_s=plan.lower_bound_s) if better.seconds < plan.seconds else plan
 
 
 def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: Collection[str]) -> Plan:
-    """The same groups, each in its fastest way: no slower than as planned, for groups do not wait within one.
+    """Let each group of a plan take its fastest way: no slower than as planned, for groups do not wait for each other.
 
     Args:
         cost: knows the methods, and what groups may do to hold more tokens.
@@ -27,13 +72,30 @@ def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: C
     return replace(chosen, seconds=cost.plan_seconds(chosen, lengths))
 
 
+def _with_even_heads(problem: Problem) -> Iterator[Plan]:
+    """Plan without the degrees that do not divide the heads, which the basic layer takes for divisible."""
+    even = [degree for degree in problem.degrees if problem.cost.head_imbalance(degree) == 1]
+    if len(even) < len(problem.degrees):
+        fewer = problem.priced_by(problem.cost.with_degrees(even))
+        if fewer.holds_longest:
+            yield to_plan(fewer, *basic.draft_and_solver(fewer), 0.0)
+
+
+def _with_one_degree(problem: Problem) -> Iterator[Plan]:
+    """Plan with each degree: a run with one degree may choose its methods, too, and shall be no faster."""
+    for degree in problem.degrees:
+        draft = homogeneous(problem, degree)
+        if draft is not None:
+            yield to_plan(problem, draft, "homogeneous", 0.0)
+
+
 def _ways(cost: CostModel, group: Group, lengths: Sequence[int], allowed: Collection[str]) -> list[Group]:
-    """Those that fit; of equally fast ones, the first does least."""
+    """List the ways that fit; of equally fast ones, the first does least."""
     tokens = sum(lengths[sample] for sample in group.samples)
-    found: list[Group] = []
+    fitting: list[Group] = []
     for activations, under in cost.by_activations.items():
         if tokens <= under.capacity_tokens * group.degree:
             ways = under.methods(group, lengths)
             ways = [way for way in ways if way.method in allowed] or ways[:1]
-            found += [replace(way, activations=activations) for way in ways]
-    return found
+            fitting += [replace(way, activations=activations) for way in ways]
+    return fitting

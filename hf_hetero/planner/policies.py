@@ -1,113 +1,114 @@
-"""Plans whose groups may do something to hold more tokens, made of plans whose groups all do alike.
+"""The top layer lets groups do something to hold more tokens, recompute or offload, if the cost model offers that.
 
-A micro-batch does not wait for another, so a plan of some samples and a plan of the others are a plan of all. And a
-group may always do less than it was planned with, if its tokens still fit: `methods.with_methods` sees to that.
+Its plans are made of plans whose groups all do alike, which the layer below makes. A micro-batch does not wait for
+another, so a plan of some samples and a plan of the others are a plan of all. And a group may always do less than it
+was planned with, if its tokens still fit: `methods.with_methods` sees to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from hf_hetero.costs import CostModel
-from hf_hetero.errors import InfeasibleBatch
 from hf_hetero.plan import Group, MicroBatch, Plan
+from hf_hetero.planner import basic, methods
+from hf_hetero.planner.basic import Search
 from hf_hetero.planner.bound import lower_bound
-from hf_hetero.planner.methods import with_methods
-from hf_hetero.planner.problem import make_problem
-
-if TYPE_CHECKING:
-    from hf_hetero.planner.planner import Planner
+from hf_hetero.planner.problem import Problem, refuse_too_long
 
 MOST_SPLITS = 3
-"""Micro-batches, at most, that are tried as those which do the most to hold more tokens."""
+"""Micro-batches, at most, that are tried as those which do the most to hold more tokens. Half: ±0.0 %, CPU -3 %; double:
+±0.0 %, CPU -3 % (policies): they decide only where memory is scarce, and then the slowest micro-batch mostly suffices."""
 
 
-def plan_with(planner: Planner, lengths: Sequence[int]) -> Plan:
-    """The best of several plans, each group of which does what it must to hold its tokens, and no more.
+def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
+    """Choose the fastest of several plans, each group of which does what it must to hold its tokens, and no more.
 
-    One was made as if holding more tokens took no time, and its bound holds whatever groups do; others as if all groups
+    One is made as if holding more tokens took no time, and its bound holds whatever groups do; others as if all groups
     did the same, or as if only those of some micro-batches did the most.
+
+    Args:
+        allowed: methods to choose from.
     """
-    cost = planner.cost_model
-    at_best = _on(planner, cost.with_free_memory()).plan(lengths)
-    if not lengths:
-        return at_best
-    made_by = [at_best]
-    for under in cost.by_activations.values():
-        if max(lengths) <= _room(planner, under):
-            made_by.append(_on(planner, under).plan(lengths))
-    made_by += _in_two(planner, made_by[-1], lengths)
-    allowed = planner.methods if planner.has_choice else ("ulysses",)
-    found = [with_methods(cost, made, lengths, allowed) for made in made_by]
-    best = replace(min(found, key=lambda made: made.seconds), lower_bound_s=at_best.lower_bound_s)
-    return planner.improve(best, lengths) if planner.solver == "mip" else best
+    cost = problem.cost
+    if len(cost.by_activations) == 1:
+        return methods.plan(problem, search, allowed)
+    quick = replace(search, solver="fast")  # one improvement of the best, rather than one of each
+    unhindered = methods.plan(problem.priced_by(cost.with_free_memory()), quick, allowed)
+    alike = [way for way in map(problem.priced_by, cost.by_activations.values()) if way.holds_longest]
+    candidates = [unhindered, *(methods.plan(way, quick, allowed) for way in alike)]
+    candidates += _in_two(problem, candidates[-1], quick, allowed)
+    thrifty = [methods.with_methods(cost, candidate, problem.batch, allowed) for candidate in candidates]
+    best = replace(min(thrifty, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
+    return improve(problem, best, search, allowed) if search.solver == "mip" else best
 
 
-def static_with(planner: Planner, lengths: Sequence[int], degree: int | None) -> Plan:
-    """The best plan in which all groups have one degree and do the same to hold their tokens."""
-    found: list[Plan] = []
-    refused: InfeasibleBatch | None = None
-    for activations, cost in planner.cost_model.by_activations.items():
-        try:
-            plan = _on(planner, cost).static(lengths, degree)
-        except InfeasibleBatch as error:
-            refused = error
-        else:
-            found.append(_doing(plan, activations))
-    if not found:
-        assert refused is not None
-        raise refused
-    free = make_problem(planner.cost_model.with_free_memory(), planner.num_ranks, planner.max_degree, lengths)
-    return replace(min(found, key=lambda plan: plan.seconds), lower_bound_s=lower_bound(free))
+def static(problem: Problem, degree: int | None = None) -> Plan:
+    """Find the best plan in which all groups have one degree, exchange heads, and do the same to hold their tokens.
+
+    Raises:
+        InfeasibleBatch: a sample that groups of this degree cannot hold, whatever they do.
+    """
+    cost = problem.cost
+    if len(cost.by_activations) == 1:
+        return basic.static(problem, degree)
+    ways = {activations: problem.priced_by(under) for activations, under in cost.by_activations.items()}
+    most = problem.degrees[-1] if degree is None else degree
+    holding = {activations: way for activations, way in ways.items() if problem.lengths[0] <= way.capacity * most}
+    if not holding:
+        return basic.static(problem.priced_by(cost.leanest), degree)  # which says what it holds, and refuses
+    alike = [_doing(basic.static(way, degree), activations) for activations, way in holding.items()]
+    unhindered = problem.priced_by(cost.with_free_memory())
+    return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=lower_bound(unhindered))
 
 
-def improved_with(planner: Planner, plan: Plan, lengths: Sequence[int]) -> Plan:
-    """The plan improved as one of groups that do nothing to hold more tokens; as it is, where some do."""
+def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:
+    """Improve a plan as one of groups that do nothing to hold more tokens; give it back as it is, where some do.
+
+    Raises:
+        InfeasibleBatch: the plan's groups do nothing, and could not hold a sample so.
+    """
+    if len(problem.cost.by_activations) == 1:
+        return methods.improve(problem, plan, search, allowed)
     if any(group.activations for group in plan.groups):
         return plan
-    better = replace(planner, cost_model=planner.cost_model.by_activations[None]).improve(plan, lengths)
+    simplest = problem.priced_by(problem.cost.by_activations[None])
+    refuse_too_long(simplest)
+    better = methods.improve(simplest, plan, search, allowed)
     return replace(better, lower_bound_s=plan.lower_bound_s)  # what was proven holds without policies only
 
 
-def _in_two(planner: Planner, plan: Plan, lengths: Sequence[int]) -> Iterator[Plan]:
-    """Plans of which a part does the most to hold more tokens, and the other part is planned without that.
+def _in_two(problem: Problem, lean: Plan, search: Search, allowed: Collection[str]) -> Iterator[Plan]:
+    """Make plans of which a part does the most to hold more tokens, and the other part is planned without that.
 
     Args:
-        planner: of the whole.
-        plan: of groups that all do the most. Its slowest micro-batches are one part, or else just the samples that
-            nothing less holds.
-        lengths: tokens of each sample.
+        lean: a plan of groups that all do the most. Its slowest micro-batches are one part, or else just the samples
+            that nothing less holds.
     """
-    cost, most = planner.cost_model, planner.cost_model.leanest
-    *simpler, _ = cost.by_activations
-    less = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in simpler})
-    slowest_first = sorted(plan.micro_batches, key=lambda m: -max(most.group_seconds(g, lengths) for g in m.groups))
+    most, less = problem.cost.leanest, _without_most(problem.cost)
+    lengths, room = problem.batch, less.leanest.capacity_tokens * problem.degrees[-1]
+    slowest_first = sorted(lean.micro_batches, key=lambda m: -max(most.group_seconds(g, lengths) for g in m.groups))
     parts = [slowest_first[:number] for number in range(1, min(len(slowest_first), MOST_SPLITS + 1))]
-    room = _room(planner, less.leanest)
     if longer := [sample for sample, length in enumerate(lengths) if length > room]:
-        parts.append(_of_samples(_on(planner, most).plan([lengths[sample] for sample in longer]), longer))
+        parts.append(_renamed(methods.plan(problem.of(longer).priced_by(most), search, allowed), longer))
     for part in parts:
         taken = {sample for micro_batch in part for group in micro_batch.groups for sample in group.samples}
         others = [sample for sample in range(len(lengths)) if sample not in taken]
         if others and max(lengths[sample] for sample in others) <= room:
-            rest = _on(planner, less).plan([lengths[sample] for sample in others])
-            yield replace(plan, micro_batches=(*part, *_of_samples(rest, others)))
+            rest = plan(problem.of(others).priced_by(less), search, allowed)  # there is one policy less
+            yield replace(lean, micro_batches=(*part, *_renamed(rest, others)))
 
 
-def _on(planner: Planner, cost: CostModel) -> Planner:
-    """A planner for a machine like this one."""
-    return replace(planner, cost_model=cost, solver="fast")
+def _without_most(cost: CostModel) -> CostModel:
+    """Take from a machine what holds the most tokens; its groups may do anything else."""
+    *simpler, _ = cost.by_activations
+    offered = {name: policy for name, policy in cost.activation_policies.items() if name in simpler}
+    return replace(cost, activation_policies=offered)
 
 
-def _room(planner: Planner, cost: CostModel) -> int:
-    """Tokens of the longest sample that some degree holds."""
-    return cost.capacity_tokens * planner.degrees[-1]
-
-
-def _of_samples(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
-    """A plan's micro-batches where its samples are these of a larger batch; methods and policies are left open."""
+def _renamed(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
+    """Name a plan's samples as those of a larger batch; methods and policies are left open."""
     return [
         MicroBatch(tuple(Group(g.ranks, tuple(samples[s] for s in g.samples)) for g in m.groups))
         for m in plan.micro_batches
@@ -115,7 +116,7 @@ def _of_samples(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
 
 
 def _doing(plan: Plan, activations: str | None) -> Plan:
-    """The plan with all groups that hold samples doing the same."""
+    """Have all groups of a plan that hold samples do the same."""
     micro_batches = tuple(
         MicroBatch(tuple(replace(g, activations=activations) if g.samples else g for g in m.groups))
         for m in plan.micro_batches

@@ -12,6 +12,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.errors import BadSample, InfeasibleBatch
 
 MAX_TOKENS = 1 << 40
+"""Tokens of a sample, at most: sums of squares of lengths stay finite, and a mistyped length is told."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,36 @@ class Problem:
         set_field(self, "capacity", self.cost.capacity_tokens)
         set_field(self, "linear_s", tuple(self.cost.linear_s(d) for d in self.degrees))
         set_field(self, "fixed_s", tuple(self.cost.fixed_s(d) for d in self.degrees))
+
+    def priced_by(self, cost: CostModel) -> Problem:
+        """The same batch on a machine with another cost model, which offers the same degrees or fewer of them.
+
+        Whether they hold the samples is for the caller to see (`holds_longest`).
+        """
+        offered = cost.degrees(self.num_ranks)
+        return Problem(cost, self.num_ranks, tuple(d for d in self.degrees if d in offered), self.lengths, self.order)
+
+    def of(self, samples: Sequence[int]) -> Problem:
+        """A part of the batch, as a batch of its own: its sample `i` is the caller's `samples[i]`.
+
+        Args:
+            samples: positions in the caller's batch, ascending.
+        """
+        number = {sample: i for i, sample in enumerate(samples)}
+        part = [position for position, sample in enumerate(self.order) if sample in number]
+        lengths = tuple(self.lengths[position] for position in part)
+        return Problem(self.cost, self.num_ranks, self.degrees, lengths, tuple(number[self.order[p]] for p in part))
+
+    @property
+    def holds_longest(self) -> bool:
+        """Whether some degree holds the longest sample."""
+        return self.lengths[0] <= self.capacity * self.degrees[-1]
+
+    @cached_property
+    def batch(self) -> tuple[int, ...]:
+        """Tokens of each sample, in the order of the caller's batch."""
+        position = {sample: position for position, sample in enumerate(self.order)}
+        return tuple(self.lengths[position[sample]] for sample in range(len(self.order)))
 
     @cached_property
     def tokens_before(self) -> tuple[int, ...]:
@@ -85,24 +116,35 @@ def usable_degrees(cost: CostModel, num_ranks: int, max_degree: int | None = Non
 
 
 def make_problem(cost: CostModel, num_ranks: int, max_degree: int | None, lengths: Sequence[int]) -> Problem:
-    """Check a batch and sort it.
+    """Check a batch and sort it: the only way in for lengths.
 
     Raises:
         BadSample: a length that is not an integer of at least 1 and at most 2**40.
-        InfeasibleBatch: a sample that no usable degree can hold.
+        InfeasibleBatch: a sample that no usable degree can hold, whatever its group does to hold more tokens.
     """
     checked = [checked_length(sample, length) for sample, length in enumerate(lengths)]
     degrees = usable_degrees(cost, num_ranks, max_degree)
     order = sorted(range(len(checked)), key=lambda sample: -checked[sample])
     problem = Problem(cost, num_ranks, degrees, tuple(checked[sample] for sample in order), tuple(order))
-    if checked and problem.lengths[0] > problem.capacity * degrees[-1]:
+    if checked:
+        refuse_too_long(problem if len(cost.by_activations) == 1 else problem.priced_by(cost.leanest))
+    return problem
+
+
+def refuse_too_long(problem: Problem) -> None:
+    """Refuse a batch whose longest sample no degree holds.
+
+    Raises:
+        InfeasibleBatch: it is so.
+    """
+    if not problem.holds_longest:
+        capacity, degree = problem.capacity, problem.degrees[-1]
         raise InfeasibleBatch(
-            f"sample {order[0]} has {problem.lengths[0]} tokens; even degree {degrees[-1]} holds "
-            f"{problem.capacity * degrees[-1]} ({problem.capacity} tokens a rank). "
+            f"sample {problem.order[0]} has {problem.lengths[0]} tokens; even degree {degree} holds "
+            f"{capacity * degree} ({capacity} tokens a rank). "
             "Lower the maximum length, add ranks, raise the memory limit, or keep less in memory "
             "(HeteroConfig.activation_policies, or gradient checkpointing with keep_exchanged=False)."
         )
-    return problem
 
 
 def checked_length(sample: int, length: object) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 from hf_hetero.costs import CostModel
 from hf_hetero.planner import Planner
 from hf_hetero.planner.bound import area_bound
+from hf_hetero.planner.improve.relaxation import relaxed_bound
 from hf_hetero.planner.problem import make_problem
-from hf_hetero.planner.relaxation import relaxed_bound
 
 NAMES = ("wikipedia", "prolong", "github", "wlbllm")
 SETTINGS = {  # cost model: ranks, samples, longest sample, batches

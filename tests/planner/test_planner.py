@@ -17,8 +17,8 @@ from hf_hetero.errors import BadSample, ConfigError, InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner
 from hf_hetero.planner.draft import draft_seconds
-from hf_hetero.planner.homogeneous import best_homogeneous
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.homogeneous import best_homogeneous
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from planner.reference import batches, optimal_seconds, small_cost
 
 from hf_hetero.costs import CostModel
-from hf_hetero.planner import relaxation
 from hf_hetero.planner.bound import area_bound, lower_bound
+from hf_hetero.planner.improve import relaxation
+from hf_hetero.planner.improve.relaxation import relaxed_bound
 from hf_hetero.planner.planner import Planner
 from hf_hetero.planner.problem import make_problem
-from hf_hetero.planner.relaxation import relaxed_bound
 
 pytest.importorskip("mip")
 

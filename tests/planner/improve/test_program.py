@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hf_hetero.errors import HeteroError
-from hf_hetero.planner.program import Backend, Program
+from hf_hetero.planner.improve.program import Backend, Program
 
 mip = pytest.importorskip("mip")
 

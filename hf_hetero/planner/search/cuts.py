@@ -3,6 +3,8 @@
 Sorted samples are cut into consecutive runs, one a micro-batch (FlexSP's "blaster", arXiv:2412.01523, section 4.2), but
 the cuts minimise the sum of the durations, not the largest number of tokens, and all numbers of micro-batches are
 solved at once: with the durations to choose among fixed, a run's start is a look-up, and the cuts are a shortest path.
+
+A guess need not be true: `packing.pack` says what fits, so what is rough here costs time, and never makes a wrong plan.
 """
 
 from __future__ import annotations
@@ -15,12 +17,27 @@ from numpy.typing import NDArray
 from hf_hetero.planner.problem import Problem
 
 NUM_DURATIONS = 48
+"""Rungs of the ladder of durations that guesses choose among; each is a row of all tables. Half: +0.2 % (-0.3 to
++2.4), CPU -5 %; double: ±0.0 % (-0.5 to +1.3), CPU +10 % (all)."""
 MOST_CUTS = 1024
+"""Positions, about, where runs may end in a batch of more samples than that. Half: +0.1 % (0 to +0.6), CPU +7 %;
+double: ±0.0 %, CPU -1 % (large)."""
 LONGEST_APART = 128
+"""In such a batch, so many of the longest samples may be the last of a run. Half: ±0.0 %, CPU -2 %; double: ±0.0 %,
+CPU -3 % (large)."""
 LONGEST_ALONE = 8
+"""Longest samples whose own seconds, at each degree, are durations to choose, too. Half: ±0.0 % (-0.4 to +0.5), CPU
+-3 %; double: +0.1 % (-0.6 to +2.4), CPU +9 % (all)."""
 PATIENCE = 2
+"""Numbers of micro-batches that may fail to help before no more are tried. Half: ±0.0 %, CPU -0 %; double: ±0.0 %,
+CPU +2 % (all)."""
+MOST_CAREFUL = 2
+"""Careful guesses that are handed on, beside a bold one. Half: ±0.0 % (-0.5 to 0), CPU +1 %; double: ±0.0 %, CPU +2
+% (all)."""
 MOST_EXTRA = 16
-TINY = 1e-30  # keeps quotients finite where a cost is 0
+"""Micro-batches, at most, beyond those that memory asks for. Half: ±0.0 %, CPU -1 %; double: ±0.0 %, CPU -1 % (all)."""
+TINY = 1e-30
+"""Keeps quotients finite where a cost is 0."""
 
 Floats = NDArray[np.float64]
 Positions = NDArray[np.intp]
@@ -51,8 +68,8 @@ def guesses(problem: Problem) -> list[Guess]:
     index = np.minimum(index, len(problem.degrees) - 1)
     lost = 1 - problem.linear_s[0] / np.maximum(problem.linear_s, TINY)
     careful = ranks + lost[index] * (np.array(problem.degrees, dtype=np.float64)[index] - ranks)
-    found = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:2]
-    return found + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
+    cautious = _shortest_paths(problem, durations, _reach(problem, careful, impossible), PATIENCE)[:MOST_CAREFUL]
+    return cautious + _shortest_paths(problem, durations, _reach(problem, ranks, impossible), 0)[:1]
 
 
 def slowest_full_group(problem: Problem) -> float:
@@ -106,6 +123,8 @@ def _reach(problem: Problem, ranks: Floats, impossible: Positions) -> Positions:
         first = int(impossible[row])
         before: Floats = np.concatenate([np.zeros(first + 1), np.cumsum(ranks[row, first:])])[cuts]
         start = int(np.searchsorted(cuts, first))
+        # demands are positive, so `before` ascends, and the longest run that the ranks hold starts at a look-up; none
+        # starts before the samples that this duration cannot hold at any degree
         reach[row] = np.maximum(np.searchsorted(before, before - problem.num_ranks * (1 + 1e-9)), start)
         reach[row, : start + 1] = np.arange(start + 1)
     return reach
@@ -123,26 +142,32 @@ def _possible_cuts(problem: Problem) -> Positions:
 
 
 def _shortest_paths(problem: Problem, durations: Floats, reach: Positions, patience: int) -> list[Guess]:
-    """The best guess for each number of micro-batches, fastest first; stops when more of them do not help."""
+    """The best guess for each number of micro-batches, fastest first; stops when more of them do not help.
+
+    `seconds[end]` is the least sum of durations of so many runs that together hold the samples before `end`; with one
+    run more it follows from the last one, as in Bellman's and Ford's shortest paths.
+    """
     position = np.arange(reach.shape[1], dtype=np.intp)
     possible = np.where(reach < position, 0.0, np.inf) + durations[:, None]
     seconds = np.full(len(position), np.inf)
     seconds[0] = 0.0
     choices: list[Positions] = []
-    found: list[Guess] = []
+    guessed: list[Guess] = []
     while len(choices) < len(problem.lengths):
+        # A run that ends here and lasts so long starts as early as it can: what is left over is then a part of what any
+        # later start leaves, and a part never takes longer than the whole. So one start for each duration will do.
         ends = seconds[reach] + possible
         choice = ends.argmin(axis=0)
         seconds = ends[choice, position]
         choices.append(choice)
         if len(choices) >= problem.fewest_micro_batches:
             if seconds[-1] < np.inf:
-                found.append(_walk_back(durations, reach, choices))
-            best = min(range(len(found)), key=lambda i: found[i].seconds, default=-1)
-            patient = len(found) - 1 - best < patience and len(choices) < problem.fewest_micro_batches + MOST_EXTRA
-            if not patient and (found or patience == 0):
+                guessed.append(_walk_back(durations, reach, choices))
+            best = min(range(len(guessed)), key=lambda i: guessed[i].seconds, default=-1)
+            patient = len(guessed) - 1 - best < patience and len(choices) < problem.fewest_micro_batches + MOST_EXTRA
+            if not patient and (guessed or patience == 0):
                 break
-    return sorted(found, key=lambda guess: guess.seconds)
+    return sorted(guessed, key=lambda guess: guess.seconds)
 
 
 def _walk_back(durations: Floats, reach: Positions, choices: list[Positions]) -> Guess:

@@ -7,8 +7,8 @@ from planner.reference import batches, small_cost
 
 from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import draft_seconds, tiling, to_plan
-from hf_hetero.planner.homogeneous import best_homogeneous
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.homogeneous import best_homogeneous
 
 
 @settings(max_examples=100, deadline=None)

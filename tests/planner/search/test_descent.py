@@ -7,9 +7,9 @@ import random
 import pytest
 from planner.reference import small_cost
 
-from hf_hetero.planner.cuts import guesses, slowest_full_group
-from hf_hetero.planner.descent import Tries, descend, kick, scale
 from hf_hetero.planner.problem import Problem, make_problem
+from hf_hetero.planner.search.cuts import guesses, slowest_full_group
+from hf_hetero.planner.search.descent import Tries, descend, kick, scale
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_it_never_gets_slower_and_never_tries_more_than_it_may(problem: Problem)
     tries = Tries(problem, 40)
     start = tries.pack([slowest_full_group(problem)] * (problem.fewest_micro_batches + 1))
     assert start is not None
-    shorter = descend(tries, start, most=10)
+    shorter = descend(tries, start, 0.06, most=10)
     assert tries.left >= 29
     assert shorter.seconds < start.seconds
     kicked = kick(tries, shorter)

@@ -52,13 +52,13 @@ def _best_fit(problem: Problem, degree: int) -> Draft:
     groups: list[DraftGroup] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for sample, length in enumerate(problem.lengths):
-        found = bisect_left(rooms, (length, -1))
-        while found == len(rooms):
+        tightest = bisect_left(rooms, (length, -1))
+        while tightest == len(rooms):
             opened = tiles[len(groups) % len(tiles)]
             insort(rooms, (problem.capacity * opened, len(groups)))
             groups.append((opened, []))
-            found = bisect_left(rooms, (length, -1))
-        room, group = rooms.pop(found)
+            tightest = bisect_left(rooms, (length, -1))
+        room, group = rooms.pop(tightest)
         groups[group][1].append(sample)
         insort(rooms, (room - length, group))
     return _stack(problem, groups)
@@ -83,10 +83,10 @@ def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[Draf
     loads: list[tuple[float, int]] = [(0.0, group) for group in range(len(rooms))]
     groups: list[DraftGroup] = [(degree, []) for _ in rooms]
     for sample, length in enumerate(problem.lengths):
-        found = next((i for i, (_, group) in enumerate(loads) if rooms[group] >= length), None)
-        if found is None:
+        earliest = next((i for i, (_, group) in enumerate(loads) if rooms[group] >= length), None)
+        if earliest is None:
             return None
-        load, group = loads.pop(found)
+        load, group = loads.pop(earliest)
         groups[group][1].append(sample)
         rooms[group] -= length
         insort(loads, (load + problem.cost.work(length, degree), group))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from planner.reference import batches, small_cost
 
 from hf_hetero.costs import CostModel
-from hf_hetero.planner.cuts import MOST_CUTS, guesses, slowest_full_group
-from hf_hetero.planner.packing import pack
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.cuts import MOST_CUTS, guesses, slowest_full_group
+from hf_hetero.planner.search.packing import pack
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,8 +7,8 @@ import random
 from planner.reference import problems, small_cost
 
 from hf_hetero.planner import Planner
-from hf_hetero.planner.parts import num_parts, plan_in_parts
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.parts import num_parts, plan_in_parts
 
 
 def test_only_very_large_runs_are_planned_in_parts() -> None:

@@ -13,10 +13,11 @@ from planner.reference import batches, optimal_seconds, problems, small_cost
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import Group, MicroBatch, Plan
-from hf_hetero.planner import Planner, milp
+from hf_hetero.planner import Planner
 from hf_hetero.planner.draft import draft_seconds
+from hf_hetero.planner.improve import milp
+from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.problem import make_problem
-from hf_hetero.planner.program import Backend
 
 pytest.importorskip("mip")
 

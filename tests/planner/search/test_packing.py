@@ -9,8 +9,8 @@ from planner.reference import batches, small_cost
 
 from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import micro_batch_seconds
-from hf_hetero.planner.packing import longest_samples, pack
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.packing import longest_samples, pack
 
 
 @settings(max_examples=150, deadline=None)

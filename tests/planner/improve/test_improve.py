@@ -10,10 +10,10 @@ from planner.reference import batches, optimal_seconds, problems, small_cost
 
 from hf_hetero.costs import CostModel
 from hf_hetero.planner.draft import draft_seconds, to_plan
-from hf_hetero.planner.fast import fast_draft
-from hf_hetero.planner.homogeneous import best_homogeneous
-from hf_hetero.planner.improve import improve
+from hf_hetero.planner.improve.improve import improve_draft
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.planner.search.fast import fast_draft
+from hf_hetero.planner.search.homogeneous import best_homogeneous
 
 pytest.importorskip("mip")
 
@@ -26,7 +26,7 @@ def test_never_worse_and_never_a_false_bound(batch: tuple[list[int], int, CostMo
     problem = make_problem(cost, num_ranks, None, lengths)
     start = best_homogeneous(problem)
     assert start is not None
-    found = improve(problem, start, 0.0, 0.3, "highs")
+    found = improve_draft(problem, start, 0.0, 0.3, "highs")
     plan = to_plan(problem, found.draft, "mip", 0.0)
     assert problems(plan, lengths, num_ranks, cost) == []
     assert plan.seconds <= draft_seconds(problem, start) * (1 + 1e-9)
@@ -42,6 +42,6 @@ def test_a_walk_finds_what_few_tries_missed() -> None:
     fast = fast_draft(problem)
     assert fast is not None
     slow = [[group] for micro_batch in fast for group in micro_batch]  # one group after the other
-    found = improve(problem, slow, 0.0, 1.0, "highs")
+    found = improve_draft(problem, slow, 0.0, 1.0, "highs")
     assert found.solver is not None
     assert draft_seconds(problem, found.draft) < draft_seconds(problem, slow)

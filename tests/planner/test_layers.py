@@ -1,0 +1,161 @@
+"""Laws of the three layers, basic, methods, policies: each adds a freedom, and none is slower for having it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_hetero.costs import ActivationPolicy, CostModel
+from hf_hetero.errors import ConfigError, InfeasibleBatch
+from hf_hetero.plan import METHODS
+from hf_hetero.planner import Planner, basic, methods, policies
+from hf_hetero.planner import problem as problems
+from hf_hetero.planner.basic import Search
+from hf_hetero.planner.problem import make_problem
+
+COST = CostModel(
+    attention_s_per_token2=1e-9,
+    linear_s_per_token=2e-6,
+    micro_batch_s=1e-3,
+    all_to_all_bytes_per_token=4e4,
+    all_to_all_bytes_per_s={2: 2e10, 4: 5e9, 8: 4e9},
+    all_to_all_latency_s={2: 1e-4, 4: 2e-4, 8: 4e-4},
+    activation_bytes_per_token=1e5,
+    model_state_bytes_per_rank=0,
+    memory_bytes_per_rank=4e8,
+)
+KNOWS_KEYS: dict[str, Any] = {"kv_bytes_per_token": 5e3, "num_heads": 6, "num_kv_heads": 2, "ring_overlap": 0.3}
+POLICIES = {
+    "recompute": ActivationPolicy(3e4, 1.3e-9, 2.7e-6),
+    "offload": ActivationPolicy(1e4, 1.3e-9, 3.2e-6, exchanges=1.5),
+}
+COSTS = {
+    "basic": COST,
+    "methods": replace(COST, **KNOWS_KEYS),
+    "policies": replace(COST, activation_policies=POLICIES),
+    "both": replace(COST, activation_policies=POLICIES, **KNOWS_KEYS),
+}
+LENGTHS = [9000, 3, 170, 1100, 4000, 64, 2100, 33, 700, 4, 1300, 500]
+FAST = Search("fast", 1.0, "highs")
+NO_SLOWER = 1 + 1e-9
+
+batches = st.lists(st.integers(1, 12_000), min_size=1, max_size=20)
+
+
+@settings(deadline=None, max_examples=40)
+@given(batches, st.sampled_from([4, 6, 8]))
+def test_the_basic_layer_is_no_slower_than_static(lengths: list[int], num_ranks: int) -> None:
+    """With no freedom but who shares what: no run with one degree is faster, and the bound is below all of them."""
+    problem = make_problem(COST, num_ranks, None, lengths)
+    plan = basic.plan(problem, FAST)
+    for degree in problem.degrees:
+        if lengths_fit(degree * problem.capacity, lengths):
+            static = basic.static(problem, degree)
+            assert plan.lower_bound_s <= plan.seconds * NO_SLOWER <= static.seconds * NO_SLOWER**2
+        else:
+            with pytest.raises(InfeasibleBatch, match="Choose a larger degree"):
+                basic.static(problem, degree)
+
+
+@settings(deadline=None, max_examples=30)
+@given(batches, st.sampled_from([4, 8]))
+def test_methods_are_no_slower_than_the_basic_layer(lengths: list[int], num_ranks: int) -> None:
+    """A choice of methods does not make a plan slower, nor than any static plan with a choice; its bound holds."""
+    problem = make_problem(COSTS["methods"], num_ranks, None, lengths)
+    plan = methods.plan(problem, FAST, METHODS)
+    below = basic.plan(problem, FAST)
+    with_choice = methods.with_methods(problem.cost, below, problem.batch, METHODS)
+    assert plan.lower_bound_s <= plan.seconds * NO_SLOWER <= with_choice.seconds * NO_SLOWER**2
+    static = methods.with_methods(problem.cost, basic.static(problem), problem.batch, METHODS)
+    assert plan.seconds <= static.seconds * NO_SLOWER
+
+
+@settings(deadline=None, max_examples=20)
+@given(batches, st.sampled_from([4, 8]), st.sampled_from(["policies", "both"]))
+def test_policies_are_no_slower_than_methods(lengths: list[int], num_ranks: int, cost_name: str) -> None:
+    """A choice of policies does not make a plan slower than one policy for all, nor than a static plan."""
+    problem = make_problem(COSTS[cost_name], num_ranks, None, lengths)
+    plan = policies.plan(problem, FAST, METHODS)
+    assert plan.lower_bound_s <= plan.seconds * NO_SLOWER
+    assert plan.seconds <= policies.static(problem).seconds * NO_SLOWER
+    for way in map(problem.priced_by, problem.cost.by_activations.values()):
+        if way.holds_longest:
+            assert plan.seconds <= methods.plan(way, FAST, METHODS).seconds * NO_SLOWER
+
+
+def test_a_layer_without_its_freedom_hands_down() -> None:
+    """Without policies the top layer is the middle one; without methods, the middle one is the lowest."""
+    with_methods = make_problem(COSTS["methods"], 8, None, LENGTHS)
+    assert policies.plan(with_methods, FAST, METHODS) == methods.plan(with_methods, FAST, METHODS)
+    assert methods.plan(with_methods, FAST, METHODS) != basic.plan(with_methods, FAST)  # here it has a say
+    plain = make_problem(COST, 8, None, LENGTHS)
+    assert policies.plan(plain, FAST, METHODS) == methods.plan(plain, FAST, METHODS) == basic.plan(plain, FAST)
+    assert policies.static(plain) == basic.static(plain)
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_lengths_enter_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length is checked once a call, and no second planner is built, however many layers have a say."""
+    planner = Planner(COSTS[name], 8, mip_time_limit_s=0.05)
+    checks: list[int] = []
+    check = problems.checked_length
+
+    def counted(sample: int, length: object) -> int:
+        checks.append(sample)
+        return check(sample, length)
+
+    def unexpected(self: Planner) -> None:
+        raise AssertionError(f"{self} was built while another one plans")
+
+    monkeypatch.setattr(problems, "checked_length", counted)
+    monkeypatch.setattr(Planner, "__post_init__", unexpected)
+    with pytest.raises(AssertionError, match="was built"):
+        Planner(COST, 8)  # it would be noticed
+    plan = planner.plan(LENGTHS)
+    assert checks == list(range(len(LENGTHS)))
+    planner.static(LENGTHS)
+    assert checks == 2 * list(range(len(LENGTHS)))
+    pytest.importorskip("mip")
+    planner.improve(plan, LENGTHS)
+    assert checks == 3 * list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_plan_of_other_samples_is_not_improved(name: str) -> None:
+    """Whatever its groups do: with other samples, or with lengths of other seconds, it is refused."""
+    planner = Planner(COSTS[name], 8)
+    plan = planner.plan([30_000, *LENGTHS])
+    with pytest.raises(ConfigError, match="it cannot be improved for 12 samples"):
+        planner.improve(plan, LENGTHS)
+    with pytest.raises(ConfigError, match="with these lengths and this cost model it would take"):
+        planner.improve(plan, [15_000, *LENGTHS])
+
+
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=20), st.data())
+def test_a_part_of_a_batch_is_a_batch(lengths: list[int], data: st.DataObject) -> None:
+    """Some samples of a checked batch are what they would be if they came alone, whatever prices them."""
+    samples = sorted(data.draw(st.sets(st.integers(0, len(lengths) - 1), min_size=1)))
+    whole = make_problem(COST, 8, 4, lengths)
+    part = whole.of(samples)
+    assert whole.batch == tuple(lengths)
+    assert part == make_problem(COST, 8, 4, [lengths[sample] for sample in samples])
+    fewer = COST.with_degrees([2, 8])
+    assert part.priced_by(fewer) == make_problem(fewer, 8, 4, part.batch)
+
+
+def test_the_readme_names_every_file() -> None:
+    """Its table has a row for each file of the room, and none for others."""
+    room = Path(policies.__file__).parent
+    files = {path.relative_to(room).with_suffix("").as_posix() for path in room.rglob("*.py")}
+    named = re.findall(r"^\| `([\w/]+)` \|", (room / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(name for name in files if not name.endswith("__init__"))
+
+
+def lengths_fit(room: int, lengths: list[int]) -> bool:
+    return max(lengths) <= room
