@@ -17,7 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hf_hetero import lm_head, loss
 from hf_hetero.attention import interface, kernels
 from hf_hetero.attention.rotary import TablesBySample
-from hf_hetero.exactness import base_model
+from hf_hetero.checks.exactness import base_model
 from hf_hetero.expert_load import ExpertLoad
 from hf_hetero.lm_head import LeanHead
 

@@ -17,9 +17,9 @@ from transformers import TrainingArguments
 from hf_hetero import estimate, memory
 from hf_hetero.activations import Activations
 from hf_hetero.agreement import broadcast
+from hf_hetero.checks.exactness import base_model
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cost_model import CostModel
-from hf_hetero.exactness import base_model
 from hf_hetero.groups import GroupPool
 from hf_hetero.lm_head import LeanHead
 from hf_hetero.model_shape import ModelShape, shape_of

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with_lora
-from measure_lm_head import compare
 from torch.nn import functional as F
 
+from benchmarks.model.measure_lm_head import compare
 from hf_hetero.lm_head import LazyLogits, LeanHead, install, loss_sum, uninstall
 from hf_hetero.loss import token_loss
 

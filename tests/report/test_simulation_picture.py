@@ -7,11 +7,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from test_simulate import BATCHES, simulated
+from what_if.test_simulate import BATCHES, simulated
 
 from hf_hetero import CostModel, Planner
-from hf_hetero.simulate import WAYS, simulate
-from hf_hetero.simulation_picture import draw_simulation, simulation_figure
+from hf_hetero.report.simulation_picture import draw_simulation, simulation_figure
+from hf_hetero.what_if.simulate import WAYS, simulate
 
 
 def bars(figure: Any) -> dict[str, float]:

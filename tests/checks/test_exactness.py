@@ -13,8 +13,8 @@ import transformers
 from helpers import LENGTHS, arguments, samples, tiny_model
 
 from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero.checks.exactness import check_arguments
 from hf_hetero.errors import ConfigError
-from hf_hetero.exactness import check_arguments
 
 DEFAULTS = vars(arguments("unused", 1))
 SIZE: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -163,7 +163,7 @@ def test_untested_architectures_are_tried(tmp_path: Path, caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, logger="hf_hetero"):
         make(tmp_path, gpt2())
         make(tmp_path)
-    tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.probe"]
+    tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.checks.probe"]
     assert tried == ["GPT2LMHeadModel (model type 'gpt2'): a tiny instance learns the same under a plan."]
     small = {"head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
     with pytest.raises(UnsupportedModel, match=r"NemotronForCausalLM cannot .* does not hand its keyword arguments"):

@@ -1,4 +1,4 @@
-"""How good and how fast plans are, on real lengths: `python tests/planner/measure_planner.py --shared ../shared`."""
+"""How good and how fast plans are, on real lengths: `python benchmarks/planner/measure_planner.py --shared DIR`."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_hetero.errors import BadSample, ConfigError, HeteroError
-from hf_hetero.mixes import MIXES
-from hf_hetero.sources import Reading, Source, global_batches, read_source
+from hf_hetero.what_if.mixes import MIXES
+from hf_hetero.what_if.sources import Reading, Source, global_batches, read_source
 
 ROWS = {"length": [3, 1, 2], "input_ids": [[1, 2, 3, 4], [5], [6, 7]], "text": ["a b", "c", "d e f g h"]}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from test_cost_model import a_cost_model
 
 from hf_hetero import CostModel, Plan, Planner
-from hf_hetero.dynamic_cp import dynamic_cp
 from hf_hetero.plan import describe_degrees
-from hf_hetero.sources import global_batches, read_source
+from hf_hetero.what_if.dynamic_cp import dynamic_cp
+from hf_hetero.what_if.sources import global_batches, read_source
 
 
 def planned(lengths: list[int], num_ranks: int = 4) -> Plan:
@@ -63,5 +63,5 @@ def test_tuned(mix: str, batch_size: int, setting: str, monkeypatch: pytest.Monk
         return cost.plan_seconds(dynamic_cp(lengths, cost, 8, cost.degrees(8)), lengths)
 
     tuned = seconds()
-    monkeypatch.setattr(f"hf_hetero.dynamic_cp.{setting}", {"LIMITS": (1,), "MORE_MICRO_BATCHES": 1}[setting])
+    monkeypatch.setattr(f"hf_hetero.what_if.dynamic_cp.{setting}", {"LIMITS": (1,), "MORE_MICRO_BATCHES": 1}[setting])
     assert seconds() > 1.05 * tuned

@@ -6,7 +6,8 @@ waits for the next micro-batch. Ranks that stay free are given to the smallest g
 
 Megatron counts work as s^2 / degree; here it is the cost model's seconds, which balances better. Its limit of tokens a
 rank (`max_seqlen_per_rank`) is a setting; here it is all that memory holds, or less where that is faster, chosen for
-each batch, as is the number of micro-batches. So it is at least as good as theirs. A baseline of `hf_hetero.simulate`.
+each batch, as is the number of micro-batches. So it is at least as good as theirs. A baseline of
+`simulate`.
 """
 
 from __future__ import annotations

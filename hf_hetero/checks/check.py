@@ -10,14 +10,15 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from hf_hetero import exactness
 from hf_hetero.attention import kernels
+from hf_hetero.checks import exactness
+from hf_hetero.checks.probe import Probe, tried
+from hf_hetero.checks.tiny import build
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.heads import share_heads
 from hf_hetero.limits import limits_of
 from hf_hetero.memory import tokens_by_lever
 from hf_hetero.model_shape import shape_of
-from hf_hetero.probe import Probe, build, tried
 from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_hetero.drawing import new_figure, picture_format, rendered, short, write_picture
 from hf_hetero.errors import HeteroError
+from hf_hetero.report.drawing import new_figure, picture_format, rendered, short, write_picture
 
 
 @pytest.mark.parametrize(("tokens", "words"), [(7, "7"), (1023, "1023"), (1536, "1.5K"), (196608, "192K")])

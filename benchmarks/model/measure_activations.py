@@ -1,4 +1,4 @@
-"""Peak memory and time of a step by what groups do to hold more: `python tests/measure_activations.py [TOKENS]`.
+"""Peak memory and time of a step, by what groups do to hold more: `python benchmarks/model/measure_activations.py`.
 
 Each runs in a process of its own, one thread, forward and backward of a model of 4 layers of 1024, MLPs of 4096, in
 fp32, with a chunked loss, and chunks of 32 MiB in MLPs. Memory is what tensors take that the step makes. Offloading is
@@ -7,6 +7,7 @@ left out: on a CPU the host's memory is the device's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -35,6 +36,7 @@ HEADS = {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embed
 
 
 def measured(kind: str, tokens: int) -> dict[str, float]:
+    """One step of so many tokens in this process: bytes, seconds, the loss and the norm of the gradients."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**WIDTHS, **HEADS, attn_implementation="sdpa")).train()
@@ -67,7 +69,7 @@ def compare(tokens: int) -> dict[str, dict[str, float]]:
     """All kinds, each in a process of its own."""
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        command = [sys.executable, __file__, kind, str(tokens)]
+        command = [sys.executable, __file__, str(tokens), "--kind", kind]
         ran = subprocess.run(
             command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -76,10 +78,15 @@ def compare(tokens: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    if len(sys.argv) == 3:
-        print(json.dumps(measured(sys.argv[1], int(sys.argv[2]))))
+    """Print one line a kind; under `--kind`, that one's numbers as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tokens", type=int, nargs="?", default=8192)
+    parser.add_argument("--kind", choices=KINDS, help="measure this one here, and print it as JSON")
+    options = parser.parse_args()
+    if options.kind is not None:
+        print(json.dumps(measured(options.kind, options.tokens)))
         return
-    found = compare(int(sys.argv[1]) if len(sys.argv) == 2 else 8192)
+    found = compare(options.tokens)
     for kind, row in found.items():
         share = row["bytes"] / found["kept"]["bytes"]
         print(

@@ -1,4 +1,4 @@
-"""What planning takes from the process that trains: `python tests/measure_plan_ahead.py`.
+"""What planning takes from the process that trains: `python benchmarks/planner/measure_plan_ahead.py`.
 
 A loop of small tensor operations stands for training: it needs the interpreter all the time, as a CPU that launches
 kernels does. Beside it one plan is made for each step's worth of the loop, in a thread of the same process or in a

@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hf_hetero.cost_model import CostModel
-from hf_hetero.dynamic_cp import dynamic_cp
 from hf_hetero.errors import BadSample, InfeasibleBatch
 from hf_hetero.plan import Plan, idle_share
 from hf_hetero.planner import Planner
+from hf_hetero.what_if.dynamic_cp import dynamic_cp
 
 SIMULATION_FORMAT = "hf-hetero-simulation/1"
 WAYS = {

@@ -1,4 +1,4 @@
-"""How long each method takes, forward and backward, side by side: `python tests/attention/measure_methods.py`.
+"""How long each method takes, forward and backward, side by side: `python benchmarks/attention/measure_methods.py`.
 
 Four gloo ranks, one thread each, on this machine's CPU: so arithmetic and copies are dear here, and links are memory.
 The methods take turns, so that whatever else the machine does hits all of them.
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from helpers import run_ranks
 

@@ -1,7 +1,7 @@
 """Named synthetic mixes: lengths to plan with where no data is at hand. The same seed gives the same lengths.
 
 Each is a distribution of the tokens of a sample, drawn by inverse transform or as a mixture. What it follows, and how
-closely, stands in its `about`; `tests/test_mixes.py` compares it with the real lengths where there are any.
+closely, stands in its `about`; `tests/what_if/test_mixes.py` compares it with the real lengths where there are any.
 """
 
 from __future__ import annotations

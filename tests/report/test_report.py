@@ -14,11 +14,12 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_hetero import CostModel, Group, HeteroError, MicroBatch, Plan
-from hf_hetero import report as pictures
 from hf_hetero.callbacks.plan_metrics import to_record
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import StepReport, idle_share
 from hf_hetero.report import draw_plan, most_mixed, read_records, summarise, write_report
+from hf_hetero.report import report as pages
+from hf_hetero.report.plan_picture import plan_figure
 
 LENGTHS = (4000, 900, 800, 3000, 10, 1)
 COST = CostModel(
@@ -82,7 +83,7 @@ def bars(figure: Any) -> dict[int, Any]:
 def test_bars_stand_where_the_cost_model_puts_them() -> None:
     """A bar spans its group's ranks; the last bar of a group ends at the group's predicted seconds."""
     plan = mixed_plan()
-    drawn = bars(pictures._plan_figure(plan, LENGTHS, COST))
+    drawn = bars(plan_figure(plan, LENGTHS, COST))
     start = 0.0
     for micro_batch in plan.micro_batches:
         for group in micro_batch.groups:
@@ -104,17 +105,17 @@ def test_the_title_says_seconds_idle_share_and_gap() -> None:
     seconds = COST.plan_seconds(mixed_plan(), LENGTHS)
     plan = mixed_plan(seconds=seconds, lower_bound_s=seconds / 1.25)
     busy = [[COST.group_seconds(m.group_of(rank), LENGTHS) for rank in range(4)] for m in plan.micro_batches]
-    title = pictures._plan_figure(plan, LENGTHS, COST).axes[0].get_title(loc="left")
+    title = plan_figure(plan, LENGTHS, COST).axes[0].get_title(loc="left")
     assert f"predicted {seconds:.3g} s" in title
     assert f"idle {idle_share(busy):.0%}" in title
     assert "within 25.0 % of optimal" in title
-    unknown = pictures._plan_figure(mixed_plan(), LENGTHS, COST).axes[0].get_title(loc="left")
+    unknown = plan_figure(mixed_plan(), LENGTHS, COST).axes[0].get_title(loc="left")
     assert "optimal" not in unknown, "a plan without a bound claims nothing"
 
 
 def test_measured_seconds_replace_predicted_ones() -> None:
     """With measured seconds the axis ends at their sum, and the samples of a group share its time by their tokens."""
-    figure = pictures._plan_figure(mixed_plan(), LENGTHS, None, ((0.6, 0.6, 0.4, 0.1), (0.9, 0.9, 0.9, 0.9)))
+    figure = plan_figure(mixed_plan(), LENGTHS, None, ((0.6, 0.6, 0.4, 0.1), (0.9, 0.9, 0.9, 0.9)))
     assert figure.axes[0].get_xlim() == (0.0, pytest.approx(1.5))
     assert bars(figure)[2].get_width() == pytest.approx(0.4 * 800 / 1700)
 
@@ -229,7 +230,7 @@ def test_lockstep_survives(tmp_path: Path) -> None:
     sources = re.findall(r'base64,([^"]*)', (tmp_path / "report.html").read_text())
     assert len(sources) == 3
     step = found[1]
-    figure = pictures._plan_figure(Plan.from_dict(step["plan"]), step["lengths"], None, step["busy_s"], True)
+    figure = plan_figure(Plan.from_dict(step["plan"]), step["lengths"], None, step["busy_s"], True)
     assert figure.axes[0].get_title(loc="left") == "measured 1.5 s"
 
 
@@ -286,7 +287,7 @@ def test_no_field_becomes_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         page = (tmp_path / f"{number}.html").read_text()
         assert "<script" not in page
         assert 'onerror="' not in page
-    monkeypatch.setattr(pictures, "summarise", lambda records: {SCRIPT: SCRIPT})
+    monkeypatch.setattr(pages, "summarise", lambda records: {SCRIPT: SCRIPT})
     write_report(records, tmp_path / "report.html")
     assert "<script" not in (tmp_path / "report.html").read_text()
 

@@ -1,4 +1,4 @@
-"""Our plans beside those of FlexSP's solver: `python tests/planner/compare_flexsp.py --shared ../shared`.
+"""Our plans beside those of FlexSP's solver: `python benchmarks/planner/compare_flexsp.py --shared DIR`.
 
 Needs `pip install pyscipopt`. FlexSP's planning takes minutes a batch on one core, by design: some programs for each of
 five numbers of micro-batches, five seconds each. Two times are given for it: of one process after the other, and of the
@@ -10,12 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flexsp import Settings, solve
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from planner.flexsp import Settings, solve
 
 from hf_hetero.cost_model import CostModel
 from hf_hetero.planner import Planner

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_hetero.errors import BadSample, ConfigError
-from hf_hetero.mixes import MIXES, Mix, draw_lengths
 from hf_hetero.planner.problem import MAX_TOKENS
+from hf_hetero.what_if.mixes import MIXES, Mix, draw_lengths
 
 Lengths = NDArray[np.int64]
 
@@ -148,19 +148,20 @@ def _whole(text: str, place: str) -> int:
 
 
 def _of_table(where: str, reading: Reading) -> Lengths:
-    from hf_hetero import lengths  # only here: `datasets` takes a while to import
+    from hf_hetero.lengths import read_lengths  # only here: `datasets` takes a while to import
+    from hf_hetero.what_if import corpora
 
-    table = lengths.open_table(where, TABLE_SUFFIXES.get(Path(where).suffix), reading.split, reading.config)
+    table = corpora.open_table(where, TABLE_SUFFIXES.get(Path(where).suffix), reading.split, reading.config)
     texts = [name for name in (reading.text_column, "messages") if name in table.column_names]
     if texts and reading.tokenizer is not None:
-        found = lengths.tokenised_lengths(table, texts[0], reading.tokenizer)
+        found = corpora.tokenised_lengths(table, texts[0], reading.tokenizer)
     elif texts and not {reading.length_column, "input_ids"} & set(table.column_names):
         raise ConfigError(
             f"{where!r} has text in {texts[0]!r} but neither {reading.length_column!r} nor 'input_ids'. "
             "Name a tokenizer (--tokenizer) to count its tokens."
         )
     else:
-        found = lengths.read_lengths(table, reading.length_column)
+        found = read_lengths(table, reading.length_column)
     if found.size and found.max() > MAX_TOKENS:
         raise BadSample(f"{where}, row {found.argmax()}: {found.max()} tokens; it must have 1 to {MAX_TOKENS:,}.")
     return found

@@ -15,7 +15,8 @@ from helpers import FAMILIES, TINY
 from torch.nn import functional as F
 
 from hf_hetero.attention import interface, methods, rotary
-from hf_hetero.probe import Probe, build, check_untested, num_numbers, probe, shrunk
+from hf_hetero.checks.probe import Probe, check_untested, probe
+from hf_hetero.checks.tiny import build, num_numbers, shrunk
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [9.0] * 4, "short_factor": [1.0] * 4}
 

@@ -1,4 +1,4 @@
-"""Peak memory and time of the loss, whole and in chunks: `python tests/measure_lm_head.py [TOKENS VOCABULARY HIDDEN]`.
+"""Peak memory and time of the loss, whole and in chunks: `python benchmarks/model/measure_lm_head.py`.
 
 Each runs in a process of its own, one thread, forward and backward of head and loss in fp32. Memory is the highest
 resident set less that before the loss (weights and hidden states).
@@ -6,6 +6,7 @@ resident set less that before the loss (weights and hidden states).
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,6 +20,8 @@ import torch
 from hf_hetero.lm_head import LazyLogits
 from hf_hetero.loss import token_loss
 
+KINDS = ("whole", "chunked")
+
 
 def resident(field: str) -> int:
     """Bytes: VmRSS now, VmHWM at most."""
@@ -27,6 +30,7 @@ def resident(field: str) -> int:
 
 
 def measured(kind: str, tokens: int, vocabulary: int, hidden: int) -> dict[str, float]:
+    """Head and loss in this process: bytes, seconds, the loss and the norm of the head's gradient."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     head = torch.nn.Linear(hidden, vocabulary, bias=False)
@@ -45,8 +49,8 @@ def measured(kind: str, tokens: int, vocabulary: int, hidden: int) -> dict[str, 
 def compare(tokens: int, vocabulary: int, hidden: int) -> dict[str, dict[str, float]]:
     """Both, each in a process of its own."""
     found = {}
-    for kind in ("whole", "chunked"):
-        command = [sys.executable, __file__, kind, str(tokens), str(vocabulary), str(hidden)]
+    for kind in KINDS:
+        command = [sys.executable, __file__, str(tokens), str(vocabulary), str(hidden), "--kind", kind]
         ran = subprocess.run(
             command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
@@ -55,10 +59,16 @@ def compare(tokens: int, vocabulary: int, hidden: int) -> dict[str, dict[str, fl
 
 
 def main() -> None:
-    if len(sys.argv) == 5:
-        print(json.dumps(measured(sys.argv[1], *map(int, sys.argv[2:]))))
+    """Print one line a kind, and the share of memory; under `--kind`, that one's numbers as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, size in (("tokens", 8192), ("vocabulary", 131072), ("hidden", 512)):
+        parser.add_argument(name, type=int, nargs="?", default=size)
+    parser.add_argument("--kind", choices=KINDS, help="measure this one here, and print it as JSON")
+    options = parser.parse_args()
+    sizes = (options.tokens, options.vocabulary, options.hidden)
+    if options.kind is not None:
+        print(json.dumps(measured(options.kind, *sizes)))
         return
-    sizes = [int(size) for size in sys.argv[1:]] or [8192, 131072, 512]
     found = compare(*sizes)
     for kind, row in found.items():
         print(f"{kind:8} {row['bytes'] / 2**30:6.2f} GiB {row['seconds']:7.1f} s   loss {row['loss']:.6f}")

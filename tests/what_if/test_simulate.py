@@ -9,8 +9,8 @@ from test_cost_model import SHARED, a_cost_model
 
 from hf_hetero import CostModel, InfeasibleBatch, Planner
 from hf_hetero.errors import BadSample
-from hf_hetero.simulate import Simulation, busy_seconds, simulate
-from hf_hetero.sources import global_batches, read_source
+from hf_hetero.what_if.simulate import Simulation, busy_seconds, simulate
+from hf_hetero.what_if.sources import global_batches, read_source
 
 BATCHES = [[150, 20, 30, 40, 7, 90, 1], [10] * 30, [99, 98, 97, 96, 3, 3, 3], [390, 5]]
 

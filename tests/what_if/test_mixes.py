@@ -10,7 +10,7 @@ import pytest
 from test_cost_model import SHARED
 
 from hf_hetero.errors import BadSample
-from hf_hetero.mixes import MIXES, Mix, draw_lengths, pareto_above, quantiles
+from hf_hetero.what_if.mixes import MIXES, Mix, draw_lengths, pareto_above, quantiles
 
 NAMES = ["wiki-192k", "web", "github", "prolong", "long-sft", "reasoning"]
 REAL = {"wiki-192k": "wikipedia", "github": "github", "prolong": "prolong"}

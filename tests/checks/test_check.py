@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import transformers
+from checks.test_probe import own_forward
 from helpers import FAMILIES, TINY
-from test_probe import own_forward
 from transformers.loss.loss_utils import ForTokenClassification
 
-from hf_hetero import check as room
-from hf_hetero import exactness
-from hf_hetero import probe as trial
-from hf_hetero.check import Check, check, fits
+from hf_hetero.checks import check as room
+from hf_hetero.checks import exactness, tiny
+from hf_hetero.checks import probe as trial
+from hf_hetero.checks.check import Check, check, fits
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS
 
@@ -115,9 +115,9 @@ def test_no_weights_of_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """What is built in memory, and not only outlined, is small, however large the model."""
     built: list[tuple[str, int]] = []
 
-    def recorded(config: Any, device: str, architecture: Any = None, build: Any = trial.build) -> Any:
+    def recorded(config: Any, device: str, architecture: Any = None, build: Any = tiny.build) -> Any:
         model = build(config, device, architecture)
-        built.append((device, trial.num_numbers(model)))
+        built.append((device, tiny.num_numbers(model)))
         return model
 
     monkeypatch.setattr(room, "build", recorded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_hetero.drawing import (
+from hf_hetero.report.drawing import (
     ACCENT,
     DEGREE_COLOURS,
     IDLE,
@@ -16,7 +16,7 @@ from hf_hetero.drawing import (
     short,
     write_picture,
 )
-from hf_hetero.simulate import WAYS, Simulation, ratio
+from hf_hetero.what_if.simulate import WAYS, Simulation, ratio
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
