@@ -50,7 +50,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"predictions", "preparation"},
     {"resumption"},
     {"evaluating"},
-    {"trainer", "what_if"},
+    {"fine_tuning", "trainer", "what_if"},
     {"report", "sft"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
@@ -61,7 +61,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "mip": {"planner.program"},
     "trl": {"sft"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
-    "datasets": {"evaluation", "lengths", "loader", "what_if.corpora"},
+    "datasets": {"evaluation", "fine_tuning.tables", "lengths", "loader", "what_if.corpora"},
     "transformers": {
         "activations",
         "attention.interface",
@@ -77,6 +77,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "preparation",
         "resumption",
         "checks.exactness",
+        "fine_tuning.settings",
+        "fine_tuning.vocabulary",
         "fitting",
         "loader",
         "machine",

@@ -16,7 +16,7 @@ pads as well as it can: one degree means the better of best-fit and balanced pac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -165,45 +165,40 @@ def simulate(
     context = longest if context_tokens is None else context_tokens
     if longest > context:
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
-    cost, num_ranks = planner.cost_model, planner.num_ranks
-    leanest = cost.leanest
+    cost = planner.cost_model
+    by_degree = {degree: WayTotals() for degree in _degrees_that_hold(planner, context)}
     ways = {name: WayTotals() for name in WAYS}
-    by_heads = replace(planner, methods=("ulysses",))
-    by_degree = {degree: WayTotals() for degree in planner.degrees if _holds(leanest, degree, context)}
-    if not by_degree:
-        most = planner.degrees[-1]
-        raise InfeasibleBatch(
-            f"A context of {context:,} tokens fits no degree: {most} ranks hold {most * leanest.capacity_tokens:,}. "
-            "Leave longer samples out, lower the context, add ranks, or allow a larger degree."
-        )
     if 1 not in by_degree:
         del ways["padded"]
     if not planner.has_choice:
         del ways["by-heads"]
+    by_heads = replace(planner, methods=("ulysses",))
     # where groups may do something to hold more tokens, these do as little as holds the context, everywhere
     shared = next(under for under in cost.under.values() if _holds(under, max(by_degree), context))
     alone = next((under for under in cost.under.values() if _holds(under, 1, context)), cost)
-    bound_s: list[float] = []
-    planning_s: list[float] = []
+    adaptive: list[Plan] = []
     for lengths in progress(batches):
-        plan = planner.plan(lengths)
-        bound_s.append(plan.lower_bound_s)
-        planning_s.append(plan.planning_s)
-        ways["adaptive"].add(plan, lengths, cost)
+        adaptive.append(planner.plan(lengths))
+        ways["adaptive"].add(adaptive[-1], lengths, cost)
         if "by-heads" in ways:
             ways["by-heads"].add(by_heads.plan(lengths), lengths, cost)
-        fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(leanest, d, max(lengths))}
-        for degree, totals in by_degree.items():
-            totals.add(fixed[degree], lengths, cost)
-        ways["batch-static"].add(min(fixed.values(), key=lambda p: p.seconds), lengths, cost)
-        ways["dynamic-cp"].add(dynamic_cp(lengths, shared, num_ranks, planner.degrees), lengths, shared)
+        _add_static(by_degree, ways["batch-static"], planner, lengths)
+        ways["dynamic-cp"].add(dynamic_cp(lengths, shared, planner.num_ranks, planner.degrees), lengths, shared)
         if "padded" in ways:
-            _add_padded(ways["padded"], lengths, alone, num_ranks)
+            _add_padded(ways["padded"], lengths, alone, planner.num_ranks)
     static_s = {degree: sum(totals.seconds) for degree, totals in by_degree.items()}
     best = min(static_s, key=lambda degree: static_s[degree])
-    ways["static"] = by_degree[best]
-    ways["static"].note = f"degree {best}"
-    return Simulation(num_ranks, len(batches), context, _bins(batches), ways, static_s, bound_s, planning_s)
+    ways["static"] = replace(by_degree[best], note=f"degree {best}")
+    return Simulation(
+        num_ranks=planner.num_ranks,
+        num_steps=len(batches),
+        context_tokens=context,
+        bins=_bins(batches),
+        ways=ways,
+        static_s=static_s,
+        bound_s=[plan.lower_bound_s for plan in adaptive],
+        planning_s=[plan.planning_s for plan in adaptive],
+    )
 
 
 def ratio(seconds: float, to_s: float) -> float:
@@ -230,6 +225,33 @@ def _bins(batches: Sequence[Sequence[int]]) -> tuple[LengthBin, ...]:
 
 def _holds(cost: CostModel, degree: int, tokens: int) -> bool:
     return tokens <= degree * cost.capacity_tokens
+
+
+def _degrees_that_hold(planner: Planner, context: int) -> list[int]:
+    """Degrees that a run may have all the time.
+
+    Raises:
+        InfeasibleBatch: none holds the context.
+    """
+    leanest = planner.cost_model.leanest
+    if degrees := [degree for degree in planner.degrees if _holds(leanest, degree, context)]:
+        return degrees
+    most = planner.degrees[-1]
+    raise InfeasibleBatch(
+        f"A context of {context:,} tokens fits no degree: {most} ranks hold {most * leanest.capacity_tokens:,}. "
+        "Leave longer samples out, lower the context, add ranks, or allow a larger degree."
+    )
+
+
+def _add_static(
+    by_degree: Mapping[int, WayTotals], batch_static: WayTotals, planner: Planner, lengths: Sequence[int]
+) -> None:
+    """One step at each degree that holds the context; and at the best of those that hold this batch."""
+    cost = planner.cost_model
+    fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(cost.leanest, d, max(lengths))}
+    for degree, totals in by_degree.items():
+        totals.add(fixed[degree], lengths, cost)
+    batch_static.add(min(fixed.values(), key=lambda p: p.seconds), lengths, cost)
 
 
 def _add_padded(totals: WayTotals, lengths: Sequence[int], cost: CostModel, num_ranks: int) -> None:
