@@ -129,8 +129,8 @@ def _from_pair(row: Mapping[str, Any], tokenizer: Any, assistant_only: bool) -> 
 def _encode(tokenizer: Any, text: str, ends: bool = False) -> list[int]:
     """Tokens of a text, with one end token if it is to end."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # its length is checked later, in words
-    ended = not ends or tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id]
-    return ids if ended else [*ids, tokenizer.eos_token_id]
+    end: int | None = tokenizer.eos_token_id
+    return [*ids, end] if ends and end is not None and ids[-1:] != [end] else ids
 
 
 def _under_template(row: Mapping[str, Any], chat: list[Any], tokenizer: Any, **options: Any) -> Any:
