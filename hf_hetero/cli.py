@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from hf_hetero.config import MIP_BACKENDS, SOLVERS
 from hf_hetero.cost_model import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
@@ -236,7 +237,7 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--solver",
         default="auto",
-        choices=("auto", "fast", "mip"),
+        choices=SOLVERS,
         help="mip takes seconds for each batch, to improve the plan and its bound; auto and fast take milliseconds",
     )
     verb.add_argument(
@@ -247,7 +248,7 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"how attention may cross the ranks of a group, where the cost model knows: {', '.join(METHODS)}",
     )
-    verb.add_argument("--mip-backend", default="highs", choices=("highs", "cbc"), help="solves the integer programs")
+    verb.add_argument("--mip-backend", default="highs", choices=MIP_BACKENDS, help="solves the integer programs")
 
 
 if __name__ == "__main__":
