@@ -1,4 +1,4 @@
-"""Every benchmark starts, and is named where its numbers are quoted."""
+"""Every benchmark starts, and pages name what there is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").rglob("*.py"))
+PATHS = r"(?:[`(]|python )((?:benchmarks|callbacks|collators|hf_hetero|recipes|tests)/[\w/*.-]*\w)[`) ]"
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "outputs"} & set(path.relative_to(ROOT).parts))
 
 
@@ -29,8 +30,17 @@ def test_the_table_names_every_benchmark() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_commands_name_files_that_exist(page: Path) -> None:
-    """A command that a page gives can be run: its script is there."""
+def test_pages_name_files_that_exist(page: Path) -> None:
+    """A path that a page names, in a command, too, is there."""
     said = " ".join(page.read_text(encoding="utf-8").split())
-    for script in re.findall(r"python ((?:benchmarks|tests|recipes)/\S+?\.py)", said):
-        assert (ROOT / script).exists(), f"{page.name} names {script}"
+    missing = [path for path in re.findall(PATHS, said) if not list(ROOT.glob(path))]
+    assert not missing
+
+
+def test_a_path_that_is_not_there_is_seen() -> None:
+    """Paths are found in backticks and in commands."""
+    assert re.findall(PATHS, "Run `python tests/nowhere.py`, or (tests/a/*.py) of `hf_hetero/b/c.py`.") == [
+        "tests/nowhere.py",
+        "tests/a/*.py",
+        "hf_hetero/b/c.py",
+    ]
