@@ -15,21 +15,21 @@ import argparse
 import json
 import os
 import sys
-import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from hf_hetero.costs import CostModel, shipped_names
-from hf_hetero.drawing import picture_format
+from hf_hetero.config import MIP_BACKENDS, SOLVERS
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.mixes import MIXES
-from hf_hetero.plan import METHODS, Plan, describe_groups
+from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
-from hf_hetero.simulate import simulate
-from hf_hetero.sources import Reading, Source, global_batches, read_source
+from hf_hetero.report.drawing import picture_format
+from hf_hetero.report.tables import check_table, costs_table, plan_table, simulation_table
+from hf_hetero.what_if.mixes import MIXES
+from hf_hetero.what_if.simulate import simulate
+from hf_hetero.what_if.sources import Reading, Source, global_batches, read_source
 
 STEPS = 20  # of a simulation, unless the user says otherwise or the source has fewer
 
@@ -94,7 +94,7 @@ def _simulate(args: argparse.Namespace) -> None:
         batches, planner, context, lambda steps: tqdm(steps, desc="Planning", unit=" steps", leave=False)
     )
     if args.plot:
-        from hf_hetero.simulation_picture import draw_simulation
+        from hf_hetero.report.simulation_picture import draw_simulation
 
         name = planner.cost_model.name or Path(args.cost).stem
         title = f"{Path(source.name).stem}, {args.batch_size} samples a step, on {args.ranks} ranks of {name}"
@@ -111,7 +111,7 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from hf_hetero.check import check  # torch and transformers, which planning does without
+    from hf_hetero.checks.check import check  # torch and transformers, which planning does without
 
     found = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
     about = f"{args.memory_gib:g} GiB, weights sharded over {args.ranks} ranks"
@@ -161,108 +161,6 @@ def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
             file=sys.stderr,
         )
     return source
-
-
-# ---------------------------------------------------------------------------------------------------------- the tables
-
-
-def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
-    """A plan for people: a line a micro-batch, then what it comes to."""
-    rows: list[str] = []
-    for number, micro_batch in enumerate(plan.micro_batches):
-        seconds = [cost.group_seconds(group, lengths) for group in micro_batch.groups]
-        tokens = sum(lengths[sample] for group in micro_batch.groups for sample in group.samples)
-        samples = sum(len(group.samples) for group in micro_batch.groups)
-        degrees = describe_groups(micro_batch)
-        rows.append(f"{number:>11}  {degrees:<24}  {samples:>7,}  {tokens:>11,}  {max(seconds):>8.3f}")
-    head = f"{'micro-batch':>11}  {'degrees':<24}  {'samples':>7}  {'tokens':>11}  {'seconds':>8}"
-    total = (
-        f"{plan.seconds:.3f} s predicted, within {plan.gap:.1%} of optimal "
-        f"(no plan is faster than {plan.lower_bound_s:.3f} s); {plan.solver}, {1000 * plan.planning_s:.1f} ms"
-    )
-    return "\n".join([head, *rows, total])
-
-
-def simulation_table(result: Mapping[str, Any]) -> str:
-    """A simulation for people: a line a way, then what it comes to."""
-    steps: int = result["num_steps"]
-    head = f"{'way':<13}{'s a step':>10}{'adaptive is':>13}{'above bound':>13}{'micro-batches':>15}{'idle':>7}"
-    rows: list[str] = []
-    for name, way in result["ways"].items():
-        rows.append(
-            f"{name:<13}{way['seconds'] / steps:>10.3f}{way['speedup_of_adaptive']:>12.2f}x"
-            f"{way['ratio_to_bound'] - 1:>13.1%}{way['micro_batches'] / steps:>15.1f}"
-            f"{way['idle_share']:>7.0%}  {way['note']}".rstrip()
-        )
-    planning = sorted(result["planning_s"])
-    return "\n".join(
-        [
-            head,
-            *rows,
-            f"{'bound':<13}{result['lower_bound_s'] / steps:>10.3f}",
-            f"Adaptive is within {result['ways']['adaptive']['ratio_to_bound'] - 1:.1%} of optimal. "
-            f"Planning {1000 * planning[len(planning) // 2]:.1f} ms a step, {1000 * planning[-1]:.1f} ms at worst.",
-            f"{steps} steps of {result['num_samples'] // steps} samples, {result['num_tokens'] // steps:,} tokens, on "
-            f"{result['num_ranks']} ranks; context {result['context_tokens']:,}. "
-            "Seconds are predicted by the cost model.",
-        ]
-    )
-
-
-def costs_table() -> str:
-    """Shipped cost models for people: name, tokens a rank holds, degrees, and where the numbers come from."""
-    rows: list[str] = []
-    for name in shipped_names():
-        cost = CostModel.load(name)
-        degrees = ", ".join(map(str, cost.degrees(sys.maxsize)))
-        about = f"{cost.capacity_tokens:,} tokens a rank, degrees {degrees}. {cost.source}"
-        rows += [name, *textwrap.wrap(about, 100, initial_indent="    ", subsequent_indent="    ")]
-    return "\n".join(rows)
-
-
-def check_table(found: Mapping[str, Any], card: str) -> str:
-    """What is known of a model, for people; the verdict last."""
-    probe = found["probe"]
-    tested = "compared with plain training in this version's tests" if found["tested"] else "not compared in tests yet"
-    heads = f"{found['num_heads']} of queries, {found['num_kv_heads']} of keys and values"
-    if probe["num_layers"]:
-        tried = (
-            f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance; differs "
-            f"from stock attention by {probe['loss_error']:.0e} in the loss, {probe['gradient_error']:.0e} in gradients"
-        )
-    else:
-        tried = "not tried" if probe["failure"] else "a tiny instance did not finish"
-    lines = [
-        f"model     {found['name']} ({found['model_type']}), {tested}",
-        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"kernel    on a GPU in bf16: {found['kernel']}",
-        f"heads     {heads if found['num_heads'] else 'none'}",
-        *_methods_table(found["methods"]),
-        *_tokens_table(found["tokens_a_rank"], card),
-        f"probe     {tried}",
-        *textwrap.wrap(found["verdict"], 110, initial_indent="verdict   ", subsequent_indent=" " * 10),
-    ]
-    return "\n".join(lines)
-
-
-def _tokens_table(tokens: Mapping[str, int], card: str) -> list[str]:
-    """How long a sample one rank holds: a line for each way to save memory."""
-    if not tokens:
-        return []
-    lines = [f"memory    tokens of the longest sample that one rank holds by estimate ({card})"]
-    for number, (lever, held) in enumerate(tokens.items()):
-        lines.append(f"{'' if number == 0 else '+ '}{lever}".rjust(28) + f"{held:>12,}")
-    return lines
-
-
-def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """How heads fit: a line a degree, a column a method."""
-    rows = [(str(degree), *(ways[method] for method in METHODS)) for degree, ways in methods.items() if ways]
-    if not rows:
-        return []
-    table = [("degree", *METHODS), *rows]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -339,7 +237,7 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--solver",
         default="auto",
-        choices=("auto", "fast", "mip"),
+        choices=SOLVERS,
         help="mip takes seconds for each batch, to improve the plan and its bound; auto and fast take milliseconds",
     )
     verb.add_argument(
@@ -350,7 +248,7 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
         metavar="METHOD",
         help=f"how attention may cross the ranks of a group, where the cost model knows: {', '.join(METHODS)}",
     )
-    verb.add_argument("--mip-backend", default="highs", choices=("highs", "cbc"), help="solves the integer programs")
+    verb.add_argument("--mip-backend", default="highs", choices=MIP_BACKENDS, help="solves the integer programs")
 
 
 if __name__ == "__main__":

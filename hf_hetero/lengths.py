@@ -1,4 +1,4 @@
-"""Tokens of every sample: read from a column, or counted once. The only door to `datasets`."""
+"""Tokens of every sample: read from a column, or counted once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from hf_hetero.errors import BadSample, ConfigError
+from hf_hetero.errors import BadSample
 from hf_hetero.rows import PACKED_COLUMN, checked, documents_of_row, nested, tokens_of_row
 from hf_hetero.samples import Samples, samples_of
 
@@ -135,86 +135,6 @@ def tells_where_it_is(dataset: Any) -> bool:
             return False
         sources += [source.ex_iterable] if hasattr(source, "ex_iterable") else getattr(source, "ex_iterables", [])
     return True
-
-
-def open_table(where: str, file_format: str | None, split: str, config: str | None = None) -> datasets.Dataset:
-    """The dataset that a file, a folder of `save_to_disk`, or a hub name holds.
-
-    Args:
-        where: path or name.
-        file_format: of a file, as `datasets` calls it; None for a folder or a name.
-        split: of a dataset that has several.
-        config: of a hub dataset that has several.
-
-    Raises:
-        ConfigError: no such thing, or no such split, with what `datasets` said.
-    """
-    try:
-        if file_format is not None:
-            return datasets.load_dataset(file_format, data_files=where, split=split)
-        if not Path(where).is_dir():
-            return datasets.load_dataset(where, config, split=split)
-        found = datasets.load_from_disk(where)
-    except Exception as error:  # `datasets`, pyarrow and the hub's client raise errors of a dozen kinds
-        raise ConfigError(f"Cannot load the dataset {where!r}, split {split!r}: {said_in_a_line(error)}") from error
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise ConfigError(f"The dataset {where!r} has no split {split!r}, only {', '.join(map(str, found))}.")
-    return found[split]
-
-
-def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) -> Lengths:
-    """Tokens of each row's text, special tokens included, counted under a progress bar. int64, shape (num_rows,).
-
-    Args:
-        dataset: with that column.
-        column: of texts, or of chats (lists of messages), which go through the chat template.
-        tokenizer: folder or hub name.
-
-    Raises:
-        ConfigError: no such tokenizer, or one without a chat template.
-        BadSample: a row without text, with its row.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        # said outright, because transformers would ask at the terminal
-        tokens: Any = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
-    except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"The tokenizer {tokenizer!r} brings code of its own, which is not run. Count its tokens yourself and "
-                "name their column (--length-column)."
-            ) from error
-        raise ConfigError(f"Cannot load the tokenizer {tokenizer!r}: {said_in_a_line(error)}") from error
-    texts, counted = dataset.select_columns([column]).with_format(None), list[int]()
-    with tqdm(total=len(texts), desc="Counting tokens", unit=" samples", leave=False) as bar:
-        for start in range(0, len(texts), ROWS_AT_ONCE):
-            rows: list[Any] = texts[start : start + ROWS_AT_ONCE][column]
-            if (empty := next((row for row, text in enumerate(rows) if not text), None)) is not None:
-                raise BadSample(f"Row {start + empty} has no {column}. Filter empty samples out of the dataset.")
-            if not isinstance(rows[0], str | list):  # a column is of one type
-                raise BadSample(f"Row {start}: {column} is {rows[0]!r:.60}; it must be text, or a list of messages.")
-            if not isinstance(rows[0], str) and tokens.chat_template is None:
-                raise ConfigError(f"The tokenizer {tokenizer!r} has no chat template to count {column!r} with.")
-            try:
-                if isinstance(rows[0], str):
-                    encoded = tokens(rows, verbose=False)
-                else:
-                    encoded = tokens.apply_chat_template(rows, tokenize=True, return_dict=True)
-            except Exception as error:  # of the template, too
-                raise BadSample(
-                    f"Rows {start} to {start + len(rows) - 1}: {column} cannot be tokenised: {said_in_a_line(error)}"
-                ) from error
-            counted += [len(ids) for ids in encoded["input_ids"]]
-            bar.update(len(rows))
-    return np.asarray(counted, dtype=np.int64)
-
-
-def said_in_a_line(error: Exception) -> str:
-    """The first line of what a library said, or the kind of its error."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _whole_numbers(values: Sequence[object], column: str) -> Lengths:

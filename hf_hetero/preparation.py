@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, default_data_collator
 
-from hf_hetero import exactness, overrides, own_loss, sharding
+from hf_hetero import overrides, own_loss, sharding
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.callbacks import PlanMetricsCallback, StepReportCallback
+from hf_hetero.checks import exactness
+from hf_hetero.checks.probe import check_untested
 from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
@@ -30,7 +32,6 @@ from hf_hetero.machine import Machine, set_up
 from hf_hetero.model.activations import Activations
 from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.planning import Planners
-from hf_hetero.probe import check_untested
 from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 

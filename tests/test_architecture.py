@@ -1,8 +1,13 @@
-"""The floors of the house: a module imports only from floors below, or from its own room. One door per dependency."""
+"""The floors of the house: a module imports only from floors below, or from its own room. One door per dependency.
+
+And how large a file, a function and a folder may be, and that a folder's README.md names its files.
+"""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,46 +17,40 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {
         "topology",
-        "drawing",
         "logged_means",
-        "mixes",
         "plan",
         "rows",
         "safekeeping",
         "samples",
     },
-    {"records"},
     {"config", "layout", "groups", "model", "sharding"},
     {"costs"},
-    {"agreement", "attention", "dynamic_cp", "planner", "step"},
+    {"agreement", "attention", "planner", "step"},
     {"limits"},
     {
-        "exactness",
         "lengths",
         "model_shape",
         "overrides",
         "plan_ahead",
         "rounds",
         "profile",
-        "report",
         "sampler",
-        "simulate",
         "collators",
         "callbacks",
     },
-    {"memory", "probe"},
-    {"estimate"},
+    {"memory"},
+    {"checks", "estimate"},
     {"contents", "counting", "own_loss", "planning"},
     {"epochs", "reading"},
     {"stream"},
     {"dealing"},
-    {"check", "checkpoint", "clusters", "loader", "machine", "simulation_picture", "sources", "stopping"},
+    {"checkpoint", "clusters", "loader", "machine", "stopping"},
     {"evaluation", "fitting"},
     {"predictions", "preparation"},
     {"resumption"},
     {"evaluating"},
-    {"trainer"},
-    {"sft"},
+    {"fine_tuning", "trainer", "what_if"},
+    {"report", "sft"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -84,8 +83,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.kernels.flash"},
     "mip": {"planner.improve.program"},
     "trl": {"sft"},
-    "matplotlib": {"drawing", "report", "simulation_picture"},
-    "datasets": {"evaluation", "lengths", "loader"},
+    "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
+    "datasets": {"evaluation", "fine_tuning.tables", "lengths", "loader", "what_if.corpora"},
     "transformers": {
         "attention.interface",
         "attention.kernels.cuda",
@@ -93,24 +92,27 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
-        "check",
+        "checks.check",
         "checkpoint",
         "evaluation",
         "predictions",
         "preparation",
         "resumption",
-        "exactness",
+        "checks.exactness",
+        "fine_tuning.settings",
+        "fine_tuning.vocabulary",
         "fitting",
-        "lengths",
         "loader",
         "machine",
         "model.activations",
         "model.wrapped",
         "own_loss",
-        "probe",
+        "checks.probe",
+        "checks.tiny",
         "sharding",
         "stopping",
         "trainer",
+        "what_if.corpora",
     },
 }
 WITHOUT_TORCH = {
@@ -121,18 +123,21 @@ WITHOUT_TORCH = {
     "costs",
     "layout",
     "planner",
-    "drawing",
-    "dynamic_cp",
-    "mixes",
     "report",
     "rows",
     "samples",
-    "simulate",
-    "simulation_picture",
-    "sources",
+    "what_if",
     "cli",
     "",
 }
+
+FOLDERS = ("hf_hetero", "collators", "callbacks", "recipes", "benchmarks")
+MOST_LINES, MOST_FUNCTION_LINES, MOST_FILES = 320, 60, 12
+# these await a rewrite; nothing joins them
+LONG_FILES = {"cost_model.py", "relaxation.py"}
+LONG_FUNCTIONS = {"attend_by_heads"}
+FULL_FOLDERS = {"hf_hetero", "hf_hetero/attention", "hf_hetero/planner"}
+WITH_OTHER_FILES = {"hf_hetero/attention"}
 
 
 def modules() -> dict[str, Path]:
@@ -239,3 +244,75 @@ def test_no_mutable_module_state() -> None:
         assert not [n for n in ast.walk(tree) if isinstance(n, ast.Global)], f"{name} uses a global"
         caches = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in {"lru_cache", "cache"}]
         assert not caches, f"{name} keeps a cache at module level"
+
+
+# ------------------------------------------------------------------------------------------------------------ the sizes
+
+
+def sources() -> list[str]:
+    """Every Python file that is no test, by its path; the two links of the package are not followed."""
+    paths = {path.resolve().relative_to(ROOT.resolve()) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    return sorted(map(str, paths))
+
+
+def long_functions(source: str) -> Iterator[tuple[str, int]]:
+    """Functions with too many lines, decorators not counted, and how many they have."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MOST_FUNCTION_LINES:
+                yield node.name, lines
+
+
+@pytest.mark.parametrize("path", sources())
+def test_files_and_functions_are_short(path: str) -> None:
+    """A file has at most 320 lines, a function at most 60."""
+    source = (ROOT / path).read_text(encoding="utf-8")
+    if Path(path).name not in LONG_FILES:
+        assert source.count("\n") <= MOST_LINES, f"{path}: split it"
+    long = [(name, lines) for name, lines in long_functions(source) if name not in LONG_FUNCTIONS]
+    assert not long, f"{path}: {long}"
+
+
+def test_a_long_function_is_seen() -> None:
+    """One of 61 lines counts as long, also inside a class; one of 60 does not."""
+
+    def within_a_class(lines: int) -> str:
+        return "class A:\n    def f(self):\n" + "        pass\n" * (lines - 1)
+
+    assert list(long_functions(within_a_class(61))) == [("f", 61)]
+    assert not list(long_functions(within_a_class(60)))
+
+
+def folders_of_the_package() -> dict[str, set[str]]:
+    """Each folder with Python files -> their names, `__init__` not counted."""
+    held: dict[str, set[str]] = {}
+    for path in map(Path, sources()):
+        if path.parts[0] in {"hf_hetero", "collators", "callbacks"} and path.stem != "__init__":
+            held.setdefault(str(path.parent), set()).add(path.stem)
+    return held
+
+
+@pytest.mark.parametrize("folder", sorted(folders_of_the_package()))
+def test_folders_are_small(folder: str) -> None:
+    """A folder holds at most 12 files."""
+    names = folders_of_the_package()[folder]
+    assert folder in FULL_FOLDERS or len(names) <= MOST_FILES, f"{folder} holds {len(names)}: {sorted(names)}"
+
+
+def files_named(readme: str) -> list[str]:
+    """Names in backticks in the first column of the table whose head is `file`."""
+    rows = re.search(r"^\| file \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", readme, re.MULTILINE)
+    return [
+        name for row in (rows[1] if rows else "").splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])
+    ]
+
+
+# the root's README.md names rooms: it has a test of its own
+@pytest.mark.parametrize("folder", sorted(set(folders_of_the_package()) - {"hf_hetero"} - WITH_OTHER_FILES))
+def test_a_readme_names_its_files(folder: str) -> None:
+    """A folder's README.md has a table with each of its files once, and no other."""
+    readme = ROOT / folder / "README.md"
+    if not readme.exists():
+        pytest.skip("has no README.md")
+    assert sorted(files_named(readme.read_text(encoding="utf-8"))) == sorted(folders_of_the_package()[folder])

@@ -15,8 +15,8 @@ from costs.test_cost_model import a_cost_model
 from hf_hetero import CostModel, Plan, Planner
 from hf_hetero.cli import _parser, main
 from hf_hetero.costs import shipped_names
-from hf_hetero.mixes import MIXES
-from hf_hetero.simulate import busy_seconds
+from hf_hetero.what_if.mixes import MIXES
+from hf_hetero.what_if.simulate import busy_seconds
 
 LENGTHS = [150, 20, 30, 40, 7, 90, 1]
 

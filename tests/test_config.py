@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_hetero import HeteroConfig
+from hf_hetero.config import MIP_BACKENDS, SOLVERS
 from hf_hetero.errors import ConfigError
+from hf_hetero.planner import Backend, Solver
 
 
 def test_parses_beside_training_arguments() -> None:
@@ -83,3 +85,25 @@ def test_values_of_like_kinds() -> None:
         methods=("ring",),  # pyright: ignore
     )
     assert (config.cost_model, config.max_degree, config.group_timeout_s) == ("cost.json", 4, 5)
+
+
+def test_the_readme_lists_every_setting() -> None:
+    """The table of README.md has each field once, less the choice of who solves integer programs, and its default."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", readme[readme.index("| field | default | |") :], re.MULTILINE))
+    defaults = vars(HeteroConfig())
+    assert set(listed) == set(defaults) - {"mip_backend"}
+    for name, said in listed.items():
+        default = defaults[name]
+        if isinstance(default, bool):
+            assert said == ("yes" if default else "no"), name
+        elif isinstance(default, int | float):
+            assert float(said) == default, name
+        elif isinstance(default, str):
+            assert said == f"`{default}`", name
+
+
+def test_names_of_solvers_are_the_same_everywhere() -> None:
+    """What settings and the command line offer is what the planner's types say."""
+    assert get_args(Solver) == SOLVERS
+    assert get_args(Backend) == MIP_BACKENDS

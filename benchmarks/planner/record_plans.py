@@ -16,8 +16,8 @@ from pathlib import Path
 
 from hf_hetero.costs import ActivationPolicy, CostModel, shipped_names
 from hf_hetero.errors import HeteroError
-from hf_hetero.mixes import MIXES, draw_lengths
 from hf_hetero.planner import Planner
+from hf_hetero.what_if.mixes import MIXES, draw_lengths
 
 MIX_NAMES = ("wiki-192k", "github", "prolong", "long-sft")
 NUM_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from hf_hetero import CostModel, Planner
 from hf_hetero.cli import main
-from hf_hetero.simulate import busy_seconds
+from hf_hetero.what_if.simulate import busy_seconds
 
 pytestmark = pytest.mark.slow
 

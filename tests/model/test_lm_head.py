@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with_lora
-from measure_lm_head import compare
 
+from benchmarks.model.measure_lm_head import compare
 from hf_hetero.model.lm_head import LazyLogits, LeanHead, install, uninstall
 from hf_hetero.model.loss import token_loss
 

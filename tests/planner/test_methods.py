@@ -16,7 +16,7 @@ from hf_hetero.costs import ActivationPolicy
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
 from hf_hetero.planner.methods import with_methods
-from hf_hetero.sources import read_source
+from hf_hetero.what_if.sources import read_source
 
 LENGTHS = [9000, 3, 170, 1100, 4000, 64, 2100, 33, 700, 4, 1300, 500]
 

@@ -1,0 +1,1 @@
+"""What is refused because it could not be trained exactly, and why."""

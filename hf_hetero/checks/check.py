@@ -1,0 +1,238 @@
+"""Can this model be trained under changing plans? Looks at its config and tries a tiny instance of its architecture."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from hf_hetero.attention.kernels import choice
+from hf_hetero.checks import exactness
+from hf_hetero.checks.probe import Probe, tried
+from hf_hetero.checks.tiny import build
+from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.layout import share_heads
+from hf_hetero.limits import limits_of
+from hf_hetero.memory import tokens_by_lever
+from hf_hetero.model_shape import shape_of
+from hf_hetero.topology import Topology
+
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
+
+HEADS = ("num_attention_heads", "num_key_value_heads")
+SIZES = {
+    "num_hidden_layers": 10_000,
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", *HEADS), 10_000_000),
+    "vocab_size": 1_000_000_000,
+}
+"""Fields of a config that are sizes -> the most that a model may have."""
+MOST_BYTES = 2**30 * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Everything `hf-hetero check` says.
+
+    Args:
+        name: as it was given.
+        model_type: of its config.
+        tested: whether its type is compared with plain training in this package's tests.
+        versions: of the packages that matter; "not installed" where absent.
+        kernel: on a GPU in bf16, by name; or why there is none.
+        num_heads, num_kv_heads: of attention; 0 without.
+        methods: degree -> method -> how its heads fit, in words.
+        longest: tokens of the longest sample that it can be trained on; None: any.
+        tokens_a_rank: what a rank holds of it, by the ways to save memory (`memory.LEVERS`), by estimate.
+        reasons: why the model is refused; empty if it is not.
+        probe: the trial of a tiny instance.
+    """
+
+    name: str
+    model_type: str
+    tested: bool
+    versions: dict[str, str]
+    kernel: str
+    num_heads: int
+    num_kv_heads: int
+    methods: dict[int, dict[str, str]]
+    longest: int | None
+    tokens_a_rank: dict[str, int]
+    reasons: tuple[str, ...]
+    probe: Probe
+
+    @property
+    def ok(self) -> bool:
+        """Whether the model can be trained."""
+        return not self.reasons and self.probe.ok
+
+    @property
+    def verdict(self) -> str:
+        """In words: "can be trained", maybe up to some length, "refused because ..." or "not tested: ..."."""
+        if self.reasons:
+            return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
+        if self.probe.failure:
+            return f"not tested: {self.probe.failure}"
+        return "can be trained" if self.longest is None else f"can be trained on samples of up to {self.longest} tokens"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {"format": "hf-hetero-check/1", "ok": self.ok, "verdict": self.verdict, **asdict(self)}
+
+
+def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float = 80e9) -> Check:
+    """Check a model by its name on the hub, its folder, or its config file.
+
+    Args:
+        name: of the model.
+        max_degree: largest degree to look at.
+        num_ranks, card_bytes: of the run whose memory is estimated.
+
+    Raises:
+        ConfigError: there is no such config, or it is not one that transformers knows; or `max_degree` is below 1.
+    """
+    Topology(num_ranks)  # refuses what is no number of ranks
+    if not 0 < card_bytes <= MOST_BYTES:
+        raise ConfigError(f"A card's memory of {card_bytes / 2**30:g} GiB: it must be above 0, and at most a million.")
+    if max_degree < 1:
+        raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
+    config = _config(name)
+    text: Any = config.get_text_config(decoder=True)
+    _check_sizes(name, text)
+    num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
+    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+    try:
+        kernel = choice.choose_kernel("cuda", torch.bfloat16, choice.features_of(text)).name
+    except HeteroError as error:
+        kernel = str(error)
+    reasons, trial = _try(config)
+    outline = _outline(config)
+    return Check(
+        name=name,
+        model_type=config.model_type,
+        tested=config.model_type in exactness.TESTED_MODEL_TYPES,
+        versions={package: _version(package) for package in PACKAGES},
+        kernel=kernel,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        methods={d: fits(d, num_heads, num_kv_heads) for d in _degrees(max_degree)},
+        longest=_longest(outline),
+        tokens_a_rank=_tokens_a_rank(outline, text, num_ranks, card_bytes),
+        reasons=reasons,
+        probe=trial,
+    )
+
+
+def _check_sizes(name: str, config: Any) -> None:
+    """Refuse a config of no model: transformers builds some that have no layers, and divides by others.
+
+    Raises:
+        ConfigError: with the field.
+    """
+    for field, most in SIZES.items():
+        size = getattr(config, field, None)
+        if isinstance(size, int | float) and not (size == size // 1 and 1 <= size <= most):
+            raise ConfigError(f"The config of {name!r} has {field}={size!r:.60}: it must be from 1 to {most:,}.")
+    heads, kv_heads = (getattr(config, field, None) for field in HEADS)
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        raise ConfigError(
+            f"The config of {name!r} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the second "
+            "must divide the first."
+        )
+
+
+def _outline(config: PretrainedConfig) -> Any:
+    """The model without weights; None for what cannot be built, which the probe says."""
+    try:
+        return build(config, "meta")
+    except Exception:
+        return None
+
+
+def _longest(model: Any) -> int | None:
+    try:
+        return limits_of(model).longest
+    except Exception:  # what has no embeddings of tokens is refused
+        return None
+
+
+def _tokens_a_rank(model: Any, text: Any, num_ranks: int, card_bytes: float) -> dict[str, int]:
+    """In bf16 over fp32 weights; nothing for what has no attention."""
+    try:
+        shape = shape_of(model, text, element_bytes=2, checkpointing=False)
+    except Exception:  # said by the probe
+        return {}
+    return tokens_by_lever(replace(shape, param_bytes=4 * shape.num_params), num_ranks, card_bytes)
+
+
+def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
+    """How the heads of a model fit a degree, by method, in words; nothing where there is nothing to share."""
+    if degree == 1 or not num_heads:
+        return {}
+    blocks = [b for b in _degrees(degree // 2) if b > 1 and degree % b == 0]
+    even = [str(b) for b in blocks if b <= num_heads and num_heads % b == 0]
+    in_blocks = f"blocks of {', '.join(even)}" if even else "uneven blocks" if blocks else "needs 4 ranks or more"
+    return {
+        "ulysses": _ulysses(degree, num_heads, num_kv_heads),
+        "gather": "any heads",
+        "ring": "any heads",
+        "ulysses_ring": in_blocks,
+    }
+
+
+def _ulysses(degree: int, num_heads: int, num_kv_heads: int) -> str:
+    if degree > num_heads:
+        return f"{degree - num_heads} of {degree} ranks idle: {num_heads} heads"
+    if num_heads % degree:
+        return f"uneven: {-(-num_heads // degree)} heads on some ranks, {num_heads // degree} on others"
+    copies = sum(share.num_kv for share in share_heads(num_heads, num_kv_heads, degree))
+    if copies > num_kv_heads:
+        return f"key-value heads are copied: {num_kv_heads} for {degree} ranks"
+    return "even"
+
+
+def _degrees(largest: int) -> list[int]:
+    return [2**power for power in range(largest.bit_length())]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _config(name: str) -> Any:
+    try:
+        # said outright, because transformers would ask at the terminal
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{name!r} brings code of its own, which is not run: only architectures of transformers are exact."
+            ) from error
+        raise ConfigError(f"Cannot read a config from {name!r}: {_one_line(error)}") from error
+
+
+def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
+    """Why the model is refused, and what a tiny instance does."""
+    untried = Probe(failure="not tried, because the model is refused")
+    if config.is_encoder_decoder:
+        return ("it has an encoder and a decoder; only decoder-only language models are supported.",), untried
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return (f"transformers has no causal language model of type {config.model_type!r}.",), untried
+    try:
+        reasons = tuple(exactness.model_problems(build(config, "meta")))
+    except Exception as error:
+        return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {_one_line(error)}")
+    if reasons:
+        return reasons, untried
+    found = tried(config)
+    return (found.problem,) if found.problem else (), found
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

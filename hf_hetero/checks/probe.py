@@ -1,0 +1,215 @@
+"""Does a model learn the same under a plan? Tries a tiny instance of its architecture, from its config alone.
+
+No weights are loaded and no GPU is needed (`tiny`). One packed forward and backward pass through this package's
+attention is compared with each sample alone through stock attention. Random numbers and whatever else the process
+shares are left as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PretrainedConfig, PreTrainedModel
+
+from hf_hetero.agreement import broadcast
+from hf_hetero.attention import interface, rotary
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.kernels.cpu import CPU
+from hf_hetero.checks import exactness
+from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, undisturbed
+from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.spans import pack_spans
+from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.layout import contiguous
+from hf_hetero.model.loss import shift_labels, token_loss
+
+logger = logging.getLogger(__name__)
+
+TOLERANCE = 1e-4  # relative, in fp32; rounding gives 1e-6, a sample that sees another 1e-2 and more
+MOST_NUMBERS = 50_000_000  # weights and buffers that a tiny instance may have
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the tiny instance did.
+
+    Args:
+        num_layers: layers that have attention or count as such.
+        reached: layers that the attention function was called for, under a plan.
+        loss_error, gradient_error: largest difference from stock attention, relative to the largest value.
+        problem: what it does under a plan that plain training does not, in words; empty if nothing.
+        failure: why it could not be tried, in words; empty if it could.
+    """
+
+    num_layers: int = 0
+    reached: int = 0
+    loss_error: float = 0.0
+    gradient_error: float = 0.0
+    problem: str = ""
+    failure: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Every layer was reached, and nothing differs by more than rounding."""
+        return not self.failure and not self.problem
+
+
+def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None = None) -> Probe:
+    """What a tiny instance of a config does; or why there is none.
+
+    Args:
+        config: of transformers; stays as it is.
+        architecture: as for `build`.
+    """
+    try:
+        small = shrunk(config)
+        if (numbers := num_numbers(build(small, "meta", architecture))) > MOST_NUMBERS:
+            return Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
+        model = build(small, "cpu", architecture)
+    except Exception as error:
+        return Probe(failure=f"a tiny instance cannot be built: {_said(error)}")
+    return probe(model)
+
+
+def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) -> None:
+    """Try a tiny instance of an architecture that is not among the tested ones. A collective of all ranks.
+
+    Args:
+        model: of transformers; its config and its class are read.
+        control: carries what rank 0 found to the others; None for a single process.
+
+    Raises:
+        UnsupportedModel: with what the tiny instance does under a plan; on every rank.
+    """
+    name, kind = type(model).__name__, model.config.model_type
+    found = broadcast(lambda: tried(model.config, type(model)), control)
+    if found.problem:
+        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {found.problem}")
+    if found.failure:
+        logger.warning(
+            "%s (model type %r) is not among those tested for exact gradients (%s), and could not be tried: %s.",
+            name,
+            kind,
+            ", ".join(sorted(exactness.TESTED_MODEL_TYPES)),
+            found.failure,
+        )
+    else:
+        logger.info("%s (model type %r): a tiny instance learns the same under a plan.", name, kind)
+
+
+def probe(model: Any) -> Probe:
+    """One packed pass under a plan, against each sample alone.
+
+    Both in evaluation mode, so that dropout outside of attention, which is allowed, does not hide other differences;
+    then one forward pass in training mode, for what is refused only there.
+    """
+    with undisturbed():
+        return _probe(model)
+
+
+def _probe(model: Any) -> Probe:
+    generator = torch.Generator().manual_seed(0)
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
+    num_targets = sum(length - 1 for length in LENGTHS)
+    model = model.float().eval()
+    losses: list[str] = []
+
+    def counted_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        losses.append("")
+        return token_loss(*args, **kwargs)
+
+    model.loss_function = counted_loss
+    try:
+        expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
+    except Exception as error:
+        return Probe(failure=f"a tiny instance fails with stock attention, too: {_said(error)}")
+    if len(losses) != len(ids):
+        return Probe(
+            problem="its forward computes a cross-entropy of its own instead of calling its loss_function, so targets "
+            "of packed samples, counted over all ranks, do not reach it."
+        )
+    if not all(bool(x.isfinite().all()) for x in expected.values()):
+        return Probe(failure="the loss or a gradient of a tiny instance is not finite with stock attention")
+    context = _context()
+    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample) for sample in ids])
+    batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
+    try:
+        interface.register()
+        rotary.TablesBySample(model)
+        model.set_attn_implementation(interface.ATTENTION_NAME)
+        found = _pass(model, [batch])
+        with torch.no_grad():
+            model.train()(**batch, use_cache=False)
+    except HeteroError as error:
+        return Probe(problem=str(error))
+    except Exception as error:
+        return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
+    return _judged(model, context.reached, found, expected)
+
+
+def _context() -> AttentionContext:
+    layout = contiguous(list(LENGTHS), 1)
+    return AttentionContext(layout, (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
+
+
+def _judged(model: Any, reached: set[int], found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Probe:
+    layers = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    loss_error, gradient_error = _errors(found, expected)
+    problem = ""
+    if reached != layers:
+        missing = ", ".join(map(str, sorted(layers - reached))) or "none"
+        problem = (
+            f"under a plan {len(reached)} of {len(layers)} layers of a tiny instance call transformers' attention "
+            f"interface (not: {missing}); the others would not learn which ranks share their tokens."
+        )
+    elif without := sorted(expected.keys() - found.keys()):
+        problem = (
+            f"under a plan {len(without)} weights of a tiny instance get no gradient, {without[0]} for one: its "
+            "attention depends on them in a way of its own, such as a learned mask."
+        )
+    elif not max(loss_error, gradient_error) <= TOLERANCE:
+        problem = (
+            f"a tiny instance learns differently when samples are packed: the loss differs by {loss_error:.0e}, "
+            f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, "
+            "or positions are not taken from position_ids."
+        )
+    return Probe(len(layers), len(reached), loss_error, gradient_error, problem)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _alone(sample: torch.Tensor, num_targets: int) -> dict[str, Any]:
+    row = sample.unsqueeze(0)
+    shifted = shift_labels(sample).unsqueeze(0)
+    return {"input_ids": row, "labels": row, "shift_labels": shifted, "num_items_in_batch": num_targets}
+
+
+def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """The loss, under "", and the gradients, by name, of all batches together."""
+    model.zero_grad()
+    total = torch.zeros(())
+    for batch in batches:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        total = total + loss.detach()
+    return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Largest difference of the loss and of the gradients, relative to the largest value of the same tensor."""
+    largest = max((float(x.abs().max()) for name, x in expected.items() if name), default=0.0)
+    errors = {"": 0.0}
+    for name in expected.keys() & found.keys():
+        x, y = found[name], expected[name]
+        # a gradient that is zero but for rounding is measured by the others
+        scale = max(float(y.abs().max()), 1e-3 * largest if name else 0.0, 1e-30)
+        errors[name] = float((x - y).abs().max()) / scale if bool(x.isfinite().all()) else float("inf")
+    return errors.pop(""), max(errors.values(), default=0.0)

@@ -1,0 +1,17 @@
+"""What a fine-tuning script does before there is a trainer: settings from a file, rows of text to tokens."""
+
+from hf_hetero.fine_tuning.settings import check_fields, explaining, parse_settings
+from hf_hetero.fine_tuning.tables import check_columns, sample_lengths, truncate
+from hf_hetero.fine_tuning.tokens import tokenise
+from hf_hetero.fine_tuning.vocabulary import make_tokenizer
+
+__all__ = [
+    "check_columns",
+    "check_fields",
+    "explaining",
+    "make_tokenizer",
+    "parse_settings",
+    "sample_lengths",
+    "tokenise",
+    "truncate",
+]

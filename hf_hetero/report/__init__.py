@@ -1,0 +1,7 @@
+"""Pictures and tables of plans, runs and simulations. Neither torch nor, until something is drawn, matplotlib."""
+
+from hf_hetero.report.plan_picture import draw_plan
+from hf_hetero.report.records import read_records
+from hf_hetero.report.report import most_mixed, summarise, write_report
+
+__all__ = ["draw_plan", "most_mixed", "read_records", "summarise", "write_report"]
