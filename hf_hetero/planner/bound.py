@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from hf_hetero.planner.problem import Problem
 
 MOST_DURATIONS = 16
+"""Durations, at most, between which `duration_bound` interpolates; any number gives a bound. Half: ±0.0 %, bound
+-0.1 %, CPU -3 %; double: ±0.0 %, bound -0.1 %, CPU -1 % (all)."""
 ROUNDING = 1 - 1e-12
 """Left of a bound for the rounding of its sums, so that a plan that reaches it is not below it."""
 

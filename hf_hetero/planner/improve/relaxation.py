@@ -22,12 +22,17 @@ from hf_hetero.planner.improve.program import TOLERANCE, Backend, Program
 from hf_hetero.planner.problem import Problem
 
 NUM_CLASSES = 8
+"""Classes of durations in the first program of a branch; those in use are halved later. Half: ±0.0 %, bound +0.6 %;
+double: -0.1 % (-0.3 to 0) (improved)."""
 NUM_KINDS = (30, 45, 60)
-"""Kinds of samples in the first program of a branch, in the second, and in the later ones."""
+"""Kinds of samples in the first program of a branch, in the second, and in the later ones. Half: +0.1 % (0 to +0.3),
+bound +0.6 %; double: +0.1 % (0 to +0.3) (improved)."""
 NARROWEST, LEAST_SHARE = 1.002, 1e-4
 """A class of durations is halved while its ends are further apart than this ratio, and than this share of the step.
 Narrower ones say no more, and a solver takes differences below 1e-9 for none. Half and double: no change (improved)."""
 LONGEST_LADDER = 200
+"""The ladder of classes starts at the longest possible duration over this, or at the shortest. Half: ±0.0 %; double:
+-0.1 % (-0.3 to 0) (improved)."""
 
 
 @dataclass(slots=True)

@@ -17,12 +17,25 @@ from numpy.typing import NDArray
 from hf_hetero.planner.problem import Problem
 
 NUM_DURATIONS = 48
+"""Rungs of the ladder of durations that guesses choose among; each is a row of all tables. Half: +0.2 % (-0.3 to
++2.4), CPU -5 %; double: ±0.0 % (-0.5 to +1.3), CPU +10 % (all)."""
 MOST_CUTS = 1024
+"""Positions, about, where runs may end in a batch of more samples than that. Half: +0.1 % (0 to +0.6), CPU +7 %;
+double: ±0.0 %, CPU -1 % (large)."""
 LONGEST_APART = 128
+"""In such a batch, so many of the longest samples may be the last of a run. Half: ±0.0 %, CPU -2 %; double: ±0.0 %,
+CPU -3 % (large)."""
 LONGEST_ALONE = 8
+"""Longest samples whose own seconds, at each degree, are durations to choose, too. Half: ±0.0 % (-0.4 to +0.5), CPU
+-3 %; double: +0.1 % (-0.6 to +2.4), CPU +9 % (all)."""
 PATIENCE = 2
+"""Numbers of micro-batches that may fail to help before no more are tried. Half: ±0.0 %, CPU -0 %; double: ±0.0 %,
+CPU +2 % (all)."""
 MOST_CAREFUL = 2
+"""Careful guesses that are handed on, beside a bold one. Half: ±0.0 % (-0.5 to 0), CPU +1 %; double: ±0.0 %, CPU +2
+% (all)."""
 MOST_EXTRA = 16
+"""Micro-batches, at most, beyond those that memory asks for. Half: ±0.0 %, CPU -1 %; double: ±0.0 %, CPU -1 % (all)."""
 TINY = 1e-30
 """Keeps quotients finite where a cost is 0."""
 

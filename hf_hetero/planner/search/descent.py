@@ -13,10 +13,20 @@ from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.packing import Packing, pack
 
 STRETCH = 0.03
+"""How far a guess is stretched where its samples do not fit; each time that fails, 1.6 times further. Half: ±0.0 %
+(-0.1 to +0.6), CPU -1 %; double: +0.1 % (-0.1 to +2.4), CPU -2 % (all)."""
 CLOSE = 0.006
+"""`scale` ends where the factor that fits and the one that fails are so close. Half: ±0.0 % (-0.4 to +0.8), CPU +0
+%; double: ±0.0 % (0 to +0.7), CPU +0 % (all)."""
 KICKED_STEP = 0.03
+"""First step of the descent after a kick, as a share of a micro-batch's seconds. Half: ±0.0 % (-0.2 to +0.8), CPU +1
+%; double: ±0.0 % (-0.1 to +0.7), CPU +0 % (all)."""
 LAST_GAIN = 2e-3
+"""A descent ends where its best step gains less than this share of a mean micro-batch. Half: -0.1 % (-1.3 to +0.2),
+CPU -3 %; double: ±0.0 % (-0.6 to +0.6), CPU -7 % (all)."""
 KICKS = (0.015, 0.03, 0.008, 0.05)
+"""How much all micro-batches are lengthened, one try after the other, to leave a local optimum. Half: +0.1 % (-0.1
+to +0.9), CPU +0 %; double: ±0.0 % (-0.4 to +1.0), CPU +1 % (all)."""
 
 
 @dataclass(frozen=True)
