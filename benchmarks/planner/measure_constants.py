@@ -19,11 +19,10 @@ from importlib import import_module
 from statistics import geometric_mean
 from typing import Any
 
-from hf_hetero.what_if.mixes import MIXES, draw_lengths
-
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner
+from hf_hetero.what_if.mixes import MIXES, draw_lengths
 
 Value = float | tuple[float, ...]
 

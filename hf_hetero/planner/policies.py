@@ -18,8 +18,8 @@ from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.problem import Problem, refuse_too_long
 
 MOST_SPLITS = 3
-"""Micro-batches, at most, that are tried as those which do the most to hold more tokens. Half: ±0.0 %, CPU -3 %; double:
-±0.0 %, CPU -3 % (policies): they decide only where memory is scarce, and then the slowest micro-batch mostly suffices."""
+"""Micro-batches, at most, that are tried as those which do the most to hold more tokens. Half: ±0.0 %, CPU -3 %;
+double: ±0.0 %, CPU -3 % (policies)."""
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:

@@ -22,8 +22,8 @@ from hf_hetero.planner.problem import Problem
 ROUNDING = 1 + 1e-12
 """How far a duration is exceeded: the makespan of a packing, given back as a duration, must hold the same packing."""
 JOINS = (2, 4, 8)
-"""How many equal groups may be joined; the largest number also says which rooms are given up. Half, up to 4: ±0.0 %, CPU
-+1 %; double, from 4 to 16: ±0.0 % (-0.1 to +0.4), CPU -1 % (all)."""
+"""How many equal groups may be joined; the largest number also says which rooms are given up. Half, up to 4: ±0.0 %,
+CPU +1 %; double, from 4 to 16: ±0.0 % (-0.1 to +0.4), CPU -1 % (all)."""
 
 
 @dataclass(slots=True)
