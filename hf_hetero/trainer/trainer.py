@@ -87,7 +87,7 @@ class HeteroTrainerMixin(Trainer):
             theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
-        self._decision = OneDecision(lambda: self._run.control if self._training is not None else None)
+        self._decision = OneDecision(lambda: self._run.control if self.is_in_train and self._training else None)
 
     @property
     def cost_model(self) -> CostModel | None:
