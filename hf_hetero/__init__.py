@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hf_hetero.errors import HeteroError, InfeasibleBatch, UnsupportedModel
     from hf_hetero.plan import Group, MicroBatch, Plan
     from hf_hetero.planner import Planner
-    from hf_hetero.sft import HeteroSFTTrainer
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
     "CostModel",
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
-        "HeteroSFTTrainer": "sft",
+        "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",
         "HeteroTrainerMixin": "trainer",
     }

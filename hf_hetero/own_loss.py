@@ -15,10 +15,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hf_hetero import overrides
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.kernels.contract import Kernel
+from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.layout import contiguous
+from hf_hetero.logged_means import uncounted
 from hf_hetero.model.loss import IGNORE_INDEX, token_loss
+from hf_hetero.model.wrapped import base_model
 
 TOKENS = 5
 CLOSE = 1e-4
@@ -72,6 +81,47 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
             f"{what} gives {both:.6g} for two samples together, and {first:.6g} and {second:.6g} for each: what is "
             f"learnt would depend on which samples are planned together. {remedy}"
         )
+
+
+def owners(trainer: Trainer) -> str:
+    """Whose loss stands in the place of the model's, in words; "" where none does."""
+    methods = [f"{owner}.{name}" for name, owner in overrides.own(trainer, overrides.LOSS).items()]
+    return " and ".join([*methods, *(["compute_loss_func"] if trainer.compute_loss_func is not None else [])])
+
+
+def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
+    """Refuse a trainer's own loss that is no sum over samples; without one there is nothing to try.
+
+    Args:
+        trainer: its methods, and those of its subclass.
+        kernel: what computes attention of its model.
+
+    Raises:
+        UnsupportedModel: with what was found, and what to do.
+    """
+    what, config = owners(trainer), base_model(trainer.model).config
+    if not what:
+        return
+    has_methods = bool(overrides.own(trainer, overrides.LOSS))
+
+    def compute(model: nn.Module, inputs: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
+        prepared: Any = trainer._prepare_inputs(inputs)  # pyright: ignore[reportPrivateUsage]
+        if has_methods:
+            return trainer.compute_loss(model, prepared, num_items_in_batch=total)  # pyright: ignore
+        labels = prepared.pop("labels")
+        assert trainer.compute_loss_func is not None
+        return trainer.compute_loss_func(model(**prepared), labels, num_items_in_batch=total)
+
+    def pack(numbers: Sequence[int]) -> dict[str, Any]:
+        ids = [torch.arange(3, 3 + TOKENS), torch.arange(11, 11 + TOKENS)]
+        most = config.get_text_config().vocab_size
+        samples = [Sample(ids[number] % most, ids[number] % most) for number in numbers]
+        layout = contiguous([TOKENS] * len(samples), 1)
+        context = AttentionContext(layout, (0,), 0, None, "ulysses", kernel, trainer.args.device)
+        return {**pack_spans(layout.spans[0], samples, unshifted=True), "hetero": context}
+
+    with uncounted(trainer):
+        check(compute, pack, config, trainer.args.device, what)
 
 
 class _Table(nn.Module):

@@ -197,6 +197,11 @@ class StepPart(Mapping[str, torch.Tensor]):
         """The micro-batches themselves."""
         return self.batch.micro_batches[self.numbers.start : self.numbers.stop]
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the step ends with it."""
+        return self.numbers.stop == len(self.batch.micro_batches)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self:
             raise KeyError(name)

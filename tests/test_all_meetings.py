@@ -28,9 +28,9 @@ from hf_hetero.agreement import (
     gather_objects,
     scatter,
 )
-from hf_hetero.checkpoint import Saving
 from hf_hetero.errors import CollectiveFailed, HeteroError
 from hf_hetero.groups import named
+from hf_hetero.trainer.checkpoint import Saving
 
 NUM_STEPS = 2
 PATIENCE_S = 20.0

@@ -19,7 +19,6 @@ from hf_hetero.estimate import (
     known_device,
     linear_flops,
 )
-from hf_hetero.machine import restricted
 from hf_hetero.memory import (
     Shards,
     activation_bytes,
@@ -29,6 +28,7 @@ from hf_hetero.memory import (
 )
 from hf_hetero.model_shape import ModelShape, shape_of
 from hf_hetero.plan import ACTIVATIONS
+from hf_hetero.trainer.machine import restricted
 
 DEVICE = Device("test", 1e12, 1e10, network_bytes_per_s=1e9)
 

@@ -25,6 +25,7 @@ from transformers import Trainer
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.kernels.choice import choose_kernel
+from hf_hetero.trainer.fitting import compute_dtype
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +153,7 @@ def test_precision_of_the_launcher(tmp_path: Any, monkeypatch: pytest.MonkeyPatc
         trainer = HeteroTrainer(tiny_model(), arguments(str(tmp_path), 1, **changes), train_dataset=samples(LENGTHS))
         trainer.train()
         assert trainer.cost_model is not None
-        kernel = choose_kernel("cuda", trainer._compute_dtype())
+        kernel = choose_kernel("cuda", compute_dtype(trainer))
         found.append((trainer.cost_model.kv_bytes_per_token, kernel.name))
     assert found[0] == found[1] != found[2]
     assert found[0][0] * 2 == found[2][0]

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_hetero.model.lm_head import LeanHead
+from hf_hetero.trainer.fitting import fit
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 KINDS: dict[str, dict[str, Any]] = {
@@ -91,7 +92,7 @@ def test_gradients_equal_the_reference(kind: str) -> None:
 
 def head_of(kind: str) -> str:
     trainer = ScriptedTrainer(adapted(kind), arguments("unused", 1), train_dataset=samples(LENGTHS))
-    trainer._fit()
+    fit(trainer, trainer.hetero)
     return type(trainer.model.get_base_model().get_output_embeddings()).__name__
 
 

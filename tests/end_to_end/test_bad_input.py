@@ -126,13 +126,12 @@ def test_wrong_number_of_ranks() -> None:
 class OtherPlan(ScriptedTrainer):
     """Rank 1 swaps two groups of what it was given."""
 
-    def _training_data(self, loader: Any) -> Any:
-        data = super()._training_data(loader)
-        sampler: Any = data.loader.batch_sampler
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> Any:
+        sampler: Any = self._training.data.loader.batch_sampler  # pyright: ignore
         if dist.get_rank() == 1:
             given = sampler._plan_step
             sampler._plan_step = lambda *key: altered(given(*key))
-        return data
+        return super()._init_training_state(*args, **kwargs)
 
 
 def altered(step: Any) -> Any:

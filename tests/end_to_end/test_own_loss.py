@@ -55,10 +55,10 @@ class Masking(ScriptedTrainer):
 class Crossing(Method):
     """A negative control: labels as each token has them, which a shift takes across spans."""
 
-    def _packer(self, needs_labels: bool) -> Any:
-        packer = super()._packer(needs_labels)
-        packer.keeps_labels_unshifted = False
-        return packer
+    def _run_on(self, fitted: Any) -> Any:
+        run = super()._run_on(fitted)
+        run.packer.keeps_labels_unshifted = False
+        return run
 
 
 def run(kind: Any) -> Any:

@@ -277,9 +277,9 @@ def test_whole_logits_are_not_computed_under_ddp(changes: dict[str, Any]) -> Non
 class NoGlobalCount(ScriptedTrainer):
     """Wrong on purpose: each rank divides by its own targets."""
 
-    def _confirmed(self, *args: Any) -> Any:
-        batch, count = super()._confirmed(*args)
-        return batch, count if batch is None else batch.num_targets
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        own = torch.tensor(max(inputs.batch.num_targets, 1))
+        return super().training_step(model, inputs, own)
 
 
 class NoWorldFactor(ScriptedTrainer):
@@ -292,9 +292,8 @@ class NoWorldFactor(ScriptedTrainer):
 class CountedTwice(ScriptedTrainer):
     """Wrong on purpose: the count of all ranks is gathered once more."""
 
-    def _confirmed(self, *args: Any) -> Any:
-        batch, count = super()._confirmed(*args)
-        return batch, count * self.args.world_size
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        return super().training_step(model, inputs, num_items_in_batch * self.args.world_size)
 
 
 def train_wrongly(trainer_class: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError
-from hf_hetero.checkpoint import RUN_FILE
 from hf_hetero.collators import PackedCollator
+from hf_hetero.trainer.checkpoint import RUN_FILE
 
 ROWS = samples(LENGTHS)  # 24: two steps of 10, and one of 4
 STEPS = [range(10), range(10, 20), range(20, 24)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import LENGTHS, ScriptedTrainer, arguments, run_ranks, samples, tiny_model, trained
+from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model, trained
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_hetero import HeteroConfig, HeteroTrainer
@@ -167,13 +167,9 @@ def train_on_three() -> Any:
 def train_scripted_step_names() -> list[str]:
     names: list[str] = []
 
-    class Watching(ScriptedTrainer):
-        def _context(self, micro_batch: Any, index: int) -> Any:
-            context = super()._context(micro_batch, index)
-            names.append(context.where(0))
-            return context
-
-    trained(tiny_model(), samples(LENGTHS), trainer_class=Watching, max_steps=2)
+    model = tiny_model()
+    model.register_forward_pre_hook(lambda _, args, kwargs: names.append(kwargs["hetero"].where(0)), with_kwargs=True)
+    trained(model, samples(LENGTHS), max_steps=2)
     return names
 
 

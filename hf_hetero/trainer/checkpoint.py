@@ -1,6 +1,7 @@
 """What a checkpoint of a planned run holds beyond Trainer's files, and whether it is whole.
 
     checkpoint-is-incomplete.txt    there while it is written; transformers' name for it
+    hetero_cost_model.json          the cost model that its plans were made by
     hetero_run.json                 written last: where the run was, and every file's size and checksum
 
 A checkpoint is whole if the first is absent and all files are as the second says. One without either was written by a
@@ -13,22 +14,21 @@ import json
 import logging
 import os
 import shutil
-import zlib
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
-from hf_hetero.agreement import raise_together
+from hf_hetero.agreement import broadcast, raise_together
+from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.groups import GroupPool
 from hf_hetero.reading import Position
-from hf_hetero.safekeeping import drop_older, settle, steps_of
+from hf_hetero.trainer.safekeeping import drop_older, seals_of, settle, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +36,11 @@ FORMAT = "hf-hetero-run/1"
 RUN_FILE = "hetero_run.json"
 INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
 STATE_FILE = "trainer_state.json"
+KEPT_COST_MODEL = "hetero_cost_model.json"
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".distcp")
 """Ends of the names of files with weights, as transformers, peft and torch write them."""
-BYTES_AT_ONCE = 1 << 24
-END_BYTES = 1 << 20
-"""At each end of a file: older checkpoints have checksums of these only."""
 WHOLE = 2
 """Numbers of a file's seal: size and checksum. Where there are more, they are of its ends."""
-REMEDIES = {
-    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
-    "rows": "go back to the dataset it was trained on",
-    "lengths": "go back to the dataset, and to the tokenizer, it was trained on",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +136,7 @@ def _begin(folder: Path) -> None:
 def _finish(folder: Path, run: Run) -> None:
     """Write down what it holds, and that it is whole. Call it when all ranks have written their files."""
     paths = _files(folder)
-    seals = _seals(dict.fromkeys(paths, False), "Counting checksums")
+    seals = seals_of(dict.fromkeys(paths, False), "Counting checksums")
     files = {str(path.relative_to(folder)): seal for path, seal in zip(paths, seals, strict=True)}
     data = {**run.to_dict(), "files": files}
     (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -174,7 +167,7 @@ def problem_of(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != seal[0]:
             return f"{name} has {path.stat().st_size} bytes instead of {seal[0]}"
-    found = _seals({folder / name: len(seal) > WHOLE for name, seal in files.items()}, "Checking a checkpoint")
+    found = seals_of({folder / name: len(seal) > WHOLE for name, seal in files.items()}, "Checking a checkpoint")
     for (name, seal), now in zip(files.items(), found, strict=True):
         if now != seal:
             return f"the content of {name} has changed"
@@ -244,26 +237,54 @@ def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[
     return folder, _run_of(folder), []
 
 
-def check_order(found: dict[str, Any], kept: dict[str, Any]) -> None:
-    """Refuse to go on with other data: what is left of an epoch would not be what was not trained yet.
+def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:
+    """Put it into a checkpoint, with the number of ranks it is for."""
+    data = {**cost.to_dict(), "num_ranks": num_ranks}
+    (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
+    """The cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+    if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return CostModel.from_dict(data, where=str(path)) if data.get("num_ranks") == num_ranks else None
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A checkpoint that a run goes on from.
+
+    Args:
+        folder: of the checkpoint.
+        run: where its run was; None: a plain Trainer wrote it.
+    """
+
+    folder: Path
+    run: Run | None
+
+
+def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
+    """The checkpoint to resume, the same on all ranks. A collective of all of them.
+
+    Args:
+        asked: a folder; or True: the newest whole one.
+        args: of the run.
+        timeout_s: seconds that ranks may wait for each other.
 
     Raises:
-        ConfigError: what differs, and what to do.
+        ConfigError: the folder cannot be resumed, or there is none; raised on every rank.
     """
-    for name in kept:
-        if name in found and name != "contents" and found[name] != kept[name]:
-            remedy = REMEDIES.get(name, f"set it to {kept[name]}")
-            raise ConfigError(
-                f"The data's {name} was {kept[name]} when the checkpoint was written and is {found[name]} now, so "
-                f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
-            )
-    rows: dict[str, int] = kept.get("contents", {})
-    if changed := sorted(int(row) for row in rows if found.get("contents", {}).get(row, rows[row]) != rows[row]):
-        raise ConfigError(
-            f"Row {changed[0]} of the data holds other tokens or labels than when the checkpoint was written "
-            f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
-            "anew with ignore_data_skip=True."
-        )
+    # its cost model decides which groups there are, so they cannot carry this yet
+    messengers = GroupPool((), timeout_s, args.ddp_timeout)
+    try:
+        output_dir = Path(args.output_dir or ".")
+        folder, run, passed_over = broadcast(lambda: chosen(asked, output_dir), messengers.control)
+    finally:
+        messengers.close()
+    if passed_over and args.process_index == 0:
+        logger.warning("Resuming from %s. Passed over: %s", folder, " ".join(passed_over))
+    return Resumed(folder, run)
 
 
 def _run_of(folder: Path) -> Run | None:
@@ -284,28 +305,3 @@ def _run_of(folder: Path) -> Run | None:
 def _files(folder: Path) -> list[Path]:
     own = {RUN_FILE, INCOMPLETE_FILE}
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)
-
-
-def _seal(path: Path) -> list[int]:
-    """Size of a file, and the checksum of its content."""
-    checksum = 0
-    with path.open("rb") as file:
-        while piece := file.read(BYTES_AT_ONCE):
-            checksum = zlib.crc32(piece, checksum)
-        return [file.tell(), checksum]
-
-
-def _seal_of_ends(path: Path) -> list[int]:
-    """Size of a file, and the checksums of its ends."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = zlib.crc32(file.read(END_BYTES))
-        file.seek(max(0, size - END_BYTES))
-        return [size, head, zlib.crc32(file.read(END_BYTES))]
-
-
-def _seals(paths: Mapping[Path, bool], doing: str) -> list[list[int]]:
-    """Of each file, and whether only of its ends. Several are read at once: a checksum holds up no other thread."""
-    with ThreadPoolExecutor(thread_name_prefix="checksum") as threads:
-        found = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
-        return list(tqdm(found, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))

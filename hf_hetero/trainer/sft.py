@@ -13,7 +13,7 @@ from typing import Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from hf_hetero.collators import PackedCollator
-from hf_hetero.trainer import HeteroTrainerMixin
+from hf_hetero.trainer.trainer import HeteroTrainerMixin
 
 
 class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer):

@@ -1,4 +1,4 @@
-"""What keeps a run's work: files that are on the disk before older ones go, which go, and one run a folder."""
+"""What keeps a run's work: checksums, files on the disk before older ones go, which go, and one run a folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Collection, Iterable
+import zlib
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
+
+from tqdm.auto import tqdm
 
 from hf_hetero.errors import ConfigError
 
@@ -28,6 +32,9 @@ LOCK_FILE = "_hetero_run.lock"
 """What begins so is not pushed to the hub."""
 CANNOT_SETTLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 """What file systems say that have no such operation; a full disk says another thing."""
+BYTES_AT_ONCE = 1 << 24
+END_BYTES = 1 << 20
+"""At each end of a file: older checkpoints have checksums of these only."""
 
 
 def settle(paths: Iterable[Path]) -> None:
@@ -45,6 +52,36 @@ def settle(paths: Iterable[Path]) -> None:
                 raise
         finally:
             os.close(descriptor)
+
+
+def seals_of(paths: Mapping[Path, bool], doing: str) -> list[list[int]]:
+    """The seals of files: size and checksum. Several are read at once: a checksum holds up no other thread.
+
+    Args:
+        paths: files, and whether the checksums are of their ends only, as in older checkpoints.
+        doing: for the progress bar.
+    """
+    with ThreadPoolExecutor(thread_name_prefix="checksum") as threads:
+        found = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
+        return list(tqdm(found, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))
+
+
+def _seal(path: Path) -> list[int]:
+    """Size of a file, and the checksum of its content."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(BYTES_AT_ONCE):
+            checksum = zlib.crc32(piece, checksum)
+        return [file.tell(), checksum]
+
+
+def _seal_of_ends(path: Path) -> list[int]:
+    """Size of a file, and the checksums of its ends."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = zlib.crc32(file.read(END_BYTES))
+        file.seek(max(0, size - END_BYTES))
+        return [size, head, zlib.crc32(file.read(END_BYTES))]
 
 
 def steps_of(output_dir: Path) -> dict[int, Path]:

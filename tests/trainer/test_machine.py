@@ -12,10 +12,10 @@ from costs.test_cost_model import a_cost_model
 from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
-from hf_hetero.checkpoint import RUN_FILE
-from hf_hetero.machine import KEPT_COST_MODEL, keep_cost_model, kept_cost_model, set_up
 from hf_hetero.model.activations import Activations
 from hf_hetero.sharding import Sharding
+from hf_hetero.trainer.checkpoint import KEPT_COST_MODEL, RUN_FILE, keep_cost_model, kept_cost_model
+from hf_hetero.trainer.machine import set_up
 
 
 def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:

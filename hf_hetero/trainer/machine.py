@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +23,9 @@ from hf_hetero.model.wrapped import base_model
 from hf_hetero.model_shape import ModelShape, shape_of
 from hf_hetero.sharding import Sharding
 from hf_hetero.topology import Topology
+from hf_hetero.trainer.checkpoint import kept_cost_model
 
 logger = logging.getLogger(__name__)
-
-KEPT_COST_MODEL = "hetero_cost_model.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +106,6 @@ def set_up(
             logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, checkpoint)
-
-
-def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:
-    """Put it into a checkpoint, with the number of ranks it is for."""
-    data = {**cost.to_dict(), "num_ranks": num_ranks}
-    (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
-    """The cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
-    if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
-        return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return CostModel.from_dict(data, where=str(path)) if data.get("num_ranks") == num_ranks else None
 
 
 def restricted(

@@ -1,4 +1,4 @@
-"""What an evaluation gathers: any length, a loss weighted by tokens, outputs in the dataset's order.
+"""What an evaluation gathers from all ranks: any length, a loss weighted by tokens, outputs in the dataset's order.
 
 The loss is that of training: a sum over tokens, divided once by all targets of the dataset, so it is the value that a
 single process finds. Each token's outputs are made on the rank that holds the token, and put back into their samples.
@@ -6,7 +6,7 @@ single process finds. Each token's outputs are made on the rank that holds the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
 from hf_hetero.agreement import gather_objects
 from hf_hetero.errors import HeteroError
-from hf_hetero.evaluation import EvaluationLoader
 from hf_hetero.layout import Span
 from hf_hetero.step import RankMicroBatch, StepBatch
 
@@ -48,7 +47,7 @@ class Piece:
 
 
 @dataclass
-class Evaluation:
+class Results:
     """What an evaluation gathers, step after step.
 
     Args:
@@ -80,39 +79,6 @@ class Evaluation:
     _steps: list[dict[str, list[Nested]]] = field(default_factory=list[dict[str, list[Nested]]])
     _losses: list[float] = field(default_factory=list[float])
     _batch_metrics: dict[str, Any] | None = None
-
-    def run(
-        self,
-        loader: EvaluationLoader,
-        confirmed: Callable[[Iterator[StepBatch]], tuple[StepBatch | None, int]],
-        forward: Callable[[RankMicroBatch, int, int], tuple[float, Any]],
-        done: Callable[[], None],
-    ) -> None:
-        """All steps.
-
-        Args:
-            loader: of the steps; its plans are closed at the end.
-            confirmed: the next step, once all ranks hold it, and its target tokens; None: there is no other.
-            forward: micro-batch, its number, target tokens of the step -> its part of their mean loss, predictions.
-            done: called after each step.
-        """
-        steps = iter(loader)
-        try:
-            coming, coming_targets = confirmed(steps)
-            while coming is not None:
-                batch, num_targets = coming, coming_targets
-                # a stream does not know which one is its last before it has ended
-                coming, coming_targets = confirmed(steps)
-                loss, pieces = 0.0, list[Piece]()
-                for number, micro_batch in enumerate(batch.micro_batches):
-                    part, outputs = forward(micro_batch, number, num_targets)
-                    loss += part
-                    if self.keeps_outputs:
-                        pieces += self.pieces(batch, micro_batch, outputs)
-                self.add(batch, loss, num_targets, pieces, is_last=coming is None)
-                done()
-        finally:
-            loader.close()
 
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
         """A micro-batch's outputs, cut into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""

@@ -14,19 +14,19 @@ from typing import Any
 import pytest
 
 from hf_hetero import HeteroError
-from hf_hetero.checkpoint import (
-    END_BYTES,
+from hf_hetero.errors import ConfigError
+from hf_hetero.reading import Position
+from hf_hetero.trainer.checkpoint import (
     INCOMPLETE_FILE,
     RUN_FILE,
     Run,
     Saving,
-    check_order,
     chosen,
     newest_whole,
     problem_of,
 )
-from hf_hetero.errors import ConfigError
-from hf_hetero.reading import Position
+from hf_hetero.trainer.safekeeping import END_BYTES
+from hf_hetero.trainer.training import check_order
 
 ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
 RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))

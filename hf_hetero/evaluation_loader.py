@@ -1,27 +1,22 @@
-"""Evaluation and prediction under plans: which datasets, a loader of their steps, and what a model gives for them."""
+"""The loaders of an evaluation: which datasets can be planned, and items that are planned steps of each row once."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from hf_hetero.agreement import broadcast
-from hf_hetero.collators import PackedCollator
 from hf_hetero.dealing import DealtDataset, StreamSampler
 from hf_hetero.epochs import Epochs, KeptCounts, read_rows
-from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.lengths import gives_tokens
 from hf_hetero.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
 from hf_hetero.plan_ahead import PlanAhead
 from hf_hetero.planning import Planning
 from hf_hetero.reading import Reading
-from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.sampler import StepSampler
 from hf_hetero.stream import Stream, check_whole, num_rows_of
 
@@ -98,40 +93,6 @@ def evaluation_loader(
     return loader
 
 
-def has_labels(dataset: Any, packer: PackedCollator) -> bool:
-    """Whether there is a loss to take; without labels there are only outputs."""
-    return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
-
-
-def ignored_outputs(model: Any) -> list[str]:
-    """Outputs of a model that are no prediction."""
-    return list(getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
-
-
-def gives_attentions(model: Any) -> bool:
-    """Whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
-    return bool(getattr(model.config, "output_attentions", False))
-
-
-def refuse_attentions(model: Any) -> None:
-    """While training, attention is this package's, which does not keep its weights.
-
-    Raises:
-        UnsupportedModel: they are asked for.
-    """
-    if gives_attentions(model):
-        raise UnsupportedModel(
-            "config.output_attentions=True asks an evaluation for the weights of attention, which are not kept while "
-            "training. Set it to False, or evaluate after training."
-        )
-
-
-def outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
-    """A model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
-    kept = tuple(value for name, value in outputs.items() if name not in left_out)
-    return kept[0] if len(kept) == 1 else kept
-
-
 def streamed_evaluation_loader(
     dataset: Any,
     names: Sequence[str] | None,
@@ -177,70 +138,3 @@ def streamed_evaluation_loader(
     )
     loader.plans, loader.stream = plans, stream
     return loader
-
-
-def refuse_packed_rows(dataset: Any) -> None:
-    """For an evaluation without plans, in which the documents of a packed row would see each other.
-
-    Raises:
-        ConfigError: its rows are packed.
-    """
-    if (names := getattr(dataset, "column_names", None)) is None and not isinstance(dataset, IterableDataset):
-        has_rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset)
-        first: Any = dataset[0] if has_rows else None
-        names = list(first) if isinstance(first, Mapping) else []
-    _refuse_packed(names or ())
-
-
-def watched(dataset: Any) -> Any:
-    """A stream whose columns are not known: packed rows are refused when they are read. Else the dataset itself."""
-    if isinstance(dataset, IterableDataset) and getattr(dataset, "column_names", None) is None:
-        return _Watched(dataset)
-    return dataset
-
-
-class _Watched(IterableDataset[Any]):
-    """A stream, each of whose rows is looked at before `Trainer` removes its columns."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-
-    def __iter__(self) -> Iterator[Any]:
-        for row in self._dataset:
-            _refuse_packed(row if isinstance(row, Mapping) else ())
-            yield row
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_dataset":  # while it is copied into a worker
-            raise AttributeError(name)
-        return getattr(self._dataset, name)
-
-
-def _refuse_packed(names: Collection[str]) -> None:
-    if PACKED_COLUMN in names:
-        raise ConfigError(
-            f"The rows to evaluate are packed ({PACKED_COLUMN}), and without plans their documents would see each "
-            "other. Leave HeteroConfig.plan_evaluation on and predict_with_generate off, or give rows of one document."
-        )
-
-
-def prepared_model(trainer: Trainer) -> torch.nn.Module:
-    """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
-    model: Any = trainer.model
-    if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
-        start = time.time()
-        sharded = trainer.is_fsdp_enabled and not trainer.args.torch_compile
-        accelerator: Any = trainer.accelerator
-        model = accelerator.prepare(model) if sharded else accelerator.prepare_model(model, evaluation_mode=True)
-        trainer.model_preparation_time = round(time.time() - start, 4)  # Trainer's own attribute: it takes it off
-        trainer.model_wrapped = model
-        if trainer.is_fsdp_enabled:
-            trainer.model = model
-    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
-        half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
-        model = model.to(dtype=half, device=trainer.args.device)
-    parts: tuple[Any, Any] = (model, trainer.optimizer)
-    for part in parts:
-        if callable(getattr(part, "eval", None)):  # some optimizers have an average to evaluate with
-            part.eval()
-    return model

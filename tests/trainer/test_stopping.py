@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl
 
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.stopping import FLAGS, OneDecision, ending_in_words
+from hf_hetero.trainer.stopping import FLAGS, OneDecision, ending_in_words
 
 
 def test_a_single_process_decides_alone() -> None:

@@ -1,0 +1,281 @@
+"""Evaluation and prediction by planned steps, from a dataset to its metrics; and when they are Trainer's own instead.
+
+`is_planned` decides which; `evaluate` is the loop over planned steps, of which `predictions.Results` makes metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_hetero import overrides
+from hf_hetero.agreement import broadcast
+from hf_hetero.collators import PackedCollator
+from hf_hetero.config import HeteroConfig
+from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
+from hf_hetero.evaluation_loader import (
+    EvaluationLoader,
+    can_be_planned,
+    evaluation_loader,
+    streamed_evaluation_loader,
+)
+from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.step import RankMicroBatch
+from hf_hetero.stream import is_stream
+from hf_hetero.trainer.predictions import Piece, Results
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an evaluation is asked for.
+
+    Args:
+        dataset: map-style, or one that can only be iterated.
+        loss_only: no outputs.
+        is_prediction: outputs are returned, not only metrics of them.
+        ignore_keys: outputs that are no prediction; None: those that the model's config names.
+    """
+
+    dataset: Any
+    loss_only: bool
+    is_prediction: bool
+    ignore_keys: list[str] | None
+
+
+# ----------------------------------------------------------------------------------------------------- planned or not
+
+
+def is_planned(
+    trainer: Trainer, hetero: HeteroConfig, dataset: Any, control: Callable[[], dist.ProcessGroup | None]
+) -> bool:
+    """Whether an evaluation is planned, the same on all ranks; else it is Trainer's own.
+
+    Args:
+        trainer, hetero: settings, and methods of a subclass.
+        dataset: to evaluate; None: not known.
+        control: group of all ranks, asked for only where one of them has to look at a stream for all.
+    """
+    if not hetero.plan_evaluation or dataset is None:
+        return False
+    for name, owner in overrides.own(trainer, overrides.EVALUATION).items():
+        logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
+        return False
+    if trainer.label_names != ["labels"] or _gives_attentions(trainer.model):
+        logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
+        return False
+    look = partial(can_be_planned, dataset, trainer.args)
+    return broadcast(look, control()) if is_stream(dataset) else look()
+
+
+def _gives_attentions(model: Any) -> bool:
+    """Whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
+    return bool(getattr(model.config, "output_attentions", False))
+
+
+def refuse_attentions(model: Any) -> None:
+    """While training, attention is this package's, which does not keep its weights.
+
+    Raises:
+        UnsupportedModel: they are asked for.
+    """
+    if _gives_attentions(model):
+        raise UnsupportedModel(
+            "config.output_attentions=True asks an evaluation for the weights of attention, which are not kept while "
+            "training. Set it to False, or evaluate after training."
+        )
+
+
+def refuse_packed_rows(dataset: Any) -> None:
+    """For an evaluation without plans, in which the documents of a packed row would see each other.
+
+    Raises:
+        ConfigError: its rows are packed.
+    """
+    if (names := getattr(dataset, "column_names", None)) is None and not isinstance(dataset, IterableDataset):
+        has_rows = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset)
+        first: Any = dataset[0] if has_rows else None
+        names = list(first) if isinstance(first, Mapping) else []
+    _refuse_packed(names or ())
+
+
+def watched(dataset: Any) -> Any:
+    """A stream whose columns are not known: packed rows are refused when they are read. Else the dataset itself."""
+    if isinstance(dataset, IterableDataset) and getattr(dataset, "column_names", None) is None:
+        return _Watched(dataset)
+    return dataset
+
+
+class _Watched(IterableDataset[Any]):
+    """A stream, each of whose rows is looked at before `Trainer` removes its columns."""
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self._dataset:
+            _refuse_packed(row if isinstance(row, Mapping) else ())
+            yield row
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_dataset":  # while it is copied into a worker
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+
+def _refuse_packed(names: Collection[str]) -> None:
+    if PACKED_COLUMN in names:
+        raise ConfigError(
+            f"The rows to evaluate are packed ({PACKED_COLUMN}), and without plans their documents would see each "
+            "other. Leave HeteroConfig.plan_evaluation on and predict_with_generate off, or give rows of one document."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- the loop
+
+
+def evaluate(
+    trainer: Trainer, run: PlannedRun, between: BetweenRuns, request: Request, source: PlanSource, prefix: str
+) -> EvalLoopOutput:
+    """Evaluate, or predict, by planned steps.
+
+    Args:
+        trainer: whose loss, metrics and callbacks count.
+        run: of planned steps.
+        between: what is known of the dataset, and of logged means.
+        request: what is asked for.
+        source: of plans.
+        prefix: of the names of metrics.
+
+    Raises:
+        HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
+    """
+    dataset, packer = request.dataset, run.packer
+    has_labels = is_stream(dataset) or _has_labels(dataset, packer)
+    results = Results(
+        trainer.args,
+        trainer.preprocess_logits_for_metrics,
+        trainer.compute_metrics,
+        not request.loss_only,
+        run.control,
+        has_labels=has_labels,
+        keeps_batches=request.is_prediction,
+    )
+    model = _prepared_model(trainer)
+    loader = _loader(trainer, run, between, dataset, source)
+    forward = _forward_of(trainer, run, request, model, has_labels)
+    number = trainer.state.global_step + 1
+    steps = iter(loader)
+    try:
+        coming = run.confirmed(steps, number)
+        while (batch := coming.batch) is not None:
+            num_targets = coming.num_targets
+            # a stream does not know which one is its last before it has ended
+            coming = run.confirmed(steps, number)
+            loss, pieces = 0.0, list[Piece]()
+            for index, micro_batch in enumerate(batch.micro_batches):
+                part, outputs = forward(micro_batch, index, num_targets)
+                loss += part
+                if results.keeps_outputs:
+                    pieces += results.pieces(batch, micro_batch, outputs)
+            results.add(batch, loss, num_targets, pieces, is_last=coming.batch is None)
+            trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
+    except BadSample:  # rows may have changed since they were counted
+        between.counts.forget(dataset)
+        raise
+    finally:
+        loader.close()
+    if has_labels:
+        between.means.add("eval", results.micro_batch_targets)
+    output = results.output(prefix)
+    if hasattr(trainer, "model_preparation_time"):  # as in stock, where evaluation comes before training
+        metrics = cast("dict[str, Any]", output.metrics)
+        metrics[f"{prefix}_model_preparation_time"] = trainer.model_preparation_time
+    return output
+
+
+def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
+    """Whether there is a loss to take; without labels there are only outputs."""
+    return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
+
+
+def _loader(
+    trainer: Trainer, run: PlannedRun, between: BetweenRuns, dataset: Any, source: PlanSource
+) -> EvaluationLoader:
+    """Planned steps of all rows, each once, in the dataset's order."""
+    planning, names = run.planning(source), columns_kept(trainer)
+    if is_stream(dataset):
+        labelled = replace(run.packer, needs_labels=True)  # a stream does not show its first row
+        return streamed_evaluation_loader(dataset, names, labelled, trainer.args, planning)
+    columns = partial(trainer._remove_unused_columns, description="evaluation")  # pyright: ignore[reportPrivateUsage]
+    return evaluation_loader(dataset, columns, run.packer, trainer.args, planning, names, counts=between.counts)
+
+
+def _prepared_model(trainer: Trainer) -> torch.nn.Module:
+    """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
+    model: Any = trainer.model
+    if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
+        start = time.time()
+        sharded = trainer.is_fsdp_enabled and not trainer.args.torch_compile
+        accelerator: Any = trainer.accelerator
+        model = accelerator.prepare(model) if sharded else accelerator.prepare_model(model, evaluation_mode=True)
+        trainer.model_preparation_time = round(time.time() - start, 4)  # Trainer's own attribute: it takes it off
+        trainer.model_wrapped = model
+        if trainer.is_fsdp_enabled:
+            trainer.model = model
+    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+        half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+        model = model.to(dtype=half, device=trainer.args.device)
+    parts: tuple[Any, Any] = (model, trainer.optimizer)
+    for part in parts:
+        if callable(getattr(part, "eval", None)):  # some optimizers have an average to evaluate with
+            part.eval()
+    return model
+
+
+def _forward_of(
+    trainer: Trainer, run: PlannedRun, request: Request, model: torch.nn.Module, has_labels: bool
+) -> Callable[[RankMicroBatch, int, int], tuple[float, Any]]:
+    """What computes a micro-batch: it, its number, target tokens of its step -> its part of the mean loss, outputs."""
+    ignored = _ignored_outputs(trainer.model) if request.ignore_keys is None else request.ignore_keys
+    left_out = {"loss", *ignored}
+
+    def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
+        context = run.context(micro_batch, index, trainer.state.global_step + 1)
+        planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
+        inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            if not has_labels:
+                inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+                return 0.0, _outputs_of(model(**inputs), left_out)
+            total = torch.tensor(max(num_targets, 1), device=trainer.args.device)
+            result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
+        loss, outputs = (result, None) if request.loss_only else result
+        # compute_loss allows for an average over ranks
+        return loss.item() / trainer.args.world_size, None if outputs is None else _outputs_of(outputs, left_out)
+
+    return forward
+
+
+def _ignored_outputs(model: Any) -> list[str]:
+    """Outputs of a model that are no prediction."""
+    return list(getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
+
+
+def _outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
+    """A model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
+    kept = tuple(value for name, value in outputs.items() if name not in left_out)
+    return kept[0] if len(kept) == 1 else kept

@@ -1,0 +1,124 @@
+"""The user's model fitted for planned steps, and given back as it was.
+
+What is set: the attention that crosses ranks, rotary tables that follow each sample, a loss that stays in fp64 where
+weights are, an output embedding that does without whole logits. None of it touches a weight.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from hf_hetero import own_loss
+from hf_hetero.attention import interface
+from hf_hetero.attention.kernels import choice
+from hf_hetero.attention.kernels.contract import Kernel
+from hf_hetero.attention.rotary import TablesBySample
+from hf_hetero.config import HeteroConfig
+from hf_hetero.model import lm_head, loss
+from hf_hetero.model.activations import Activations
+from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.lm_head import LeanHead
+from hf_hetero.model.wrapped import base_model
+from hf_hetero.sharding import Sharding, sharding_of
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A user's model while planned steps run on it.
+
+    Args:
+        model: the transformers model, inside a peft one or not.
+        kernel: what computes attention on one rank.
+        head: its output embedding, if it can do without whole logits.
+        experts: how evenly they are used; false where there are none.
+        sharding: how its weights are spread over ranks.
+        activations: what its layers can do to hold more tokens.
+        undone: gives the model back.
+    """
+
+    model: Any
+    kernel: Kernel
+    head: LeanHead | None
+    experts: ExpertLoad
+    sharding: Sharding
+    activations: Activations
+    undone: ExitStack
+
+    def close(self) -> None:
+        """Give the model back as it was; a second call does nothing."""
+        self.undone.close()
+
+
+def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
+    """Fit a trainer's model of now for planned steps.
+
+    Raises:
+        UnsupportedModel: a loss of one's own is not exact under plans.
+        HeteroError: no kernel computes the model's attention. The model is as it was after either.
+    """
+    base, args = base_model(trainer.model), trainer.args
+    kernel = choose_kernel(base, args.device.type, _dtype_of_now(trainer))
+    with ExitStack() as undone:
+        interface.register()
+        undone.callback(_give_back_attention, base, base.config._attn_implementation)
+        base.set_attn_implementation(interface.ATTENTION_NAME)
+        undone.callback(TablesBySample(base).remove)
+        loss.install(base, ForCausalLMLoss)
+        undone.callback(loss.uninstall, base)
+        # Liger brings a loss of its own; a compiler sees through no lazy tensor
+        has_lazy_logits = hetero.chunked_loss and not args.use_liger_kernel and not args.torch_compile
+        head = _lean_head(base, undone) if has_lazy_logits else None
+        logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
+        own_loss.check_trainer(trainer, kernel)
+        sharding = sharding_of(trainer, hetero.sync_each_micro_batch)
+        activations = Activations(
+            base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile
+        )
+        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, undone.pop_all())
+
+
+def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:
+    head = lm_head.install(base)
+    if isinstance(head, str):
+        logger.warning("Whole logits are computed for the loss: %s.", head)
+        return None
+    undone.callback(lm_head.uninstall, base)
+    return head
+
+
+def _give_back_attention(base: Any, name: str) -> None:
+    base.set_attn_implementation(name)
+
+
+def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
+    """What computes this model's attention on one rank.
+
+    Raises:
+        HeteroError: no kernel can.
+    """
+    asked = base.config._attn_implementation
+    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), asked)
+
+
+def compute_dtype(trainer: Trainer) -> torch.dtype:
+    """What attention computes in, whoever asked for it: the arguments or the launcher."""
+    own: torch.dtype = base_model(trainer.model).dtype
+    return AUTOCAST.get(trainer.accelerator.mixed_precision, own)
+
+
+def _dtype_of_now(trainer: Trainer) -> torch.dtype:
+    """The same, but outside of training evaluation may be in half precision altogether."""
+    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+        return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+    return compute_dtype(trainer)

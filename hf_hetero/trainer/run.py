@@ -1,0 +1,297 @@
+"""A planned run: the user's model, fitted for planned steps, and what it takes to plan and to compute them.
+
+`BetweenRuns`, which is what a trainer keeps from one run to the next, joins them when training or an evaluation starts;
+nothing of a `PlannedRun` changes until it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from hf_hetero import own_loss
+from hf_hetero.agreement import confirm_rows, confirm_step
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.checks import exactness
+from hf_hetero.checks.probe import check_untested
+from hf_hetero.collators import PackedCollator
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
+from hf_hetero.epochs import KeptCounts
+from hf_hetero.errors import HeteroError
+from hf_hetero.groups import GroupPool
+from hf_hetero.limits import limits_of
+from hf_hetero.logged_means import LoggedMeans
+from hf_hetero.model.wrapped import base_model
+from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.planning import Planners, Planning, planning_of
+from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.step import RankMicroBatch, StepBatch
+from hf_hetero.trainer.fitting import Fitted, compute_dtype, fit
+from hf_hetero.trainer.machine import Machine, set_up
+
+PLANNED_INPUTS = frozenset(
+    {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
+)
+"""What every batch of a causal language model has; of these, each plan makes its own."""
+
+
+# ----------------------------------------------------------------------------------------------------- rows to tensors
+
+
+def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
+    """What packs rows as a collator of the user's makes them."""
+    if isinstance(collator, PackedCollator):
+        return collator
+    if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
+        pad = getattr(processing_class, "pad_token_id", None)
+        return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False, says_so=True)
+    # theirs keeps serving stock batches; here it makes the labels of one sample at a time
+    return PackedCollator(example_collator=collator, makes_labels=False)
+
+
+def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
+    """The same for this trainer's model, loss and columns."""
+    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
+    taken = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
+    base = base_model(trainer.model)
+    masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
+    return replace(
+        packer,
+        needs_labels=False,
+        model_inputs=taken - PLANNED_INPUTS,
+        columns=taken if trainer.args.remove_unused_columns else None,
+        keeps_labels_unshifted=bool(own_loss.owners(trainer)),
+        limits=limits_of(base),
+        # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
+        counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
+    )
+
+
+def columns_kept(trainer: Trainer) -> list[str] | None:
+    """Columns of a stream, or keys of rows, that are used; None: all."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
+    return [*(trainer._signature_columns or []), PACKED_COLUMN]  # pyright: ignore[reportPrivateUsage]
+
+
+# -------------------------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """What planned steps are made of, the same from the first step to the last.
+
+    Args:
+        args: of the trainer.
+        hetero: settings of planning.
+        fitted: the user's model.
+        groups: the process groups, open.
+        packer: rows -> this rank's tensors; rows need no labels.
+        planners: make plans, for the cost model of their moment.
+    """
+
+    args: TrainingArguments
+    hetero: HeteroConfig
+    fitted: Fitted
+    groups: GroupPool
+    packer: PackedCollator
+    planners: Planners
+
+    @property
+    def control(self) -> dist.ProcessGroup | None:
+        """The group of all ranks that carries control messages; None for a single process."""
+        return self.groups.control
+
+    @property
+    def labelled_packer(self) -> PackedCollator:
+        """The packer for training: each row has labels, or it says how to make them."""
+        return replace(self.packer, needs_labels=True, makes_labels=self.packer.makes_labels or self.packer.says_so)
+
+    def planning(self, source: PlanSource) -> Planning:
+        """How steps are planned, with plans from this source."""
+        return planning_of(self.hetero, source, self.control, self.packer.limits)
+
+    def context(self, micro_batch: RankMicroBatch, index: int, step: int) -> AttentionContext:
+        """What attention has to know of a micro-batch.
+
+        Args:
+            micro_batch: of this rank.
+            index: of the micro-batch within its step.
+            step: its number, for messages.
+        """
+        group, inner = micro_batch.group, micro_batch.layout.inner
+        rank = self.args.process_index if self.args.world_size > 1 else 0
+        first = rank - rank % inner
+        num_tokens = micro_batch.inputs["input_ids"].shape[1]
+        activations = self.fitted.activations
+        recomputed = activations.recomputed(group.activations) and torch.is_grad_enabled()
+        policy = group.activations if recomputed else None
+        hidden = self.fitted.model.config.get_text_config().hidden_size
+        return AttentionContext(
+            micro_batch.layout,
+            group.ranks,
+            rank,
+            self.groups.get(group.ranks),
+            group.method,
+            self.fitted.kernel,
+            self.args.device,
+            step=step,
+            micro_batch=index,
+            inner_group=self.groups.get(tuple(range(first, first + inner))),
+            keeps=self.hetero.keep_exchanged and recomputed,
+            store=activations.store(policy, self.args.device, num_tokens, hidden),
+            reaches=micro_batch.reaches,
+        )
+
+    def confirmed(self, steps: Iterator[StepBatch], number: int) -> ConfirmedStep:
+        """The next step, once all ranks hold it. A collective of all ranks.
+
+        Args:
+            steps: of this rank.
+            number: of the step, for messages.
+
+        Raises:
+            HeteroError: a bad sample, or another plan, on any rank; raised on all.
+        """
+        error: Exception | None = None
+        batch: StepBatch | None = None
+        start = time.perf_counter()
+        try:
+            batch = next(steps, None)
+        except Exception as raised:  # told to the other ranks first, then raised on all of them
+            error = raised
+        fetch_s = time.perf_counter() - start
+        if batch is None and error is None:
+            return ConfirmedStep(None, 0, fetch_s)
+        digest, targets = (batch.share.step.digest(), batch.num_targets) if batch is not None else (0, 0)
+        num_targets = confirm_step(number, digest, targets, error, self.control)
+        assert batch is not None
+        confirm_rows(number, batch.share.step.shared_rows(), batch.fingerprints, self.control)
+        return ConfirmedStep(batch, num_targets, fetch_s)
+
+
+class ConfirmedStep(NamedTuple):
+    """A step that all ranks hold.
+
+    Args:
+        batch: this rank's; None: there is no other step.
+        num_targets: over all ranks.
+        fetch_s: seconds that this rank waited for its batch.
+    """
+
+    batch: StepBatch | None
+    num_targets: int
+    fetch_s: float
+
+
+# ----------------------------------------------------------------------------------------------------------- what stays
+
+
+@dataclass(slots=True)
+class BetweenRuns:
+    """What a trainer keeps from one run to the next: none of it holds a file, a thread or a process group open.
+
+    Args:
+        means: of what the trainer logs.
+        counts: what is known of datasets that were evaluated.
+        evaluated: the dataset of each loader for an evaluation.
+        cost_model: what plans are made by; callbacks may refit it. None before the first planned step.
+        has_learned: the first step had a target.
+    """
+
+    means: LoggedMeans
+    counts: KeptCounts = field(default_factory=KeptCounts)
+    evaluated: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary[Any, Any])
+    cost_model: CostModel | None = None
+    has_learned: bool = False
+    _machine: Machine | None = None
+    _num_running: int = 0
+    _tried: tuple[type, dict[str, Any]] | None = None
+
+    def try_untested(self, trainer: Trainer, hetero: HeteroConfig) -> None:
+        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model.
+
+        Raises:
+            UnsupportedModel: it is not exact under plans; raised on every rank.
+        """
+        base = base_model(trainer.model)
+        if exactness.is_tested(base) or (model := (type(base), base.config.to_dict())) == self._tried:
+            return
+        messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
+        try:
+            check_untested(base, messengers.control)
+        finally:
+            messengers.close()
+        self._tried = model
+
+    def fit(self, trainer: Trainer, hetero: HeteroConfig) -> Fitted:
+        """Fit a trainer's model of now for planned steps, if it is exact under plans.
+
+        Raises:
+            UnsupportedModel: it is not; raised on every rank.
+        """
+        exactness.check_model(trainer)
+        self.try_untested(trainer, hetero)
+        return fit(trainer, hetero)
+
+    def run_on(
+        self, fitted: Fitted, trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, checkpoint: str | None
+    ) -> PlannedRun:
+        """A run on a fitted model. A collective of all ranks where groups are closed.
+
+        Cost model and groups are made when they are first needed, and kept; but a checkpoint brings its own.
+
+        Args:
+            fitted: the model.
+            trainer, hetero: whose it is, and how it is planned.
+            packer: packs rows as the user's collator makes them.
+            checkpoint: folder that the run goes on from; None: it starts anew.
+        """
+        if self._machine is not None and not self._machine.serves(checkpoint):
+            self._machine.groups.close()
+            self._machine = None
+        if self._machine is None:
+            model, dtype = cast("torch.nn.Module", trainer.model), compute_dtype(trainer)
+            spread, activations = fitted.sharding, fitted.activations
+            self._machine = set_up(model, trainer.args, hetero, dtype, spread, activations, checkpoint)
+            self.cost_model = self._machine.cost_model
+        groups = self._machine.groups
+        groups.open()
+        # a ring merges partial results, which takes what some kernels do not tell
+        methods = [method for method in hetero.methods if fitted.kernel.has_lse or not method.endswith("ring")]
+        planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
+        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, packer), planners)
+
+    def cost_model_of_now(self) -> CostModel:
+        """The cost model, which is there once there is a run."""
+        assert self.cost_model is not None
+        return self.cost_model
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """A run, or one within it: where the outermost ends, so do the groups. The next may be of another trainer.
+
+        Groups are closed on all ranks or on none: after an error that others may not know of, they may be in them.
+        """
+        self._num_running += 1
+        ends_everywhere = False
+        try:
+            yield
+            ends_everywhere = True
+        except HeteroError as error:
+            ends_everywhere = error.is_known_to_all
+            raise
+        finally:
+            self._num_running -= 1
+            if ends_everywhere and not self._num_running and self._machine is not None:
+                self._machine.groups.close()

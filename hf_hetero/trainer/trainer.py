@@ -1,0 +1,320 @@
+"""HeteroTrainer: a transformers Trainer whose steps are planned.
+
+Trainer's loop counts batches: so many an epoch, so many a step (`gradient_accumulation_steps`). It keeps its own
+loader, which says how many there are and which samples a step draws. What it then trains on comes from a planned step
+beside it: the micro-batches of the plan, dealt out over the batches of the step.
+
+`HeteroTrainerMixin` is the methods of `Trainer` that are overridden, and the run that they hold (README.md: in order).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_hetero import overrides, sharding
+from hf_hetero.callbacks import PlanMetricsCallback
+from hf_hetero.checks import exactness
+from hf_hetero.collators import PackedCollator
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
+from hf_hetero.errors import HeteroError
+from hf_hetero.logged_means import LoggedMeans
+from hf_hetero.model.wrapped import base_model
+from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.planning import Planners
+from hf_hetero.trainer import training
+from hf_hetero.trainer.checkpoint import chosen_together
+from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
+from hf_hetero.trainer.fitting import Fitted, choose_kernel, compute_dtype
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
+from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words
+from hf_hetero.trainer.training import Training
+
+
+class HeteroTrainerMixin(Trainer):
+    """Put it before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
+
+    Args:
+        model, args, and all others: as for the Trainer below it. `args` is not changed.
+        hetero: settings; every default is right for most.
+
+    Raises:
+        UnsupportedModel: the model or an option under which plans would change the learning.
+        ConfigError: a setting or a cost model that cannot be what was meant.
+
+    Attributes:
+        hetero: the settings.
+        _between_runs: what stays from one run to the next.
+        _planned_run, _training: the run of now, and what `train` has open beside it; None otherwise.
+        _stop, _decision: callbacks that decide how a run ends.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        hetero: HeteroConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        overrides.check(type(self))
+        self.hetero = hetero or HeteroConfig()
+        self._planned_run: PlannedRun | None = None
+        self._training: Training | None = None
+        if args is not None:
+            exactness.check_arguments(args)
+        super().__init__(model, args, *others, **kwargs)
+        exactness.check_arguments(self.args)
+        exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
+        exactness.check_model(self)
+        if self.data_collator is default_data_collator:
+            # transformers' takes rows of one length only
+            self.data_collator = PackedCollator(makes_labels=False, says_so=True)
+        choose_kernel(base_model(self.model), self.args.device.type, compute_dtype(self))
+        self._between_runs = BetweenRuns(LoggedMeans(self))
+        self._between_runs.try_untested(self, self.hetero)
+        if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(PlanMetricsCallback())
+        if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
+            theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
+        self._stop = StopWhenAsked()
+        self.add_callback(self._stop)
+        self._decision = OneDecision(lambda: self._run.control if self.is_in_train and self._training else None)
+
+    @property
+    def cost_model(self) -> CostModel | None:
+        """What plans are made by; callbacks may refit it. None before the first planned step."""
+        return self._between_runs.cost_model
+
+    @property
+    def _run(self) -> PlannedRun:
+        assert self._planned_run is not None
+        return self._planned_run
+
+    @contextmanager
+    def _fitted(self) -> Iterator[Fitted]:
+        """The model fitted for planned steps: as it is while training, or for an evaluation of its own."""
+        if self._planned_run is not None:
+            yield self._planned_run.fitted
+            return
+        fitted = self._between_runs.fit(self, self.hetero)
+        try:
+            yield fitted
+        finally:
+            self._planned_run = None
+            fitted.close()
+
+    def _run_on(self, fitted: Fitted) -> PlannedRun:
+        """The run of now; where there is none, one on this model. A collective of all ranks where groups are closed."""
+        if self._planned_run is None:
+            packer, checkpoint = self._make_packer(), self._training.checkpoint if self._training is not None else None
+            self._planned_run = self._between_runs.run_on(fitted, self, self.hetero, packer, checkpoint)
+        return self._planned_run
+
+    def _make_packer(self) -> PackedCollator:
+        """What packs rows as the trainer's collator of now makes them. A subclass may know other collators."""
+        return packer_of(self.data_collator, self.processing_class)
+
+    def _planners(self) -> Planners:
+        """What plans evaluations. A subclass may plan otherwise."""
+        return self._run.planners
+
+    def _plan_source(self) -> PlanSource:
+        """Where plans of training come from. A subclass may plan otherwise."""
+        return self._planners().for_training(reproducible=self.args.full_determinism)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`, from a checkpoint that is whole; it also brings its cost model and how far data was read.
+
+        What a run has opened, and set on the model, is closed and taken off again, however it ends.
+
+        Raises:
+            ConfigError: no such checkpoint, or its data were others; raised on every rank.
+        """
+        self.pop_callback(OneDecision)
+        self.add_callback(self._decision)  # after all that were added meanwhile
+        with self._between_runs.running(), ExitStack() as opened:
+            opened.callback(setattr, self, "_training", None)
+            self._training = Training(opened)
+            if resume_from_checkpoint:
+                resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)
+                self._training.resumed, resume_from_checkpoint = resumed, str(resumed.folder)
+            sharding.forget_evaluation(self)
+            words = ending_in_words(lambda: self.state.global_step + 1)
+            with words, self._stop.listening(self.args.enable_jit_checkpoint):
+                return super().train(resume_from_checkpoint, *others, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Trainer's own loader, which says how long an epoch is and in which order; its batches can be read.
+
+        While training, steps are drawn from a loader beside it, whose items are planned (`get_batch_samples`).
+
+        Raises:
+            BadSample: the dataset has no tokens, or an empty sample.
+        """
+        if self.train_dataset is None:
+            raise HeteroError("Training needs a train_dataset.")
+        loader = super().get_train_dataloader()
+        if self._training is not None and self._training.data is None:
+            run = self._run_on(self._training.opened.enter_context(self._fitted()))
+            training.open_data(self, run, self._training, self._plan_source(), loader)
+        return loader
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """As Trainer's; but how many epochs of a stream there were, only the checkpoint knows."""
+        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
+        data = self._training.data if self._training is not None else None
+        if data is None or data.entered is None:
+            return trained
+        return data.entered.epoch, data.entered.batches * self.args.gradient_accumulation_steps
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """The next planned step as so many batches, and its target tokens over all ranks.
+
+        Args:
+            epoch_iterator: of Trainer's own loader. It is not read: a new one says that a new epoch begins.
+            num_batches: of the step; fewer where a stream ends.
+            device: of the count.
+
+        Raises:
+            HeteroError: a bad sample, or another plan, on any rank; raised on all.
+        """
+        assert self._training is not None
+        assert self._training.data is not None
+        number = self.state.global_step + 1
+        self._training.step = step = self._run.confirmed(self._training.data.steps_of(epoch_iterator), number)
+        if step.batch is None:
+            return [], None
+        if not self._between_runs.has_learned:
+            training.check_targets(step, number)
+        self._between_runs.has_learned = True
+        rows, at_once = len(set(step.batch.share.step.rows)), self._train_batch_size * self.args.world_size
+        parts = step.batch.parts(min(num_batches, -(-rows // at_once)))
+        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Forward and backward of some micro-batches of a step; gradients are synchronised by its last one.
+
+        Returns:
+            This rank's part of the step's loss, times the number of ranks.
+        """
+        assert self._training is not None
+        part = training.step_part(inputs, type(self).__name__)
+
+        def forward_backward(inputs: dict[str, Any]) -> torch.Tensor:
+            return super(HeteroTrainerMixin, self).training_step(model, inputs, num_items_in_batch)
+
+        loss = training.train_part(self, self._run, self._training, model, part, forward_backward)
+        if part.is_last:
+            training.report(self, self._run, self._training, self._between_runs)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs also carry what the step callbacks counted."""
+        assert self.model is not None
+        self._between_runs.means.weigh("train" if self.model.training else "eval")
+        if "loss" in logs:
+            for callback in training.step_callbacks(self):
+                logs.update(callback.metrics())
+        super().log(logs, start_time)
+        if start_time is not None:  # from the loop of training, on all ranks; a script may log on one
+            self._decision.join(self.control)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's; ranks may wait long for one that saves or evaluates."""
+        takes_long = self.control.should_save or self.control.should_evaluate
+        with self._run.groups.relaxed() if takes_long else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer's, but known to be whole, or removed."""
+        assert self._training is not None
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+        def save() -> None:
+            super(HeteroTrainerMixin, self)._save_checkpoint(model, trial)
+
+        cost = self._between_runs.cost_model_of_now()
+        training.save_whole(self, self._run, self._training, cost, save, folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's. In a checkpoint all ranks know how it went, before Trainer has them wait for each other."""
+
+        def save() -> None:
+            super(HeteroTrainerMixin, self).save_model(output_dir, _internal_call)
+
+        saving = self._training.saving if self._training is not None else None
+        return save() if saving is None or output_dir is None else saving.together(save, Path(output_dir))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer.evaluate`; several datasets share the groups."""
+        with self._between_runs.running():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.predict`."""
+        with self._between_runs.running():
+            return super().predict(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(dataset, str):
+            dataset = cast("Any", self.eval_dataset)[dataset]
+        loader = super().get_eval_dataloader(eval_dataset if watched(dataset) is dataset else watched(dataset))
+        self._between_runs.evaluated[loader] = dataset
+        return loader
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        loader = super().get_test_dataloader(watched(test_dataset))
+        self._between_runs.evaluated[loader] = test_dataset
+        return loader
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Loss by tokens, and outputs in the dataset's order, from planned steps; other loaders go the stock way.
+
+        Raises:
+            HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
+        """
+        dataset, is_within = self._between_runs.evaluated.get(dataloader), self._planned_run is not None
+        loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        with self._fitted() as fitted:
+            if is_planned(self, self.hetero, dataset, lambda: self._run_on(fitted).control):
+                self.callback_handler.eval_dataloader = cast("Any", dataloader)
+                request = Request(dataset, loss_only, description == "Prediction", ignore_keys)
+                run, source = self._run_on(fitted), self._planners().for_evaluation()
+                return evaluate(self, run, self._between_runs, request, source, metric_key_prefix)
+            refuse_packed_rows(dataset)
+            if not is_within:  # Trainer evaluates the model as the user made it
+                self._planned_run = None
+                fitted.close()
+            elif not loss_only:
+                refuse_attentions(self.model)
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+
+
+class HeteroTrainer(HeteroTrainerMixin):
+    """`transformers.Trainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""
