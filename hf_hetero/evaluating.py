@@ -23,6 +23,7 @@ from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.stream import is_stream
+from hf_hetero.workers import end_with_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class EvaluatingTrainer(ResumableTrainer):
 
     def _noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
         self._evaluated[loader] = dataset
+        end_with_this_process(loader)
         return loader
 
     def _is_planned(self, dataset: Any) -> bool:

@@ -24,6 +24,7 @@ from hf_hetero.reading import Reading
 from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.sampler import StepSampler
 from hf_hetero.stream import Stream, check_whole, num_rows_of
+from hf_hetero.workers import end_with_this_process
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -176,6 +177,7 @@ def streamed_evaluation_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
     )
     loader.plans, loader.stream = plans, stream
+    end_with_this_process(loader)
     return loader
 
 

@@ -30,6 +30,7 @@ from hf_hetero.reading import Position, Reading
 from hf_hetero.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
 from hf_hetero.samples import Drawn, Samples
 from hf_hetero.stream import Stream, check_whole, num_rows_of
+from hf_hetero.workers import end_with_this_process
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +229,7 @@ def step_loader(
     """
     has_free_order = args.world_size == 1 and args.gradient_accumulation_steps == 1
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-    return kind(
+    loader = kind(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -240,6 +241,8 @@ def step_loader(
         in_order=args.dataloader_in_order or not has_free_order,
         worker_init_fn=seeding if is_training else None,
     )
+    end_with_this_process(loader)
+    return loader
 
 
 def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "samples",
     },
     {"chunked_mlp", "expert_load", "lm_head", "offload", "records"},
-    {"config", "layout", "groups", "loss", "sharding", "timing"},
+    {"config", "layout", "groups", "loss", "sharding", "timing", "workers"},
     {"activations", "heads"},
     {"volume"},
     {"activation_policy"},
