@@ -16,7 +16,7 @@ from hf_hetero.agreement import broadcast
 from hf_hetero.checkpoint import Run, Saving
 from hf_hetero.errors import HeteroError
 from hf_hetero.groups import GroupPool
-from hf_hetero.loader import TrainingData, sampler_of, streamed_data, training_data
+from hf_hetero.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
 from hf_hetero.machine import keep_cost_model
 from hf_hetero.planning import planning_of
 from hf_hetero.preparation import PreparedTrainer
@@ -26,9 +26,6 @@ from hf_hetero.stopping import OneDecision, StopWhenAsked, ending_in_words
 from hf_hetero.stream import is_stream
 
 logger = logging.getLogger(__name__)
-
-LOOKED_AT = 16
-"""Rows among which two of different lengths are sought."""
 
 
 class ResumableTrainer(PreparedTrainer):

@@ -1,4 +1,4 @@
-"""A rank that is killed takes the processes that read for it with it, so that the others see at once that it has gone."""
+"""A rank that is killed takes the processes that read for it with it: the others see at once that it has gone."""
 
 from __future__ import annotations
 
