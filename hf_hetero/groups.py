@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
+from hf_hetero.waits import WORD_AFTER_S, Waits
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ JOB_LIMIT = "TrainingArguments.ddp_timeout"
 """The settings that say how long ranks may wait for each other."""
 IN_HASTE = f" (now {GROUP_LIMIT} counts)"
 """At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
-WORD_AFTER_S = 10.0
-"""Who waits longer for all other ranks says so."""
 SPEAKERS = (0, 1)
 """Ranks that do; one of them may be who is late."""
 PATIENCE_S = 2.0
@@ -70,6 +69,8 @@ class GroupPool:
         self._timeout_s, self._control_timeout_s = timeout_s, control_timeout_s
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
+        self.waits: Waits | None = None
+        """Of this rank within groups, while they are open."""
         self._limit = timedelta(seconds=timeout_s)
         self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
         self.open()
@@ -80,6 +81,8 @@ class GroupPool:
             return
         # gloo carries control messages: they live on the host and must not wait for a GPU stream
         self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        if self._degrees:
+            self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
@@ -125,6 +128,9 @@ class GroupPool:
     def close(self) -> None:
         """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
         self.relax()
+        if self.waits is not None:
+            self.waits.close()
+        self.waits = None
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:

@@ -288,6 +288,7 @@ class PreparedTrainer(Trainer):
             keeps=self.hetero.keep_exchanged and recomputed,
             store=self._activations.store(policy, self.args.device, num_tokens, hidden),
             reaches=micro_batch.reaches,
+            waits=self.groups.waits,
         )
 
     def _step_callbacks(self) -> list[StepReportCallback]:

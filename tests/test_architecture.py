@@ -21,6 +21,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
         "rows",
         "safekeeping",
         "samples",
+        "waits",
     },
     {"chunked_mlp", "expert_load", "lm_head", "offload", "records"},
     {"config", "layout", "groups", "loss", "sharding", "timing", "workers"},

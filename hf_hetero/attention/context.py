@@ -12,8 +12,11 @@ from hf_hetero.attention.contract import Kernel
 from hf_hetero.backward import in_backward
 from hf_hetero.layout import Layout
 from hf_hetero.offload import HostStore, Parcel
+from hf_hetero.waits import Waits
 
 Tensors = tuple[torch.Tensor, ...]
+SPEAKERS = (0, 1)
+"""Positions in a group of the ranks that say what they wait for."""
 
 
 class AttentionContext:
@@ -36,6 +39,7 @@ class AttentionContext:
         keeps: layers are computed again in backward (gradient checkpointing): keep what was exchanged until then.
         store: keep it there; None: on the device.
         reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
+        waits: says so where an exchange takes long; two ranks of a group are enough, one of which may be who is late.
 
     Attributes:
         group_rank: this rank's position in the group.
@@ -58,12 +62,14 @@ class AttentionContext:
         keeps: bool = False,
         store: HostStore | None = None,
         reaches: tuple[int, ...] | None = None,
+        waits: Waits | None = None,
     ) -> None:
         self.layout, self.ranks, self.process_group, self.inner_group = layout, ranks, process_group, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
         self.store = store
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
+        self.waits = waits if self.group_rank in SPEAKERS else None
         self.num_tokens = layout.rank_tokens[self.group_rank]
         spans = layout.spans[self.group_rank]
         self.reaches = reaches or tuple(layout.lengths[span.sample] for span in spans)

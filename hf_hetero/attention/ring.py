@@ -111,7 +111,7 @@ class _Rounds:
     ) -> None:
         self._kernel: Kernel = context.kernel
         self._group, self._route, self._peers = context.process_group, route, peers
-        self._operation, self._where = operation, context.where(layer)
+        self._operation, self._where, self._waits = operation, context.where(layer), context.waits
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, scores: Scores
@@ -226,7 +226,7 @@ class _Rounds:
         assert self._group is not None
         name = f"{self._operation}, round {turn.number}"
         to, source = self._peers[send_to], self._peers[receive_from]
-        return Shift(outgoing, incoming, to, source, tag, self._group, name, self._where)
+        return Shift(outgoing, incoming, to, source, tag, self._group, name, self._where, self._waits)
 
 
 def _keys_and_values(rows: torch.Tensor, meeting: Meeting, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

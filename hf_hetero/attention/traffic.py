@@ -14,6 +14,7 @@ from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.groups import named
+from hf_hetero.waits import Waits, noted
 
 
 class _AllToAll(torch.autograd.Function):
@@ -30,10 +31,10 @@ class _AllToAll(torch.autograd.Function):
         operation: str,
         layer: int,
     ) -> torch.Tensor:
-        ctx.exchange = out_splits, in_splits, group, f"{operation} of gradients", context.where(layer)
+        ctx.exchange = out_splits, in_splits, group, f"{operation} of gradients", context.where(layer), context.waits
 
         def exchange() -> tuple[torch.Tensor]:
-            return (_exchange(buffer, in_splits, out_splits, group, operation, context.where(layer)),)
+            return (_exchange(buffer, in_splits, out_splits, group, operation, context.where(layer), context.waits),)
 
         # an alias: what is kept must not be the very tensor that autograd marks as this call's output
         return context.once(layer, operation, exchange)[0].view(-1)
@@ -51,8 +52,9 @@ def _exchange(
     group: dist.ProcessGroup,
     operation: str,
     where: str,
+    waits: Waits | None,
 ) -> torch.Tensor:
-    with named(operation, where):
+    with named(operation, where), noted(waits, operation, where):
         return collectives.wait_tensor(collectives.all_to_all_single(buffer, out_splits, in_splits, group))
 
 
@@ -90,6 +92,7 @@ class Shift:
         tag: tells the messages between two ranks apart.
         group: process group of both.
         operation, where: for messages.
+        waits: says so where it takes long.
 
     Raises:
         CollectiveFailed: a rank is gone.
@@ -105,8 +108,9 @@ class Shift:
         group: dist.ProcessGroup,
         operation: str,
         where: str,
+        waits: Waits | None = None,
     ) -> None:
-        self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, where)
+        self._outgoing, self._incoming, self._name, self._waits = outgoing, incoming, (operation, where), waits
         ops: list[dist.P2POp] = []
         if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
             ops.append(dist.P2POp(dist.isend, outgoing, send_to, group, tag))
@@ -121,7 +125,7 @@ class Shift:
         Raises:
             CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         """
-        with named(*self._name):
+        with named(*self._name), noted(self._waits, *self._name):
             for work in self._works:
                 work.wait()
         return self._incoming
