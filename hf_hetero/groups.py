@@ -46,8 +46,9 @@ class GroupPool:
     A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
     many trainers, one after the other.
 
-    Control messages, and those of the default group (gradients, for one), have the timeout of the job: a rank may save
-    or evaluate for long. While steps are trained they have that of the groups, if that is shorter: see `hurry`.
+    Control messages, and those of the default group (gradients, for one) and of a wrapper's own, have the timeout of
+    the job: a rank may save or evaluate for long. While steps are trained they have that of the groups, if that is
+    shorter: see `hurry`.
 
     Without torch.distributed (a single process) the pool is empty.
 
@@ -73,6 +74,7 @@ class GroupPool:
         """Of this rank within groups, while they are open."""
         self._limit = timedelta(seconds=timeout_s)
         self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
+        self._others: tuple[dist.ProcessGroup, ...] = ()
         self.open()
 
     def open(self) -> None:
@@ -94,11 +96,19 @@ class GroupPool:
         """The process group of these ranks; None for a single rank, which needs none."""
         return self._groups[ranks] if len(ranks) > 1 else None
 
+    def include(self, others: Iterable[dist.ProcessGroup]) -> None:
+        """Let groups that somebody else has made, and uses within steps, be in haste with the rest."""
+        was_in_haste = bool(self._usual)
+        self.relax()
+        self._others = tuple(others)
+        if was_in_haste:
+            self.hurry()
+
     def hurry(self) -> None:
         """From now on ranks wait for each other, in whatever they do together, no longer than in a group."""
         if self.control is None or self._usual:
             return
-        for group in (self.control, _default_group()):
+        for group in dict.fromkeys((self.control, _default_group(), *self._others)):
             usual = [(backend, backend.options._timeout) for backend in _backends(group)]
             self._usual[group] = usual
             if slower := [(backend, limit) for backend, limit in usual if limit > self._limit]:
@@ -130,7 +140,7 @@ class GroupPool:
         self.relax()
         if self.waits is not None:
             self.waits.close()
-        self.waits = None
+        self.waits, self._others = None, ()
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -114,6 +116,12 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
             f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
             f"{type(inside).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
         )
+
+
+def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
+    """The process groups among whose ranks a model's weights are spread, each once; of weights that are whole, none."""
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
 
 
 @contextmanager

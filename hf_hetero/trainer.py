@@ -128,8 +128,8 @@ class HeteroTrainerMixin(EvaluatingTrainer):
                 f"{type(self).__name__}.training_step handed on a batch of its own ({type(inputs).__name__}), which no "
                 "plan knows. Hand on the batch it is given; change tensors in data_collator or _prepare_inputs."
             )
-        self.groups.hurry()  # what takes its time once, before the first step, is over
         clock = self._clock or self._start_clock(model)
+        self.groups.hurry()  # what takes its time once, before the first step, is over
         start = time.perf_counter()
         total = torch.zeros((), device=self.args.device)
         last = len(inputs.batch.micro_batches) - 1
@@ -171,6 +171,7 @@ class HeteroTrainerMixin(EvaluatingTrainer):
     def _start_clock(self, model: torch.nn.Module) -> StepClock:
         """For the first step: by now accelerate has wrapped the model."""
         sharding.check_wrapper(model, self.args)
+        self.groups.include(sharding.groups_of(model))
         # transformers' own count of memory needs the peak of the run
         self._clock = StepClock(self.model, self.args.device, self.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
         self._step_s = 0.0
