@@ -23,7 +23,7 @@ from hf_hetero.predictions import Evaluation
 from hf_hetero.resumption import ResumableTrainer
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.stream import is_stream
-from hf_hetero.workers import end_with_this_process
+from hf_hetero.workers import end_with_this_process, named_loss
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class EvaluatingTrainer(ResumableTrainer):
         try:
             step = next(steps, None)
         except Exception as raised:  # told to the other ranks first, then raised on all of them
-            error = raised
+            error = named_loss(raised) if self.args.dataloader_num_workers else raised
         self._fetch_s = time.perf_counter() - start
         if step is None and error is None:
             return None, 0

@@ -123,7 +123,7 @@ class ResumableTrainer(PreparedTrainer):
                 resume_from_checkpoint = self._resumed_from = self._find_checkpoint(resume_from_checkpoint)
             sharding.forget_evaluation(self)
             words = ending_in_words(lambda: self.state.global_step + 1)
-            with words, self._stop.listening(self.args.enable_jit_checkpoint):
+            with words, sharding.saying_why_not_again(), self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
         finally:
             self._is_training = False

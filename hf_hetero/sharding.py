@@ -103,6 +103,28 @@ def forget_evaluation(trainer: Trainer) -> None:
         setattr(model, "_is_accelerate_prepared", False)  # noqa: B010
 
 
+@contextmanager
+def saying_why_not_again() -> Iterator[None]:
+    """A context of a training that accelerate prepares: where it cannot shard a model again, say what can be done.
+
+    A model under FSDP2 that was trained and then evaluated cannot be prepared for another training, by a plain Trainer
+    neither: its weights are sharded already, and accelerate looks for the whole ones that the new optimizer was given.
+
+    Raises:
+        HeteroError: instead of accelerate's own error, on every rank.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if "switched to its sharded version" not in str(error):
+            raise
+        raise HeteroError(
+            "accelerate cannot prepare a model for training that FSDP2 has sharded before, as it does once a trainer "
+            "has trained and evaluated it; a plain Trainer ends so, too. Save it (save_model), and train it on in a "
+            "new trainer, with a model that is loaded from there."
+        ) from error
+
+
 def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
     """The wrapper that training runs in is the one that was asked for.
 

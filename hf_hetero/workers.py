@@ -18,6 +18,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from hf_hetero.errors import HeteroError
+
 PR_SET_PDEATHSIG = 1
 """Of Linux' `prctl`: the signal that a process gets when the thread that started it ends."""
 
@@ -28,6 +30,21 @@ def end_with_this_process(loader: DataLoader[Any]) -> None:
     init: Any = reader.worker_init_fn
     if not (isinstance(init, partial) and init.func is _begin):
         reader.worker_init_fn = partial(_begin, init)
+
+
+def named_loss(error: Exception) -> Exception:
+    """What a loader with workers raised; in words, where a worker that was killed took a tensor with it on its way.
+
+    What a dataset raises in a worker comes with torch's words, which say where it was caught.
+    """
+    if not isinstance(error, EOFError | ConnectionError) or "DataLoader worker" in str(error):
+        return error
+    lost = HeteroError(
+        f"A DataLoader worker has gone with what it had read ({type(error).__name__}: {error}): look for what killed "
+        "it (out of host memory, for one), or set dataloader_num_workers lower."
+    )
+    lost.__cause__ = error
+    return lost
 
 
 def _begin(then: Callable[[int], None] | None, worker: int) -> None:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from helpers import LENGTHS, run_ranks, samples, tiny_model, trained
 from torch.utils.data import DataLoader, get_worker_info
 
-from hf_hetero import HeteroConfig, HeteroTrainer
+from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.workers import end_with_this_process
+from hf_hetero.workers import end_with_this_process, named_loss
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end them")
 
@@ -103,3 +103,28 @@ def test_workers_do_what_they_were_asked_to(context: str) -> None:
     end_with_this_process(failing)
     with pytest.raises(RuntimeError, match="asked of worker 0"):
         list(failing)
+
+
+def broken(_: int) -> None:
+    raise ConnectionResetError(104, "the dataset's own")
+
+
+def raised_by_a_loader(kind: str) -> Exception:
+    """As torch raises it in the process that reads from the worker."""
+    if kind == "own":
+        loader = DataLoader([1], num_workers=1, worker_init_fn=broken)  # type: ignore[arg-type]
+        with pytest.raises(ConnectionResetError) as caught:
+            list(loader)
+        return caught.value
+    return ConnectionResetError(104, "Connection reset by peer") if kind == "lost" else ValueError("row 7")
+
+
+@pytest.mark.parametrize(("kind", "is_lost"), [("lost", True), ("own", False), ("value", False)])
+def test_a_reader_that_took_a_tensor_with_it(kind: str, is_lost: bool) -> None:
+    """It is named, as torch names one that was killed while it read; what the dataset raises stays as it is."""
+    error = raised_by_a_loader(kind)
+    named = named_loss(error)
+    assert (named is not error) == is_lost
+    if is_lost:
+        assert isinstance(named, HeteroError)
+        assert "A DataLoader worker has gone with what it had read (ConnectionResetError: " in str(named)
