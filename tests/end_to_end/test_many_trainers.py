@@ -73,7 +73,10 @@ def many(kind: str, warm_up: int = WARM_UP, num_trainers: int = NUM_TRAINERS) ->
             kept.append(trainer_of(shared[0], **hetero))
             use(kept[-1], kind)
             dist.barrier()
-        found.append(settled(found[warm_up - 1]) if number >= warm_up else settled((0, 0, 0), 0.5))
+        if number < warm_up:
+            found.append(settled((0, 0, 0), 0.5))
+        else:
+            found.append(settled(found[warm_up - 1]) if number == warm_up + num_trainers - 1 else num_open())
     return found
 
 
