@@ -19,6 +19,7 @@ from hf_hetero.planning import Planning
 from hf_hetero.reading import Reading
 from hf_hetero.sampler import StepSampler
 from hf_hetero.stream import Stream, check_whole, num_rows_of
+from hf_hetero.workers import end_with_this_process
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -137,4 +138,5 @@ def streamed_evaluation_loader(
         prefetch_factor=args.dataloader_prefetch_factor,
     )
     loader.plans, loader.stream = plans, stream
+    end_with_this_process(loader)
     return loader

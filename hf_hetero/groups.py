@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.topology import aligned_blocks
+from hf_hetero.waits import WORD_AFTER_S, Waits
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,6 @@ JOB_LIMIT = "TrainingArguments.ddp_timeout"
 """The settings that say how long ranks may wait for each other."""
 IN_HASTE = f" (now {GROUP_LIMIT} counts)"
 """At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
-WORD_AFTER_S = 10.0
-"""Who waits longer for all other ranks says so."""
 SPEAKERS = (0, 1)
 """Ranks that do; one of them may be who is late."""
 PATIENCE_S = 2.0
@@ -47,8 +46,9 @@ class GroupPool:
     A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
     many trainers, one after the other.
 
-    Control messages, and those of the default group (gradients, for one), have the timeout of the job: a rank may save
-    or evaluate for long. While steps are trained they have that of the groups, if that is shorter: see `hurry`.
+    Control messages, and those of the default group (gradients, for one) and of a wrapper's own, have the timeout of
+    the job: a rank may save or evaluate for long. While steps are trained they have that of the groups, if that is
+    shorter: see `hurry`.
 
     Without torch.distributed (a single process) the pool is empty.
 
@@ -70,8 +70,11 @@ class GroupPool:
         self._timeout_s, self._control_timeout_s = timeout_s, control_timeout_s
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self.control: dist.ProcessGroup | None = None
+        self.waits: Waits | None = None
+        """Of this rank within groups, while they are open."""
         self._limit = timedelta(seconds=timeout_s)
         self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
+        self._others: tuple[dist.ProcessGroup, ...] = ()
         self.open()
 
     def open(self) -> None:
@@ -80,6 +83,8 @@ class GroupPool:
             return
         # gloo carries control messages: they live on the host and must not wait for a GPU stream
         self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        if self._degrees:
+            self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
@@ -91,11 +96,19 @@ class GroupPool:
         """The process group of these ranks; None for a single rank, which needs none."""
         return self._groups[ranks] if len(ranks) > 1 else None
 
+    def include(self, others: Iterable[dist.ProcessGroup]) -> None:
+        """Let groups that somebody else has made, and uses within steps, be in haste with the rest."""
+        was_in_haste = bool(self._usual)
+        self.relax()
+        self._others = tuple(others)
+        if was_in_haste:
+            self.hurry()
+
     def hurry(self) -> None:
         """From now on ranks wait for each other, in whatever they do together, no longer than in a group."""
         if self.control is None or self._usual:
             return
-        for group in (self.control, _default_group()):
+        for group in dict.fromkeys((self.control, _default_group(), *self._others)):
             usual = [(backend, backend.options._timeout) for backend in _backends(group)]
             self._usual[group] = usual
             if slower := [(backend, limit) for backend, limit in usual if limit > self._limit]:
@@ -125,6 +138,9 @@ class GroupPool:
     def close(self) -> None:
         """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
         self.relax()
+        if self.waits is not None:
+            self.waits.close()
+        self.waits, self._others = None, ()
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:

@@ -30,8 +30,12 @@ from hf_hetero.reading import Position, Reading
 from hf_hetero.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
 from hf_hetero.samples import Drawn, Samples
 from hf_hetero.stream import Stream, check_whole, num_rows_of
+from hf_hetero.workers import end_with_this_process
 
 logger = logging.getLogger(__name__)
+
+LOOKED_AT = 16
+"""Rows among which two of different lengths are sought."""
 
 
 @dataclass(slots=True)
@@ -142,7 +146,7 @@ def streamed_data(
     if planning.control is None or args.process_index == 0:
         accumulation, seed = args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
         stream = Stream(
-            Reading(dataset, batch_size, samples_of(planning, collate), names, seed),
+            Reading(dataset, batch_size, watching_padding(samples_of(planning, collate), collate), names, seed),
             planning.num_ahead,
             num_steps=args.max_steps if args.max_steps > 0 else None,
             min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
@@ -192,6 +196,25 @@ def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Seq
     return read
 
 
+def watching_padding(
+    read: Callable[[Sequence[Any]], Samples], collate: Callable[..., Any]
+) -> Callable[[Sequence[Any]], Samples]:
+    """The same, which looks at the first examples of a stream for a collator that must be refused.
+
+    A step may hold a single example, and it takes two to see padding, so they are looked at together.
+    """
+    seen = list[Any]()
+
+    def read_watching(examples: Sequence[Any]) -> Samples:
+        found = read(examples)  # what is wrong with a row of its own comes first
+        if isinstance(collate, PackedCollator) and len(seen) < LOOKED_AT:
+            seen.extend(examples[: LOOKED_AT - len(seen)])
+            collate.check_padding(seen)
+        return found
+
+    return read_watching
+
+
 def sampler_of(loader: Any) -> Any:
     """What draws the rows of a map-style dataset, below all that accelerate has put around it."""
     batches = loader.batch_sampler
@@ -228,7 +251,7 @@ def step_loader(
     """
     has_free_order = args.world_size == 1 and args.gradient_accumulation_steps == 1
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
-    return kind(
+    loader = kind(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
@@ -240,6 +263,8 @@ def step_loader(
         in_order=args.dataloader_in_order or not has_free_order,
         worker_init_fn=seeding if is_training else None,
     )
+    end_with_this_process(loader)
+    return loader
 
 
 def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:

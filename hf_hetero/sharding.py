@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -101,6 +103,28 @@ def forget_evaluation(trainer: Trainer) -> None:
         setattr(model, "_is_accelerate_prepared", False)  # noqa: B010
 
 
+@contextmanager
+def saying_why_not_again() -> Iterator[None]:
+    """A context of a training that accelerate prepares: where it cannot shard a model again, say what can be done.
+
+    A model under FSDP2 that was trained and then evaluated cannot be prepared for another training, by a plain Trainer
+    neither: its weights are sharded already, and accelerate looks for the whole ones that the new optimizer was given.
+
+    Raises:
+        HeteroError: instead of accelerate's own error, on every rank.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if "switched to its sharded version" not in str(error):
+            raise
+        raise HeteroError(
+            "accelerate cannot prepare a model for training that FSDP2 has sharded before, as it does once a trainer "
+            "has trained and evaluated it; a plain Trainer ends so, too. Save it (save_model), and train it on in a "
+            "new trainer, with a model that is loaded from there."
+        ) from error
+
+
 def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
     """The wrapper that training runs in is the one that was asked for.
 
@@ -114,6 +138,12 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
             f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
             f"{type(inside).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
         )
+
+
+def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
+    """The process groups among whose ranks a model's weights are spread, each once; of weights that are whole, none."""
+    meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
 
 
 @contextmanager

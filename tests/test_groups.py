@@ -13,11 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import run_ranks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_hetero import HeteroError, groups
 from hf_hetero.agreement import broadcast, confirm_step, gather
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
 from hf_hetero.groups import GroupPool, limit_of, named, tell
+from hf_hetero.sharding import groups_of
 
 
 def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
@@ -92,10 +95,23 @@ def test_timeout_reaches_the_group() -> None:
     assert run_ranks(late_for_a_group, 2, timeout_s=60)[0] < 10
 
 
+def of_weights() -> dist.ProcessGroup:
+    """The group that a wrapper spreads weights over, which is none of the pool's and not the default one."""
+    own: Any = dist.new_group([0, 1], group_desc="weights")
+    model: Any = fully_shard(torch.nn.Linear(4, 4), mesh=DeviceMesh.from_group(own, "cpu"))
+    assert groups_of(model) == [own]
+    assert groups_of(torch.nn.Linear(4, 4)) == []
+    return own
+
+
 def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
     """How long rank 0 waits for a rank that is late, and what it says."""
     pool = GroupPool((), timeout_s=3, control_timeout_s=control_s)
     usual = dist.group.WORLD.group_desc  # type: ignore[union-attr]
+    own = of_weights() if how == "weights" else None
+    if own is not None:
+        pool.hurry()
+        pool.include([own])
     pool.hurry()
     pool.hurry()
     if how == "relaxed":
@@ -110,9 +126,11 @@ def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
         return 0.0, ""
     start = time.monotonic()
     with pytest.raises(CollectiveFailed) as caught, named("The sum", "step 3", limit=limit_of):
-        dist.all_reduce(torch.zeros(1)) if how == "gradients" else gather([1], pool.control)
+        dist.all_reduce(torch.zeros(1), group=own) if how in ("gradients", "weights") else gather([1], pool.control)
     seconds = time.monotonic() - start
     pool.relax()
+    if own is not None:
+        assert own.group_desc == "weights"
     assert [limit_of(), limit_of(pool.control)] == ["TrainingArguments.ddp_timeout"] * 2
     assert dist.group.WORLD.group_desc == usual  # type: ignore[union-attr]
     return seconds, str(caught.value)
@@ -124,6 +142,7 @@ def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
     [
         (60, "report", "HeteroConfig.group_timeout_s"),
         (60, "gradients", "HeteroConfig.group_timeout_s"),
+        (60, "weights", "HeteroConfig.group_timeout_s"),
         (60, "relaxed", "HeteroConfig.group_timeout_s"),
         (2, "report", "TrainingArguments.ddp_timeout"),
     ],

@@ -13,8 +13,11 @@ from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.layout import Layout
 from hf_hetero.model.backward import in_backward
 from hf_hetero.model.offload import HostStore, SavedTensor
+from hf_hetero.waits import Waits
 
 Tensors = tuple[torch.Tensor, ...]
+SPEAKERS = (0, 1)
+"""Positions in a group of the ranks that say what they wait for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class AttentionContext:
         keeps: layers are computed again in backward (gradient checkpointing): keep what was exchanged until then.
         store: keep it there; None: on the device.
         reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
+        waits: says so where an exchange takes long; two ranks of a group are enough, one of which may be who is late.
 
     Attributes:
         peers: the ranks of the group.
@@ -77,6 +81,7 @@ class AttentionContext:
         keeps: bool = False,
         store: HostStore | None = None,
         reaches: tuple[int, ...] | None = None,
+        waits: Waits | None = None,
     ) -> None:
         self.layout, self.inner_group = layout, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
@@ -84,6 +89,7 @@ class AttentionContext:
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
         self.peers = Peers(process_group, ranks, self.group_rank, layout.rank_tokens)
+        self.waits = waits if self.group_rank in SPEAKERS else None
         self.num_tokens = layout.rank_tokens[self.group_rank]
         spans = layout.spans[self.group_rank]
         self.reaches = reaches or tuple(layout.lengths[span.sample] for span in spans)

@@ -14,6 +14,7 @@ from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.attention.context import Peers, Place
 from hf_hetero.groups import named
+from hf_hetero.waits import noted
 
 
 class _AllToAll(torch.autograd.Function):
@@ -49,7 +50,7 @@ def _exchange(
     group = peers.group
     assert group is not None
     in_splits, out_splits = (_over_group(splits, peers, group) for splits in (in_splits, out_splits))
-    with named(operation, place.where):
+    with named(operation, place.where), noted(place.context.waits, operation, place.where):
         return collectives.wait_tensor(collectives.all_to_all_single(buffer, out_splits, in_splits, group))
 
 
@@ -107,6 +108,7 @@ class Shift:
     ) -> None:
         assert peers.group is not None
         self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, place.where)
+        self._waits = place.context.waits
         ops: list[dist.P2POp] = []
         if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
             ops.append(dist.P2POp(dist.isend, outgoing, peers.ranks[send_to], peers.group, tag))
@@ -121,7 +123,7 @@ class Shift:
         Raises:
             CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         """
-        with named(*self._name):
+        with named(*self._name), noted(self._waits, *self._name):
             for work in self._works:
                 work.wait()
         return self._incoming

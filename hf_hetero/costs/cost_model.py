@@ -133,10 +133,12 @@ class CostModel:
         """
         models: dict[str | None, CostModel] = {None: replace(self, activation_policies={})}
         for name in ACTIVATIONS:
-            if policy := self.activation_policies.get(name):
-                leaner = self._following(policy)
-                if leaner.capacity_tokens > max(model.capacity_tokens for model in models.values()):
-                    models[name] = leaner
+            if (policy := self.activation_policies.get(name)) is None:
+                continue
+            most = max(model.capacity_tokens for model in models.values())
+            # asked before it is made: what holds no token is no cost model
+            if self._room_bytes(policy) // policy.activation_bytes_per_token > most:
+                models[name] = self._following(policy)
         return models
 
     @property
@@ -166,11 +168,15 @@ class CostModel:
             memory_bytes_per_rank=most.memory_bytes_per_rank,
         )
 
-    def _following(self, policy: ActivationPolicy) -> CostModel:
+    def _room_bytes(self, policy: ActivationPolicy) -> float:
+        """Memory for activations of a group that follows it; of the device's, as much as goes with the host's."""
         room = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
         if self.host_memory_bytes_per_rank is not None and policy.host_bytes_per_token > 0:
             tokens = max(1.0, self.host_memory_bytes_per_rank / policy.host_bytes_per_token)
             room = min(room, tokens * policy.activation_bytes_per_token)
+        return room
+
+    def _following(self, policy: ActivationPolicy) -> CostModel:
         kv_bytes = self.kv_bytes_per_token
         return replace(
             self,
@@ -180,7 +186,7 @@ class CostModel:
             linear_s_per_token=policy.linear_s_per_token,
             all_to_all_bytes_per_token=self.all_to_all_bytes_per_token * policy.exchanges,
             kv_bytes_per_token=None if kv_bytes is None else kv_bytes * policy.exchanges,
-            memory_bytes_per_rank=self.model_state_bytes_per_rank + room,
+            memory_bytes_per_rank=self.model_state_bytes_per_rank + self._room_bytes(policy),
         )
 
     def degrees(self, num_ranks: int) -> tuple[int, ...]:

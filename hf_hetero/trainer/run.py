@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_hetero import own_loss
@@ -37,6 +38,7 @@ from hf_hetero.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.trainer.fitting import Fitted, compute_dtype, fit
 from hf_hetero.trainer.machine import Machine, set_up
+from hf_hetero.workers import end_with_this_process, named_loss
 
 PLANNED_INPUTS = frozenset(
     {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
@@ -151,6 +153,7 @@ class PlannedRun:
             keeps=self.hetero.keep_exchanged and recomputed,
             store=activations.store(policy, self.args.device, num_tokens, hidden),
             reaches=micro_batch.reaches,
+            waits=self.groups.waits,
         )
 
     def confirmed(self, steps: Iterator[StepBatch], number: int) -> ConfirmedStep:
@@ -169,7 +172,7 @@ class PlannedRun:
         try:
             batch = next(steps, None)
         except Exception as raised:  # told to the other ranks first, then raised on all of them
-            error = raised
+            error = named_loss(raised) if self.args.dataloader_num_workers else raised
         fetch_s = time.perf_counter() - start
         if batch is None and error is None:
             return ConfirmedStep(None, 0, fetch_s)
@@ -217,6 +220,12 @@ class BetweenRuns:
     _machine: Machine | None = None
     _num_running: int = 0
     _tried: tuple[type, dict[str, Any]] | None = None
+
+    def noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
+        """A loader for an evaluation, whose dataset is known from now on, and whose workers end with this process."""
+        self.evaluated[loader] = dataset
+        end_with_this_process(loader)
+        return loader
 
     def try_untested(self, trainer: Trainer, hetero: HeteroConfig) -> None:
         """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model.

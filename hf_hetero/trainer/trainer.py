@@ -150,7 +150,7 @@ class HeteroTrainerMixin(Trainer):
                 self._training.resumed, resume_from_checkpoint = resumed, str(resumed.folder)
             sharding.forget_evaluation(self)
             words = ending_in_words(lambda: self.state.global_step + 1)
-            with words, self._stop.listening(self.args.enable_jit_checkpoint):
+            with words, sharding.saying_why_not_again(), self._stop.listening(self.args.enable_jit_checkpoint):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -275,14 +275,12 @@ class HeteroTrainerMixin(Trainer):
         if isinstance(dataset, str):
             dataset = cast("Any", self.eval_dataset)[dataset]
         loader = super().get_eval_dataloader(eval_dataset if watched(dataset) is dataset else watched(dataset))
-        self._between_runs.evaluated[loader] = dataset
-        return loader
+        return self._between_runs.noted(loader, dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
         loader = super().get_test_dataloader(watched(test_dataset))
-        self._between_runs.evaluated[loader] = test_dataset
-        return loader
+        return self._between_runs.noted(loader, test_dataset)
 
     def evaluation_loop(
         self,

@@ -22,7 +22,7 @@ from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.groups import limit_of, named
-from hf_hetero.loader import TrainingData, sampler_of, streamed_data, training_data
+from hf_hetero.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
 from hf_hetero.logged_means import LoggedMeans
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.model.timing import StepClock
@@ -34,9 +34,6 @@ from hf_hetero.trainer.checkpoint import Resumed, Run, Saving, keep_cost_model
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
 from hf_hetero.trainer.safekeeping import claim
-
-LOOKED_AT = 16
-"""Rows among which two of different lengths are sought."""
 
 REMEDIES = {
     "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
@@ -196,8 +193,8 @@ def train_part(
     Returns:
         This rank's part of the step's loss, times the number of ranks.
     """
+    clock = training.clock or _start_clock(trainer, run, training, model)
     run.groups.hurry()  # what takes its time once, before the first step, is over
-    clock = training.clock or _start_clock(trainer, training, model)
     start = time.perf_counter()
     total = torch.zeros((), device=trainer.args.device)
     number = trainer.state.global_step + 1
@@ -213,9 +210,10 @@ def train_part(
     return total
 
 
-def _start_clock(trainer: Trainer, training: Training, model: torch.nn.Module) -> StepClock:
+def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
     """For the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
+    run.groups.include(sharding.groups_of(model))
     # transformers' own count of memory needs the peak of the run
     clock = StepClock(trainer.model, trainer.args.device, trainer.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
     training.opened.callback(clock.close)

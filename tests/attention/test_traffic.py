@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import threading
 import time
 from typing import Any
 
@@ -14,6 +17,7 @@ from helpers import run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
+from hf_hetero import groups
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.methods import attend
 from hf_hetero.errors import CollectiveFailed
@@ -124,3 +128,34 @@ def test_a_lost_rank_is_named(method: str, how: str) -> None:
         assert "step 7, micro-batch 1, layer 5, ranks [0, 1, 2, 3]" in str(said), said
         assert any(name in str(said) for name in ("all-to-all", "ring, round")), said
     assert time.monotonic() - started < 60
+
+
+def heard_while_waiting(method: str) -> str:
+    """What this rank says while rank 3 is late."""
+    heard = io.StringIO()
+    logging.getLogger("hf_hetero").addHandler(logging.StreamHandler(heard))
+    groups.WORD_AFTER_S = 0.4  # type: ignore[misc]
+    pool = GroupPool({2, 4}, 30, 30)
+    context = context_of(case_of("one long", "mha", "plain"), method, pool, 2, step=7, micro_batch=1, waits=pool.waits)
+    rows = rows_of(context.layout, context.group_rank)
+    q, k, v = (x[rows].requires_grad_() for x in case_of("one long", "mha", "plain").tensors()[:3])
+    out = attend(q, k, v, context, Scores(0.3), 5)
+    if dist.get_rank() == 3:
+        time.sleep(2.5)
+    torch.autograd.grad(out.square().sum(), [q, k, v])
+    pool.close()
+    assert "waits" not in [thread.name for thread in threading.enumerate()]
+    return heard.getvalue()
+
+
+@pytest.mark.parametrize("method", METHODS[4])
+def test_a_long_wait_says_so(method: str) -> None:
+    """While a rank is late, two of its group say where they wait, and how long they may; ever more rarely."""
+    heard = run_ranks(heard_while_waiting, 4, method, timeout_s=60)
+    assert heard[2:] == ["", ""]
+    for rank, said in enumerate(heard[:2]):
+        # rank 0 may first wait for rank 1, then for rank 3
+        assert 1 <= said.count(f"Rank {rank} has waited") <= 6, heard
+        assert "of step 7, micro-batch 1, layer 5, ranks [0, 1, 2, 3], and waits on, as long as" in said
+        assert "HeteroConfig.group_timeout_s" in said
+    assert any(word in heard[0] for word in ("all-to-all", "ring in backward, round"))

@@ -64,6 +64,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert CostModel.load(tmp_path / "cost.json") == cost
 
 
+@pytest.mark.parametrize("name", ["recompute", "offload"])
+@pytest.mark.parametrize("bytes_per_token", [1006, 1e15])
+def test_a_policy_without_room_is_left_out(name: str, bytes_per_token: float) -> None:
+    """What holds no token is nothing to choose; the rest of the cost model plans as if it were not there."""
+    policy = ActivationPolicy(**{**RECOMPUTE, "activation_bytes_per_token": bytes_per_token})
+    cost = a_cost_model(activation_policies={name: policy})
+    assert list(cost.by_activations) == [None]
+    assert cost.leanest.capacity_tokens == cost.capacity_tokens == 100
+
+
 def test_missing_latency_is_none() -> None:
     """A file without the optional fields means no latency."""
     data = a_cost_model().to_dict()

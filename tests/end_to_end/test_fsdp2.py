@@ -25,7 +25,7 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from hf_hetero import HeteroConfig, HeteroError, UnsupportedModel
+from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, UnsupportedModel
 from hf_hetero.sharding import check_wrapper
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
@@ -181,3 +181,23 @@ def test_wrong_wrapper_is_refused() -> None:
     """A model that nobody synchronises is noticed before its first step."""
     message = "should run in DistributedDataParallel and runs in Linear"
     assert message in run_ranks(wrapped_already, 2, None)[0]
+
+
+def trained_evaluated_and_trained(folder: str) -> list[str]:
+    shard_on_cpu()
+    rows = samples(LENGTHS)
+    args = arguments(folder, 2, max_steps=1, per_device_eval_batch_size=4, **with_fsdp({}))
+    trainer = HeteroTrainer(tiny_model(), args, train_dataset=rows, eval_dataset=rows[:8])
+    trainer.train()
+    trainer.train()
+    trainer.evaluate()
+    with pytest.raises(HeteroError) as caught:
+        trainer.train()
+    return [str(caught.value), type(caught.value.__cause__).__name__]
+
+
+def test_what_accelerate_cannot_shard_again(tmp_path: Path) -> None:
+    """Trained again, a model goes on; where accelerate cannot prepare it anew, all ranks say so and what to do."""
+    for words, cause in run_ranks(trained_evaluated_and_trained, 2, str(tmp_path)):
+        assert "a plain Trainer ends so, too. Save it (save_model), and train it on in a new trainer" in words
+        assert cause == "KeyError"

@@ -18,6 +18,7 @@ from helpers import LENGTHS, MARK, processes_of, run_ranks, samples, tiny_model,
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
+from hf_hetero.trainer.checkpoint import problem_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,6 +30,7 @@ KILLS_A_TEST = 10
 RUN_S = 3.0
 """About as long as a run takes, so that moments are spread over all of it."""
 LIMIT_S = 10.0
+CUT_SHORT = "its writing was cut short"
 PLANNER = "hf_hetero.planner.process"
 
 
@@ -126,6 +128,8 @@ def test_killed_at_any_moment(tmp_path: Path, victim: str, first: int) -> None:
             others = ended[:rank] + ended[rank + 1 :] if victim == "rank" else ended
             assert all(is_named(one) or one == 0 for one in others), (seed, ended)
         check_nothing_left(mark)
+        # what is left of a checkpoint is known not to be whole
+        assert {problem_of(path) for path in Path(folder).glob("checkpoint-*")} <= {None, CUT_SHORT}
 
 
 def test_planners_killed_at_any_moment(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def use(trainer: HeteroTrainer, kind: str) -> None:
     if kind == "evaluate":
         trainer.evaluate({"first": DATA, "second": DATA[:5]})
         trainer.predict(DATA[:5])
+    elif kind == "train":
+        trainer.train()
     elif kind == "resume":
         trainer.train()
         trainer.train(resume_from_checkpoint=str(Path(trainer.args.output_dir or "") / "checkpoint-1"))
@@ -58,12 +60,12 @@ def use(trainer: HeteroTrainer, kind: str) -> None:
             trainer.train()
 
 
-def many(kind: str) -> list[tuple[int, int, int]]:
+def many(kind: str, warm_up: int = WARM_UP, num_trainers: int = NUM_TRAINERS) -> list[tuple[int, int, int]]:
     """What is open after each of some trainers, all of which are kept."""
     hetero = {"max_tokens_per_rank": 8} if kind == "fail" else {}
     found: list[tuple[int, int, int]] = []
     kept: list[HeteroTrainer] = []
-    for number in range(WARM_UP + NUM_TRAINERS):
+    for number in range(warm_up + num_trainers):
         with tempfile.TemporaryDirectory() as folder:
             dist.barrier()
             shared: list[Any] = [folder]
@@ -71,7 +73,10 @@ def many(kind: str) -> list[tuple[int, int, int]]:
             kept.append(trainer_of(shared[0], **hetero))
             use(kept[-1], kind)
             dist.barrier()
-        found.append(settled(found[WARM_UP - 1]) if number >= WARM_UP else settled((0, 0, 0), 0.5))
+        if number < warm_up:
+            found.append(settled((0, 0, 0), 0.5))
+        else:
+            found.append(settled(found[warm_up - 1]) if number == warm_up + num_trainers - 1 else num_open())
     return found
 
 
@@ -81,6 +86,13 @@ def test_a_trainer_leaves_nothing_open(num_ranks: int, kind: str) -> None:
     for found in run_ranks(many, num_ranks, kind):
         first, last = found[WARM_UP - 1], found[-1]
         assert all(now <= then for now, then in zip(last, first, strict=True)), found
+
+
+def test_thirty_trainers() -> None:
+    """After the thirtieth no more is open than after the third, planners and the threads of groups included."""
+    for found in run_ranks(many, 2, "train", 3, 27):
+        assert len(found) == 30
+        assert all(now <= then for now, then in zip(found[-1], found[2], strict=True)), found
 
 
 def in_turns() -> list[float]:

@@ -23,8 +23,9 @@ from helpers import (
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from hf_hetero import HeteroConfig, HeteroError
+from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
 from hf_hetero.collators import PackedCollator
+from hf_hetero.errors import BadSample
 from hf_hetero.trainer.checkpoint import RUN_FILE
 
 ROWS = samples(LENGTHS)  # 24: two steps of 10, and one of 4
@@ -315,3 +316,42 @@ def test_needs_max_steps() -> None:
     """A stream has no length; transformers says so."""
     with pytest.raises(ValueError, match="max_steps"):
         run("mapped", max_steps=-1, num_train_epochs=1)
+
+
+def padded_on_the_left(batch_size: int, labels_first: bool) -> Any:
+    def pad_left(examples: list[Any]) -> Any:
+        longest = max(len(example["input_ids"]) for example in examples)
+        fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+        found: dict[str, list[Any]] = {name: [] for name in fill}
+        for example in examples:
+            ids = list(example["input_ids"])
+            row = {
+                "input_ids": ids,
+                "labels": ids if labels_first else [-100, *ids[1:]],
+                "attention_mask": [1] * len(ids),
+            }
+            for name, values in row.items():
+                found[name].append([fill[name]] * (longest - len(values)) + values)
+        return {name: torch.tensor(values) for name, values in found.items()}
+
+    class Padding(HeteroTrainer):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(**kwargs, data_collator=pad_left)
+
+    rows = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return trained(tiny_model(), rows, Padding, per_device_train_batch_size=batch_size // world, max_steps=2)["logs"]
+
+
+@pytest.mark.parametrize(("num_ranks", "batch_size"), [(2, 10), (1, 1)])
+def test_a_collator_that_pads_on_the_left(num_ranks: int, batch_size: int) -> None:
+    """It is refused as with a list: two examples of different lengths show it, in one step or in several."""
+    for error in run_ranks(padded_on_the_left, num_ranks, batch_size, True, expect_errors=True):
+        assert isinstance(error, BadSample)
+        assert "The data_collator pads on the left" in str(error)
+
+
+def test_padding_on_the_left_that_teaches_nothing() -> None:
+    """Where the first token of a sample has no label, nothing is learned from the padding before it."""
+    [logs] = run_ranks(padded_on_the_left, 1, 10, False)
+    assert len([entry for entry in logs if "loss" in entry]) == 2
