@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from hf_hetero.collators.limits import Limits
 from hf_hetero.collators.sample import Example, Sample, has_rows, read_row
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
-from hf_hetero.limits import Limits
 from hf_hetero.model.loss import IGNORE_INDEX, num_targets
-from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
 logger = logging.getLogger(__name__)

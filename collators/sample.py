@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_hetero.collators.limits import check_whole_numbers
 from hf_hetero.errors import BadSample
-from hf_hetero.limits import check_whole_numbers
 from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
-from hf_hetero.rows import nested
+from hf_hetero.samples.rows import nested
 
 Example = Mapping[str, Any]
 NUMBERS = ("input_ids", "labels", "position_ids")

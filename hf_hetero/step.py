@@ -20,7 +20,7 @@ import torch
 from hf_hetero.layout import Layout, Span, layout_of
 from hf_hetero.model.loss import num_targets
 from hf_hetero.plan import Group, Plan
-from hf_hetero.samples import Drawn
+from hf_hetero.samples.samples import Drawn
 
 
 @dataclass(frozen=True, slots=True)

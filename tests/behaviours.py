@@ -12,7 +12,7 @@ from helpers import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from hf_hetero import HeteroTrainer
-from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.data.plan_ahead import PlanSource
 
 
 class Here(HeteroTrainer):

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.model.chunked_mlp import ChunkedMLP
 from hf_hetero.plan import ACTIVATIONS, METHODS
-from hf_hetero.plan_ahead import PlanSource
 
 IGNORE = -100
 TINY = {

@@ -1,8 +1,9 @@
 """Whatever goes wrong on whichever rank, and wherever: no ranks wait for different things.
 
-Ranks are threads here, and what they tell each other is `hf_hetero.agreement` itself, over groups that only compare who
-is at which exchange. All that ranks share is these exchanges, and each is met by all, so the order in which ranks come
-to them changes nothing: a run is decided by what goes wrong, and all of that is tried, at every point of a run.
+Ranks are threads here, and what they tell each other is `hf_hetero.ranks.agreement` itself, over groups that only
+compare who is at which exchange. All that ranks share is these exchanges, and each is met by all, so the order in which
+ranks come to them changes nothing: a run is decided by what goes wrong, and all of that is tried, at every point of a
+run.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_hetero import agreement, groups
-from hf_hetero.agreement import (
+from hf_hetero.errors import CollectiveFailed, HeteroError
+from hf_hetero.ranks import agreement, groups
+from hf_hetero.ranks.agreement import (
     any_of,
     broadcast,
     confirm_rows,
@@ -28,8 +30,7 @@ from hf_hetero.agreement import (
     gather_objects,
     scatter,
 )
-from hf_hetero.errors import CollectiveFailed, HeteroError
-from hf_hetero.groups import named
+from hf_hetero.ranks.groups import named
 from hf_hetero.trainer.checkpoint import Saving
 
 NUM_STEPS = 2

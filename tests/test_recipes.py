@@ -24,9 +24,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_hetero import HeteroError
-from hf_hetero.lengths import read_samples
+from hf_hetero.data.lengths import read_samples
 from hf_hetero.report import read_records
-from hf_hetero.samples import limited
+from hf_hetero.samples.samples import limited
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*/train.yaml"))

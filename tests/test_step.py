@@ -8,7 +8,7 @@ import pytest
 from helpers import ScriptedPlanner
 
 from hf_hetero import Group, MicroBatch, Plan
-from hf_hetero.samples import Drawn
+from hf_hetero.samples.samples import Drawn
 from hf_hetero.step import Step, StepShare
 
 LENGTHS = (5, 9, 2, 7)

@@ -24,9 +24,9 @@ from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
 from hf_hetero.costs.volume import Heads, volume
-from hf_hetero.groups import GroupPool
 from hf_hetero.layout import layout_of
 from hf_hetero.plan import METHODS, Group
+from hf_hetero.ranks.groups import GroupPool
 
 PACKS = {
     "many short": tuple(10 + (97 * sample) % 254 for sample in range(60)),

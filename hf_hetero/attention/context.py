@@ -13,7 +13,7 @@ from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.layout import Layout
 from hf_hetero.model.backward import in_backward
 from hf_hetero.model.offload import HostStore, SavedTensor
-from hf_hetero.waits import Waits
+from hf_hetero.ranks.waits import Waits
 
 Tensors = tuple[torch.Tensor, ...]
 SPEAKERS = (0, 1)

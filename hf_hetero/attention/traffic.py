@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.attention.context import Peers, Place
-from hf_hetero.groups import named
-from hf_hetero.waits import noted
+from hf_hetero.ranks.groups import named
+from hf_hetero.ranks.waits import noted
 
 
 class _AllToAll(torch.autograd.Function):

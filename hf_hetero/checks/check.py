@@ -14,11 +14,11 @@ from hf_hetero.attention.kernels import choice
 from hf_hetero.checks import exactness
 from hf_hetero.checks.probe import Probe, tried
 from hf_hetero.checks.tiny import build
+from hf_hetero.collators.limits import limits_of
 from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.estimate.memory import tokens_by_lever
+from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.layout import share_heads
-from hf_hetero.limits import limits_of
-from hf_hetero.memory import tokens_by_lever
-from hf_hetero.model_shape import shape_of
 from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")

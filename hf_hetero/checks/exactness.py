@@ -13,10 +13,10 @@ import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import sharding
 from hf_hetero.attention import rotary
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.wrapped import base_model
+from hf_hetero.ranks import sharding
 
 logger = logging.getLogger(__name__)
 

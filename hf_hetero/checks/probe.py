@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedModel
 
-from hf_hetero.agreement import broadcast
 from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.cpu import CPU
@@ -27,6 +26,7 @@ from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.model.loss import shift_labels, token_loss
+from hf_hetero.ranks.agreement import broadcast
 
 logger = logging.getLogger(__name__)
 

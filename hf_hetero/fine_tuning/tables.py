@@ -10,7 +10,7 @@ import datasets
 
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning.tokens import PAIR
-from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.samples.rows import PACKED_COLUMN
 
 
 def check_columns(

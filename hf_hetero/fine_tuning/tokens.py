@@ -10,7 +10,7 @@ from typing import Any
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning.settings import explaining
 from hf_hetero.model.loss import IGNORE_INDEX
-from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.samples.rows import PACKED_COLUMN
 
 # no sets here: their order changes from process to process, and `datasets` caches by it
 PAIR = ("prompt", "completion")

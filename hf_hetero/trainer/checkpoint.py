@@ -23,11 +23,11 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_hetero.agreement import broadcast, raise_together
 from hf_hetero.costs import CostModel
+from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.groups import GroupPool
-from hf_hetero.reading import Position
+from hf_hetero.ranks.agreement import broadcast, raise_together
+from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.trainer.safekeeping import drop_older, seals_of, settle, steps_of
 
 logger = logging.getLogger(__name__)

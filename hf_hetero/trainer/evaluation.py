@@ -18,21 +18,21 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_hetero import overrides
-from hf_hetero.agreement import broadcast
+from hf_hetero.checks import overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
-from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
-from hf_hetero.evaluation_loader import (
+from hf_hetero.data.evaluation_loader import (
     EvaluationLoader,
     can_be_planned,
     evaluation_loader,
     streamed_evaluation_loader,
 )
-from hf_hetero.plan_ahead import PlanSource
-from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.streams.stream import is_stream
+from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
+from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
-from hf_hetero.stream import is_stream
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
 

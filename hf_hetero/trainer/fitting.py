@@ -15,18 +15,18 @@ import torch
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hf_hetero import own_loss
 from hf_hetero.attention import interface
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
+from hf_hetero.checks import own_loss
 from hf_hetero.config import HeteroConfig
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.expert_load import ExpertLoad
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
-from hf_hetero.sharding import Sharding, sharding_of
+from hf_hetero.ranks.sharding import Sharding, sharding_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_hetero import estimate, memory
-from hf_hetero.agreement import broadcast
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.groups import GroupPool
+from hf_hetero.estimate import estimate, memory
+from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
-from hf_hetero.model_shape import ModelShape, shape_of
-from hf_hetero.sharding import Sharding
+from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.ranks.groups import GroupPool
+from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.topology import Topology
 from hf_hetero.trainer.checkpoint import kept_cost_model
 

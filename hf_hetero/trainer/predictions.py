@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
-from hf_hetero.agreement import gather_objects
 from hf_hetero.errors import HeteroError
 from hf_hetero.layout import Span
+from hf_hetero.ranks.agreement import gather_objects
 from hf_hetero.step import RankMicroBatch, StepBatch
 
 PADDING = -100  # what transformers fills the rows of its arrays of predictions with

@@ -18,27 +18,26 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-from hf_hetero import own_loss
-from hf_hetero.agreement import confirm_rows, confirm_step
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.checks import exactness
+from hf_hetero.checks import exactness, own_loss
 from hf_hetero.checks.probe import check_untested
 from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.epochs import KeptCounts
+from hf_hetero.data.epochs import KeptCounts
+from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.planning import Planners, Planning, planning_of
+from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
-from hf_hetero.groups import GroupPool
-from hf_hetero.limits import limits_of
-from hf_hetero.logged_means import LoggedMeans
+from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
-from hf_hetero.plan_ahead import PlanSource
-from hf_hetero.planning import Planners, Planning, planning_of
-from hf_hetero.rows import PACKED_COLUMN
+from hf_hetero.ranks.agreement import confirm_rows, confirm_step
+from hf_hetero.ranks.groups import GroupPool
+from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.trainer.fitting import Fitted, compute_dtype, fit
 from hf_hetero.trainer.machine import Machine, set_up
-from hf_hetero.workers import end_with_this_process, named_loss
 
 PLANNED_INPUTS = frozenset(
     {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}

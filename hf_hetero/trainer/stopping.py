@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_hetero.agreement import any_of
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.groups import forget_errors, limit_of, named, tell
+from hf_hetero.ranks.agreement import any_of
+from hf_hetero.ranks.groups import forget_errors, limit_of, named, tell
 
 logger = logging.getLogger(__name__)
 

@@ -20,17 +20,17 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero import overrides, sharding
 from hf_hetero.callbacks import PlanMetricsCallback
-from hf_hetero.checks import exactness
+from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
+from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.planning import Planners
 from hf_hetero.errors import HeteroError
-from hf_hetero.logged_means import LoggedMeans
+from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
-from hf_hetero.plan_ahead import PlanSource
-from hf_hetero.planning import Planners
+from hf_hetero.ranks import sharding
 from hf_hetero.trainer import training
 from hf_hetero.trainer.checkpoint import chosen_together
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched

@@ -15,21 +15,21 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
-from hf_hetero import sharding
-from hf_hetero.agreement import broadcast, gather
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.costs import CostModel
+from hf_hetero.data.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
+from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
-from hf_hetero.groups import limit_of, named
-from hf_hetero.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
-from hf_hetero.logged_means import LoggedMeans
+from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.model.timing import StepClock
 from hf_hetero.plan import StepReport
-from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.ranks import sharding
+from hf_hetero.ranks.agreement import broadcast, gather
+from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepPart
-from hf_hetero.stream import is_stream
 from hf_hetero.trainer.checkpoint import Resumed, Run, Saving, keep_cost_model
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept

@@ -148,7 +148,7 @@ def _whole(text: str, place: str) -> int:
 
 
 def _of_table(where: str, reading: Reading) -> Lengths:
-    from hf_hetero.lengths import read_lengths  # only here: `datasets` takes a while to import
+    from hf_hetero.data.lengths import read_lengths  # only here: `datasets` takes a while to import
     from hf_hetero.what_if import corpora
 
     table = corpora.open_table(where, TABLE_SUFFIXES.get(Path(where).suffix), reading.split, reading.config)

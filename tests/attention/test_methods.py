@@ -16,9 +16,9 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Scores, Segments
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
-from hf_hetero.groups import GroupPool
 from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group
+from hf_hetero.ranks.groups import GroupPool
 
 PACKS: dict[str, tuple[int, ...]] = {
     "many short": (3, 1, 7, 2, 11, 5, 1, 1, 4, 8, 2, 6),

@@ -17,11 +17,11 @@ from helpers import run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
-from hf_hetero import groups
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.methods import attend
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.groups import GroupPool
+from hf_hetero.ranks import groups
+from hf_hetero.ranks.groups import GroupPool
 
 
 def count_exchanges() -> list[str]:

@@ -14,7 +14,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample
-from hf_hetero.samples import Drawn
+from hf_hetero.samples.samples import Drawn
 from hf_hetero.step import Step, StepBatch, StepExamples, StepShare
 
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.costs.volume import Heads, Volume, causal_pairs, travelling_tokens, volume
-from hf_hetero.groups import GroupPool
 from hf_hetero.layout import contiguous, layout_of, needed, zigzag
 from hf_hetero.plan import Group
+from hf_hetero.ranks.groups import GroupPool
 
 PACK = tuple(10 + (97 * sample) % 254 for sample in range(60))  # 8192 tokens or so, in 60 samples
 KEYS = list(product(["many short", "one long", "long and short", "one token"], ["mha", "gqa", "mqa", "uneven"]))

@@ -29,7 +29,7 @@ from helpers import (
 
 from hf_hetero import Group, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.attention import traffic
-from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.data.plan_ahead import PlanSource
 
 NUM_ROWS, BATCH, NUM_STEPS = 36, 12, 12
 Shape = list[tuple[int, ...]]

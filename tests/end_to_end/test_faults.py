@@ -30,8 +30,8 @@ from helpers import (
 from transformers import TrainerCallback
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import CollectiveFailed, ConfigError
-from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.trainer.checkpoint import INCOMPLETE_FILE, RUN_FILE, problem_of
 from hf_hetero.trainer.safekeeping import LOCK_FILE, claim
 

@@ -26,7 +26,7 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, UnsupportedModel
-from hf_hetero.sharding import check_wrapper
+from hf_hetero.ranks.sharding import check_wrapper
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}

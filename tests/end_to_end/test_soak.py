@@ -16,8 +16,8 @@ from helpers import ScriptedPlanner, arguments, run_ranks, samples, tiny_model
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroTrainer
+from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import PlanMismatch
-from hf_hetero.plan_ahead import PlanSource
 from hf_hetero.step import Step
 
 NUM_STEPS, SAVE_STEPS = 2000, 250

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 from words import say, tokenizer
 
-from hf_hetero.plan_ahead import PlanSource
+from hf_hetero.data.plan_ahead import PlanSource
 
 trl = pytest.importorskip("trl")
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import gradients_of, kept_by_autograd, largest_difference, tiny_model
 
-from hf_hetero.memory import activation_bytes, boundary_bytes
+from hf_hetero.estimate.memory import activation_bytes, boundary_bytes
+from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.chunked_mlp import ChunkedMLP
 from hf_hetero.model.offload import HostStore
-from hf_hetero.model_shape import shape_of
 from hf_hetero.plan import ACTIVATIONS
 
 TOKENS = 64

@@ -15,8 +15,8 @@ from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, scripted, tiny
 from torch.utils.checkpoint import checkpoint
 
 from hf_hetero import Group, MicroBatch, Plan
+from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.model.offload import HostStore, stream_for
-from hf_hetero.plan_ahead import PlanSource
 
 CPU = torch.device("cpu")
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from hf_hetero import HeteroError
+from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import ConfigError
-from hf_hetero.reading import Position
 from hf_hetero.trainer.checkpoint import (
     INCOMPLETE_FILE,
     RUN_FILE,

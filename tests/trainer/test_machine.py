@@ -13,7 +13,7 @@ from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.model.activations import Activations
-from hf_hetero.sharding import Sharding
+from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.trainer.checkpoint import KEPT_COST_MODEL, RUN_FILE, keep_cost_model, kept_cost_model
 from hf_hetero.trainer.machine import set_up
 

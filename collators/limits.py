@@ -1,0 +1,135 @@
+"""What a model has room for: checked when a sample is read, where its row is known and no kernel has run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_hetero.attention.rotary import longest_exact
+from hf_hetero.errors import BadSample
+from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.samples.samples import Samples
+
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model has room for; None: anything.
+
+    Args:
+        num_tokens: rows of its input embedding.
+        num_labels: rows of its output embedding.
+        longest: tokens of the longest sample.
+        reason: why there is a longest sample, and what to do about longer ones, in words.
+    """
+
+    num_tokens: int | None = None
+    num_labels: int | None = None
+    longest: int | None = None
+    reason: str = ""
+
+    def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
+        """Refuse tokens and targets that the model does not have. Both of shape (num_tokens,).
+
+        Args:
+            input_ids, labels: of a row.
+            name: of the row, for the message.
+
+        Raises:
+            BadSample: with the row, the token, its position and the vocabulary.
+        """
+        _check(input_ids, self.num_tokens, f"{name} has token", 0, "")
+        if labels is None:
+            return
+        targets = shift_labels(labels.long())  # the first label is never learned from
+        learned = targets.masked_fill(targets == IGNORE_INDEX, 0)
+        _check(learned, self.num_labels, f"{name} has label", 1, f", and {IGNORE_INDEX} for those not to learn from")
+
+    def check_length(self, num_positions: int, name: str) -> None:
+        """Refuse a sample that is too long.
+
+        Args:
+            num_positions: its tokens, or, where a row gives positions, one more than the last of them.
+            name: for the message.
+
+        Raises:
+            BadSample: with its name, its length and the reason.
+        """
+        if self.longest is not None and num_positions > self.longest:
+            raise BadSample(f"{name} is {num_positions} tokens long, more than {self.longest}: {self.reason}")
+
+    def check_lengths(self, samples: Samples) -> None:
+        """Refuse a dataset with a sample that is too long.
+
+        Raises:
+            BadSample: with the longest one's row.
+        """
+        if len(samples.lengths):
+            longest = int(samples.lengths.argmax())
+            row = int(np.searchsorted(samples.first, longest, side="right")) - 1
+            self.check_length(int(samples.lengths[longest]), f"Row {row}")
+
+
+def limits_of(model: Any) -> Limits:
+    """What a model of transformers has room for."""
+    vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    longest, reason = _longest(model) or (None, "")
+    return Limits(
+        num_tokens=getattr(model.get_input_embeddings(), "num_embeddings", vocab_size),
+        num_labels=getattr(model.get_output_embeddings(), "out_features", vocab_size),
+        longest=longest,
+        reason=reason,
+    )
+
+
+def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse fractions, which would be cut.
+
+    Args:
+        tensors: of a row, by its keys.
+        name: of the row, for the message.
+
+    Raises:
+        BadSample: with the row, the key, the number and its position.
+    """
+    for key, values in tensors.items():
+        if values.is_floating_point() and bool((is_cut := values.long() != values).any()):
+            position = tuple(int(n) for n in is_cut.nonzero()[0])
+            where = ", ".join(map(str, position))
+            raise BadSample(
+                f"{name}: {key} holds {values[position].item():g} at position {where}, which is no whole number. Look "
+                "at how the dataset was tokenised, and whether columns changed places."
+            )
+
+
+def _longest(model: Any) -> tuple[int, str] | None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            return min(module.num_embeddings, model.config.max_position_embeddings), (
+                f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
+            )
+    if (table := longest_exact(model)) is None:
+        return None
+    longest, kind = table
+    return longest, (
+        f"the model's rotary table (rope_type {kind!r}) would grow with it, and stay so for samples after it. Set "
+        "HeteroConfig.max_sample_tokens and longer_samples, or another rope_type; to evaluate such samples, set "
+        "HeteroConfig.plan_evaluation=False."
+    )
+
+
+def _check(ids: torch.Tensor, num: int | None, what: str, offset: int, or_else: str) -> None:
+    """Refuse numbers that are none of 0 to `num` - 1; the first of them stands at position `offset` of its row."""
+    if num is None or not ids.numel() or 0 <= int(ids.min()) <= int(ids.max()) < num:
+        return
+    position = int(((ids < 0) | (ids >= num)).nonzero()[0])
+    raise BadSample(
+        f"{what} {int(ids[position])} at position {position + offset}, but the model has {num}: 0 to {num - 1}"
+        f"{or_else}. Use the model's own tokenizer, or, after tokens were added to it, "
+        "model.resize_token_embeddings(len(tokenizer))."
+    )

@@ -1,0 +1,169 @@
+"""Is a loss of somebody's own a sum over samples? Tried on two tiny samples before the first step.
+
+    loss(both in one pack) = loss(first alone) + loss(second alone)        with the same num_items_in_batch
+
+If that holds, no plan can change what is learnt from it. A mean over a batch, a term that counts batches, or one that
+looks at rows instead of tokens does not pass. The model's place is taken by a table of random logits, so that the trial
+costs milliseconds and touches no weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.kernels.contract import Kernel
+from hf_hetero.checks import overrides
+from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.spans import pack_spans
+from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.layout import contiguous
+from hf_hetero.model.logged_means import uncounted
+from hf_hetero.model.loss import IGNORE_INDEX, token_loss
+from hf_hetero.model.wrapped import base_model
+
+TOKENS = 5
+CLOSE = 1e-4
+"""Relative; sums in fp32 differ by less, terms that should not be there by more."""
+
+ComputeLoss = Callable[[nn.Module, dict[str, Any], torch.Tensor], torch.Tensor]
+Pack = Callable[[Sequence[int]], dict[str, Any]]
+
+
+def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.device, what: str) -> None:
+    """Refuse a loss that is no sum over samples.
+
+    Args:
+        compute_loss: model, inputs, target tokens -> loss, through everything that is somebody's own.
+        pack: which of two samples -> their inputs.
+        config: of the model.
+        device: where it computes.
+        what: whose loss it is, for messages.
+
+    Raises:
+        UnsupportedModel: with what was found, and what to do.
+    """
+    remedy = (
+        "Return a sum over tokens divided by num_items_in_batch, of model(**inputs), e.g. as "
+        "compute_loss_func(outputs, labels, num_items_in_batch); or use plain Trainer."
+    )
+    rng = torch.random.get_rng_state()
+    generator = torch.Generator().manual_seed(0)
+    model = _Table(torch.randn(257, 64, generator=generator), config).to(device)
+    total = torch.tensor(2 * TOKENS)
+    losses: list[float] = []
+    try:
+        for samples in ((0,), (1,), (0, 1)):
+            model.reached = False
+            with torch.enable_grad():
+                losses.append(compute_loss(model, pack(samples), total).item())
+            if not model.reached:
+                raise UnsupportedModel(
+                    f"{what} does not hand all its inputs to the model, so attention cannot learn which ranks share "
+                    f"its tokens. {remedy}"
+                )
+    except HeteroError:
+        raise
+    except Exception as error:
+        raise UnsupportedModel(f"{what} could not be tried: {type(error).__name__}: {error}. {remedy}") from error
+    finally:
+        torch.random.set_rng_state(rng)
+    first, second, both = losses
+    if not abs(first + second - both) <= CLOSE * max(abs(first), abs(second), abs(both)):
+        raise UnsupportedModel(
+            f"{what} gives {both:.6g} for two samples together, and {first:.6g} and {second:.6g} for each: what is "
+            f"learnt would depend on which samples are planned together. {remedy}"
+        )
+
+
+def owners(trainer: Trainer) -> str:
+    """Whose loss stands in the place of the model's, in words; "" where none does."""
+    methods = [f"{owner}.{name}" for name, owner in overrides.own(trainer, overrides.LOSS).items()]
+    return " and ".join([*methods, *(["compute_loss_func"] if trainer.compute_loss_func is not None else [])])
+
+
+def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
+    """Refuse a trainer's own loss that is no sum over samples; without one there is nothing to try.
+
+    Args:
+        trainer: its methods, and those of its subclass.
+        kernel: what computes attention of its model.
+
+    Raises:
+        UnsupportedModel: with what was found, and what to do.
+    """
+    what, config = owners(trainer), base_model(trainer.model).config
+    if not what:
+        return
+    has_methods = bool(overrides.own(trainer, overrides.LOSS))
+
+    def compute(model: nn.Module, inputs: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
+        prepared: Any = trainer._prepare_inputs(inputs)  # pyright: ignore[reportPrivateUsage]
+        if has_methods:
+            return trainer.compute_loss(model, prepared, num_items_in_batch=total)  # pyright: ignore
+        labels = prepared.pop("labels")
+        assert trainer.compute_loss_func is not None
+        return trainer.compute_loss_func(model(**prepared), labels, num_items_in_batch=total)
+
+    def pack(numbers: Sequence[int]) -> dict[str, Any]:
+        ids = [torch.arange(3, 3 + TOKENS), torch.arange(11, 11 + TOKENS)]
+        most = config.get_text_config().vocab_size
+        samples = [Sample(ids[number] % most, ids[number] % most) for number in numbers]
+        layout = contiguous([TOKENS] * len(samples), 1)
+        context = AttentionContext(layout, (0,), 0, None, "ulysses", kernel, trainer.args.device)
+        return {**pack_spans(layout.spans[0], samples, unshifted=True), "hetero": context}
+
+    with uncounted(trainer):
+        check(compute, pack, config, trainer.args.device, what)
+
+
+class _Table(nn.Module):
+    """In the place of a causal language model: logits that depend on token and position alone."""
+
+    def __init__(self, table: torch.Tensor, config: Any) -> None:
+        super().__init__()
+        self.table, self.config = nn.Parameter(table), config
+        self.vocab_size: int = config.get_text_config().vocab_size
+        self.reached = False
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        hetero: object = None,
+        fused_lm_head: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        self.reached = hetero is not None
+        places = torch.zeros_like(input_ids) if position_ids is None else position_ids
+        hidden = self.table[(input_ids * 31 + places * 17) % len(self.table)]
+        weight = self.table[torch.arange(self.vocab_size, device=self.table.device) % len(self.table)]
+        logits = hidden @ weight.T / 8
+        if fused_lm_head:
+            return _log_probs(logits, labels, inputs.get("shift_labels"))
+        loss = None
+        if labels is not None:
+            kept = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+            loss = token_loss(logits, labels, self.vocab_size, **kept)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def _log_probs(logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> Any:
+    """What models give to TRL's SFTTrainer in the place of logits, each of shape (1, num_tokens)."""
+    if shift_labels is None:
+        assert labels is not None
+        logits, shift_labels = logits[:, :-1], labels[:, 1:]
+    is_target = shift_labels != IGNORE_INDEX
+    all_log_probs = logits.float().log_softmax(-1)
+    log_probs = all_log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * is_target
+    entropy = -(all_log_probs.exp() * all_log_probs).sum(-1) * is_target
+    is_top1 = (logits.argmax(-1) == shift_labels) & is_target
+    return SimpleNamespace(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_target, aux_loss=None)

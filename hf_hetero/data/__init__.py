@@ -1,0 +1,1 @@
+"""The room of data: from a dataset to planned steps."""

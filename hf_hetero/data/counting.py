@@ -1,0 +1,284 @@
+"""What the rows of a dataset hold, counted by all ranks together, and seen to be the same on all of them.
+
+Where lengths lie in a table, rank 0 takes them from there. Where only reading tells, because rows are made as they are
+read or a collator makes them shorter or longer, each rank reads a share. Either way ranks meet every second, so that
+none waits for another for longer than that, however long counting takes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from hf_hetero.collators import PackedCollator
+from hf_hetero.data.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
+from hf_hetero.data.sampler import StepDataset
+from hf_hetero.errors import BadSample, ConfigError
+from hf_hetero.ranks.agreement import broadcast, gather, gather_objects, raise_together
+from hf_hetero.ranks.rounds import Work, each, in_rounds
+from hf_hetero.samples.rows import as_array, checked, documents_of_row, tokens_of_row
+from hf_hetero.samples.samples import Samples, samples_of
+
+Integers = NDArray[np.int64]
+
+logger = logging.getLogger(__name__)
+
+COMPARED = 512
+"""Rows that every rank reads, to see that all read the same: all of a small dataset, some of a large one."""
+READ_TWICE = 8
+KNOWN = ("transformers", "trl")
+"""Their collators, if they change the number of tokens at all, do so to the longest row, or to any."""
+REMEDY = (
+    "Give every rank the same rows in the same order: shuffle, split and filter with a fixed seed, from the same files "
+    "on all nodes, and do not shard; HeteroTrainer deals the rows out itself."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A dataset, and how training reads it.
+
+    Args:
+        dataset: map-style, as the user gave it.
+        rows: the same, as it is read.
+        collate: makes samples of the rows.
+        column: of a table, with each row's tokens.
+    """
+
+    dataset: Any
+    rows: StepDataset
+    collate: Callable[..., Any]
+    column: str
+
+    @property
+    def has_column(self) -> bool:
+        """Whether there is a column of lengths."""
+        return is_table(self.dataset) and self.column in self.dataset.column_names
+
+    @property
+    def collator(self) -> Any:
+        """The user's own; None: samples are made of rows as they are."""
+        return self.collate.example_collator if isinstance(self.collate, PackedCollator) else None
+
+
+def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
+    """Tokens of the sample that a collator makes of a row.
+
+    Raises:
+        BadSample: a row that cannot be a sample.
+    """
+    if isinstance(collate, PackedCollator) and collate.example_collator is not None and "input_ids" in example:
+        return collate.num_tokens(example, f"Row {row}")
+    return tokens_of_row(example, row)
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What a dataset holds.
+
+    Args:
+        num_rows: of the dataset.
+        samples: that the rows hold; on rank 0 only.
+        column: that their lengths are from; None: they were counted.
+    """
+
+    num_rows: int
+    samples: Samples | None
+    column: str | None
+
+
+def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted:
+    """Count the tokens of all rows. A collective of all ranks.
+
+    Raises:
+        BadSample: rows that cannot be samples, or have another length at each read; on every rank.
+        ConfigError: the dataset is not the same on all ranks; on every rank.
+    """
+    with _undisturbed():
+        sizes = each(lambda: (len(source.dataset), _identity(source)), control)
+        _refuse_others([num_rows for num_rows, _ in sizes], "The dataset differs between ranks: rank {} has {} rows")
+        num_rows, identity = sizes[0]
+        is_one = control is None or (bool(identity) and len(set(sizes)) == 1)
+        is_first = control is None or dist.get_rank() == 0
+        found = in_rounds(_stored(source) if is_first or not is_one else _nothing(), num_rows, control)
+        if any(unknown for [unknown] in gather([int(found is None and (is_first or not is_one))], control)):
+            logger.info(
+                "%d rows are read to count their tokens; a true %r column would spare it.", num_rows, source.column
+            )
+            return Counted(num_rows, _read_together(source, num_rows, control), None)
+        if not is_one:
+            _compare(source, in_rounds(_read(source, spread(num_rows, COMPARED)), num_rows, control), control)
+            prints = gather_objects(found.fingerprint() if found is not None else "", control)
+            _refuse_others(prints, "The lengths of rows differ between ranks: rank {} has fingerprint {}")
+    return Counted(num_rows, found if is_first else None, source.column if source.has_column else None)
+
+
+def still_holds(source: Source, tokens: Integers) -> bool:
+    """Whether rows are as they were when they were counted, as far as some of them show; of a plain table all are.
+
+    Args:
+        source: the dataset of now.
+        tokens: of each row, as they were counted, shape (num_rows,).
+    """
+    if is_plain_table(source.dataset) and source.collator is None:
+        return True  # whatever changes one makes another of it
+    with _undisturbed():
+        for row in spread(len(tokens), COMPARED):
+            [example] = source.rows.read([row])
+            if tokens_of(source.collate, example, row) != tokens[row]:
+                return False
+    return True
+
+
+def spread(num_rows: int, most: int) -> list[int]:
+    """So many rows, evenly over the dataset, the first and the last among them; all, where there are no more."""
+    return np.unique(np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(np.int64)).tolist()
+
+
+def _identity(source: Source) -> str:
+    """Equal only where rows are; "" where that cannot be told."""
+    return fingerprint(source.dataset) if is_plain_table(source.dataset) else ""
+
+
+def _nothing() -> Work[None]:
+    yield 0
+
+
+def _stored(source: Source) -> Work[Samples | None]:
+    """The samples of a table, by what lies in it; None where reading may give other lengths."""
+    dataset, collator = source.dataset, source.collator
+    is_known = is_plain_table(dataset) and (collator is None or _module(collator) in KNOWN)
+    if not is_table(dataset) or not (is_known or source.has_column):
+        return None
+    lengths = yield from table_lengths(dataset, source.column)
+    if len(lengths) and not (is_plain_table(dataset) and collator is None):
+        asked = [int(lengths.argmax()), int(lengths.argmin()), *spread(len(lengths), READ_TWICE)]
+        for row, tokens in (yield from _read(source, asked)).tokens.items():
+            if tokens != lengths[row]:
+                logger.warning(
+                    "Row %d has %d tokens in the table, and %d as it is read: all rows are read now, to count them.",
+                    *(row, lengths[row], tokens),
+                )
+                return None
+    return samples_of(lengths, table_documents(dataset))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What some rows gave, by row: tokens, those of each document, and, if asked for, a fingerprint of the content."""
+
+    tokens: dict[int, int]
+    documents: dict[int, list[int] | None]
+    contents: dict[int, int]
+
+
+def _read(source: Source, rows: Sequence[int], prints: bool = True) -> Work[_Found]:
+    found = _Found({}, {}, {})
+    for row in rows:
+        [example] = source.rows.read([row])
+        found.tokens[row] = tokens = tokens_of(source.collate, example, row)
+        checked(np.asarray([tokens]), first=row)
+        found.documents[row] = documents_of_row(example)
+        if prints:
+            found.contents[row] = _content(example)
+        yield 1
+    return found
+
+
+def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | None) -> Samples | None:
+    """The samples of all rows by reading them, a share on each rank. On rank 0."""
+    rank, num_ranks = (0, 1) if control is None else (dist.get_rank(), dist.get_world_size())
+    first = spread(num_rows, COMPARED if control is not None else READ_TWICE)
+    found = in_rounds(_read(source, first), len(first) * num_ranks, control)
+    _compare(source, found, control)
+    if len(first) < num_rows:
+        share = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
+        found = in_rounds(_read(source, share, prints=False), num_rows, control)
+    mine = (list(found.tokens.values()), list(found.documents.values()))
+    shares = gather_objects(mine, control) if len(first) < num_rows else [mine]
+    made: list[Samples] = []
+
+    def make() -> None:
+        lengths = np.asarray([tokens for counted, _ in shares for tokens in counted], dtype=np.int64)
+        documents: Any = [row for _, packed in shares for row in packed]
+        if is_plain_table(source.dataset):  # the column may not be among those that are read
+            documents = table_documents(source.dataset)
+        made.append(samples_of(lengths, documents))
+
+    broadcast(make, control)
+    return made[0] if made else None
+
+
+def _compare(source: Source, found: _Found, control: dist.ProcessGroup | None) -> None:
+    """See that rows are read with the same length again, and on all ranks."""
+    again = in_rounds(_read(source, list(found.tokens)[:: max(1, len(found.tokens) // READ_TWICE)]), 0, control)
+    error: Exception | None = None
+    for row, tokens in again.tokens.items():
+        if tokens != found.tokens[row]:
+            by = "" if source.collator is None else f", and the collator {_name(source.collator)}"
+            error = BadSample(
+                f"Row {row} had {found.tokens[row]} tokens when it was read first, and {tokens} the next time, so its "
+                f"step cannot be planned. Let the dataset {_name(source.dataset)}{by} give a row the same number of "
+                "tokens at each read, for instance by a generator seeded with the row; or use plain Trainer."
+            )
+            break
+    raise_together(error, control)
+    is_steady = all(found.contents[row] == content for row, content in again.contents.items())
+    everywhere = gather_objects((found.tokens, found.contents, is_steady), control)
+    tokens, contents, _ = everywhere[0]
+    compares_contents = all(steady for _, _, steady in everywhere)  # else they are drawn anew at each read
+    for rank, (their_tokens, their_contents, _) in enumerate(everywhere):
+        for row in tokens:
+            what = f"Row {row} of the dataset differs between ranks: rank {rank} reads"
+            if their_tokens[row] != tokens[row]:
+                raise ConfigError(f"{what} {their_tokens[row]} tokens, rank 0 {tokens[row]}. {REMEDY}")
+            if compares_contents and their_contents[row] != contents[row]:
+                raise ConfigError(f"{what} other tokens than rank 0. {REMEDY}")
+
+
+def _refuse_others(values: Sequence[Any], what: str) -> None:
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            raise ConfigError(f"{what.format(rank, value)}, rank 0 {values[0]}. {REMEDY}")
+
+
+def _content(example: Mapping[str, Any]) -> int:
+    print_ = hashlib.blake2b(digest_size=8)
+    for name in ("input_ids", "labels"):
+        if (values := example.get(name)) is None:
+            continue
+        try:
+            print_.update(as_array(values).astype(np.int64).tobytes())
+        except (TypeError, ValueError):  # what only the user's collator makes numbers of
+            print_.update(repr(values).encode())
+    return int.from_bytes(print_.digest(), "big", signed=True)
+
+
+def _module(collator: Any) -> str:
+    return str(getattr(collator, "__module__", "")).partition(".")[0]
+
+
+def _name(thing: Any) -> str:
+    return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Rows may draw from the generators that training draws from, and counting them must leave no trace there."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,230 @@
+"""What each epoch trains on: which rows, in which order, and the samples they hold."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+
+from hf_hetero.data.counting import Counted, Source, count_together, still_holds
+from hf_hetero.data.lengths import fingerprint, is_table
+from hf_hetero.data.plan_ahead import Draws
+from hf_hetero.data.planning import Planning
+from hf_hetero.data.sampler import GlobalBatches, StepDataset
+from hf_hetero.errors import BadSample
+from hf_hetero.ranks.agreement import broadcast, gather, raise_together
+from hf_hetero.samples.samples import Drawn, Samples, limited
+
+logger = logging.getLogger(__name__)
+
+
+class Epochs:
+    """What each epoch trains on: which rows, in which order, and the samples they hold.
+
+    Most datasets and orders are the same, or known, in every epoch: rows are counted once, when the run starts, and
+    plans are made across the border of epochs. A dataset that is told of each epoch (`set_epoch`) is counted anew when
+    the epoch begins, and a sampler is asked then; steps are planned up to the border until it is crossed.
+
+    Args:
+        batches: rows of each step.
+        rows: the dataset as it is read.
+        read: counts the rows; a collective.
+        control: group of all ranks; None for a single process.
+    """
+
+    def __init__(
+        self,
+        batches: GlobalBatches,
+        rows: StepDataset,
+        read: Callable[[], tuple[Counted, str]],
+        control: dist.ProcessGroup | None,
+    ) -> None:
+        self._batches, self._rows, self._read, self._control = batches, rows, read, control
+        self._samples: Samples | None = None
+        self.column: str | None = None
+        self.content: dict[str, str] = {}
+        if not rows.changes_with_epochs:
+            self.content = {"lengths": self._count()}
+
+    @property
+    def draws(self) -> Draws:
+        """The samples of each step. They are known on rank 0 only."""
+        return draws_of(self._batches, lambda: self._samples, self._is_known_ahead)
+
+    @property
+    def _is_known_ahead(self) -> bool:
+        return self._batches.is_known_ahead and not self._rows.changes_with_epochs
+
+    def begin(self, epoch: int, forget: Callable[[], None]) -> None:
+        """Find out what an epoch trains on, before its first step. A collective of all ranks, if there is anything to.
+
+        Args:
+            epoch: from 0.
+            forget: plans that were made before, of an epoch that was cut short.
+        """
+        if self._is_known_ahead:
+            return
+        forget()
+        error: Exception | None = None
+        try:
+            self._rows.set_epoch(epoch)
+            self._batches.begin(epoch)
+        except Exception as raised:
+            error = raised
+        raise_together(error, self._control)
+        if self._rows.changes_with_epochs:
+            self._count()
+
+    def _count(self) -> str:
+        found, content = self._read()
+        if found.num_rows != self._batches.num_rows:
+            raise BadSample(
+                f"The dataset has {found.num_rows} rows now, and had {self._batches.num_rows} when training started. "
+                "Let it keep as many in every epoch."
+            )
+        self._samples, self.column = found.samples, found.column
+        return content
+
+
+def draws_of(
+    batches: GlobalBatches, samples: Samples | Callable[[], Samples | None] | None, is_known_ahead: bool = True
+) -> Draws:
+    """The samples of each step.
+
+    Args:
+        batches: rows of each step.
+        samples: that the rows hold, or what gives them; needed on rank 0 only.
+        is_known_ahead: whether those of an epoch are known before it begins.
+    """
+
+    def draw(epoch: int, index: int) -> Drawn:
+        found = samples() if callable(samples) else samples
+        assert found is not None
+        return found.of(batches.rows(epoch, index))
+
+    def after(step: tuple[int, int]) -> tuple[int, int] | None:
+        following = batches.after(step)
+        return following if is_known_ahead or following[0] == step[0] else None
+
+    return Draws(draw, after)
+
+
+def read_rows(dataset: Any, planning: Planning, rows: StepDataset, collate: Callable[..., Any]) -> tuple[Counted, str]:
+    """What samples the rows of a dataset hold, on rank 0, which alone plans; and a fingerprint of their lengths.
+
+    Args:
+        dataset: map-style, as the user gave it.
+        planning: limits, column of lengths, control group.
+        rows: the dataset as it is read.
+        collate: makes samples of the rows.
+
+    Raises:
+        BadSample: rows without tokens, or samples that are too long, on every rank.
+        ConfigError: the dataset is not the same on all ranks, on every rank.
+    """
+    found = count_together(Source(dataset, rows, collate, planning.length_column), planning.control)
+    kept: list[Samples] = []
+
+    def limit() -> str:
+        assert found.samples is not None
+        samples, done = within_limits(found.samples, planning)
+        if done:
+            logger.warning("%s", done)
+        planning.limits.check_lengths(samples)
+        kept.append(samples)
+        return samples.fingerprint()
+
+    content = broadcast(limit, planning.control)
+    return replace(found, samples=kept[0] if kept else None), content
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What was counted.
+
+    Args:
+        dataset: that was.
+        conditions: all that decides how its rows are read and counted.
+        found: as `read_rows` returned it.
+    """
+
+    dataset: weakref.ref[Any]
+    conditions: tuple[Any, ...]
+    found: tuple[Counted, str]
+
+
+class KeptCounts:
+    """What datasets hold, while they live, so that one that is evaluated again need not be counted again.
+
+    A dataset is counted anew where its number of rows has changed, or a table's fingerprint, or how rows are read; or
+    where some rows, read again, have other tokens than before. One that is told of epochs is counted each time, and so
+    is a list, which may be changed in place.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, _Kept] = {}
+
+    def read(
+        self, dataset: Any, planning: Planning, rows: StepDataset, collate: Callable[..., Any]
+    ) -> tuple[Counted, str]:
+        """As `read_rows`. A collective of all ranks, which take what they know or count together.
+
+        Raises:
+            BadSample, ConfigError: as `read_rows`.
+        """
+        kept = self._kept.get(id(dataset))
+        conditions = _conditions(dataset, planning, collate)
+        source = Source(dataset, rows, collate, planning.length_column)
+        if all(known for [known] in gather([int(_holds(kept, source, conditions))], planning.control)):
+            assert kept is not None
+            return kept.found
+        self.forget(dataset)
+        found = read_rows(dataset, planning, rows, collate)
+        if not rows.changes_with_epochs:
+            self._keep(dataset, conditions, found)
+        return found
+
+    def forget(self, dataset: Any) -> None:
+        """Count it anew when it is asked for again."""
+        self._kept.pop(id(dataset), None)
+
+    def _keep(self, dataset: Any, conditions: tuple[Any, ...], found: tuple[Counted, str]) -> None:
+        kept, number = self._kept, id(dataset)
+        with suppress(TypeError):  # a list, for one, cannot be referred to without keeping it
+            gone = weakref.ref(dataset, lambda _: kept.pop(number, None))
+            kept[number] = _Kept(gone, conditions, found)
+
+
+def _conditions(dataset: Any, planning: Planning, collate: Callable[..., Any]) -> tuple[Any, ...]:
+    return (
+        len(dataset),
+        fingerprint(dataset) if is_table(dataset) else "",
+        collate,
+        planning.length_column,
+        planning.most_tokens,
+        planning.longer,
+        planning.limits,
+    )
+
+
+def _holds(kept: _Kept | None, source: Source, conditions: tuple[Any, ...]) -> bool:
+    """Whether this rank would take what it knows; if it cannot tell, counting will say why."""
+    if kept is None or kept.dataset() is not source.dataset or kept.conditions != conditions:
+        return False
+    samples = kept.found[0].samples
+    try:
+        return samples is None or still_holds(source, samples.row_tokens)
+    except Exception:
+        return False
+
+
+def within_limits(samples: Samples, planning: Planning) -> tuple[Samples, str]:
+    """Samples of at most so many tokens as the user set, and in words what was done about longer ones."""
+    if planning.most_tokens is None:
+        return samples, ""
+    return limited(samples, planning.most_tokens, planning.longer)

@@ -1,0 +1,142 @@
+"""The loaders of an evaluation: which datasets can be planned, and items that are planned steps of each row once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from transformers import TrainingArguments
+
+from hf_hetero.data.epochs import Epochs, KeptCounts, read_rows
+from hf_hetero.data.lengths import gives_tokens
+from hf_hetero.data.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
+from hf_hetero.data.plan_ahead import PlanAhead
+from hf_hetero.data.planning import Planning
+from hf_hetero.data.sampler import StepSampler
+from hf_hetero.data.streams.dealing import DealtDataset, StreamSampler
+from hf_hetero.data.streams.reading import Reading
+from hf_hetero.data.streams.stream import Stream, check_whole, num_rows_of
+from hf_hetero.data.workers import end_with_this_process
+from hf_hetero.ranks.agreement import broadcast
+
+
+class EvaluationLoader(DataLoader[Any]):
+    """Items are planned steps of an evaluation, in the dataset's order."""
+
+    plans: PlanAhead
+    stream: Stream | None = None
+
+    def close(self) -> None:
+        """End what works in the background."""
+        self.plans.close()
+        if self.stream is not None:
+            self.stream.close()
+
+
+def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
+    """Whether an evaluation can be planned: samples of tokens that nothing is generated from."""
+    if getattr(args, "predict_with_generate", False):
+        return False
+    if isinstance(dataset, IterableDataset):
+        return _gives_tokens(dataset)
+    return gives_tokens(dataset)
+
+
+def _gives_tokens(stream: Any) -> bool:
+    if (names := getattr(stream, "column_names", None)) is not None:
+        return "input_ids" in names
+    examples = iter(stream)
+    if examples is iter(stream):  # it can be read once only, so it is not tried
+        return True
+    first: Any = next(examples, None)
+    return isinstance(first, Mapping) and "input_ids" in first
+
+
+def evaluation_loader(
+    dataset: Any,
+    columns: Callable[[Any], Any],
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    planning: Planning,
+    names: Sequence[str] | None = None,
+    sampler: Any = None,
+    counts: KeptCounts | None = None,
+) -> EvaluationLoader:
+    """A loader of all samples, each once, in order. Its `plans` are to be closed after use.
+
+    Args:
+        dataset: map-style.
+        columns: removes the columns that the model does not need from a table.
+        collate: a step's examples -> this rank's tensors.
+        args: size of a batch, workers.
+        planning: where plans come from.
+        names: keys to keep of the rows of a dataset that is no table; None: all.
+        sampler: gives other rows, or another order (`Trainer._get_eval_sampler`); None: all, in order.
+        counts: what is known of datasets that were evaluated before.
+
+    Raises:
+        BadSample: rows without tokens, on every rank.
+    """
+    rows, size = rows_of(dataset, columns, names), args.eval_batch_size * args.world_size
+    sampler = SequentialSampler(dataset) if sampler is None else sampler
+    batches = batches_of(dataset, sampler, args, size, planning, at_once=size)
+    read = read_rows if counts is None else counts.read
+    epochs = Epochs(batches, rows, lambda: read(dataset, planning, rows, collate), planning.control)
+    plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
+    rank = args.process_index if planning.control is not None else 0
+    begin = partial(epochs.begin, forget=plans.forget)
+    steps: Any = StepSampler(batches, plans.step, rank, begin=begin)
+    collate = with_column(collate, epochs.column)
+    loader = step_loader(rows, steps, collate, args, is_training=False, kind=EvaluationLoader)
+    loader.plans = plans
+    return loader
+
+
+def streamed_evaluation_loader(
+    dataset: Any,
+    names: Sequence[str] | None,
+    collate: Callable[..., Any],
+    args: TrainingArguments,
+    planning: Planning,
+) -> EvaluationLoader:
+    """The same for a dataset that can only be iterated: one reading of it, on rank 0. To be closed after use.
+
+    Args:
+        dataset: iterable.
+        names: columns to keep; None: all.
+        collate, args, planning: as for `evaluation_loader`.
+
+    Raises:
+        ConfigError: the dataset is one rank's part of a stream; raised on every rank.
+    """
+    batch_size = args.eval_batch_size * args.world_size
+    num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
+    stream: Stream | None = None
+    if planning.control is None or args.process_index == 0:
+        reading = Reading(dataset, batch_size, samples_of(planning, collate), names)
+        stream = Stream(reading, planning.num_ahead, one_by_one=True)
+    plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
+    has_workers = args.dataloader_num_workers > 0
+    sampler: Any = StreamSampler(
+        stream,
+        plans.step,
+        planning.control,
+        has_workers,
+        num_trained=lambda: 0 if stream is None else stream.num_taken,
+        skips=False,
+        num_rows=num_rows,
+        batch_size=batch_size,
+    )
+    loader = EvaluationLoader(
+        DealtDataset(num_rows),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        prefetch_factor=args.dataloader_prefetch_factor,
+    )
+    loader.plans, loader.stream = plans, stream
+    end_with_this_process(loader)
+    return loader

@@ -1,0 +1,243 @@
+"""Plans the coming steps in the background on rank 0, and hands each step to all ranks when its turn comes."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+
+from hf_hetero.errors import HeteroError
+from hf_hetero.plan import Plan
+from hf_hetero.planner import Planner, PlannerLost, PlannerProcess
+from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.samples.samples import Drawn
+from hf_hetero.step import Step
+
+logger = logging.getLogger(__name__)
+
+PlanFunction = Callable[[Sequence[int]], Plan]
+Key = tuple[int, int]
+"""Epoch, and step within it."""
+
+PLANNING_NICENESS = 5
+IMPROVING_NICENESS = 19
+WORTH_REPLACING = 0.99
+"""An improved plan is taken if it needs at most this share of the time: for less, runs had better be alike."""
+
+LONG_S = 10.0
+"""A step that waits longer for its plan says so, while it waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What is to be planned, in which order.
+
+    Args:
+        draw: epoch, step within it -> the samples of the step; None: the data has ended before it. On rank 0 only.
+        after: a step -> the next one; None: there is none.
+    """
+
+    draw: Callable[[int, int], Drawn | None]
+    after: Callable[[Key], Key | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSource:
+    """Where plans come from.
+
+    Args:
+        plan: lengths of a global batch -> Plan.
+        fallback: used when `plan` fails for another reason than the batch itself.
+        improve: plan, lengths -> a plan that is no slower; called while there is time.
+        close: called when no more plans are wanted.
+    """
+
+    plan: PlanFunction
+    fallback: PlanFunction
+    improve: Callable[[Plan, Sequence[int]], Plan] | None = None
+    close: Callable[[], None] = lambda: None
+
+
+def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlanSource:
+    """Plans from two processes: one plans, one improves and yields to all else. If they fail, this process plans.
+
+    Args:
+        planner: asked anew for each plan.
+        improves: whether plans are improved while there is time.
+        limit_s: seconds that a plan, or an improvement, may take.
+    """
+    planning = PlannerProcess(planner, PLANNING_NICENESS, limit_s)
+    improving = PlannerProcess(planner, IMPROVING_NICENESS, limit_s)
+
+    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
+        seconds = planner().cost_model.plan_seconds(plan, lengths)
+        is_of_now = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
+        return improving.improve(plan, lengths) if is_of_now else plan  # it was made before times were refitted
+
+    def close() -> None:
+        planning.close()
+        improving.close()
+
+    return PlanSource(
+        plan=planning.plan,
+        fallback=lambda lengths: planner().static(lengths),
+        improve=improve if improves else None,
+        close=close,
+    )
+
+
+class PlanAhead:
+    """A source of planned steps.
+
+    Rank 0 keeps a few plans ready while the model trains; the others receive theirs. A plan is a broadcast of the
+    control group, so it must be asked for in the same order on all ranks. Plans that are ready early are improved in
+    a second thread, the one that is needed last first; a step never waits for that.
+
+    Args:
+        source: what plans, what improves plans, and what to do when that breaks.
+        draws: what is to be planned.
+        num_ahead: plans kept ready beyond the one asked for.
+        control: group that carries the plans; None for a single process.
+    """
+
+    def __init__(
+        self,
+        source: PlanSource,
+        draws: Draws,
+        num_ahead: int,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._source, self._draws, self._num_ahead, self._control = source, draws, num_ahead, control
+        is_planner = control is None or dist.get_rank() == 0
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
+        self._improver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="improve-ahead") if is_planner else None
+        self._lock = threading.RLock()  # a future that is done calls back at once
+        self._coming: dict[Key, Future[Step | None]] = {}
+        self._improved: dict[Key, Plan] = {}
+        self._improving = False
+        self._closed = False
+
+    def step(self, epoch: int, index: int) -> Step | None:
+        """The planned step; None: the data has ended. Waits, on all ranks, if rank 0 has not finished its plan.
+
+        Raises:
+            HeteroError: the batch cannot be planned; raised on every rank.
+        """
+        return broadcast(lambda: self._take(epoch, index), self._control)
+
+    def forget(self) -> None:
+        """Drop the coming plans: what they are for has changed."""
+        with self._lock:
+            self._coming.clear()
+            self._improved.clear()
+
+    def close(self) -> None:
+        """Forget the coming plans and end what makes them."""
+        with self._lock:
+            self._closed = True
+            self._coming.clear()
+            self._improved.clear()
+        self._source.close()
+        for pool in (self._worker, self._improver):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self, epoch: int, index: int) -> Step | None:
+        assert self._worker is not None
+        with self._lock:
+            key: Key | None = (epoch, index)
+            for _ in range(self._num_ahead + 1):
+                if key is not None and key not in self._coming:
+                    self._coming[key] = self._worker.submit(self._solve, *key)
+                    self._coming[key].add_done_callback(lambda _: self._wake_improver())
+                key = self._draws.after(key) if key is not None else None
+            future = self._coming.pop((epoch, index))
+            better = self._improved.pop((epoch, index), None)
+            # an epoch that was cut short leaves plans behind that nobody will take
+            self._coming = {key: coming for key, coming in self._coming.items() if key > (epoch, index)}
+            self._improved = {key: plan for key, plan in self._improved.items() if key in self._coming}
+            self._wake_improver()
+        step = self._wait(future, epoch, index)
+        return step if step is None or better is None else replace(step, plan=better)
+
+    def _wait(self, future: Future[Step | None], epoch: int, index: int) -> Step | None:
+        if future.done():
+            return future.result()
+        start = time.perf_counter()
+        if not wait([future], LONG_S).done:
+            logger.warning("Step %d of epoch %d has waited %g s for its plan, and waits on.", index, epoch, LONG_S)
+        step = future.result()
+        return replace(step, wait_s=time.perf_counter() - start) if step is not None else None
+
+    def _solve(self, epoch: int, index: int) -> Step | None:
+        drawn = self._draws.draw(epoch, index)
+        if drawn is None:
+            return None
+        try:
+            plan = self._source.plan(drawn.lengths)
+        except HeteroError as error:
+            raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
+        except Exception as error:
+            self._warn(f"Planning step {index} of epoch {epoch} failed; using a simpler plan", error)
+            plan = self._source.fallback(drawn.lengths)
+        return Step(epoch, index, drawn, plan)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        """Say what failed, and where in the code if it should never fail; not once plans are no longer wanted."""
+        if not self._closed:
+            is_foreseen = isinstance(error, HeteroError | PlannerLost)
+            logger.warning("%s: %s", what, error, exc_info=None if is_foreseen else error)
+
+    def _wake_improver(self) -> None:
+        """A plan is ready, or there is room for more: the improver looks for work unless it is at it."""
+        with self._lock:
+            if self._source.improve is None or self._improver is None or self._improving or self._closed:
+                return
+            self._improving = True
+            self._improver.submit(self._improve_coming)
+
+    def _improve_coming(self) -> None:
+        """Improve plan after plan, until all that are ready have been."""
+        while (step := self._next_to_improve()) is not None:
+            assert self._source.improve is not None
+            try:
+                found = self._source.improve(step.plan, step.lengths)
+            except Exception as error:
+                self._warn(f"Improving the plan of step {step.index} of epoch {step.epoch} failed", error)
+                found = step.plan
+            with self._lock:
+                if _key(step) in self._coming:
+                    self._improved[_key(step)] = _worth_it(step.plan, found)
+
+    def _next_to_improve(self) -> Step | None:
+        """The ready step that is needed last, of those not improved yet; None ends the improver's turn."""
+        with self._lock:
+            for key, future in sorted(self._coming.items(), reverse=True):
+                if key in self._improved or not future.done() or future.cancelled() or future.exception():
+                    continue
+                if (step := future.result()) is not None:
+                    return step
+            self._improving = False
+            return None
+
+
+def _key(step: Step) -> Key:
+    return step.epoch, step.index
+
+
+def _worth_it(plan: Plan, found: Plan) -> Plan:
+    """The improved plan if it is clearly faster; else the plan as it was, with what was proven of it."""
+    if found.seconds <= plan.seconds * WORTH_REPLACING:
+        return found
+    return replace(plan, lower_bound_s=max(plan.lower_bound_s, min(found.lower_bound_s, plan.seconds)))
+
+
+def _brief(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 8 else shown

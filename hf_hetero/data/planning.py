@@ -1,0 +1,96 @@
+"""How a run plans its steps: with which planner, how far ahead, under which limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch.distributed as dist
+
+from hf_hetero.collators.limits import Limits
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
+from hf_hetero.data.plan_ahead import PlanSource, planned_elsewhere
+from hf_hetero.planner import Backend, Planner, Solver
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """How a run plans its steps.
+
+    Args:
+        source: where plans come from.
+        num_ahead: plans kept ready.
+        length_column: column with each row's tokens.
+        most_tokens: of a sample; None: any number.
+        longer: what to do with longer ones: "error", "truncate" or "split".
+        limits: what the model has room for.
+        control: group that carries the plans; None for a single process.
+    """
+
+    source: PlanSource
+    num_ahead: int
+    length_column: str
+    control: dist.ProcessGroup | None
+    most_tokens: int | None = None
+    longer: str = "error"
+    limits: Limits = field(default_factory=Limits)
+
+
+def planning_of(
+    hetero: HeteroConfig, source: PlanSource, control: dist.ProcessGroup | None, limits: Limits
+) -> Planning:
+    """As the user's settings say, for a model with such limits."""
+    return Planning(
+        source,
+        num_ahead=hetero.plan_ahead_steps,
+        length_column=hetero.length_column,
+        control=control,
+        most_tokens=hetero.max_sample_tokens,
+        longer=hetero.longer_samples,
+        limits=limits,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Planners:
+    """Makes planners as the user's settings say.
+
+    Args:
+        hetero: settings.
+        num_ranks: of the run.
+        cost_model: asked anew for each plan, for callbacks may refit it.
+        methods: exchanges that the attention kernel allows.
+    """
+
+    hetero: HeteroConfig
+    num_ranks: int
+    cost_model: Callable[[], CostModel]
+    methods: Sequence[str]
+
+    def planner(self, solver: str | None = None) -> Planner:
+        """The planner for the cost model of now."""
+        return Planner(
+            self.cost_model(),
+            num_ranks=self.num_ranks,
+            solver=cast("Solver", solver or self.hetero.solver),
+            mip_backend=cast("Backend", self.hetero.mip_backend),
+            methods=list(self.methods),
+        )
+
+    def for_training(self, reproducible: bool) -> PlanSource:
+        """Plans from processes of their own.
+
+        Args:
+            reproducible: do without what is not the same in two runs: whether an improved plan is ready in time.
+        """
+        improves = self.hetero.solver == "auto" and not reproducible
+        return planned_elsewhere(self.planner, improves, self.hetero.planning_timeout_s)
+
+    def for_evaluation(self) -> PlanSource:
+        """Plans from a thread: a forward pass leaves it the processor; processes would start anew each time."""
+        return PlanSource(
+            plan=lambda lengths: self.planner("fast").plan(lengths),
+            fallback=lambda lengths: self.planner("fast").static(lengths),
+        )

@@ -1,0 +1,166 @@
+"""One reading of a dataset that can only be iterated: its batches from any position on, and the position after each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hf_hetero.data.contents import checksum_of
+from hf_hetero.data.lengths import tells_where_it_is
+from hf_hetero.errors import BadSample
+from hf_hetero.samples.samples import Drawn, Samples
+
+logger = logging.getLogger(__name__)
+
+Example = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a stream has been read.
+
+    Args:
+        epoch: how often it has ended.
+        batches: batches taken of this epoch.
+        rows: examples taken of this epoch.
+        state: what the dataset says of it (`state_dict`); None: it is to be found again by reading from the start.
+        contents: checksum of what is read again to find it: of the epoch's rows so far, or, with a state, of its first
+            row; None: it is not known.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    rows: int = 0
+    state: dict[str, Any] | None = None
+    contents: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The samples of one step, the examples that hold them by row, and the position after it."""
+
+    drawn: Drawn
+    examples: Mapping[int, Example]
+    after: Position
+
+
+class Reading:
+    """Makes batches of a dataset's examples.
+
+    Args:
+        dataset: iterable; `set_epoch(epoch)` is called before each time it is started, where it has that method.
+        batch_size: examples of a step, over all ranks.
+        samples_of: the samples that a list of examples holds.
+        names: columns to keep; None: all.
+        seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        samples_of: Callable[[list[Example]], Samples],
+        names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._dataset, self._batch_size, self._samples_of, self._seed = dataset, batch_size, samples_of, seed
+        self._names = None if names is None else frozenset(names)
+        self._has_state = tells_where_it_is(dataset)
+
+    def batches(self, position: Position, wanted: Callable[[], bool]) -> Iterator[Batch]:
+        """What follows a position, up to the end of the epoch, or until nobody wants more.
+
+        Raises:
+            BadSample: an example that cannot be planned for; or the dataset is not the one that was read before.
+        """
+        rows: list[Example] = []
+        for example in self._open(position, wanted):
+            if not wanted():
+                return
+            rows.append(self._kept(example))
+            if len(rows) == self._batch_size:
+                batch = self._batch(rows, position)
+                position, rows = batch.after, []
+                yield batch
+        if rows:
+            yield self._batch(rows, position)
+
+    def _open(self, position: Position, wanted: Callable[[], bool]) -> Iterator[Example]:
+        """The examples from a position on."""
+        dataset = self._dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(position.epoch)
+        if isinstance(generator := getattr(dataset, "generator", None), torch.Generator):
+            generator.manual_seed(self._seed + position.epoch)
+        if position.state is not None:
+            if position.contents is not None:
+                self._check(position, checksum_of([self._kept(row) for row in islice(iter(dataset), 1)]))
+            dataset.load_state_dict(position.state)
+            return iter(dataset)
+        examples, checksum = iter(dataset), 0
+        if position.rows:
+            logger.warning(
+                "The stream cannot be entered in the middle: its first %d rows are read again.", position.rows
+            )
+        for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
+            if not wanted() or (example := next(examples, None)) is None:
+                raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
+            checksum = checksum_of([self._kept(example)], checksum)
+        self._check(position, checksum)
+        return examples
+
+    def _check(self, position: Position, checksum: int) -> None:
+        """What was read again is what was read before."""
+        if position.contents not in (None, checksum):
+            raise BadSample(
+                f"The stream is not the one that was trained on: rows of epoch {position.epoch} that were trained are "
+                "others now. Go back to that stream, with the seed of whatever shuffles it; or start the data anew "
+                "with ignore_data_skip=True."
+            )
+
+    def _kept(self, example: Example) -> Example:
+        """The columns of an example that are wanted."""
+        return example if self._names is None else {n: x for n, x in example.items() if n in self._names}
+
+    def _batch(self, examples: list[Example], position: Position) -> Batch:
+        first = position.rows
+        try:
+            samples = self._samples_of(examples)
+        except BadSample as error:
+            where = f"Step {position.batches} of epoch {position.epoch}, rows counted from row {first} of the stream"
+            raise BadSample(f"{where}: {error}") from error
+        drawn = samples.of(range(len(examples)))
+        state = self._state()
+        contents = self._contents(examples, position, state)
+        after = Position(position.epoch, position.batches + 1, first + len(examples), state, contents)
+        rows = tuple(first + row for row in drawn.rows)
+        return Batch(replace(drawn, rows=rows), dict(enumerate(examples, first)), after)
+
+    @staticmethod
+    def _contents(examples: list[Example], position: Position, state: dict[str, Any] | None) -> int | None:
+        if not position.rows:
+            return checksum_of(examples if state is None else examples[:1])
+        if position.contents is None or (state is None) != (position.state is None):
+            return None
+        return checksum_of(examples, position.contents) if state is None else position.contents
+
+    def _state(self) -> dict[str, Any] | None:
+        """The dataset's own account of where it is, if that can be trusted and written down."""
+        if not self._has_state:
+            return None
+        state: dict[str, Any] = self._dataset.state_dict()
+        try:
+            return state if json.loads(json.dumps(state)) == state else None
+        except TypeError:
+            return None

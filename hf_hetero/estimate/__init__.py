@@ -1,0 +1,1 @@
+"""The room of estimates: a cost model without a measurement."""

@@ -1,0 +1,169 @@
+"""Bytes that a rank needs for a model and its tokens, and bytes that it has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.model import chunked_mlp
+from hf_hetero.model.chunked_loss import CHUNK_BYTES
+from hf_hetero.topology import Topology
+
+LEVERS: dict[str, dict[str, bool]] = {
+    "everything kept": {},
+    "chunked loss": {"chunked_loss": True},
+    "layers recomputed": {"checkpointing": True},
+    "MLPs in chunks": {"chunked_mlp": True},
+    "offloaded": {"offloads": True},
+}
+"""Ways to hold more tokens, each added to those before it, and what it changes in a `ModelShape`."""
+COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVIDIA/nccl issues 864 and 964)
+
+
+def activation_bytes(shape: ModelShape) -> float:
+    """Memory of a token: activations that wait for backward, and the logits.
+
+    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
+    it exchanged if that is kept, and one layer in full, of whose MLP only input and output if it goes in chunks. What
+    is offloaded is there for two layers at a time: one that computes, and one whose copies are on their way. Whole
+    logits exist three times: once in the training type, twice in fp32; a chunked loss keeps the head's input and its
+    gradient instead.
+    """
+    kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
+    kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
+    kept_by_mlp = (0 if shape.checkpointing and shape.chunked_mlp else 4 * shape.intermediate) + shape.hidden
+    layer = (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
+    waiting = min(2, shape.num_layers) if shape.offloads else shape.num_layers
+    layers = waiting * boundary_bytes(shape) + layer if shape.checkpointing else shape.num_layers * layer
+    if shape.chunked_loss:
+        return layers + 2 * shape.hidden * shape.element_bytes
+    return layers + shape.vocab * (shape.element_bytes + 8)
+
+
+def boundary_bytes(shape: ModelShape) -> float:
+    """What a layer that is recomputed keeps of a token: its input, and what it exchanged if that is kept."""
+    exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
+    return (shape.hidden + exchanged) * shape.element_bytes
+
+
+def mlp_bytes(shape: ModelShape) -> float:
+    """Memory of an MLP in chunks whatever the tokens: a chunk's inner tensors twice, and its gradients in fp32."""
+    if not (shape.checkpointing and shape.chunked_mlp):
+        return 0.0
+    gradients = 4 * 3 * shape.hidden * shape.intermediate if shape.trainable_params == shape.num_params else 0
+    return 2 * chunked_mlp.CHUNK_BYTES + gradients
+
+
+def loss_bytes(shape: ModelShape) -> float:
+    """Memory of a chunked loss whatever the tokens: a full chunk's logits, and the head's gradient in fp32."""
+    if not shape.chunked_loss:
+        return 0.0
+    chunk = tokens_in_chunk(shape) * chunked_logits_bytes(shape)
+    return chunk + (4 * shape.vocab * shape.hidden if shape.trainable_params == shape.num_params else 0)
+
+
+def tokens_in_chunk(shape: ModelShape) -> float:
+    """Most tokens whose logits a chunked loss holds at once."""
+    return CHUNK_BYTES / (4 * shape.vocab)
+
+
+def chunked_logits_bytes(shape: ModelShape) -> float:
+    """Logits of a token in a chunk: once in fp32, twice in the training type."""
+    return shape.vocab * (4 + 2 * shape.element_bytes)
+
+
+def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
+    """Bytes of a token, and bytes whatever the tokens, of a rank that holds the model's states.
+
+    The loss and the MLPs take their chunks one after the other, so that the larger counts. Where memory ends before a
+    chunk of the loss is full, only the logits of the tokens that fit are ever there, so they are counted with each
+    token; an MLP that never fills a chunk is as if it had none.
+    """
+    if shape.checkpointing and shape.chunked_mlp and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
+        shape = replace(shape, chunked_mlp=False)
+    fixed, token = state_bytes + max(loss_bytes(shape), mlp_bytes(shape)), activation_bytes(shape)
+    if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
+        fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
+        token += chunked_logits_bytes(shape)
+    return token, fixed
+
+
+def model_state_bytes(shape: ModelShape) -> float:
+    """Weights, their gradients, and two fp32 moments of Adam for the trainable ones."""
+    per_trainable = shape.param_bytes / shape.num_params + 8
+    return shape.param_bytes + shape.trainable_params * per_trainable
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Model states in parts over all ranks (FSDP, ZeRO-3), layers gathered while they compute.
+
+    Args:
+        offloaded: the parts wait in the host's memory, so only what is gathered takes the device's.
+        whole_gradients: gradients add up whole over the micro-batches of a step, and are scattered by the last one.
+    """
+
+    offloaded: bool = False
+    whole_gradients: bool = False
+
+
+def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
+    """What a rank's device holds of the model's states."""
+    own = 0.0 if shards.offloaded else model_state_bytes(shape) / num_ranks
+    gradients = shape.trainable_params * shape.element_bytes if shards.whole_gradients else 0.0
+    return own + gathered_bytes(shape) + gradients
+
+
+def gathered_bytes(shape: ModelShape) -> float:
+    """What a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
+
+    Two layers' weights, because the next one is gathered early, one layer's gradients, and the same, once, of what
+    stands outside the layers: embeddings and head.
+    """
+    attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
+    layer = attention + 3 * shape.hidden * shape.intermediate
+    outside = min(max(shape.num_params - shape.num_layers * layer, 0), 2 * shape.vocab * shape.hidden)
+    return (3 * (shape.num_params - outside) / shape.num_layers + 2 * outside) * shape.element_bytes
+
+
+def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicators: int = 0) -> int:
+    """What one rank may use: of the GPU's memory, or its part of what the host gives without swapping.
+
+    See `usable_bytes` for a GPU.
+    """
+    if device.type == "cuda":
+        return int(usable_bytes(torch.cuda.get_device_properties(device).total_memory, num_communicators))
+    return int(0.9 * psutil.virtual_memory().available / max(ranks_on_node, 1))
+
+
+def usable_bytes(card_bytes: float, num_communicators: int) -> float:
+    """What a card leaves beside the CUDA context, the allocator's losses and communicators; half of it at least."""
+    return max(0.5 * card_bytes, 0.95 * card_bytes - num_communicators * COMMUNICATOR_BYTES)
+
+
+def host_memory_bytes(device: torch.device, ranks_on_node: int) -> int | None:
+    """What one rank may use of the host for what its GPU puts there: its part of half of what is free; else None."""
+    return int(0.5 * psutil.virtual_memory().available / max(ranks_on_node, 1)) if device.type == "cuda" else None
+
+
+def tokens_by_lever(shape: ModelShape, num_ranks: int, card_bytes: float) -> dict[str, int]:
+    """Tokens that a rank holds as one way to save memory is added to those before it; 0 where the model does not fit.
+
+    Weights are sharded over the ranks; what ranks exchange is kept for the recompute.
+
+    Args:
+        shape: of the model; how it saves memory is set here.
+        num_ranks: of the run.
+        card_bytes: memory of a card.
+    """
+    memory_bytes = usable_bytes(card_bytes, len(Topology(num_ranks).degrees))
+    held: dict[str, int] = {}
+    shape = replace(shape, checkpointing=False, keeps_exchanged=True, chunked_loss=False, chunked_mlp=False)
+    for lever, change in LEVERS.items():
+        shape = replace(shape, **change)
+        token_bytes, fixed_bytes = memory_of(shape, sharded_bytes(shape, num_ranks, Shards()), memory_bytes)
+        held[lever] = max(0, int((memory_bytes - fixed_bytes) / token_bytes))
+    return held

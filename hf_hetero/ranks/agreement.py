@@ -1,0 +1,276 @@
+"""What the ranks tell each other outside the model: plans, counts, and that something is wrong.
+
+Everything here is a collective of the control group, which lives on the host. What goes wrong on one rank is raised on
+all of them, with the same words, instead of leaving the others to wait.
+
+So that a rank in trouble is heard wherever the others are, all exchanges begin with one message of the same form (see
+`_meet`): a rank that fails while it reads a step reaches those that wait for a plan, or for the end of a step.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hf_hetero import errors
+from hf_hetero.errors import BadSample, HeteroError, PlanMismatch
+from hf_hetero.ranks.groups import limit_of, named, wait_for
+
+T = TypeVar("T")
+Told = tuple[str, str]
+"""An error on its way: the name of its class in `errors`, and its words."""
+
+FROM_RANK_0 = "The broadcast from rank 0"
+BEFORE_STEP = "The exchange before a step"
+REPORT = "The exchange of a step's report"
+DECISION = "The exchange of what comes next"
+SAVED = "The exchange while saving"
+RESULTS = "The exchange of results"
+DEALING = "The dealing out of examples"
+PLACES = (FROM_RANK_0, BEFORE_STEP, REPORT, DECISION, SAVED, RESULTS, DEALING)
+NUM_VALUES = 6
+"""Integers that the first message of each exchange has room for."""
+MOST_WORDS = 20_000
+"""Characters of an error that are told to other ranks."""
+NOT_READ = -1
+
+
+def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
+    """Call `make` on rank 0 and give its result to all ranks.
+
+    Raises:
+        HeteroError: what `make` raised, on every rank.
+    """
+    if control is None:
+        return make()
+    message: list[Any] = [None]
+    error: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            message = [make()]
+        except Exception as raised:
+            error = raised
+    # on behalf of all: whose it is says nothing
+    told = None if error is None else _told(error, says_rank=not isinstance(error, HeteroError))
+    _meet(FROM_RANK_0, (), control, told, error)
+    with _named(FROM_RANK_0, control):
+        dist.broadcast_object_list(message, src=0, group=control)
+    return message[0]
+
+
+def confirm_step(
+    step: int, digest: int, num_targets: int, error: Exception | None, control: dist.ProcessGroup | None
+) -> int:
+    """Before a step's first group collective: do all ranks hold the same plan and good samples?
+
+    Args:
+        step: for messages.
+        digest: fingerprint of this rank's step.
+        num_targets: tokens of this rank that have something to predict.
+        error: what went wrong while this rank read its samples.
+
+    Returns:
+        Target tokens of the whole step.
+
+    Raises:
+        HeteroError: what went wrong, on every rank; `PlanMismatch` if plans differ.
+    """
+    if error is not None and (control is None or getattr(error, "is_known_to_all", False)):
+        raise error
+    if control is None:
+        return num_targets
+    rows = _meet(BEFORE_STEP, [digest, num_targets], control, None if error is None else _told(error), error)
+    digests = [row[0] for row in rows]
+    if len(set(digests)) > 1:
+        usual = max(set(digests), key=digests.count)
+        others = [rank for rank, value in enumerate(digests) if value != usual]
+        mismatch = PlanMismatch(
+            f"Step {step}: ranks {others} hold another plan than the rest. All ranks need the same dataset, seed and "
+            "settings, and the plan must come from rank 0."
+        )
+        raise _known_to_all(mismatch, control)
+    return sum(row[1] for row in rows)
+
+
+def confirm_rows(
+    step: int, shared: Sequence[int], fingerprints: Mapping[int, int], control: dist.ProcessGroup | None
+) -> None:
+    """Have the ranks that share a row read the same? Each reads it for itself.
+
+    Args:
+        step: for messages.
+        shared: rows that several ranks may read; the same on all of them.
+        fingerprints: of those that this rank has read, at least 0.
+
+    Raises:
+        BadSample: a row differs between ranks; raised on all.
+    """
+    if control is None or not shared:
+        return
+    mine = torch.tensor([fingerprints.get(row, NOT_READ) for row in shared], dtype=torch.int64)
+    lowest = torch.where(mine == NOT_READ, torch.iinfo(torch.int64).min, -mine)
+    extremes = torch.stack([mine, lowest])  # the largest of each, and the largest of its negative
+    with _named(BEFORE_STEP, control):
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=control)
+    differs = (extremes[0] != NOT_READ) & (extremes[0] != -extremes[1])
+    if not differs.any():
+        return
+    index = int(differs.nonzero()[0, 0])
+    versions: dict[int, list[int]] = {}
+    for rank, [found] in enumerate(_all_gather(mine[index : index + 1].tolist(), BEFORE_STEP, control)):
+        if found != NOT_READ:
+            versions.setdefault(found, []).append(rank)
+    others = f" ({int(differs.sum()) - 1} more rows differ, too)" if differs.sum() > 1 else ""
+    differing = BadSample(
+        f"Step {step}: row {shared[index]} differs between the ranks that share it: "
+        f"{' and '.join(f'ranks {ranks}' for ranks in versions.values())} read other tokens or labels{others}. "
+        "Each of them reads it for itself, so a row must be the same at each read: where the dataset or the collator "
+        "draws at random, seed it by the row's index (and epoch), or draw once, with dataset.map(), before training."
+    )
+    raise _known_to_all(differing, control)
+
+
+def raise_together(error: Exception | None, control: dist.ProcessGroup | None) -> None:
+    """Wait for all ranks, and raise on all of them what went wrong on any.
+
+    Raises:
+        HeteroError: what went wrong.
+    """
+    if error is not None and (control is None or getattr(error, "is_known_to_all", False)):
+        raise error
+    if control is not None:
+        _meet(SAVED, (), control, None if error is None else _told(error), error)
+
+
+def any_of(flags: Sequence[bool], control: dist.ProcessGroup | None) -> list[bool]:
+    """For each of at most six flags, whether it is set on any rank."""
+    if control is None:
+        return list(flags)
+    return [any(votes) for votes in zip(*_meet(DECISION, list(map(int, flags)), control), strict=True)]
+
+
+def gather(values: Sequence[int], control: dist.ProcessGroup | None) -> list[list[int]]:
+    """The integers of every rank; each rank gives as many."""
+    if control is None:
+        return [list(values)]
+    rows = _meet(REPORT, values[:NUM_VALUES], control)
+    if rest := values[NUM_VALUES:]:
+        rows = [[*row, *more] for row, more in zip(rows, _all_gather(rest, REPORT, control), strict=True)]
+    return rows
+
+
+def gather_objects(value: T, control: dist.ProcessGroup | None) -> list[T]:
+    """What every rank gives, in the order of the ranks."""
+    if control is None:
+        return [value]
+    _meet(RESULTS, (), control)
+    return _all_gather_objects(value, RESULTS, control)
+
+
+def scatter(values: Sequence[T] | None, control: dist.ProcessGroup | None) -> T:
+    """Give each rank its own of rank 0's values.
+
+    Raises:
+        HeteroError: a value cannot be sent; raised on every rank.
+    """
+    if control is None:
+        assert values is not None
+        return values[0]
+    mine: list[Any] = [None]
+    parts: list[bytes] | None = None
+    error: Exception | None = None
+    try:
+        parts = None if values is None else [pickle.dumps(value) for value in values]
+    except Exception as raised:
+        error = HeteroError(f"Examples cannot be sent to other ranks: {type(raised).__name__}: {raised}")
+        error.__cause__ = raised
+    _meet(DEALING, (), control, None if error is None else _told(error), error)
+    with _named(DEALING, control):
+        dist.scatter_object_list(mine, parts, src=0, group=control)
+    return pickle.loads(mine[0])
+
+
+def _meet(
+    place: str,
+    values: Sequence[int],
+    control: dist.ProcessGroup,
+    told: Told | None = None,
+    error: Exception | None = None,
+) -> list[list[int]]:
+    """The first message of each exchange: is any rank in trouble, and have all come to the same place?
+
+    Args:
+        place: one of `PLACES`.
+        values: at most `NUM_VALUES` integers for the others; as many on each rank.
+        control: group of all ranks.
+        told, error: what went wrong on this rank.
+
+    Returns:
+        The integers of every rank.
+
+    Raises:
+        HeteroError: what went wrong on any rank, or that they have come apart; on all of them.
+    """
+    room = [0] * (NUM_VALUES - len(values))
+    rows = _all_gather([int(told is not None), PLACES.index(place), *values, *room], place, control)
+    if any(row[0] for row in rows):
+        kind, text = next(filter(None, _all_gather_objects(told, place, control)))
+        raise _known_to_all(getattr(errors, kind)(text), control) from error
+    if any(row[1] != rows[0][1] for row in rows):
+        where = ", ".join(f"rank {rank} at {_lower(PLACES[row[1]])}" for rank, row in enumerate(rows))
+        apart = HeteroError(
+            f"The ranks have come apart: {where}. All ranks need the same number of steps, and whatever a script or a "
+            "callback of theirs makes ranks do together (evaluate, save) must be asked for on all of them."
+        )
+        raise _known_to_all(apart, control)
+    return [row[2 : 2 + len(values)] for row in rows]
+
+
+def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError:
+    """The error, once all ranks know it: one that ends before takes what others have not read yet with it."""
+    with suppress(RuntimeError):  # they know, and may have gone
+        dist.barrier(group=control)
+    error.is_known_to_all = True
+    return error
+
+
+def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -> list[list[int]]:
+    mine = torch.tensor(values, dtype=torch.int64)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    with _named(place, control):
+        wait_for(dist.all_gather(found, mine, group=control, async_op=True), _lower(place), control)
+    return [row.tolist() for row in found]
+
+
+def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:
+    found: list[Any] = [None] * dist.get_world_size()
+    with _named(place, control):
+        dist.all_gather_object(found, value, group=control)
+    return found
+
+
+def _named(place: str, control: dist.ProcessGroup) -> Any:
+    return named(place, f"all {dist.get_world_size()} ranks", limit=limit_of(control))
+
+
+def _told(error: Exception, says_rank: bool = True) -> Told:
+    """Any exception in words that every rank can read, as the nearest kind of error that they all know."""
+    kind = next((c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__), HeteroError.__name__)
+    try:
+        text = str(error)
+    except Exception as unreadable:  # whatever a user's class does
+        text = f"(its text cannot be read: {type(unreadable).__name__})"
+    if type(error).__name__ != kind:
+        text = f"{type(error).__name__}: {text}"
+    if len(text) > MOST_WORDS:
+        text = f"{text[:MOST_WORDS]}... ({len(text):,} characters)"
+    return kind, f"Rank {dist.get_rank()}: {text}" if says_rank and not text.startswith("Rank ") else text
+
+
+def _lower(place: str) -> str:
+    return place[0].lower() + place[1:]

@@ -1,0 +1,273 @@
+"""The process groups of a run: made once, in one order on all ranks, with a timeout and a name for each failure."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hf_hetero.errors import CollectiveFailed
+from hf_hetero.ranks.waits import WORD_AFTER_S, Waits
+from hf_hetero.topology import aligned_blocks
+
+logger = logging.getLogger(__name__)
+
+TOO_LATE = ("Timed out", "timed out", "timeout")
+LOST_PEER = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
+"""Words of torch's errors when another rank has gone or is late."""
+GROUP_LIMIT = "HeteroConfig.group_timeout_s"
+JOB_LIMIT = "TrainingArguments.ddp_timeout"
+"""The settings that say how long ranks may wait for each other."""
+IN_HASTE = f" (now {GROUP_LIMIT} counts)"
+"""At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
+SPEAKERS = (0, 1)
+"""Ranks that do; one of them may be who is late."""
+PATIENCE_S = 2.0
+"""How long those who miss a rank look for its last words."""
+MOST_WORDS = 2000
+
+
+class GroupPool:
+    """Every group that a plan may use, and one more for control messages.
+
+    Creating a group is itself a collective, so all of them are made here, eagerly, in one order: planning never has to
+    wait for communication. Only aligned blocks are needed, so a rank belongs to one group of each degree. A timeout is
+    passed to each group because torch does not hand down the one of `init_process_group`.
+
+    Each group's first message is one of all its ranks, sent here. NCCL joins the ranks of a group by the first message,
+    and where that is one of two ranks only, as in a ring, torch calls the behaviour undefined (`batch_isend_irecv`).
+
+    A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
+    many trainers, one after the other.
+
+    Control messages, and those of the default group (gradients, for one) and of a wrapper's own, have the timeout of
+    the job: a rank may save or evaluate for long. While steps are trained they have that of the groups, if that is
+    shorter: see `hurry`.
+
+    Without torch.distributed (a single process) the pool is empty.
+
+    Args:
+        degrees: sizes of the groups; 1 needs none.
+        timeout_s: seconds that an operation inside a group, or within a step, may wait.
+        control_timeout_s: seconds that ranks may wait for each other between steps (saving, evaluating).
+        device: of what the groups exchange.
+    """
+
+    def __init__(
+        self,
+        degrees: Iterable[int],
+        timeout_s: float,
+        control_timeout_s: float,
+        device: torch.device | None = None,
+    ) -> None:
+        self._degrees, self._device = sorted(set(degrees) - {1}), device
+        self._timeout_s, self._control_timeout_s = timeout_s, control_timeout_s
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self.control: dist.ProcessGroup | None = None
+        self.waits: Waits | None = None
+        """Of this rank within groups, while they are open."""
+        self._limit = timedelta(seconds=timeout_s)
+        self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
+        self._others: tuple[dist.ProcessGroup, ...] = ()
+        self.open()
+
+    def open(self) -> None:
+        """Make the groups, unless they are there. A collective of all ranks."""
+        if self.control is not None or not dist.is_initialized():
+            return
+        # gloo carries control messages: they live on the host and must not wait for a GPU stream
+        self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        if self._degrees:
+            self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
+        for degree in self._degrees:
+            for ranks in aligned_blocks(dist.get_world_size(), degree):
+                self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
+                if dist.get_rank() in ranks:
+                    with named("The first exchange of a group", f"ranks {list(ranks)}"):
+                        dist.all_reduce(torch.zeros(1, device=self._device), group=self._groups[ranks])
+
+    def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The process group of these ranks; None for a single rank, which needs none."""
+        return self._groups[ranks] if len(ranks) > 1 else None
+
+    def include(self, others: Iterable[dist.ProcessGroup]) -> None:
+        """Let groups that somebody else has made, and uses within steps, be in haste with the rest."""
+        was_in_haste = bool(self._usual)
+        self.relax()
+        self._others = tuple(others)
+        if was_in_haste:
+            self.hurry()
+
+    def hurry(self) -> None:
+        """From now on ranks wait for each other, in whatever they do together, no longer than in a group."""
+        if self.control is None or self._usual:
+            return
+        for group in dict.fromkeys((self.control, _default_group(), *self._others)):
+            usual = [(backend, backend.options._timeout) for backend in _backends(group)]
+            self._usual[group] = usual
+            if slower := [(backend, limit) for backend, limit in usual if limit > self._limit]:
+                _mark(group, IN_HASTE)
+                for backend, _ in slower:
+                    backend._set_default_timeout(self._limit)
+
+    def relax(self) -> None:
+        """From now on they wait as long as the job allows."""
+        for group, usual in self._usual.items():
+            _mark(group, "")
+            for backend, limit in usual:
+                backend._set_default_timeout(limit)
+        self._usual.clear()
+
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """Meanwhile they wait as long as the job allows: some save, or evaluate, and others wait for them."""
+        was_in_haste = bool(self._usual)
+        self.relax()
+        try:
+            yield
+        finally:
+            if was_in_haste:
+                self.hurry()
+
+    def close(self) -> None:
+        """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
+        self.relax()
+        if self.waits is not None:
+            self.waits.close()
+        self.waits, self._others = None, ()
+        members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
+        self._groups, self.control = {}, None
+        for group in members:
+            if dist.is_initialized():
+                dist.destroy_process_group(group)
+
+
+def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
+    group: Any = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend)
+    return group  # for a rank outside, torch's placeholder
+
+
+def limit_of(group: dist.ProcessGroup | None = None) -> str:
+    """The setting that says how long ranks may wait in a group of all of them; None: the default one."""
+    if not dist.is_initialized():
+        return JOB_LIMIT
+    group = _default_group() if group is None else group
+    return GROUP_LIMIT if group.group_desc.endswith(IN_HASTE) else JOB_LIMIT
+
+
+def _default_group() -> dist.ProcessGroup:
+    return dist.distributed_c10d._get_default_group()  # pyright: ignore[reportPrivateUsage]
+
+
+def _backends(group: dist.ProcessGroup) -> list[Any]:
+    """Those of a group that have a limit, which is asked for with each operation."""
+    found: list[Any] = [group._get_backend(device) for device in group._device_types]  # pyright: ignore[reportPrivateUsage]
+    return [backend for backend in found if hasattr(backend, "options") and hasattr(backend, "_set_default_timeout")]
+
+
+def _mark(group: dist.ProcessGroup, note: str) -> None:
+    """Let a group's description say by which setting its operations may wait."""
+    group._set_group_desc(group.group_desc.removesuffix(IN_HASTE) + note)  # pyright: ignore[reportPrivateUsage]
+
+
+def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
+    """Wait for what a group of all ranks does, and say so once that takes long."""
+    waited_s, word_s = 0.0, WORD_AFTER_S
+    while dist.get_rank() in SPEAKERS:
+        try:
+            work.wait(timedelta(seconds=word_s))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                break  # it has failed, or has come to its end just now
+        waited_s += word_s
+        word_s = waited_s  # ever more rarely
+        logger.warning(
+            "Rank %d has waited %g s for other ranks, in %s, and waits on, as long as %s allows.",
+            dist.get_rank(),
+            waited_s,
+            operation,
+            limit_of(group),
+        )
+    work.wait()
+
+
+@contextmanager
+def named(
+    operation: str, where: Callable[[], str] | str, limit: Callable[[], str] | str = GROUP_LIMIT
+) -> Iterator[None]:
+    """Give a failing collective a name: which operation, of which ranks, at which step, and why, where it is known.
+
+    Any other error that is raised inside is left alone: memory that ran out, a reader of data that was killed.
+
+    Args:
+        operation: what was done together.
+        where: step and ranks.
+        limit: the setting that says how long it may wait.
+
+    Raises:
+        CollectiveFailed: instead of torch's own error, which says none of that.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_ranks(error):
+            raise
+        where = where if isinstance(where, str) else where()
+        text = str(error).strip() or type(error).__name__
+        if any(word in text for word in TOO_LATE):
+            limit = limit if isinstance(limit, str) else limit()
+            why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
+        else:
+            why = _why_gone()
+        raise CollectiveFailed(
+            f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}"
+        ) from error
+
+
+def is_of_ranks(error: RuntimeError) -> bool:
+    """Whether it says that another rank has gone, or is late."""
+    return any(word in str(error) for word in LOST_PEER) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def tell(error: BaseException) -> None:
+    """Leave word of why this rank ends, for those that will miss it."""
+    is_known = isinstance(error, CollectiveFailed) or getattr(error, "is_known_to_all", False)
+    if dist.is_initialized() and not is_known:
+        with suppress(Exception):  # the store lives on a rank that may have gone
+            words = f"{type(error).__name__}: {error}"[:MOST_WORDS]
+            _store().set(_key(dist.get_rank()), words)
+
+
+def forget_errors() -> None:
+    """Take back what this rank left word of, in a run before."""
+    if dist.is_initialized():
+        with suppress(Exception):
+            _store().delete_key(_key(dist.get_rank()))
+
+
+def _why_gone() -> str:
+    """What the rank that has gone left word of; it may still be about to."""
+    until = time.monotonic() + PATIENCE_S
+    with suppress(Exception):
+        store = _store()
+        while time.monotonic() < until:
+            for rank in range(dist.get_world_size()):
+                if store.check([_key(rank)]):
+                    return f"Rank {rank} had ended with {store.get(_key(rank)).decode(errors='replace')}"
+            time.sleep(0.05)
+    return "A rank has gone: look for its first error, or for what killed it (out of host memory, for one)."
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+
+
+def _key(rank: int) -> str:
+    return f"hf_hetero/why-rank-{rank}-ended"

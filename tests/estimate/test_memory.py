@@ -1,0 +1,121 @@
+"""Bytes of models and tokens against torch and by hand; what a rank has is shared and read from the system."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import kept_by_autograd, tiny_model, with_lora
+from test_estimate import shape
+
+from hf_hetero.estimate.memory import (
+    LEVERS,
+    activation_bytes,
+    free_memory_bytes,
+    gathered_bytes,
+    host_memory_bytes,
+    loss_bytes,
+    memory_of,
+    mlp_bytes,
+    tokens_by_lever,
+    tokens_in_chunk,
+)
+from hf_hetero.estimate.model_shape import shape_of
+from hf_hetero.model import chunked_mlp
+from hf_hetero.model.chunked_loss import CHUNK_BYTES
+
+
+def test_a_chunked_loss_keeps_no_logits() -> None:
+    """A token costs the head's input and its gradient instead of logits; a chunk and the head's gradient come once."""
+    model = tiny_model()
+    whole, chunked = (shape_of(model, model.config, 4, False, False, chunks) for chunks in (False, True))
+    assert activation_bytes(whole) - activation_bytes(chunked) == 97 * 12 - 2 * 32 * 4
+    assert loss_bytes(whole) == 0
+    assert loss_bytes(chunked) == 3 * CHUNK_BYTES + 4 * 97 * 32
+    frozen = with_lora(tiny_model())
+    assert loss_bytes(shape_of(frozen, model.config, 4, False, False, True)) == 3 * CHUNK_BYTES
+
+
+def test_a_rank_too_small_for_a_chunk_counts_the_logits_it_holds() -> None:
+    """Little memory holds tokens, too; where a chunk just fills it, both ways to count give the same tokens."""
+    model = tiny_model()
+    tiny = shape_of(model, model.config, 4, False, False, True)
+    token, fixed = memory_of(tiny, 1000.0, 2.0**28)
+    assert fixed == 1000 + 4 * 97 * 32
+    assert token == activation_bytes(tiny) + 97 * 12
+    edge = 1000 + loss_bytes(tiny) + tokens_in_chunk(tiny) * activation_bytes(tiny)
+    (small, small_fixed), (large, large_fixed) = (memory_of(tiny, 1000.0, edge + more) for more in (-1, 1))
+    assert small > large
+    assert (edge - small_fixed) / small == pytest.approx((edge - large_fixed) / large)
+
+
+def test_activation_bytes_against_torch() -> None:
+    """The memory of a token is within a factor of two of what autograd really keeps, logits left out."""
+    model, tokens = tiny_model(hidden_size=64, intermediate_size=160, num_hidden_layers=4, vocab_size=11), 256
+    with kept_by_autograd(model) as kept:
+        out = model.model(input_ids=torch.randint(0, 11, (1, tokens)), use_cache=False).last_hidden_state
+    found = shape_of(model, model.config, 4, False)
+    estimated = (activation_bytes(found) - found.vocab * 12) * tokens
+    assert 0.5 < estimated / sum(kept.values()) < 2
+    assert out.requires_grad
+
+
+def test_gathered_layers() -> None:
+    """Two layers' weights and one's gradients, and the embeddings' and the head's: counted on the model itself."""
+    model = tiny_model()
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    outside = everything - len(model.model.layers) * layer
+    assert gathered_bytes(shape()) == pytest.approx(4 * (3 * layer + 2 * outside), rel=0.02)
+
+
+def test_chunks_of_mlps() -> None:
+    """Where layers are recomputed their inner tensors do not count, but for a chunk; not where memory ends before."""
+    model = tiny_model()
+    whole, chunked = (shape_of(model, model.config, 4, True, False, True, chunks) for chunks in (False, True))
+    assert activation_bytes(whole) - activation_bytes(chunked) == 4 * 48 * 4
+    assert mlp_bytes(whole) == 0
+    assert mlp_bytes(chunked) == 2 * chunked_mlp.CHUNK_BYTES + 4 * 3 * 32 * 48
+    assert memory_of(chunked, 0.0, 2.0**34) == (activation_bytes(chunked), loss_bytes(chunked))
+    assert memory_of(chunked, 0.0, 2.0**29) == memory_of(whole, 0.0, 2.0**29)
+    kept = shape_of(model, model.config, 4, False, False, True, True)
+    assert (mlp_bytes(kept), activation_bytes(kept)) == (0, activation_bytes(replace(kept, chunked_mlp=False)))
+
+
+def test_a_gpu_gives_memory_to_communicators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes half a GB; a card never counts as less than half free; the host gives half, shared by its ranks."""
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    gpu = torch.device("cuda", 0)
+    assert free_memory_bytes(gpu, 8) == int(76e9)
+    assert free_memory_bytes(gpu, 8, num_communicators=4) == int(74e9)
+    assert free_memory_bytes(gpu, 8, num_communicators=400) == int(40e9)
+    assert host_memory_bytes(gpu, 8) == (1 << 40) // 16
+    assert host_memory_bytes(torch.device("cpu"), 8) is None
+
+
+def test_cached_files_do_not_count_as_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that holds files read before can be given to a rank."""
+    told = SimpleNamespace(free=1 << 20, available=1 << 34)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: told)
+    assert free_memory_bytes(torch.device("cpu"), 2) == int(0.9 * (1 << 33))
+
+
+def test_each_lever_adds_tokens() -> None:
+    """A model of 8 billion weights on 8 cards: each way to save memory holds more than those before it.
+
+    A card that the weights alone fill holds nothing.
+    """
+    large = replace(
+        shape(),
+        **{"num_layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "head_dim": 128, "intermediate": 14336},
+        **{"vocab": 128256, "num_params": 8 * 10**9, "active_params": 8 * 10**9, "trainable_params": 8 * 10**9},
+        **{"param_bytes": 32 * 10**9, "element_bytes": 2},
+    )
+    held = tokens_by_lever(large, 8, 80 * 2.0**30)
+    assert list(held) == list(LEVERS)
+    assert list(held.values()) == sorted(set(held.values()))
+    assert held["offloaded"] > 5 * held["MLPs in chunks"] > 25 * held["chunked loss"]
+    assert set(tokens_by_lever(large, 1, 24 * 2.0**30).values()) == {0}

@@ -1,0 +1,282 @@
+"""Groups exist for every aligned block; what fails in a group, or on one rank, is named on all."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from hf_hetero import HeteroError
+from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
+from hf_hetero.ranks import groups
+from hf_hetero.ranks.agreement import broadcast, confirm_step, gather
+from hf_hetero.ranks.groups import GroupPool, limit_of, named, tell
+from hf_hetero.ranks.sharding import groups_of
+
+
+def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+    """Sum of the ranks of each group, computed by the group."""
+    pool = GroupPool(degrees, timeout_s=20, control_timeout_s=20)
+    rank, found = dist.get_rank(), {}
+    for degree in sorted(set(degrees) - {1}):
+        ranks = tuple(range(rank // degree * degree, (rank // degree + 1) * degree))
+        if ranks[-1] >= dist.get_world_size():
+            continue
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total, group=pool.get(ranks))
+        found[ranks] = float(total)
+    assert pool.get((rank,)) is None
+    pool.close()
+    return found
+
+
+@pytest.mark.parametrize(("num_ranks", "degrees"), [(4, (1, 2, 4)), (3, (1, 2, 3))])
+def test_every_group_works(num_ranks: int, degrees: tuple[int, ...]) -> None:
+    """Each rank reaches the group of each degree, also where the number of ranks is no power of two."""
+    for rank, sums in enumerate(run_ranks(sums_of_groups, num_ranks, degrees)):
+        assert all(rank in ranks and total == sum(ranks) for ranks, total in sums.items())
+        assert max(map(len, sums)) == num_ranks
+
+
+def first_exchanges(degrees: tuple[int, ...]) -> list[tuple[tuple[int, ...], str]]:
+    """Ranks and device of every exchange of this rank while the groups are made."""
+    found: list[tuple[tuple[int, ...], str]] = []
+    exchange = dist.all_reduce
+
+    def noting(tensor: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        found.append((tuple(dist.get_process_group_ranks(group)), tensor.device.type))
+        return exchange(tensor, *args, group=group, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noting)
+        GroupPool(degrees, 20, 20, torch.device("cpu")).close()
+    return found
+
+
+def test_a_groups_first_exchange_is_of_all_its_ranks() -> None:
+    """Before anybody uses a group, each of its ranks has exchanged something in it, once, and all in the same order."""
+    for rank, found in enumerate(run_ranks(first_exchanges, 4, (1, 2, 4))):
+        pair = (0, 1) if rank < 2 else (2, 3)
+        assert found == [(pair, "cpu"), ((0, 1, 2, 3), "cpu")]
+
+
+def test_single_process_has_no_groups() -> None:
+    """Without torch.distributed there is nothing to make, and control messages stay at home."""
+    pool = GroupPool((1, 2), 1, 1)
+    assert pool.control is None
+    assert broadcast(lambda: 5, pool.control) == 5
+    assert gather([1, 2], pool.control) == [[1, 2]]
+    assert confirm_step(1, 99, 7, None, pool.control) == 7
+
+
+def late_for_a_group() -> float:
+    pool = GroupPool((2,), timeout_s=3, control_timeout_s=60)
+    if dist.get_rank() == 1:
+        time.sleep(12)
+        return 0.0
+    start = time.monotonic()
+    words = r"The test's sum failed or waited too long at step 3: .*group_timeout_s"
+    with pytest.raises(CollectiveFailed, match=words), named("The test's sum", "step 3"):
+        dist.all_reduce(torch.zeros(1), group=pool.get((0, 1)))
+    return time.monotonic() - start
+
+
+def test_timeout_reaches_the_group() -> None:
+    """A group's own timeout counts, not the default of the process group, and the failure is named."""
+    assert run_ranks(late_for_a_group, 2, timeout_s=60)[0] < 10
+
+
+def of_weights() -> dist.ProcessGroup:
+    """The group that a wrapper spreads weights over, which is none of the pool's and not the default one."""
+    own: Any = dist.new_group([0, 1], group_desc="weights")
+    model: Any = fully_shard(torch.nn.Linear(4, 4), mesh=DeviceMesh.from_group(own, "cpu"))
+    assert groups_of(model) == [own]
+    assert groups_of(torch.nn.Linear(4, 4)) == []
+    return own
+
+
+def late_in_a_step(control_s: float, how: str) -> tuple[float, str]:
+    """How long rank 0 waits for a rank that is late, and what it says."""
+    pool = GroupPool((), timeout_s=3, control_timeout_s=control_s)
+    usual = dist.group.WORLD.group_desc  # type: ignore[union-attr]
+    own = of_weights() if how == "weights" else None
+    if own is not None:
+        pool.hurry()
+        pool.include([own])
+    pool.hurry()
+    pool.hurry()
+    if how == "relaxed":
+        with pool.relaxed():
+            assert [gather([1], pool.control), dist.barrier()][0]
+            if dist.get_rank() == 1:
+                time.sleep(5)
+            gather([1], pool.control)
+            dist.all_reduce(torch.zeros(1))
+    if dist.get_rank() == 1:
+        time.sleep(8)
+        return 0.0, ""
+    start = time.monotonic()
+    with pytest.raises(CollectiveFailed) as caught, named("The sum", "step 3", limit=limit_of):
+        dist.all_reduce(torch.zeros(1), group=own) if how in ("gradients", "weights") else gather([1], pool.control)
+    seconds = time.monotonic() - start
+    pool.relax()
+    if own is not None:
+        assert own.group_desc == "weights"
+    assert [limit_of(), limit_of(pool.control)] == ["TrainingArguments.ddp_timeout"] * 2
+    assert dist.group.WORLD.group_desc == usual  # type: ignore[union-attr]
+    return seconds, str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("control_s", "how", "setting"),
+    [
+        (60, "report", "HeteroConfig.group_timeout_s"),
+        (60, "gradients", "HeteroConfig.group_timeout_s"),
+        (60, "weights", "HeteroConfig.group_timeout_s"),
+        (60, "relaxed", "HeteroConfig.group_timeout_s"),
+        (2, "report", "TrainingArguments.ddp_timeout"),
+    ],
+)
+def test_waits_within_a_step(control_s: float, how: str, setting: str) -> None:
+    """While steps are trained, no wait is longer than in a group, or than the job allows; the setting is named."""
+    seconds, words = run_ranks(late_in_a_step, 2, control_s, how, expect_errors=True, timeout_s=60)[0]
+    assert seconds < 5
+    assert words.endswith(f"raise {setting}.")
+
+
+def waited_for(seconds: float) -> str:
+    """What rank 1 says while rank 0 is late."""
+    pool, heard = GroupPool((), 60, 60), io.StringIO()
+    handler = logging.StreamHandler(heard)
+    logging.getLogger("hf_hetero").addHandler(handler)
+    groups.WORD_AFTER_S = 0.5  # type: ignore[misc]
+    if dist.get_rank() == 0:
+        time.sleep(seconds)
+    gather([1], pool.control)
+    return heard.getvalue()
+
+
+def test_a_long_wait_says_so() -> None:
+    """Who waits says for what, and how long it may take, ever more rarely; of many ranks two do."""
+    found = run_ranks(waited_for, 3, 2.5, timeout_s=60)
+    assert [text.count("waited") for text in found] == [0, 3, 0]
+    assert "Rank 1 has waited 0.5 s for other ranks, in the exchange of a step's report, and waits on" in found[1]
+    assert "TrainingArguments.ddp_timeout" in found[1]
+
+
+def missing_a_rank(how: str) -> str:
+    """What the others say of rank 1, which does not come."""
+    pool = GroupPool((), 60, control_timeout_s=4 if how == "late" else 60)
+    if dist.get_rank() == 1:
+        if how == "late":
+            time.sleep(8)
+        if how == "says why":
+            tell(KeyError("row 7"))
+        os._exit(1)
+    with pytest.raises(CollectiveFailed) as caught:
+        gather([1], pool.control)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "words", "not_words"),
+    [
+        ("late", "only slow, raise TrainingArguments.ddp_timeout", "group_timeout_s"),
+        ("dies", "A rank has gone: look for its first error, or for what killed it", "timeout"),
+        ("says why", "Rank 1 had ended with KeyError: 'row 7'", "timeout"),
+    ],
+)
+def test_why_a_rank_is_missed(how: str, words: str, not_words: str) -> None:
+    """The remedy is that of the cause: the time limit that ran out, or what ended the rank that has gone."""
+    found = run_ranks(missing_a_rank, 2, how, expect_errors=True, timeout_s=60)[0]
+    assert words in str(found), found
+    assert not_words not in str(found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. NCCL holds 2 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: not enough memory"),
+        RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed."),
+        ValueError("gloo"),
+    ],
+)
+def test_other_errors_are_left_alone(error: Exception) -> None:
+    """Only a rank that has gone, or is late, makes a collective fail."""
+    with pytest.raises(type(error)) as caught, named("The sum", "step 3"):
+        raise error
+    assert caught.value is error
+
+
+def control_messages(case: str) -> Any:
+    pool = GroupPool((), 20, 20)
+    rank = dist.get_rank()
+    if case == "broadcast":
+        return broadcast(lambda: {"from": rank}, pool.control)
+    if case == "broadcast error":
+
+        def fail() -> None:
+            raise BadSample("row 3 is bad")
+
+        return broadcast(fail, pool.control)
+    if case == "broadcast bug":
+        return broadcast(lambda: 1 // 0, pool.control)
+    if case == "confirm":
+        return confirm_step(4, 123, 10 + rank, None, pool.control)
+    if case == "mismatch":
+        return confirm_step(4, 123 + (rank == 2), 10, None, pool.control)
+    return confirm_step(4, 123, 10, BadSample("row 8 is bad") if rank == 1 else None, pool.control)
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("broadcast", {"from": 0}),
+        ("broadcast error", (BadSample, "row 3 is bad")),
+        ("broadcast bug", (HeteroError, "Rank 0: ZeroDivisionError")),
+        ("confirm", 10 + 11 + 12),
+        ("mismatch", (PlanMismatch, r"Step 4: ranks \[2\] hold another plan")),
+        ("one bad rank", (BadSample, "Rank 1: row 8 is bad")),
+    ],
+)
+def test_control_messages(case: str, expected: Any) -> None:
+    """What rank 0 makes reaches all; what goes wrong on one rank is raised on all, in the same words."""
+    found = run_ranks(control_messages, 3, case, expect_errors=True)
+    if not (isinstance(expected, tuple) and isinstance(expected[0], type)):
+        assert found == [expected] * 3
+        return
+    for error in found:
+        assert type(error) is expected[0]
+        assert re.search(expected[1], str(error)), str(error)
+
+
+def opened_again(times: int) -> list[tuple[float, bool]]:
+    """What a group sums up, and whether the pool is empty once closed, each time it is open."""
+    pool, found = GroupPool((1, 2), timeout_s=20, control_timeout_s=20), []
+    for _ in range(times):
+        pool.open()
+        pool.open()
+        total = torch.ones(1)
+        dist.all_reduce(total, group=pool.get((0, 1)))
+        dist.all_reduce(total, group=pool.control)
+        pool.close()
+        pool.close()
+        found.append((float(total), pool.control is None))
+    return found
+
+
+def test_a_pool_opens_again() -> None:
+    """As often as it is asked to; opening what is open, or closing what is closed, changes nothing."""
+    assert run_ranks(opened_again, 2, 3) == [[(4.0, True)] * 3] * 2
