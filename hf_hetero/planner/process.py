@@ -33,7 +33,7 @@ from hf_hetero.planner.planner import Planner
 START = "import sys; sys.path[:] = filter(None, sys.path); from hf_hetero.planner.process import main; main()"
 """`-c` puts the current folder first into the path, where a file may be named like a module of Python."""
 LOOK_S = 1.0
-"""How often a call that waits looks whether the process was closed, in seconds."""
+"""How often a call that waits looks whether the process was closed, and the process whether its owner is there."""
 ENDING_S = 5.0
 """How long a killed process may take to end; one that is frozen does not."""
 
@@ -227,8 +227,16 @@ def serve(questions: IO[str], answers: IO[str]) -> None:
         answers.flush()
 
 
+def _end_with_owner(owner: int) -> None:
+    """End this process once its owner has gone: while a plan is improved, nobody looks whether input has ended."""
+    while os.getppid() == owner:
+        time.sleep(LOOK_S)
+    os._exit(1)
+
+
 def main() -> None:
     """The process itself; its arguments are its niceness, and the file descriptor for its answers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_owner, args=(os.getppid(),), daemon=True).start()
     os.nice(int(sys.argv[1]))
     serve(sys.stdin, os.fdopen(int(sys.argv[2]), "w", encoding="utf-8"))

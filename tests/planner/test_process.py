@@ -72,11 +72,20 @@ def test_ctrl_c_is_for_the_training_process(process: PlannerProcess) -> None:
     assert process.plan(LENGTHS).num_samples == len(LENGTHS)
 
 
-def test_it_ends_with_its_owner() -> None:
-    """An owner that is killed closes the pipe, and the process ends."""
+IDLE = "p = PlannerProcess(lambda: PLANNER); p.plan(LENGTHS)"
+BUSY = (
+    "many = [100 + 7 * i % 290 for i in range(300)]; slow = replace(PLANNER, mip_time_limit_s=60.0);"
+    "p = PlannerProcess(lambda: slow); plan = p.plan(many);"
+    "threading.Thread(target=p.improve, args=(plan, many), daemon=True).start(); time.sleep(1)"
+)
+
+
+@pytest.mark.parametrize("doing", [IDLE, BUSY], ids=["idle", "improving"])
+def test_it_ends_with_its_owner(doing: str) -> None:
+    """However its owner is killed, the process ends: when its input does, or within seconds while it is at work."""
     script = (
-        "import time; from planner.test_process import PLANNER, LENGTHS; from hf_hetero.planner import PlannerProcess;"
-        "p = PlannerProcess(lambda: PLANNER); p.plan(LENGTHS); print(p._process.pid, flush=True); time.sleep(60)"
+        "import threading, time; from dataclasses import replace; from planner.test_process import PLANNER, LENGTHS;"
+        f"from hf_hetero.planner import PlannerProcess; {doing}; print(p._process.pid, flush=True); time.sleep(60)"
     )
     paths = os.pathsep.join(path for path in sys.path if path)
     owner = subprocess.Popen(
