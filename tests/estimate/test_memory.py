@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from estimate.test_estimate import shape
 from helpers import kept_by_autograd, tiny_model, with_lora
-from test_estimate import shape
 
 from hf_hetero.estimate.memory import (
     LEVERS,
