@@ -163,7 +163,8 @@ def evaluate(
     Raises:
         HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
     """
-    dataset, packer = request.dataset, run.packer
+    # what training learns where rows have no labels is what they are evaluated by; outputs need none
+    dataset, packer = request.dataset, run.packer if request.is_prediction else run.unlabelled_packer
     has_labels = is_stream(dataset) or _has_labels(dataset, packer)
     results = Results(
         trainer.args,
@@ -175,7 +176,7 @@ def evaluate(
         keeps_batches=request.is_prediction,
     )
     model = _prepared_model(trainer)
-    loader = _loader(trainer, run, between, dataset, source)
+    loader = _loader(trainer, run, packer, between, dataset, source)
     forward = _forward_of(trainer, run, request, model, has_labels)
     number = trainer.state.global_step + 1
     steps = iter(loader)
@@ -213,15 +214,15 @@ def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
 
 
 def _loader(
-    trainer: Trainer, run: PlannedRun, between: BetweenRuns, dataset: Any, source: PlanSource
+    trainer: Trainer, run: PlannedRun, packer: PackedCollator, between: BetweenRuns, dataset: Any, source: PlanSource
 ) -> EvaluationLoader:
     """Planned steps of all rows, each once, in the dataset's order."""
     planning, names = run.planning(source), columns_kept(trainer)
     if is_stream(dataset):
-        labelled = replace(run.packer, needs_labels=True)  # a stream does not show its first row
+        labelled = replace(packer, needs_labels=True)  # a stream does not show its first row
         return streamed_evaluation_loader(dataset, names, labelled, trainer.args, planning)
     columns = partial(trainer._remove_unused_columns, description="evaluation")  # pyright: ignore[reportPrivateUsage]
-    return evaluation_loader(dataset, columns, run.packer, trainer.args, planning, names, counts=between.counts)
+    return evaluation_loader(dataset, columns, packer, trainer.args, planning, names, counts=between.counts)
 
 
 def _prepared_model(trainer: Trainer) -> torch.nn.Module:

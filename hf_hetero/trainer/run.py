@@ -116,7 +116,12 @@ class PlannedRun:
     @property
     def labelled_packer(self) -> PackedCollator:
         """The packer for training: each row has labels, or it says how to make them."""
-        return replace(self.packer, needs_labels=True, makes_labels=self.packer.makes_labels or self.packer.says_so)
+        return replace(self.unlabelled_packer, needs_labels=True)
+
+    @property
+    def unlabelled_packer(self) -> PackedCollator:
+        """The packer for evaluation: rows have labels, or it makes them as training does, or there is no loss."""
+        return replace(self.packer, makes_labels=self.packer.makes_labels or self.packer.says_so)
 
     def planning(self, source: PlanSource) -> Planning:
         """How steps are planned, with plans from this source."""

@@ -139,7 +139,7 @@ def heard_while_waiting(method: str) -> str:
     context = context_of(case_of("one long", "mha", "plain"), method, pool, 2, step=7, micro_batch=1, waits=pool.waits)
     rows = rows_of(context.layout, context.group_rank)
     q, k, v = (x[rows].requires_grad_() for x in case_of("one long", "mha", "plain").tensors()[:3])
-    out = attend(q, k, v, context, Scores(0.3), 5)
+    out = attend(q, k, v, Scores(0.3), context.at(5))
     if dist.get_rank() == 3:
         time.sleep(2.5)
     torch.autograd.grad(out.square().sum(), [q, k, v])

@@ -409,3 +409,16 @@ def test_rows_of_several_outputs() -> None:
     first, second = pad_rows(rows)
     assert first.shape == (2, 2, 3)
     assert second.tolist() == [[1, 1], [1, -100]]
+
+
+def test_rows_without_labels_are_evaluated_as_they_are_learned(tmp_path: Path) -> None:
+    """All tokens of such rows are learned, so their loss is that of all tokens; a prediction has none, as in stock."""
+    unlabelled = [{"input_ids": row["input_ids"]} for row in DATA]
+    labelled = [{**row, "labels": row["input_ids"]} for row in unlabelled]
+    losses: list[float] = []
+    for rows in (unlabelled, labelled, DATA):
+        trainer = HeteroTrainer(tiny_model(), arguments(str(tmp_path), 1), train_dataset=rows, eval_dataset=rows)
+        losses.append(trainer.evaluate()["eval_loss"])
+        metrics = trainer.predict(rows).metrics or {}
+        assert ("test_loss" in metrics) == (rows is not unlabelled)
+    assert losses[0] == losses[1] != losses[2]
