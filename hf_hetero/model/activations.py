@@ -53,7 +53,6 @@ class Activations:
     """
 
     def __init__(self, model: torch.nn.Module, recomputes: bool, in_chunks: bool, compiled: bool) -> None:
-
         modules = () if compiled else model.modules()
         self._layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
         self._recomputes, self._stream = recomputes, None
