@@ -257,7 +257,8 @@ def _forward_of(
     left_out = {"loss", *ignored}
 
     def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
-        context = run.context(micro_batch, index, trainer.state.global_step + 1)
+        with torch.no_grad():  # by which the context knows that there is no backward pass to keep anything for
+            context = run.context(micro_batch, index, trainer.state.global_step + 1)
         planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
         with torch.no_grad(), trainer.compute_loss_context_manager():

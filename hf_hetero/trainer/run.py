@@ -135,7 +135,7 @@ class PlannedRun:
         first = rank - rank % inner
         num_tokens = micro_batch.inputs["input_ids"].shape[1]
         activations = self.fitted.activations
-        # an evaluation has no backward that would take what a policy keeps
+        # an evaluation has no backward pass that would take what is kept for it
         recomputed = activations.recomputed(group.activations) and torch.is_grad_enabled()
         policy = group.activations if recomputed else None
         hidden = self.fitted.model.config.get_text_config().hidden_size
