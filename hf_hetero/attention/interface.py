@@ -70,7 +70,7 @@ def hetero_attention(
     # layers without a number share 0; the context then keeps nothing of them, since nothing tells their calls apart
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)
-    # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
+    # a pack is one row. Norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
     q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
     out = attend(q, k, v, scores, hetero.at(layer))
     # a rank without tokens runs the model on one that stands in, so that it takes part in every exchange; the output

@@ -40,6 +40,9 @@ from hf_hetero.attention.routes import Meeting, RingRoute, Round, ring_route
 from hf_hetero.attention.traffic import Shift
 from hf_hetero.errors import UnsupportedModel
 
+MERGING = frozenset({"ring", "ulysses_ring"})
+"""Methods that merge parts, which takes a kernel that tells its log-sum-exp."""
+
 
 def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
     """Compute attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""

@@ -1,4 +1,4 @@
-"""Hooks make rotary tables follow each sample of its own, where they would follow the longest of a forward pass.
+"""Hooks make rotary tables follow each sample, where transformers' would follow the longest of a forward pass.
 
 Under LongRoPE (arXiv:2402.13753; Phi-3 and Phi-4 with 128K) long samples are rotated by another table than short ones.
 Transformers takes one table for a whole forward pass, by its largest position. A pass of a plan holds several samples,

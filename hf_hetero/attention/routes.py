@@ -17,7 +17,7 @@ from hf_hetero.layout import Layout, Span, needed
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """A meeting is of queries and keys, on this rank.
+    """A `Meeting` says which queries of this rank meet which keys.
 
     Args:
         key_rows: rows of the buffer of keys, in the order of the runs; None means all rows as they are.

@@ -1,4 +1,4 @@
-"""Can this model be trained under changing plans? Looks at its config and tries a tiny instance of its architecture."""
+"""This checks whether a model can be trained under changing plans, by its config and a tiny instance of its kind."""
 
 from __future__ import annotations
 

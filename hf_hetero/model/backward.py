@@ -1,4 +1,4 @@
-"""Layers that run in the backward pass run for the second time: they are recomputed. Here one can ask for it."""
+"""A layer that runs in the backward pass runs for the second time: it is recomputed. This tells when that is so."""
 
 from __future__ import annotations
 

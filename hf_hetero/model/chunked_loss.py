@@ -71,6 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         positions = (targets != ignore_index).nonzero().squeeze(1)  # waits for the device, once a micro-batch
+        # the weight is cast once here, where autocast would cast it for every chunk
         with torch.autocast(kind, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)

@@ -1,4 +1,4 @@
-"""Here it is counted how evenly a mixture of experts uses its experts, over all tokens of a step.
+"""This counts how evenly a mixture of experts uses its experts, over all tokens of a step.
 
 Whatever the plan, the counts are those of the step's tokens, so they can be compared between plans and between runs.
 """

@@ -1,4 +1,4 @@
-"""In a disguise a model's head hands out no logits, but what the loss computes them from.
+"""A model's head, in disguise, hands out no logits, but what the loss computes them from.
 
 In planned training the model's output embedding, a `LeanHead`, hands out `LazyLogits`: hidden states, weight and bias,
 and what the model does to the logits (scaling, a soft cap). `token_loss` computes loss and gradients from those

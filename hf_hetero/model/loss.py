@@ -28,6 +28,7 @@ def install(model: Any, plain: Callable[..., Any]) -> None:
     """
     state = vars(model)
     num_installed, before = state.get(LENT, (0, state.get("_loss_function")))
+    # once it is installed, the model's loss is no longer the plain one, and only the count goes up
     if num_installed or model.loss_function is plain:
         state[LENT] = (num_installed + 1, before)
         model.loss_function = token_loss

@@ -52,7 +52,7 @@ class SavedTensor:
 
 
 class HostStore:
-    """A `HostStore` has tensors of one micro-batch.
+    """A `HostStore` keeps tensors of one micro-batch in host memory.
 
     Who may ask for a tensor, autograd or a layer's context, owns its record; the store only knows of it. So what nobody
     can ask for any more is not brought back, and its memory is free on both sides.

@@ -1,4 +1,4 @@
-"""Here the transformers model is taken out of whatever wraps it."""
+"""This takes the transformers model out of whatever wraps it."""
 
 from __future__ import annotations
 

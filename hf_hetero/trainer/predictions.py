@@ -86,7 +86,7 @@ class Results:
         starts = drawn.kept_starts()
         pieces: list[Piece] = []
         first = 0
-        for span in micro_batch.spans:
+        for span in micro_batch.spans:  # the spans of a rank lie one after the other in its row of tokens
             tokens = slice(first, first + span.num_tokens)
             own = _map(lambda tensor, tokens=tokens: tensor[:, tokens], outputs)
             values: dict[str, Nested] = {}

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.ring import MERGING
 from hf_hetero.checks import exactness, own_loss
 from hf_hetero.checks.probe import check_untested
 from hf_hetero.collators import PackedCollator
@@ -237,6 +238,7 @@ class BetweenRuns:
         base = base_model(trainer.model)
         if exactness.is_tested(base) or (model := (type(base), base.config.to_dict())) == self._tried_model:
             return
+        # groups of a run come with its cost model, which is not made before the model is accepted
         messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
         try:
             check_untested(base, messengers.control)
@@ -267,6 +269,7 @@ class BetweenRuns:
             packer: packs rows as the user's collator makes them.
             checkpoint: folder that the run goes on from; None: it starts anew.
         """
+        # all ranks go on from the same checkpoint, so all close their groups here, or none does
         if self._machine is not None and not self._machine.serves(checkpoint):
             self._machine.groups.close()
             self._machine = None
@@ -277,8 +280,8 @@ class BetweenRuns:
             self.cost_model = self._machine.cost_model
         groups = self._machine.groups
         groups.open()
-        # a ring merges partial results, which takes what some kernels do not tell
-        methods = [method for method in hetero.methods if fitted.kernel.has_lse or not method.endswith("ring")]
+        # what the kernel cannot do is not planned; ulysses asks for nothing
+        methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
         return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, packer), planners)
 

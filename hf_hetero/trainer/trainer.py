@@ -199,9 +199,10 @@ class HeteroTrainerMixin(Trainer):
         if not self._between_runs.has_learned:
             training.check_targets(step, number)
         self._between_runs.has_learned = True
+        # as many batches as Trainer's own loader has of these rows, because its loop counts them
         rows, at_once = len(set(step.batch.share.step.rows)), self._train_batch_size * self.args.world_size
         parts = step.batch.parts(min(num_batches, -(-rows // at_once)))
-        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)
+        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)  # without targets the loss is 0, not nan
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None

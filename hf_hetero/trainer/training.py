@@ -122,7 +122,7 @@ def open_data(
         packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
         columns = partial(trainer._remove_unused_columns, description="training")  # pyright: ignore[reportPrivateUsage]
         data = training_data(dataset, columns, sampler=sampler_of(loader), **common)
-    training.opened.callback(data.close)
+    training.opened.callback(data.close)  # before it may be refused: it plans ahead already
     check_order(data.order, before.order if before is not None else {})
     training.data = data
 
@@ -260,6 +260,7 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
     batch, step = training.step.batch, training.step.batch.share.step
     busy_s, peak_bytes = training.clock.read(), training.clock.peak_bytes()
     counts = [m.num_targets for m in batch.micro_batches] if means else []
+    # ranks exchange integers only, so seconds travel as nanoseconds
     rows = gather([peak_bytes, *(round(1e9 * s) for s in busy_s), *counts], run.control)
     means.add("train", [sum(row[1 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
     experts = run.fitted.experts
@@ -310,6 +311,7 @@ def save_whole(
         if args.should_save:
             keep_cost_model(folder, cost, args.world_size)
 
+    # `save_model`, which Trainer calls on the way, asks for it
     training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
     place = Run(args.world_size, training.data.order, position)
     try:

@@ -52,6 +52,7 @@ def choose_kernel(
     if dtype not in HALF:
         logger.warning("No flash kernel computes in %s: using plain attention, slow and hungry. Train in bf16.", dtype)
         return PLAIN
+    # nothing is tried: all ranks have the same packages and config, and must come to the same kernel
     candidates = [*_flash(wanted), TORCH_VARLEN]
     for kernel in candidates:
         if features <= kernel.features:

@@ -28,6 +28,8 @@ def _varlen_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     window = _window(segments, scores)
+    # the operator behind `varlen_attn`, which tells causal from windows in this way: backward there differentiates what
+    # forward gave, and a ring's must take the merged output and log-sum-exp
     out, lse, _ = _varlen().default(
         q,
         k,
