@@ -214,23 +214,23 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
+def chosen(requested: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
     """Choose the checkpoint to resume; return it, where its run was, and why newer ones are passed over.
 
     Args:
-        asked: a folder; or True: the newest whole one.
+        requested: a folder; or True: the newest whole one.
         output_dir: of the run.
 
     Raises:
         ConfigError: the folder cannot be resumed, or there is none, with the reason and a remedy.
     """
-    if asked is True:
+    if requested is True:
         newest, problems = newest_whole(output_dir)
         if newest is None:
             reasons = " ".join(problems) or "There is none."
             raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {reasons} Train without it.")
         return newest, _run_of(newest), problems
-    folder = Path(str(asked))
+    folder = Path(str(requested))
     if (problem := problem_of(folder)) is not None:
         other = newest_whole(output_dir)[0] or newest_whole(folder.parent)[0]
         remedy = f"The newest whole one is {other}" if other is not None else "There is no whole one beside it"
@@ -268,11 +268,11 @@ class Resumed:
     run: Run | None
 
 
-def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
+def chosen_together(requested: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
     """Choose the checkpoint to resume, the same on all ranks. A collective of all of them.
 
     Args:
-        asked: a folder; or True: the newest whole one.
+        requested: a folder; or True: the newest whole one.
         args: of the run.
         timeout_s: seconds that ranks may wait for each other.
 
@@ -283,7 +283,7 @@ def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float
     messengers = GroupPool((), timeout_s, args.ddp_timeout)
     try:
         output_dir = Path(args.output_dir or ".")
-        folder, run, passed_over = broadcast(lambda: chosen(asked, output_dir), messengers.control)
+        folder, run, passed_over = broadcast(lambda: chosen(requested, output_dir), messengers.control)
     finally:
         messengers.close()
     if passed_over and args.process_index == 0:

@@ -33,6 +33,7 @@ from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
+from hf_hetero.trainer.fitting import half_evaluation_dtype
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
 
@@ -239,8 +240,7 @@ def _prepared_model(trainer: Trainer) -> torch.nn.Module:
         trainer.model_wrapped = model
         if trainer.is_fsdp_enabled:
             trainer.model = model
-    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
-        half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+    if (half := half_evaluation_dtype(trainer)) is not None:
         model = model.to(dtype=half, device=trainer.args.device)
     parts: tuple[Any, Any] = (model, trainer.optimizer)
     for part in parts:

@@ -68,7 +68,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         HeteroError: no kernel computes the model's attention. The model is as it was after either.
     """
     base, args = base_model(trainer.model), trainer.args
-    kernel = choose_kernel(base, args.device.type, _dtype_of_now(trainer))
+    kernel = choose_kernel(base, args.device.type, half_evaluation_dtype(trainer) or compute_dtype(trainer))
     # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
@@ -109,8 +109,8 @@ def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
     Raises:
         HeteroError: no kernel can.
     """
-    asked = base.config._attn_implementation
-    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), asked)
+    implementation = base.config._attn_implementation
+    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), implementation)
 
 
 def compute_dtype(trainer: Trainer) -> torch.dtype:
@@ -119,8 +119,8 @@ def compute_dtype(trainer: Trainer) -> torch.dtype:
     return AUTOCAST.get(trainer.accelerator.mixed_precision, own)
 
 
-def _dtype_of_now(trainer: Trainer) -> torch.dtype:
-    """Return the type of now: as in training; but outside of it an evaluation may be in half precision altogether."""
-    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
-        return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
-    return compute_dtype(trainer)
+def half_evaluation_dtype(trainer: Trainer) -> torch.dtype | None:
+    """Return the half type that the whole model takes for an evaluation outside of training; None: it keeps its own."""
+    if trainer.is_in_train or not (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+        return None
+    return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16

@@ -101,8 +101,8 @@ def set_up(
     messengers.close()
     if args.process_index == 0:
         degrees = ", ".join(map(str, cost.degrees(world)))
-        held = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
-        tokens = f"{cost.capacity_tokens} tokens a rank{f' ({held})' if held else ''}"
+        extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
+        tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
         logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
         if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
             logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)

@@ -63,14 +63,14 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
 def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
     """Return the same packer for this trainer's model, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    taken = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
+    signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     return replace(
         packer,
         needs_labels=False,
-        model_inputs=taken - PLANNED_INPUTS,
-        columns=taken if trainer.args.remove_unused_columns else None,
+        model_inputs=signature - PLANNED_INPUTS,
+        columns=signature if trainer.args.remove_unused_columns else None,
         keeps_labels_unshifted=bool(own_loss.owners(trainer)),
         limits=limits_of(base),
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
