@@ -15,6 +15,7 @@ PATHS = r"(?:[`(]|python )((?:benchmarks|callbacks|collators|hf_hetero|recipes|t
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "outputs"} & set(path.relative_to(ROOT).parts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", BENCHMARKS)
 def test_a_benchmark_starts(path: str, tmp_path: Path) -> None:
     """Run from any folder, it says what it can be asked."""

@@ -1,4 +1,4 @@
-"""Attention across a group of ranks: context, kernels, exchanges, and the function that transformers calls.
+"""This folder computes attention across a group of ranks: context, kernels, exchanges, what transformers calls.
 
 Letters in shapes, here and in `kernels`:
 

@@ -1,4 +1,4 @@
-"""What attention must know about one micro-batch on one rank. Travels as a keyword of the model's forward."""
+"""The context tells attention about one micro-batch on one rank. It travels as a keyword of the model's forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEAKERS = (0, 1)
 
 @dataclass(frozen=True, slots=True)
 class Peers:
-    """Ranks that exchange with each other inside a layer: a group, a block of it, or one rank of each block.
+    """Peers are ranks that exchange with each other inside a layer: a group, a block of it, or one rank of each block.
 
     Args:
         group: a process group that all of them are in, maybe with others; None for a single rank.
@@ -38,11 +38,11 @@ class Peers:
 
 
 class AttentionContext:
-    """One group, one pack, one kernel.
+    """An `AttentionContext` is one group, one pack, one kernel: what the layers share for a micro-batch.
 
-    A keyword, not a global: with gradient checkpointing the recompute runs in backward, on CUDA in another thread, when
-    a global would already speak of another micro-batch. A plain class, not a dataclass: FSDP2 takes the dataclasses
-    among a layer's keywords apart and rebuilds them, in every layer.
+    It travels as a keyword, not a global: with gradient checkpointing the recompute runs in backward, on CUDA in
+    another thread, when a global would already speak of another micro-batch. It is a plain class, not a dataclass:
+    FSDP2 takes the dataclasses among a layer's keywords apart and rebuilds them, in every layer.
 
     Args:
         layout: which tokens each rank of the group holds.
@@ -98,28 +98,31 @@ class AttentionContext:
         self._exchanged: dict[tuple[int, str], tuple[torch.Tensor | SavedTensor, ...] | None] = {}
 
     def at(self, layer: int) -> Place:
-        """The context as a layer sees it."""
+        """Return the context as a layer sees it."""
         return Place(self, layer)
 
     def where(self, layer: int) -> str:
-        """Step, micro-batch, layer and ranks of an operation, for messages."""
+        """Return step, micro-batch, layer and ranks of an operation, for messages."""
         return f"step {self.step}, micro-batch {self.micro_batch}, layer {layer}, ranks {list(self.peers.ranks)}"
 
     def shared(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Something all layers share, such as row numbers on the device: the first layer that asks has it made."""
+        """Return what all layers share, such as row numbers on the device: the first layer that asks has it made."""
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     def once(self, layer: int, operation: str, compute: Callable[[], Tensors]) -> Tensors:
-        """What an operation of a layer gives, kept from the forward pass to its recompute in backward.
+        """Return what an operation of a layer gives, kept from the forward pass to its recompute in backward.
 
         A layer that was called twice in the forward pass keeps nothing, since nothing tells its calls apart.
         """
         if not self.keeps:
             return compute()
+        # What is kept depends on the calls alone, and these are the same on all ranks of a group. So all of them
+        # repeat an exchange in backward, or none does: nobody waits for one that the others leave out.
         key = (layer, operation)
         if in_backward():
+            # taken out, so that its memory is free again once this layer's backward is over
             saved = self._exchanged.pop(key, None)
             return compute() if saved is None else tuple(map(self._load, saved))
         results = compute()
@@ -127,6 +130,7 @@ class AttentionContext:
         return results
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor | SavedTensor:
+        # detached: the recompute gives it a history of its own, and the first one would keep what led to it alive
         return tensor.detach() if self.store is None else self.store.put(tensor)
 
     def _load(self, saved: torch.Tensor | SavedTensor) -> torch.Tensor:
@@ -138,23 +142,23 @@ class AttentionContext:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A layer of a micro-batch: all that a method must know besides queries, keys, values and scores."""
+    """A place is a layer of a micro-batch: all that a method must know besides queries, keys, values and scores."""
 
     context: AttentionContext
     layer: int
 
     @property
     def where(self) -> str:
-        """Step, micro-batch, layer and ranks, for messages."""
+        """Return step, micro-batch, layer and ranks, for messages."""
         return self.context.where(self.layer)
 
     def once(self, operation: str, compute: Callable[[], Tensors]) -> Tensors:
-        """What an operation gives, computed once for the forward pass and its recompute (`AttentionContext.once`)."""
+        """Return what an operation gives, computed once for forward and its recompute (`AttentionContext.once`)."""
         return self.context.once(self.layer, operation, compute)
 
 
 def planned_mask(num_tokens: int, local_tokens: int) -> torch.Tensor:
-    """A 4-D mask, which models hand through untouched: no mask is built, and attention can tell it from a real one.
+    """Make a 4-D mask, which models hand through untouched: they build none, and attention can tell it from a real one.
 
     Args:
         num_tokens: tokens of this rank that belong to a sample.

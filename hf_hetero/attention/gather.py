@@ -1,4 +1,4 @@
-"""Gather: one exchange brings each rank the keys and values that its queries must meet, and no others.
+"""Gather brings each rank, in one exchange, the keys and values that its queries must meet, and no others.
 
 Samples that one rank holds whole stay where they are, so a pack of short samples costs next to nothing, and a group
 whose samples are all whole exchanges nothing at all. With a sliding window, only the window before a cut travels. The
@@ -16,7 +16,7 @@ from hf_hetero.attention.traffic import all_to_all
 
 
 def gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
-    """Attention of a pack that is spread over a group in any layout (`methods.attend`)."""
+    """Compute attention of a pack that is spread over a group in any layout (`methods.attend`)."""
     context, layout = place.context, place.context.layout
     route: GatherRoute = context.shared(
         ("gather", scores.window), lambda: gather_route(layout, context.group_rank, scores.window, context.device)
@@ -33,7 +33,7 @@ def attend_gathered(
     peers: Peers | None,
     route: GatherRoute,
 ) -> torch.Tensor:
-    """Attention along a route.
+    """Compute attention along a route.
 
     Args:
         q, k, v: this rank's rows, as the route counts them; shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
@@ -49,6 +49,8 @@ def attend_gathered(
     if peers is not None:
         num_heads, key_dim = k.shape[1:]
         width = num_heads * (key_dim + v.shape[2])
+        # keys and values side by side travel in one message; where a row goes to several ranks, indexing it several
+        # times adds up their gradients in backward
         rows = torch.cat([k[route.send_rows], v[route.send_rows]], dim=2)
         arrived = all_to_all(
             rows.reshape(-1),
@@ -58,6 +60,7 @@ def attend_gathered(
             "all-to-all of needed keys",
             place,
         ).view(sum(route.num_received), num_heads, key_dim + v.shape[2])
+        # own rows first, then those of the others by rank: the buffer that the route's meeting counts in
         k, v = torch.cat([k, arrived[..., :key_dim]]), torch.cat([v, arrived[..., key_dim:]])
     if route.meeting.key_rows is not None:
         k, v = k[route.meeting.key_rows], v[route.meeting.key_rows]

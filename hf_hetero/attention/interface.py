@@ -1,7 +1,7 @@
-"""The function that transformers calls as attention "hf_hetero": the only place that knows its signature.
+"""This is the function that transformers calls as attention "hf_hetero": only this file knows its signature.
 
-Under a plan it finds its `AttentionContext` in the model's keywords. Without one (evaluation, generation) it is stock
-scaled-dot-product attention.
+Under a plan the function finds its `AttentionContext` in the model's keywords. Without one (evaluation, generation) it
+is stock scaled-dot-product attention.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from hf_hetero.errors import UnsupportedModel
 ATTENTION_NAME = "hf_hetero"
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # a compiler sees through neither messages between ranks nor what the context keeps of them
 def hetero_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -39,7 +39,7 @@ def hetero_attention(
     hetero: AttentionContext | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention across the group of the current micro-batch.
+    """Compute attention across the group of the current micro-batch.
 
     Args:
         query: shape (1, H, n, D).
@@ -67,12 +67,14 @@ def hetero_attention(
             f"{type(module).__name__} looks at tokens after its own; attention across ranks is causal. "
             "Train a causal language model, or this one with plain Trainer."
         )
+    # layers without a number share 0; the context then keeps nothing of them, since nothing tells their calls apart
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)
-    # norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
+    # a pack is one row. Norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
     q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
     out = attend(q, k, v, scores, hetero.at(layer))
-    # the token that stands in on a rank without any gets zeros
+    # a rank without tokens runs the model on one that stands in, so that it takes part in every exchange; the output
+    # of that token is zeros, and nothing flows back from it
     out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
     return out.unsqueeze(0), None
 
@@ -87,6 +89,12 @@ def _without_plan(
     scores: Scores,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
+    """Compute stock attention, shape (1, n, H, Dv) for queries of shape (1, H, n, D), in any batch size.
+
+    Raises:
+        UnsupportedModel: there is a plan, and the model lost the context on its way here.
+    """
+    # a mask of one row for all queries is `planned_mask`: it came through, and the context did not
     if attention_mask is not None and attention_mask.shape[-2] != query.shape[-2]:
         raise UnsupportedModel(
             f"{type(module).__name__} does not hand its keyword arguments to attention, so a layer cannot learn which "
@@ -97,10 +105,12 @@ def _without_plan(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scores.scaling, **kwargs
         )
         return out
+    # torch's operator has neither a softcap nor sinks
     repeats = query.shape[1] // key.shape[1]
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     k, v = (x.repeat_interleave(repeats, dim=2) for x in (k, v))
     if attention_mask is None:
+        # causal, aligned at the last keys: in generation the cache holds keys before the first query
         num_q, num_k = query.shape[2], key.shape[2]
         hidden = torch.ones(num_q, num_k, dtype=torch.bool, device=query.device).triu(num_k - num_q + 1)
     else:

@@ -1,4 +1,4 @@
-"""The methods by which attention crosses the ranks of a group, by the name that a plan gives them."""
+"""This table has the methods by which attention crosses the ranks of a group, by the name that a plan gives them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
-    """Attention by the method of the context. A group of one rank exchanges nothing, whatever its method.
+    """Compute attention by the method of the context. A group of one rank exchanges nothing, whatever its method.
 
     Args:
         q, k, v: shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
@@ -38,5 +38,6 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, pl
         UnsupportedModel: the kernel cannot do what the layer or the method needs.
     """
     context = place.context
+    # without an exchange, `ulysses` is the kernel alone, which then need not tell its log-sum-exp
     method = ulysses if context.layout.degree == 1 else METHODS[context.method]
     return method(q, k, v, scores, place)

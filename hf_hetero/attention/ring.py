@@ -1,4 +1,4 @@
-"""Ring: keys and values come from one rank after the other, the next ones under way while these are computed with.
+"""A ring takes keys and values from one rank after the other, the next under way while these are computed with.
 
 Ring Attention (arXiv:2310.01889) in the zigzag layout, with three changes. Only keys that the receiver's queries must
 meet travel. They come straight from the rank that holds them instead of through all ranks between, and their gradients
@@ -40,9 +40,12 @@ from hf_hetero.attention.routes import Meeting, RingRoute, Round, ring_route
 from hf_hetero.attention.traffic import Shift
 from hf_hetero.errors import UnsupportedModel
 
+MERGING = frozenset({"ring", "ulysses_ring"})
+"""Methods that merge parts, which takes a kernel that tells its log-sum-exp."""
+
 
 def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
-    """Attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
+    """Compute attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
     if scores.window is not None:
         return gather(q, k, v, scores, place)
     context = place.context
@@ -59,7 +62,7 @@ def attend_in_rounds(
     peers: Peers,
     route: RingRoute,
 ) -> torch.Tensor:
-    """Attention along a route.
+    """Compute attention along a route.
 
     Args:
         q, k, v: this rank's rows, as the route counts them; shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
@@ -75,6 +78,7 @@ def attend_in_rounds(
         CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
     """
+    # refused before any message leaves: all ranks have this kernel, so all refuse, and none waits for another
     kernel = place.context.kernel
     kernel.require(scores.features)
     if not kernel.has_lse:
@@ -87,7 +91,7 @@ def attend_in_rounds(
 
 
 class _Ring(torch.autograd.Function):
-    """Forward merges outputs; backward computes each part against the merged output, and sends gradients home."""
+    """`_Ring` merges outputs in forward; backward computes each part against them, and sends gradients home."""
 
     @staticmethod
     def forward(
@@ -117,7 +121,7 @@ class _Ring(torch.autograd.Function):
 
 
 class _Rounds:
-    """One pass along a route: what is under way, and what it is for."""
+    """`_Rounds` are one pass along a route, forward or backward."""
 
     def __init__(self, place: Place, peers: Peers, route: RingRoute, operation: str) -> None:
         self._kernel: Kernel = place.context.kernel
@@ -126,29 +130,33 @@ class _Rounds:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output in q's type, and log-sum-exp."""
+        """Return the output in q's type, and the log-sum-exp."""
         assert self._kernel.forward is not None
         rows = torch.cat([k, v], dim=2)
         # one message a round, in the order of the rounds: to pass over idle ones sets the next under way earlier
         turns = [turn for turn in self._route.rounds if not turn.is_idle]
         under_way = self._start(turns, 0, rows)
         out, lse = self._meet(q, rows, self._route.local, k.shape[2], scores)
-        out = out.to(lse.dtype)
+        out = out.to(lse.dtype)  # merged in the wider type, or each round would round once more
         for index, turn in enumerate(turns):
+            # the next keys set out when these are there, and before these are computed with: two rounds' keys at most
+            # are held, and the way of the next ones costs no time of its own
             arrived, under_way = _arrived(under_way), self._start(turns, index + 1, rows)
             if turn.meeting is None or arrived is None:
                 continue
             part, part_lse = self._meet(q, arrived, turn.meeting, k.shape[2], scores)
             of = slice(None) if turn.meeting.q_rows is None else turn.meeting.q_rows
             out[of], lse[of] = merge(out[of], lse[of], part.to(lse.dtype), part_lse)
+        # a sink is one key, so it joins once, after the last round, and not with each rank's keys
         out, lse = with_sinks(out, lse, sinks)
         return out.to(q.dtype), lse
 
     def _meet(
         self, q: torch.Tensor, rows: torch.Tensor, meeting: Meeting, key_dim: int, scores: Scores
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the queries of a meeting get from its keys: output and log-sum-exp."""
         assert self._kernel.forward is not None
-        if not q.numel():
+        if not q.numel():  # a rank without queries still hands on the keys that it holds
             return q.new_empty(*q.shape[:2], rows.shape[2] - key_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
         q = q if meeting.q_rows is None else q[meeting.q_rows]
         keys, values = _keys_and_values(rows, meeting, key_dim)
@@ -166,7 +174,7 @@ class _Rounds:
         lse: torch.Tensor,
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """dq, dk, dv of this rank's rows, summed in fp32 or wider.
+        """Return dq, dk, dv of this rank's rows, summed in fp32 or wider.
 
         The gradients of round n leave after the keys of round n + 1 and before those of round n + 2, on every rank,
         whatever rounds it is idle in: one order of messages, so no circle of waiting ranks (`routes.RingRoute`).
@@ -191,7 +199,7 @@ class _Rounds:
             else:
                 into.index_add_(0, meeting.key_rows, grad_keys)
 
-        turns = self._route.rounds
+        turns = self._route.rounds  # idle ones, too: the place of gradients among the keys is counted in rounds
         under_way = self._start(turns, 0, rows)
         meet(rows, self._route.local, grad_rows)
         going_home: list[tuple[Round, Shift]] = []
@@ -202,7 +210,7 @@ class _Rounds:
                 part = torch.zeros_like(arrived, dtype=wide)
                 meet(arrived, turn.meeting, part)
             going_home.append((turn, self._send_home(turn, part, rows)))
-            if len(going_home) > 1:
+            if len(going_home) > 1:  # one stays under way while the next round is computed
                 _add_home(*going_home.pop(0), grad_rows)
         for turn, shift in going_home:
             _add_home(turn, shift, grad_rows)
@@ -210,7 +218,7 @@ class _Rounds:
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
     def _start(self, turns: Sequence[Round], index: int, rows: torch.Tensor) -> Shift | None:
-        """Set the keys and values of a round under way; None after the last one."""
+        """Set the keys and values of a round under way; return None after the last one."""
         if index >= len(turns):
             return None
         turn = turns[index]
@@ -219,7 +227,7 @@ class _Rounds:
         return self._shift(turn, outgoing, incoming, turn.send_to, turn.receive_from, 2 * turn.number)
 
     def _send_home(self, turn: Round, part: torch.Tensor | None, rows: torch.Tensor) -> Shift:
-        """Gradients of the keys that came in a round go back; those of the keys that left come home."""
+        """Send the gradients of the keys that came in a round back, and expect those of the keys that left."""
         outgoing = None if part is None else part.to(rows.dtype)
         incoming = None if turn.send_rows is None else rows.new_empty(len(turn.send_rows), *rows.shape[1:])
         return self._shift(turn, outgoing, incoming, turn.receive_from, turn.send_to, 2 * turn.number + 1)
@@ -233,6 +241,8 @@ class _Rounds:
         receive_from: int,
         tag: int,
     ) -> Shift:
+        # gloo matches messages of two ranks by the tag, which no two messages of a pass from one to the other share;
+        # NCCL matches them by their order, which is that of the rounds on both sides
         operation = f"{self._operation}, round {turn.number}"
         return Shift(outgoing, incoming, send_to, receive_from, tag, self._peers, operation, self._place)
 

@@ -1,4 +1,4 @@
-"""Rotary tables that follow the longest sample of a forward pass, made to follow each sample of its own.
+"""Hooks make rotary tables follow each sample, where transformers' would follow the longest of a forward pass.
 
 Under LongRoPE (arXiv:2402.13753; Phi-3 and Phi-4 with 128K) long samples are rotated by another table than short ones.
 Transformers takes one table for a whole forward pass, by its largest position. A pass of a plan holds several samples,
@@ -21,7 +21,7 @@ from hf_hetero.attention.context import AttentionContext
 
 
 def problems(model: torch.nn.Module) -> Iterator[str]:
-    """Tables that cannot be made to follow each sample, in words."""
+    """Yield, in words, the tables that cannot be made to follow each sample."""
     for name, _, kinds in _tables(model):
         if "longrope" in kinds.values() and any(part.isdigit() for part in name.split(".")):
             yield (
@@ -31,7 +31,7 @@ def problems(model: torch.nn.Module) -> Iterator[str]:
 
 
 def longest_exact(model: torch.nn.Module) -> tuple[int, str] | None:
-    """Tokens of the longest sample whose table does not depend on other samples, and the rope_type; None: any."""
+    """Return the tokens of the longest sample whose table depends on no other sample, and the rope_type; None: any."""
     limits = [
         (int(cast("Any", module).original_max_seq_len), kind)
         for _, module, kinds in _tables(model)
@@ -42,7 +42,7 @@ def longest_exact(model: torch.nn.Module) -> tuple[int, str] | None:
 
 
 def _tables(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, dict[str | None, str]]]:
-    """Modules that make rotary tables: name, module, and the rope_type for each type of layer, or for all (None)."""
+    """Yield modules that make rotary tables: name, module, and rope_type for each type of layer, or for all (None)."""
     for name, module in model.named_modules():
         kinds: Any = getattr(module, "rope_type", None)
         if isinstance(kinds, str):
@@ -52,7 +52,7 @@ def _tables(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, dict
 
 
 class TablesBySample:
-    """Hooks by which the LongRoPE tables of a model follow each sample of a plan. Without a plan they do nothing.
+    """`TablesBySample` has a model's LongRoPE tables follow each sample of a plan. Without a plan it does nothing.
 
     Args:
         model: of transformers. The modules that call its tables are given the context among their keywords, as all of
@@ -68,6 +68,7 @@ class TablesBySample:
                 caller = model.get_submodule(name.rpartition(".")[0])
                 self._handles += [
                     caller.register_forward_pre_hook(mine._enter, with_kwargs=True),
+                    # after an error, too: the context must not outlive its pass
                     caller.register_forward_hook(mine._leave, always_call=True),
                     module.register_forward_hook(mine._by_sample, with_kwargs=True),
                 ]
@@ -87,7 +88,10 @@ class TablesBySample:
 
     @torch.compiler.disable
     def _by_sample(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """What the module gives for each token: one table, or a tuple; the n tokens are the dim before the last."""
+        """Return the module's output for each token: one table, or a tuple; the n tokens are the dim before the last.
+
+        None leaves the output as it is.
+        """
         if self._context is None:
             return None
         call = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -103,19 +107,24 @@ class TablesBySample:
 
         def tables(of: torch.Tensor) -> tuple[torch.Tensor, ...]:
             call.arguments["position_ids"] = of
+            # not a call of the module, whose hook is this function
             table = module.forward(*call.args, **call.kwargs)
             return table if isinstance(output, tuple) else (table,)
 
         # one position more, of a token that is not there, tells that the sample is long
         beyond = positions.new_full((*positions.shape[:-1], 1), switch)
         long = tables(torch.cat([positions, beyond], dim=-1))
+        # without the positions of long samples, nothing tells that any is long
         short = tables(positions.where(~is_long, 0))
         chosen = tuple(torch.where(is_long[:, None], a[..., :-1, :], b) for a, b in zip(long, short, strict=True))
         return chosen if isinstance(output, tuple) else chosen[0]
 
 
 def _in_long_samples(context: AttentionContext, switch: int, positions: torch.Tensor) -> torch.Tensor | None:
-    """Whether each token of this rank is of a sample that reaches beyond position `switch`; None if none is."""
+    """Tell for each token of this rank whether its sample reaches beyond position `switch`; None if none does.
+
+    A sample counts as a whole, other ranks' tokens of it, too: its ranks must all take the same table.
+    """
     if all(reach <= switch for reach in context.reaches):
         return None
 

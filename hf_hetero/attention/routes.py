@@ -1,7 +1,7 @@
-"""Which rows travel to whom, and which keys each run of queries then meets: a layout as index tensors, made once.
+"""Routes say which rows travel to whom, and which keys each run of queries then meets: a layout as index tensors.
 
 Only keys that another rank's queries must meet travel, so a sample that one rank holds whole costs nothing. Everybody
-reads the same layout, so nobody asks anybody.
+reads the same layout, so nobody asks anybody, and what one rank sends is what the other expects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hf_hetero.layout import Layout, Span, needed
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """Queries and keys that meet on this rank.
+    """A `Meeting` says which queries of this rank meet which keys.
 
     Args:
         key_rows: rows of the buffer of keys, in the order of the runs; None means all rows as they are.
@@ -32,7 +32,7 @@ class Meeting:
 
 @dataclass(frozen=True, slots=True)
 class GatherRoute:
-    """All keys in one exchange.
+    """A `GatherRoute` brings all keys in one exchange.
 
     Args:
         send_rows: rows that leave, by receiver; int64.
@@ -48,7 +48,7 @@ class GatherRoute:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One step of a ring: rows to the rank `number` places on, rows from the rank as many places back.
+    """A round is one step of a ring: rows to the rank `number` places on, rows from the rank as many places back.
 
     A rank may have nothing to do in a round; it still knows of it (see `RingRoute`).
 
@@ -69,13 +69,13 @@ class Round:
 
     @property
     def is_idle(self) -> bool:
-        """Whether this rank neither sends nor receives."""
+        """Return whether this rank neither sends nor receives."""
         return self.send_rows is None and not self.num_received
 
 
 @dataclass(frozen=True, slots=True)
 class RingRoute:
-    """What this rank holds itself, and all rounds of the group by number, those in which it is idle too.
+    """A `RingRoute` is what this rank holds itself, and all rounds of the group by number, idle ones too.
 
     On a GPU the messages of a group leave in one stream: each waits until the other side has come to it. All ranks have
     one order for their messages, that of the rounds' numbers, whichever rounds each of them is idle in. So no ranks can
@@ -88,7 +88,7 @@ class RingRoute:
 
 
 def gather_route(layout: Layout, me: int, window: int | None, device: torch.device) -> GatherRoute:
-    """Every key that a rank's queries meet, for a layer whose queries see `window` tokens (None: all before them)."""
+    """Route each key to the queries that meet it, in a layer whose queries see `window` tokens (None: all before)."""
     others = [rank for rank in range(layout.degree) if rank != me]
     sent = {rank: needed(layout, rank, me, window) for rank in others}
     received = {rank: needed(layout, me, rank, window) for rank in others}
@@ -103,7 +103,7 @@ def gather_route(layout: Layout, me: int, window: int | None, device: torch.devi
 
 
 def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
-    """Keys in rounds, for a layer whose queries see all before them."""
+    """Route keys in rounds, for a layer whose queries see all before them."""
     spans = layout.spans[me]
     mine = _Rows(spans)
     rounds: list[Round] = []
@@ -113,11 +113,12 @@ def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
         rows = _index(mine.of(sent), device) if sent else None
         meeting = _full_meeting(spans, received, device) if received else None
         rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
+    # at first with one's own keys only: the others come in rounds
     return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
 
 
 class _Rows:
-    """Where the tokens of some spans lie in a buffer that holds the spans one after the other."""
+    """`_Rows` know where the tokens of some spans lie in a buffer that holds the spans one after the other."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self._by_sample: dict[int, list[tuple[int, int, int]]] = {}
@@ -125,11 +126,11 @@ class _Rows:
         for span in spans:
             self._by_sample.setdefault(span.sample, []).append((span.start, span.end, self.num_rows))
             self.num_rows += span.num_tokens
-        for held in self._by_sample.values():
-            held.sort()
+        for spans_of_sample in self._by_sample.values():
+            spans_of_sample.sort()
 
     def within(self, sample: int, first: int, end: int) -> list[range]:
-        """Rows that hold tokens `first` to `end` of a sample, in the order of the tokens; those held elsewhere miss."""
+        """Return the rows of tokens `first` to `end` of a sample, in their order, without those held elsewhere."""
         return [
             range(row + max(first, start) - start, row + min(end, stop) - start)
             for start, stop, row in self._by_sample.get(sample, ())
@@ -137,14 +138,17 @@ class _Rows:
         ]
 
     def of(self, spans: Iterable[Span]) -> list[range]:
-        """Rows of some spans, in their order."""
+        """Return the rows of some spans, in their order."""
         return [rows for span in spans for rows in self.within(span.sample, span.start, span.end)]
 
 
 def _causal_meeting(
     spans: Sequence[Span], buffer: _Rows, window: int | None, device: torch.device, whole: bool = True
 ) -> Meeting:
-    """Each span of queries with the keys before it that are in the buffer, and itself.
+    """Let each span of queries meet the keys before it that are in the buffer, and itself.
+
+    The keys of a span come in the order of tokens and end with its own. So the last query meets all of them, as
+    `Segments.causal` has it, whatever lies elsewhere.
 
     Args:
         whole: the buffer holds everything that the queries meet; else only what this rank has itself.
@@ -154,20 +158,23 @@ def _causal_meeting(
         first = 0 if window is None else max(0, span.start - window + 1)
         keys.append(buffer.within(span.sample, first, span.end))
         assert not whole or sum(map(len, keys[-1])) == span.end - first, "a key that is needed has not been sent"
-    flat = [rows for met in keys for rows in met]
-    as_they_are = _joined(flat) == [range(buffer.num_rows)]
-    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, met)) for met in keys], device)
-    return Meeting(None if as_they_are else _index(flat, device), segments)
+    flat = [rows for of_span in keys for rows in of_span]
+    is_in_order = _joined(flat) == [range(buffer.num_rows)]  # then no copy is made of the buffer, in any layer
+    segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, of_span)) for of_span in keys], device)
+    return Meeting(None if is_in_order else _index(flat, device), segments)
 
 
 def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch.device) -> Meeting:
-    """Each span of queries with the keys received that lie before it."""
+    """Let each span of queries meet the keys received that lie before it.
+
+    Spans do not overlap, so another rank's keys lie before all queries of a span or after all: no mask is needed.
+    """
     mine, theirs = _Rows(spans), _Rows(received)
-    meets = [(span, theirs.within(span.sample, 0, span.start)) for span in spans]
-    meets = [(span, keys) for span, keys in meets if keys]
-    q_rows, key_rows = mine.of(span for span, _ in meets), [rows for _, keys in meets for rows in keys]
+    candidates = [(span, theirs.within(span.sample, 0, span.start)) for span in spans]
+    pairs = [(span, keys) for span, keys in candidates if keys]  # kernels want no empty runs
+    q_rows, key_rows = mine.of(span for span, _ in pairs), [rows for _, keys in pairs for rows in keys]
     segments = Segments.of(
-        [span.num_tokens for span, _ in meets], [sum(map(len, keys)) for _, keys in meets], device, causal=False
+        [span.num_tokens for span, _ in pairs], [sum(map(len, keys)) for _, keys in pairs], device, causal=False
     )
     return Meeting(
         None if _joined(key_rows) == [range(theirs.num_rows)] else _index(key_rows, device),
@@ -181,7 +188,7 @@ def _num_tokens(spans: Iterable[Span]) -> int:
 
 
 def _joined(ranges: Iterable[range]) -> list[range]:
-    """The same rows in as few ranges as can be."""
+    """Return the same rows in as few ranges as can be."""
     joined: list[range] = []
     for rows in ranges:
         if joined and joined[-1].stop == rows.start:

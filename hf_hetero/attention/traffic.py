@@ -1,4 +1,4 @@
-"""What crosses ranks inside a layer: an uneven all-to-all with a gradient, and shifts that arrive while one computes.
+"""All that crosses ranks inside a layer goes through here: an uneven all-to-all with a gradient, and shifts.
 
 Every exchange is named after its step, micro-batch, layer and ranks, so that a failing one can be found. With gradient
 checkpointing, the context keeps what arrived, and the recompute repeats no exchange.
@@ -18,7 +18,7 @@ from hf_hetero.ranks.waits import noted
 
 
 class _AllToAll(torch.autograd.Function):
-    """Uneven all-to-all of a flat buffer; its gradient is the same exchange the other way."""
+    """`_AllToAll` exchanges uneven parts of a flat buffer; its gradient is the same exchange the other way."""
 
     @staticmethod
     def forward(
@@ -47,6 +47,7 @@ class _AllToAll(torch.autograd.Function):
 def _exchange(
     buffer: torch.Tensor, in_splits: list[int], out_splits: list[int], peers: Peers, operation: str, place: Place
 ) -> torch.Tensor:
+    """Exchange parts of a flat buffer, without a gradient; the error of a failing exchange names it."""
     group = peers.group
     assert group is not None
     in_splits, out_splits = (_over_group(splits, peers, group) for splits in (in_splits, out_splits))
@@ -55,7 +56,7 @@ def _exchange(
 
 
 def _over_group(splits: list[int], peers: Peers, group: dist.ProcessGroup) -> list[int]:
-    """Elements for each rank of the process group: none for those that are not among the peers."""
+    """Return the elements for each rank of the process group: none for those that are not among the peers."""
     elements = [0] * group.size()
     for rank, num_elements in zip(peers.ranks, splits, strict=True):
         elements[dist.get_group_rank(group, rank)] = num_elements
@@ -81,7 +82,7 @@ def all_to_all(
 
 
 class Shift:
-    """Point-to-point messages under way: to one rank, from another, or either. Computing goes on until `wait`.
+    """A `Shift` is point-to-point messages under way, to one rank, from another, or either. One computes until `wait`.
 
     Args:
         outgoing: for the rank `send_to`; None sends nothing. Kept until it has left.
@@ -114,11 +115,12 @@ class Shift:
             ops.append(dist.P2POp(dist.isend, outgoing, peers.ranks[send_to], peers.group, tag))
         if incoming is not None and incoming.numel():
             ops.append(dist.P2POp(dist.irecv, incoming, peers.ranks[receive_from], peers.group, tag))
+        # as one batch: alone, a send that waits for its receiver could hold up the receive behind it
         with named(*self._name):
             self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
 
     def wait(self) -> torch.Tensor | None:
-        """What arrived, once it is there.
+        """Return what arrived, once it is there.
 
         Raises:
             CollectiveFailed: a rank is gone, or waited longer than the group's timeout.

@@ -1,4 +1,4 @@
-"""Ulysses: one all-to-all gives each rank all tokens of some heads, another gives them back.
+"""Ulysses gives each rank all tokens of some heads by one all-to-all, and gives them back by another.
 
 DeepSpeed-Ulysses (arXiv:2309.14509), with what real models and packs need: slices of tokens that differ by one, query
 heads that no degree divides, fewer key-value heads than ranks, ranks without a token.
@@ -31,20 +31,21 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tens
 
 
 def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
-    """Attention of a pack that is spread over a group in consecutive slices (`methods.attend`)."""
+    """Compute attention of a pack that is spread over a group in consecutive slices (`methods.attend`)."""
     context, layout = place.context, place.context.layout
     segments: Segments = context.shared("pack", lambda: Segments.packed(layout.lengths, context.device))
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         return context.kernel(q, k, v, segments, scores)
 
+    # a group without a token exchanges nothing: all of its ranks see so in the layout
     if layout.degree == 1 or layout.num_tokens == 0:
         return attend(q, k, v, scores)
     return attend_by_heads(q, k, v, scores, place, context.peers, attend)
 
 
 def ulysses_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
-    """Ulysses inside each block of ranks, a ring among the blocks; as `ulysses`, for a layout of two levels.
+    """Compute attention by Ulysses inside each block of ranks, by a ring among the blocks, in a layout of two levels.
 
     Blocks are ranks with fast links between them, so only keys of few heads cross the slow ones, and the degree may
     exceed the number of heads (USP, arXiv:2405.07719, and LoongTrain, arXiv:2406.18485, with a ring as in `ring`).
@@ -70,7 +71,7 @@ def ulysses_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scor
 
 
 def _in_block(context: AttentionContext) -> Peers:
-    """The ranks of this rank's block: they share its tokens' heads."""
+    """Return the ranks of this rank's block: they share its tokens' heads."""
     peers, inner = context.peers, context.layout.inner
     first = peers.me - peers.me % inner
     block = slice(first, first + inner)
@@ -78,7 +79,7 @@ def _in_block(context: AttentionContext) -> Peers:
 
 
 def _across_blocks(context: AttentionContext, blocks: Layout) -> Peers:
-    """The ranks at this rank's place in every block: they have its heads, each with all tokens of its block."""
+    """Return the ranks at this rank's place in every block: they have its heads, each with all tokens of its block."""
     peers, inner = context.peers, context.layout.inner
     return Peers(peers.group, peers.ranks[peers.me % inner :: inner], peers.me // inner, blocks.rank_tokens)
 
@@ -92,7 +93,7 @@ def attend_by_heads(
     peers: Peers,
     attend: Attend,
 ) -> torch.Tensor:
-    """Some tokens of all heads -> all tokens of some heads -> attention -> back.
+    """Give some tokens of all heads for all tokens of some heads, attend, and give back.
 
     Args:
         q, k, v: this rank's rows; shapes (t, H, D), (t, Hk, D) and (t, Hk, Dv).
@@ -107,6 +108,8 @@ def attend_by_heads(
     shares = share_heads(q.shape[1], k.shape[1], len(peers.ranks))
     mine = shares[peers.me]
     q_all, k_all, v_all = _to_heads(q, k, v, shares, peers, place)
+    # kernels want heads of keys that serve equal runs of queries: else each is repeated for every query head, and
+    # indexing it several times adds up its gradients
     if not mine.is_grouped:
         k_all, v_all = (x[:, list(mine.kv_of_q)] for x in (k_all, v_all))
     out = attend(q_all, k_all, v_all, scores.of_heads(mine.q_start, mine.q_end))
@@ -116,9 +119,10 @@ def attend_by_heads(
 def _to_heads(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shares: Sequence[HeadShare], peers: Peers, place: Place
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (T, h, D), keys (T, hk, D) and values (T, hk, Dv) of this rank's heads, from all peers' tokens."""
+    """Return queries (T, h, D), keys (T, hk, D) and values (T, hk, Dv) of this rank's heads, of all peers' tokens."""
     mine, head_dim, value_dim = shares[peers.me], q.shape[2], v.shape[2]
     widths = [mine.num_q * head_dim, mine.num_kv * head_dim, mine.num_kv * value_dim]
+    # queries, keys and values of a token side by side: one exchange instead of three
     parts = [
         torch.cat(
             [x.flatten(1) for x in (q[:, s.q_start : s.q_end], *(x[:, s.kv_start : s.kv_end] for x in (k, v)))], 1
@@ -140,10 +144,11 @@ def _to_heads(
 
 
 def _to_tokens(out: torch.Tensor, shares: Sequence[HeadShare], peers: Peers, place: Place) -> torch.Tensor:
-    """Outputs (t, H, Dv) of this rank's tokens, from outputs (T, h, Dv) of this rank's heads."""
+    """Return outputs (t, H, Dv) of this rank's tokens, from outputs (T, h, Dv) of this rank's heads."""
     num_tokens, value_dim = peers.tokens[peers.me], out.shape[2]
     in_splits = [num * shares[peers.me].num_q * value_dim for num in peers.tokens]
     out_splits = [num_tokens * share.num_q * value_dim for share in shares]
     arrived = all_to_all(out.reshape(-1), in_splits, out_splits, peers, "Ulysses all-to-all of outputs", place)
+    # rank by rank, in the order of heads (`share_heads`)
     heads = zip(arrived.split(out_splits), shares, strict=True)
     return torch.cat([part.view(num_tokens, share.num_q, value_dim) for part, share in heads], dim=1)

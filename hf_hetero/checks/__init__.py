@@ -1,1 +1,1 @@
-"""What is refused because it could not be trained exactly, and why."""
+"""This folder refuses what could not be trained exactly, and says why."""

@@ -1,4 +1,4 @@
-"""Can this model be trained under changing plans? Looks at its config and tries a tiny instance of its architecture."""
+"""This checks whether a model can be trained under changing plans, by its config and a tiny instance of its kind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MOST_BYTES = 2**30 * 1e6
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Everything `hf-hetero check` says.
+    """A `Check` is everything that `hf-hetero check` says.
 
     Args:
         name: as it was given.
@@ -66,12 +66,12 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether the model can be trained."""
+        """Return whether the model can be trained."""
         return not self.reasons and self.probe.ok
 
     @property
     def verdict(self) -> str:
-        """In words: "can be trained", maybe up to some length, "refused because ..." or "not tested: ..."."""
+        """Say "can be trained", maybe up to some length, "refused because ..." or "not tested: ..."."""
         if self.reasons:
             return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
         if self.probe.failure:
@@ -79,7 +79,7 @@ class Check:
         return "can be trained" if self.longest is None else f"can be trained on samples of up to {self.longest} tokens"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return a form that is ready for JSON."""
         return {"format": "hf-hetero-check/1", "ok": self.ok, "verdict": self.verdict, **asdict(self)}
 
 
@@ -94,7 +94,7 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
     Raises:
         ConfigError: there is no such config, or it is not one that transformers knows; or `max_degree` is below 1.
     """
-    Topology(num_ranks)  # refuses what is no number of ranks
+    Topology(num_ranks)  # made because it refuses what is no number of ranks
     if not 0 < card_bytes <= MOST_BYTES:
         raise ConfigError(f"A card's memory of {card_bytes / 2**30:g} GiB: it must be above 0, and at most a million.")
     if max_degree < 1:
@@ -145,7 +145,7 @@ def _check_sizes(name: str, config: Any) -> None:
 
 
 def _outline(config: PretrainedConfig) -> Any:
-    """The model without weights; None for what cannot be built, which the probe says."""
+    """Build the model without weights; None for what cannot be built, which the probe says."""
     try:
         return build(config, "meta")
     except Exception:
@@ -153,6 +153,7 @@ def _outline(config: PretrainedConfig) -> Any:
 
 
 def _longest(model: Any) -> int | None:
+    """Return the tokens of the longest sample that a model can be trained on; None: any, or it is refused anyway."""
     try:
         return limits_of(model).longest
     except Exception:  # what has no embeddings of tokens is refused
@@ -160,7 +161,7 @@ def _longest(model: Any) -> int | None:
 
 
 def _tokens_a_rank(model: Any, text: Any, num_ranks: int, card_bytes: float) -> dict[str, int]:
-    """In bf16 over fp32 weights; nothing for what has no attention."""
+    """Estimate what a rank holds, computing in bf16 with weights in fp32; nothing for what has no attention."""
     try:
         shape = shape_of(model, text, element_bytes=2, checkpointing=False)
     except Exception:  # said by the probe
@@ -169,7 +170,7 @@ def _tokens_a_rank(model: Any, text: Any, num_ranks: int, card_bytes: float) -> 
 
 
 def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
-    """How the heads of a model fit a degree, by method, in words; nothing where there is nothing to share."""
+    """Say how the heads of a model fit a degree, by method; nothing where there is nothing to share."""
     if degree == 1 or not num_heads:
         return {}
     blocks = [b for b in _degrees(degree // 2) if b > 1 and degree % b == 0]
@@ -184,6 +185,7 @@ def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
 
 
 def _ulysses(degree: int, num_heads: int, num_kv_heads: int) -> str:
+    """Say how heads fit a degree where ranks share them. All of it is exact; what is uneven costs time."""
     if degree > num_heads:
         return f"{degree - num_heads} of {degree} ranks idle: {num_heads} heads"
     if num_heads % degree:
@@ -206,6 +208,11 @@ def _version(package: str) -> str:
 
 
 def _config(name: str) -> Any:
+    """Read a model's config.
+
+    Raises:
+        ConfigError: there is none, it cannot be read, or it brings code of its own.
+    """
     try:
         # said outright, because transformers would ask at the terminal
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -218,7 +225,7 @@ def _config(name: str) -> Any:
 
 
 def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
-    """Why the model is refused, and what a tiny instance does."""
+    """Return why the model is refused, and what a tiny instance does."""
     untried = Probe(failure="not tried, because the model is refused")
     if config.is_encoder_decoder:
         return ("it has an encoder and a decoder; only decoder-only language models are supported.",), untried
@@ -230,8 +237,8 @@ def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
         return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {_one_line(error)}")
     if reasons:
         return reasons, untried
-    found = tried(config)
-    return (found.problem,) if found.problem else (), found
+    trial = tried(config)
+    return (trial.problem,) if trial.problem else (), trial
 
 
 def _one_line(error: Exception) -> str:

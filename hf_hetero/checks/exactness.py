@@ -1,4 +1,4 @@
-"""What is refused at construction, and why: models and options under which a plan would change the learning.
+"""Models and options under which a plan would change the learning are refused here, when a trainer is made.
 
 Nothing here is approximated in silence. Each refusal says what was found, why it is not exact, and what to do.
 """
@@ -32,7 +32,7 @@ STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sli
 
 
 def is_tested(model: PreTrainedModel) -> bool:
-    """Whether the model's architecture is compared with plain training in this package's tests."""
+    """Return whether the model's architecture is compared with plain training in this package's tests."""
     return model.config.model_type in TESTED_MODEL_TYPES and type(model).__module__.startswith("transformers.models.")
 
 
@@ -65,25 +65,27 @@ def check_model(trainer: Trainer) -> None:
         )
 
 
-def check_num_ranks(expected: int | None, found: int) -> None:
+def check_num_ranks(expected: int | None, num_ranks: int) -> None:
     """Refuse to start with another number of ranks than the run was written for.
 
     Raises:
         ConfigError: with the usual cause.
     """
-    if expected is not None and expected != found:
+    if expected is not None and expected != num_ranks:
         raise ConfigError(
-            f"This run was written for {expected} ranks (HeteroConfig.num_ranks) and has {found}. Start it with "
+            f"This run was written for {expected} ranks (HeteroConfig.num_ranks) and has {num_ranks}. Start it with "
             "`accelerate launch --config_file ...` or `torchrun --nproc-per-node ...`, or change num_ranks."
         )
 
 
 def _raise_all(what: str, problems: Iterator[str] | list[str]) -> None:
-    if found := list(problems):
-        raise UnsupportedModel(f"{what} cannot be trained exactly under changing plans: {' '.join(found)}")
+    # all at once, so that they are mended in one go
+    if sentences := list(problems):
+        raise UnsupportedModel(f"{what} cannot be trained exactly under changing plans: {' '.join(sentences)}")
 
 
 def _argument_problems(args: TrainingArguments) -> Iterator[str]:
+    """Yield, in words, why training arguments are refused: what would be learnt, or done, is not what they say."""
     accelerator = args.accelerator_config
     options: dict[str, Any] = accelerator if isinstance(accelerator, dict) else vars(accelerator or object)
     if not args.average_tokens_across_devices:
@@ -110,6 +112,7 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 
 
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
+    """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
     if not trainer.model_accepts_loss_kwargs:
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
@@ -122,7 +125,7 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
 
 
 def model_problems(model: torch.nn.Module) -> Iterator[str]:
-    """Why a model is refused, in words."""
+    """Yield, in words, why a model is refused."""
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         yield "it is not a transformers model."
@@ -145,6 +148,7 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
     if other := sorted(layer_types - EXACT_LAYER_TYPES - STATE_LAYER_TYPES):
         known = " and ".join(sorted(EXACT_LAYER_TYPES))
         yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
+    # a model that another trainer has fitted computes this package's loss
     if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
     yield from rotary.problems(base)

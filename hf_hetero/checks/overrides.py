@@ -1,4 +1,4 @@
-"""Methods of `Trainer` that a subclass brings of its own: honoured exactly, or refused by name.
+"""Methods of `Trainer` that a subclass brings of its own are honoured exactly, or refused by name.
 
 The method resolution order is asked, not a list of names. Whatever is neither transformers', TRL's `SFTTrainer` nor
 this package's is somebody's own:
@@ -42,21 +42,21 @@ EVALUATION = (
 
 
 def own(trainer: Any, names: Iterable[str]) -> dict[str, str]:
-    """Of these methods, those that are somebody's own, each with the name of the class that has it.
+    """Return those of some methods that are somebody's own, each with the name of the class that has it.
 
     Args:
         trainer: an instance, whose attributes count, too; or its class.
     """
     kind = trainer if isinstance(trainer, type) else type(trainer)
     classes = [base for base in kind.__mro__ if not _is_known(base)]
-    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name in names:
         owner = next((base.__name__ for base in classes if name in vars(base)), None)
         if not isinstance(trainer, type) and name in vars(trainer):
             owner = f"this {kind.__name__}"
         if owner is not None:
-            found[name] = owner
-    return found
+            owners[name] = owner
+    return owners
 
 
 def check(trainer_class: type) -> None:
@@ -65,6 +65,7 @@ def check(trainer_class: type) -> None:
     Raises:
         UnsupportedModel: with the class and the method.
     """
+    # SFTTrainer's loss is a sum over tokens; TRL's other trainers compare or generate samples in these methods
     theirs = [base for base in trainer_class.__mro__ if base.__module__.split(".")[0] == "trl" and not _is_known(base)]
     for base in theirs:
         if name := next((name for name in (*LOSS, "training_step", *LOOPS) if name in vars(base)), None):
@@ -80,6 +81,7 @@ def check(trainer_class: type) -> None:
             "use plain Trainer."
         )
     for name, owner in own(trainer_class, ("training_step",)).items():
+        # each class of the chain: one that does not go on to the next cuts off Trainer's, whoever else calls it
         for base in trainer_class.__mro__:
             if name in vars(base) and not _is_known(base) and not calls(vars(base)[name], name):
                 raise UnsupportedModel(
@@ -89,12 +91,13 @@ def check(trainer_class: type) -> None:
 
 
 def calls(function: Any, name: str) -> bool:
-    """Whether a function's code names a method anywhere, as `super().name(...)` does."""
+    """Return whether a function's code names a method anywhere, as `super().name(...)` does."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return isinstance(code, CodeType) and any(name in part.co_names for part in _parts(code))
 
 
 def _parts(code: CodeType) -> list[CodeType]:
+    """Return a function's code, and that of all functions within it."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return [code, *(part for one in inner for part in _parts(one))]
 

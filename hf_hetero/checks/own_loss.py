@@ -1,4 +1,4 @@
-"""Is a loss of somebody's own a sum over samples? Tried on two tiny samples before the first step.
+"""A loss of somebody's own must be a sum over samples; it is tried on two tiny ones before the first step.
 
     loss(both in one pack) = loss(first alone) + loss(second alone)        with the same num_items_in_batch
 
@@ -48,7 +48,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
         what: whose loss it is, for messages.
 
     Raises:
-        UnsupportedModel: with what was found, and what to do.
+        UnsupportedModel: with what the trial showed, and what to do.
     """
     remedy = (
         "Return a sum over tokens divided by num_items_in_batch, of model(**inputs), e.g. as "
@@ -59,6 +59,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
     model = _Table(torch.randn(257, 64, generator=generator), config).to(device)
     total = torch.tensor(2 * TOKENS)
     losses: list[float] = []
+    # `total` is the same for each: a sum over tokens, divided by it, adds up; a mean over what is given does not
     try:
         for samples in ((0,), (1,), (0, 1)):
             model.reached = False
@@ -76,6 +77,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
     finally:
         torch.random.set_rng_state(rng)
     first, second, both = losses
+    # "not <=", so that nan does not pass
     if not abs(first + second - both) <= CLOSE * max(abs(first), abs(second), abs(both)):
         raise UnsupportedModel(
             f"{what} gives {both:.6g} for two samples together, and {first:.6g} and {second:.6g} for each: what is "
@@ -84,7 +86,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
 
 
 def owners(trainer: Trainer) -> str:
-    """Whose loss stands in the place of the model's, in words; "" where none does."""
+    """Say whose loss stands in the place of the model's; "" where none does."""
     methods = [f"{owner}.{name}" for name, owner in overrides.own(trainer, overrides.LOSS).items()]
     return " and ".join([*methods, *(["compute_loss_func"] if trainer.compute_loss_func is not None else [])])
 
@@ -97,7 +99,7 @@ def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
         kernel: what computes attention of its model.
 
     Raises:
-        UnsupportedModel: with what was found, and what to do.
+        UnsupportedModel: with what the trial showed, and what to do.
     """
     what, config = owners(trainer), base_model(trainer.model).config
     if not what:
@@ -106,6 +108,7 @@ def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
 
     def compute(model: nn.Module, inputs: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
         prepared: Any = trainer._prepare_inputs(inputs)  # pyright: ignore[reportPrivateUsage]
+        # a compute_loss of somebody's own decides itself what becomes of compute_loss_func
         if has_methods:
             return trainer.compute_loss(model, prepared, num_items_in_batch=total)  # pyright: ignore
         labels = prepared.pop("labels")
@@ -125,7 +128,10 @@ def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
 
 
 class _Table(nn.Module):
-    """In the place of a causal language model: logits that depend on token and position alone."""
+    """A `_Table` takes the place of a causal language model: its logits depend on token and position alone.
+
+    As with attention that keeps samples apart, packing changes none of them; so what differs is the loss's.
+    """
 
     def __init__(self, table: torch.Tensor, config: Any) -> None:
         super().__init__()
@@ -151,13 +157,13 @@ class _Table(nn.Module):
             return _log_probs(logits, labels, inputs.get("shift_labels"))
         loss = None
         if labels is not None:
-            kept = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
-            loss = token_loss(logits, labels, self.vocab_size, **kept)
+            keywords = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+            loss = token_loss(logits, labels, self.vocab_size, **keywords)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 def _log_probs(logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: torch.Tensor | None) -> Any:
-    """What models give to TRL's SFTTrainer in the place of logits, each of shape (1, num_tokens)."""
+    """Return what models give to TRL's SFTTrainer in the place of logits, each of shape (1, num_tokens)."""
     if shift_labels is None:
         assert labels is not None
         logits, shift_labels = logits[:, :-1], labels[:, 1:]

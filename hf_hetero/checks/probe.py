@@ -1,4 +1,4 @@
-"""Does a model learn the same under a plan? Tries a tiny instance of its architecture, from its config alone.
+"""The probe asks whether a model learns the same under a plan: it tries a tiny instance, from its config alone.
 
 No weights are loaded and no GPU is needed (`tiny`). One packed forward and backward pass through this package's
 attention is compared with each sample alone through stock attention. Random numbers and whatever else the process
@@ -36,7 +36,7 @@ MOST_NUMBERS = 50_000_000  # weights and buffers that a tiny instance may have
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the tiny instance did.
+    """A `Probe` says what the tiny instance did.
 
     Args:
         num_layers: layers that have attention or count as such.
@@ -55,12 +55,12 @@ class Probe:
 
     @property
     def ok(self) -> bool:
-        """Every layer was reached, and nothing differs by more than rounding."""
+        """Return whether every layer was reached, and nothing differs by more than rounding."""
         return not self.failure and not self.problem
 
 
 def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None = None) -> Probe:
-    """What a tiny instance of a config does; or why there is none.
+    """Try a tiny instance of a config; return what it does, or why there is none.
 
     Args:
         config: of transformers; stays as it is.
@@ -68,6 +68,7 @@ def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None =
     """
     try:
         small = shrunk(config)
+        # counted without weights first: a size that `shrunk` does not know may be as large as ever
         if (numbers := num_numbers(build(small, "meta", architecture))) > MOST_NUMBERS:
             return Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
         model = build(small, "cpu", architecture)
@@ -81,29 +82,30 @@ def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) ->
 
     Args:
         model: of transformers; its config and its class are read.
-        control: carries what rank 0 found to the others; None for a single process.
+        control: carries what rank 0 saw to the others; None for a single process.
 
     Raises:
         UnsupportedModel: with what the tiny instance does under a plan; on every rank.
     """
     name, kind = type(model).__name__, model.config.model_type
-    found = broadcast(lambda: tried(model.config, type(model)), control)
-    if found.problem:
-        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {found.problem}")
-    if found.failure:
+    # tried on rank 0 for all: ranks that came to other ends, by a machine's rounding, would not all go on
+    trial = broadcast(lambda: tried(model.config, type(model)), control)
+    if trial.problem:
+        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {trial.problem}")
+    if trial.failure:
         logger.warning(
             "%s (model type %r) is not among those tested for exact gradients (%s), and could not be tried: %s.",
             name,
             kind,
             ", ".join(sorted(exactness.TESTED_MODEL_TYPES)),
-            found.failure,
+            trial.failure,
         )
     else:
         logger.info("%s (model type %r): a tiny instance learns the same under a plan.", name, kind)
 
 
 def probe(model: Any) -> Probe:
-    """One packed pass under a plan, against each sample alone.
+    """Compare one packed pass under a plan with each sample alone.
 
     Both in evaluation mode, so that dropout outside of attention, which is allowed, does not hide other differences;
     then one forward pass in training mode, for what is refused only there.
@@ -113,8 +115,10 @@ def probe(model: Any) -> Probe:
 
 
 def _probe(model: Any) -> Probe:
+    """Compare as `probe`; what the process shares is the caller's to restore."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config(decoder=True).vocab_size
+    # none of the first three numbers, which tiny configs have for padding, begin and end
     ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
     num_targets = sum(length - 1 for length in LENGTHS)
     model = model.float().eval()
@@ -143,24 +147,28 @@ def _probe(model: Any) -> Probe:
         interface.register()
         rotary.TablesBySample(model)
         model.set_attn_implementation(interface.ATTENTION_NAME)
-        found = _pass(model, [batch])
+        planned = _pass(model, [batch])
         with torch.no_grad():
             model.train()(**batch, use_cache=False)
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:
         return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
-    return _judged(model, context.reached, found, expected)
+    return _judged(model, context.reached, planned, expected)
 
 
 def _context() -> AttentionContext:
+    """Make the context of one rank that holds all samples: packing is tried, ranks are not needed for it."""
     layout = contiguous(list(LENGTHS), 1)
     return AttentionContext(layout, (0,), 0, None, "ulysses", CPU, torch.device("cpu"))
 
 
-def _judged(model: Any, reached: set[int], found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> Probe:
+def _judged(
+    model: Any, reached: set[int], planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> Probe:
+    """Say in words what differs, the cause before its effects: layers, then missing gradients, then their values."""
     layers = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
-    loss_error, gradient_error = _errors(found, expected)
+    loss_error, gradient_error = _errors(planned, expected)
     problem = ""
     if reached != layers:
         missing = ", ".join(map(str, sorted(layers - reached))) or "none"
@@ -168,12 +176,12 @@ def _judged(model: Any, reached: set[int], found: dict[str, torch.Tensor], expec
             f"under a plan {len(reached)} of {len(layers)} layers of a tiny instance call transformers' attention "
             f"interface (not: {missing}); the others would not learn which ranks share their tokens."
         )
-    elif without := sorted(expected.keys() - found.keys()):
+    elif without := sorted(expected.keys() - planned.keys()):
         problem = (
             f"under a plan {len(without)} weights of a tiny instance get no gradient, {without[0]} for one: its "
             "attention depends on them in a way of its own, such as a learned mask."
         )
-    elif not max(loss_error, gradient_error) <= TOLERANCE:
+    elif not max(loss_error, gradient_error) <= TOLERANCE:  # so that nan is no pass
         problem = (
             f"a tiny instance learns differently when samples are packed: the loss differs by {loss_error:.0e}, "
             f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, "
@@ -193,7 +201,7 @@ def _alone(sample: torch.Tensor, num_targets: int) -> dict[str, Any]:
 
 
 def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """The loss, under "", and the gradients, by name, of all batches together."""
+    """Return the loss, under "", and the gradients, by name, of all batches together."""
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
@@ -203,12 +211,12 @@ def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tenso
     return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
 
 
-def _errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Largest difference of the loss and of the gradients, relative to the largest value of the same tensor."""
+def _errors(planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """Return the largest difference of loss and of gradients, relative to the largest value of the same tensor."""
     largest = max((float(x.abs().max()) for name, x in expected.items() if name), default=0.0)
     errors = {"": 0.0}
-    for name in expected.keys() & found.keys():
-        x, y = found[name], expected[name]
+    for name in expected.keys() & planned.keys():
+        x, y = planned[name], expected[name]
         # a gradient that is zero but for rounding is measured by the others
         scale = max(float(y.abs().max()), 1e-3 * largest if name else 0.0, 1e-30)
         errors[name] = float((x - y).abs().max()) / scale if bool(x.isfinite().all()) else float("inf")

@@ -1,6 +1,6 @@
-"""A tiny instance of an architecture, from its config alone: no weights are loaded, and nothing global changes.
+"""A tiny instance of an architecture is made from its config alone: no weights are loaded, nothing global changes.
 
-The same kinds of layers with the same heads, a few experts and a short vocabulary.
+It has the same kinds of layers with the same heads, a few experts and a short vocabulary.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists that say w
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Stock settings of torch meanwhile; these and random numbers are the caller's own again afterwards."""
+    """Use stock settings of torch meanwhile; these and random numbers are the caller's own again afterwards."""
     python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float32)
@@ -64,7 +64,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedModel] | None = None) -> Any:
-    """The causal language model of a config, with stock attention; the same weights each time.
+    """Build the causal language model of a config, with stock attention; the same weights each time.
 
     Args:
         config: of transformers.
@@ -79,12 +79,12 @@ def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedMo
 
 
 def num_numbers(model: torch.nn.Module) -> int:
-    """Weights and buffers."""
+    """Count weights and buffers."""
     return sum(x.numel() for x in [*model.parameters(), *model.buffers()])
 
 
 def shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    """The same architecture with few and small layers: one of each kind, heads as wide, the same grouping of heads.
+    """Return the config of few and small layers: one of each kind, heads as wide, the same grouping of heads.
 
     Of a model of text and images the text part is shrunk. The given config stays as it is.
     """
@@ -94,6 +94,7 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def _shrink(config: Any) -> None:
+    """Make a config's sizes small in place."""
     for name, most in SMALLEST.items():
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool):
@@ -111,9 +112,9 @@ def _shrink(config: Any) -> None:
 
 
 def _switch_rotary_tables_early(config: Any) -> None:
-    """Some rotary tables are others for a long sample: let the probe's longest one be long.
+    """Let the probe's longest sample be long for rotary tables that are others for a long sample.
 
-    Of those that would stay others for the samples after it, let it not be: such samples are refused when they come.
+    For those that would stay others for the samples after it, let it not be: such samples are refused when they come.
     """
     rope: Any = getattr(config, "rope_parameters", None) or {}
     tables = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # one, or one for each kind of layer
@@ -129,6 +130,7 @@ def _switch_rotary_tables_early(config: Any) -> None:
 
 
 def _keep_one_layer_of_each_kind(config: Any) -> None:
+    """Keep the first layers, as many as it takes to have one of each kind, and two at least."""
     total = getattr(config, "num_hidden_layers", None)
     if not isinstance(total, int):
         return

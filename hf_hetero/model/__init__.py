@@ -1,1 +1,1 @@
-"""What is done to a user's model for planned steps, or watched in it: loss, head, recompute, offload, experts, time."""
+"""This folder fits a user's model for planned steps, and watches it: loss, head, recompute, offload, experts, time."""

@@ -1,4 +1,4 @@
-"""What a group does to hold more tokens, done to the model: layers recomputed, inputs offloaded, MLPs in chunks.
+"""A group holds more tokens by what is done to the model: layers recomputed, inputs offloaded, MLPs in chunks.
 
 Layers are changed for one micro-batch: by the attributes that transformers documents (`GradientCheckpointingLayer`)
 and by the class of their MLPs (`chunked_mlp`). They stay changed until backward is through, because recomputed layers
@@ -40,7 +40,7 @@ from hf_hetero.plan import ACTIVATIONS
 
 
 class Activations:
-    """The layers of a model, and what they can do.
+    """`Activations` are the layers of a model, and what they can do to hold more tokens.
 
     Args:
         model: a model of transformers, before or after it was wrapped.
@@ -63,15 +63,15 @@ class Activations:
 
     @property
     def chunked_mlps(self) -> bool:
-        """Whether recomputed layers have MLPs that go chunk by chunk."""
+        """Return whether recomputed layers have MLPs that go chunk by chunk."""
         return bool(self._mlps)
 
     def recomputed(self, policy: str | None) -> bool:
-        """Whether layers are computed again in backward, in a group that does this."""
+        """Return whether layers are computed again in backward, in a group that does this."""
         return self._recomputes or policy in self.policies
 
     def store(self, policy: str | None, device: torch.device, num_tokens: int, hidden: int) -> HostStore | None:
-        """Where a group that offloads puts what it keeps; None for one that does not."""
+        """Return where a group that offloads puts what it keeps; None for one that does not."""
         if policy != "offload" or policy not in self.policies:
             return None
         if self._stream is None:
@@ -80,7 +80,7 @@ class Activations:
 
     @contextmanager
     def following(self, policy: str | None, store: HostStore | None) -> Iterator[None]:
-        """For forward and backward of one micro-batch."""
+        """Follow a group's policy in forward and backward of one micro-batch; leave the layers as they were."""
         with ExitStack() as undone:
             if policy in self.policies and not self._recomputes:
                 for layer in self._layers:
@@ -96,6 +96,7 @@ class Activations:
 
 def _set(undone: ExitStack, thing: Any, name: str, value: Any) -> None:
     """Set an attribute until the stack is undone; what a thing had from its class it then has from there again."""
+    # set anew where the thing has it itself, else removed: an attribute left on a layer would hide its class's for good
     if name in vars(thing) or name == "__class__":
         undone.callback(setattr, thing, name, getattr(thing, name))
     else:

@@ -1,4 +1,4 @@
-"""Is this the backward pass? What runs in it runs for the second time: layers that are recomputed."""
+"""A layer that runs in the backward pass runs for the second time: it is recomputed. This tells when that is so."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def in_backward() -> bool:
-    """Whether autograd is at work in this thread, as torch.utils.checkpoint itself asks."""
+    """Return whether autograd is at work in this thread, as torch.utils.checkpoint itself asks."""
     return torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]

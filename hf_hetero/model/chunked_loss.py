@@ -1,4 +1,4 @@
-"""Cross-entropy without the logits: chunk by chunk, gradients in the forward pass, only where there is a target.
+"""Cross-entropy needs no whole logits: it goes chunk by chunk, gradients in forward, only where there is a target.
 
 The logits of a micro-batch are often its largest tensor: 8192 tokens of a 128K vocabulary are 4 GiB in fp32, and a loss
 over whole logits holds three of them. Here no more than a chunk of them is there at a time.
@@ -32,7 +32,7 @@ def chunked_loss(
     ignore_index: int = IGNORE_INDEX,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """Sum of the cross-entropies of a linear head's logits, as a scalar in at least fp32. Differentiable once.
+    """Sum the cross-entropies of a linear head's logits, to a scalar in at least fp32. Differentiable once.
 
     Args:
         hidden: what the head is given; in any shape (..., hidden).
@@ -49,7 +49,7 @@ def chunked_loss(
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The loss and, beside it, its gradients for a gradient of 1, which the backward pass scales.
+    """`_ChunkedLoss` makes the loss and, beside it, its gradients for a gradient of 1, which backward scales.
 
     The loss enters a model's objective by one number only, so its gradients are known up to that factor before backward
     begins; made while a chunk's logits are there, they never need the logits again.
@@ -71,6 +71,7 @@ class _ChunkedLoss(torch.autograd.Function):
         exact = torch.promote_types(dtype, torch.float32)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         positions = (targets != ignore_index).nonzero().squeeze(1)  # waits for the device, once a micro-batch
+        # the weight is cast once here, where autocast would cast it for every chunk
         with torch.autocast(kind, enabled=False):
             w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
             total = torch.zeros((), dtype=exact, device=hidden.device)
@@ -95,6 +96,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         [scale] = grad_outputs
+        # scaled in the loss's type, then rounded; let go of, because the graph may live longer than they are needed
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.to(scale.dtype).mul_(scale).to(dtype) for g, dtype in gradients)
         return (*scaled, None, None, None, None)
@@ -103,7 +105,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def _chunk(
     logits: torch.Tensor, targets: torch.Tensor, changes: tuple[Change, ...], exact: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of a chunk, and its gradient by the logits as the head gave them."""
+    """Return the loss of a chunk, and its gradient by the logits as the head gave them."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_(bool(changes))
         changed = leaf
@@ -112,6 +114,7 @@ def _chunk(
     log_softmax = F.log_softmax(changed.detach().to(exact), dim=-1)
     at_targets = targets.unsqueeze(1)
     loss = -log_softmax.gather(1, at_targets).sum()
+    # of cross-entropy by its logits: softmax, less 1 at the target; in place, for a chunk is large
     gradient = log_softmax.exp_().scatter_add_(1, at_targets, -torch.ones_like(at_targets, dtype=exact))
     gradient = gradient.to(changed.dtype)
     if changes:

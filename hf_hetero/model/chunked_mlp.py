@@ -1,4 +1,4 @@
-"""A layer's MLP for a few tokens at a time, forward and backward, where the layer is computed again in backward.
+"""An MLP goes a few tokens at a time, forward and backward, where its layer is computed again in backward.
 
 Layers that are recomputed keep next to nothing, so that what a rank can hold is soon decided by the one layer that is
 whole at a time, and of that by the MLP: its inner tensors are several times as wide as a hidden state. A token's MLP
@@ -26,12 +26,12 @@ INNER_TENSORS = 4
 
 
 class ChunkedMLP(torch.nn.Module):
-    """What an MLP is while it goes chunk by chunk: of a class made by `chunked_class`, with its own weights."""
+    """A `ChunkedMLP` is an MLP while it goes chunk by chunk: of a class of `chunked_class`, with its own weights."""
 
     chunk_bytes: int = CHUNK_BYTES
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Shape (..., hidden) in and out."""
+        """Compute the MLP; shape (..., hidden) in and out."""
         if len(args) != 1 or kwargs or not (self.training and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
         [x], saved_at = args, _SavedAt()
@@ -39,7 +39,7 @@ class ChunkedMLP(torch.nn.Module):
 
 
 def chunked_class(layer: torch.nn.Module) -> type[ChunkedMLP] | None:
-    """The class that a layer's MLP is to have while it goes chunk by chunk; its own one is its base.
+    """Make the class that a layer's MLP is to have while it goes chunk by chunk; its own one is its base.
 
     None where there is no MLP, or it is not known that each token's is its own.
     """
@@ -52,12 +52,15 @@ def chunked_class(layer: torch.nn.Module) -> type[ChunkedMLP] | None:
 
 
 def widest_inner(mlp: torch.nn.Module) -> int:
-    """Width of an MLP's inner tensors."""
+    """Return the width of an MLP's inner tensors."""
     return max((m.out_features for m in mlp.modules() if isinstance(m, torch.nn.Linear)), default=1)
 
 
 def _is_by_token(mlp: torch.nn.Module) -> bool:
-    """Whether it is made of linear layers and what has no weights and draws no random numbers."""
+    """Return whether it is made of linear layers and what has no weights and draws no random numbers.
+
+    Such a random number would be another one when a chunk is computed again.
+    """
     leaves = [m for m in mlp.modules() if not list(m.children())]
     return all(
         isinstance(m, torch.nn.Linear)
@@ -67,13 +70,13 @@ def _is_by_token(mlp: torch.nn.Module) -> bool:
 
 
 class _SavedAt:
-    """The node that saved the MLP's input: the MLP's own node reads it there, or else saves it itself."""
+    """`_SavedAt` names the node that saved the MLP's input: the MLP's own node reads it there, or else saves it."""
 
     node: Any = None
 
 
 class _Save(torch.autograd.Function):
-    """The identity, which saves its input for backward."""
+    """`_Save` is the identity, which saves its input for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, saved_at: _SavedAt) -> torch.Tensor:
@@ -87,7 +90,7 @@ class _Save(torch.autograd.Function):
 
 
 class _InChunks(torch.autograd.Function):
-    """The MLP, of which nothing is saved; its gradients from its input, chunk by chunk."""
+    """`_InChunks` computes the MLP and saves nothing of it; backward has its gradients from its input, by chunks."""
 
     @staticmethod
     def forward(
@@ -96,6 +99,7 @@ class _InChunks(torch.autograd.Function):
         ctx.saved_at, ctx.mlp, ctx.params = saved_at, mlp, params
         if saved_at.node is None:  # nothing before it gets a gradient
             ctx.save_for_backward(x)
+        # backward runs outside of the forward pass's autocast, and the second computation must be as the first
         device = x.device.type
         ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         chunks = [_whole(mlp, chunk) for chunk in _rows(x).split(_chunk_tokens(x, mlp))]
@@ -110,6 +114,8 @@ class _InChunks(torch.autograd.Function):
         # chunks are added up in fp32: in bf16 a sum of many would lose what one product keeps
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in needed]
         device, dtype, enabled = ctx.autocast
+        # the MLP's parameters are inputs of this node, so what hangs on their gradients, as DDP's exchange does, runs
+        # once, with the sum, and not once a chunk
         of_x: list[torch.Tensor] = []
         for chunk, gradient in zip(_rows(x).split(size), _rows(grad_outputs[0]).split(size), strict=True):
             leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[0])

@@ -1,4 +1,4 @@
-"""How evenly a mixture of experts uses its experts, over all tokens of a step.
+"""This counts how evenly a mixture of experts uses its experts, over all tokens of a step.
 
 Whatever the plan, the counts are those of the step's tokens, so they can be compared between plans and between runs.
 """
@@ -15,7 +15,7 @@ from hf_hetero.model.backward import in_backward
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert gets, by watching the model's routers while a micro-batch runs.
+    """`ExpertLoad` counts the tokens that each expert gets: it watches the model's routers in a micro-batch.
 
     Args:
         model: a transformers model; it says itself which of its modules are routers (`_can_record_outputs`).
@@ -28,10 +28,12 @@ class ExpertLoad:
         self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
 
     def __bool__(self) -> bool:
-        """Whether there is anything to count."""
+        """Return whether there is anything to count."""
         return bool(self._routers) and self._num_experts > 0
 
     def _counter(self, number: int) -> Any:
+        """Make the hook of a router: it counts the experts that its output names in its first tensor of integers."""
+
         def count(module: torch.nn.Module, _: Any, output: Any) -> None:
             outputs = output if isinstance(output, tuple) else (output,)
             chosen = next((x for x in outputs if isinstance(x, torch.Tensor) and not x.is_floating_point()), None)
@@ -57,14 +59,14 @@ class ExpertLoad:
                 hook.remove()
 
     def take(self) -> list[int]:
-        """Tokens of each expert of each layer since the last call, layer after layer: num_layers x num_experts."""
+        """Return the tokens of each expert of each layer since the last call: num_layers x num_experts, by layer."""
         empty = torch.zeros(self._num_experts, dtype=torch.int64)
         counts = [empty if layer is None else layer.cpu() for layer in self._counts]
         self._counts = [None] * len(self._routers)
         return torch.cat(counts).tolist()
 
     def of_all(self, ranks: list[list[int]]) -> tuple[float, ...]:
-        """For each layer, tokens of its busiest expert by those of a mean one, from what each rank has taken.
+        """Return, for each layer, tokens of its busiest expert by those of a mean one, of what each rank has taken.
 
         1 is even; the number of experts, the worst.
         """
@@ -73,6 +75,7 @@ class ExpertLoad:
 
 
 def _routers(model: Any) -> Iterator[torch.nn.Module]:
+    """Yield the modules of the class that a transformers model declares to give `router_logits`."""
     for part in model.modules():
         recorder = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits")
         kind = getattr(recorder, "target_class", recorder)

@@ -1,4 +1,4 @@
-"""The disguise in which a model's head hands out no logits, but what the loss computes them from.
+"""A model's head, in disguise, hands out no logits, but what the loss computes them from.
 
 In planned training the model's output embedding, a `LeanHead`, hands out `LazyLogits`: hidden states, weight and bias,
 and what the model does to the logits (scaling, a soft cap). `token_loss` computes loss and gradients from those
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class LeanHead(torch.nn.Linear):
-    """A model's output embedding while its logits may be lazy: the same module, given another class (as `ChunkedMLP`).
+    """A `LeanHead` is a model's output embedding while logits may be lazy: the same module, given another class.
 
     Whoever else holds on to the module, FSDP for one, notices nothing, before or after.
     """
@@ -40,14 +40,14 @@ class LeanHead(torch.nn.Linear):
             self._is_lazy = before
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (..., vocab_size), of hidden states, shape (..., hidden)."""
+        """Return logits, shape (..., vocab_size), of hidden states, shape (..., hidden); lazy ones look the same."""
         if not (self._is_lazy and self.training and torch.is_grad_enabled()):
             return super().forward(input)
         return LazyLogits.of(_Joined.apply(input, self.weight, self.bias), self.weight, self.bias, ())
 
 
 def install(model: Any) -> LeanHead | str:
-    """Make the model's output embedding a `LeanHead`; why not, in words, where that cannot be.
+    """Make the model's output embedding a `LeanHead`; return why not, in words, where that cannot be.
 
     Each call is undone by one of `uninstall`, so that several trainers may use one model, in any order.
     """
@@ -55,6 +55,7 @@ def install(model: Any) -> LeanHead | str:
     if not isinstance(head, LeanHead):
         if type(head) is not torch.nn.Linear:
             return f"its output embedding is a {type(head).__name__}"
+        # a hook of somebody's would be handed lazy logits
         if head._forward_hooks or head._forward_pre_hooks:  # pyright: ignore[reportPrivateUsage]
             return "its output embedding has hooks"
         head.__class__ = LeanHead
@@ -80,7 +81,7 @@ def uninstall(model: Any) -> None:
 
 
 class _Joined(torch.autograd.Function):
-    """Hidden states from which the head's weights can be reached, too, as from logits.
+    """`_Joined` gives hidden states from which the head's weights can be reached, too, as from logits.
 
     DistributedDataParallel takes weights that it cannot reach from a model's outputs for unused, and a loss of one's
     own has the logits computed after that.
@@ -92,11 +93,12 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # the weights' gradients come from the loss, which is given them, too; here they are only reached
         return (*grad_outputs, None, None)
 
 
 class LazyLogits(torch.Tensor):
-    """Stands for logits that were not computed. Its data are the hidden states, so that autograd's edges are real."""
+    """`LazyLogits` stand for logits not computed. Their data are the hidden states, so autograd's edges are real."""
 
     _weight: torch.Tensor
     _bias: torch.Tensor | None
@@ -106,18 +108,18 @@ class LazyLogits(torch.Tensor):
     def of(
         hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, changes: tuple[Change, ...]
     ) -> LazyLogits:
-        """Logits of hidden states, with elementwise changes made to them in this order."""
+        """Make logits of hidden states, with elementwise changes made to them in this order."""
         lazy = hidden.view_as(hidden).as_subclass(LazyLogits)
         lazy._weight, lazy._bias, lazy._changes = weight, bias, changes
         return lazy
 
     def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, tuple[Change, ...]]:
-        """Hidden states, weight, bias, changes."""
+        """Return hidden states, weight, bias, changes."""
         with DisableTorchFunctionSubclass():
             return self.as_subclass(torch.Tensor), self._weight, self._bias, self._changes
 
     def computed(self) -> torch.Tensor:
-        """The logits."""
+        """Compute the logits."""
         hidden, weight, bias, changes = self.parts()
         logits = F.linear(hidden, weight, bias)
         for change in changes:
@@ -135,6 +137,7 @@ class LazyLogits(torch.Tensor):
             hidden, weight, _, _ = lazy.parts()
             shape = torch.Size([*hidden.shape[:-1], weight.shape[0]])
             return SHAPES[func](shape, *args[1:], **kwargs)
+        # by numbers only: a tensor may be of the logits' shape, which a chunk of them would not fit
         if func in ELEMENTWISE and not any(isinstance(x, torch.Tensor) for x in (*args[1:], *kwargs.values())):
             hidden, weight, bias, changes = lazy.parts()
             return LazyLogits.of(hidden, weight, bias, (*changes, lambda logits: func(logits, *args[1:], **kwargs)))
@@ -179,12 +182,13 @@ ABOUT_THE_GRAPH = {"__get__", "__set__", "register_hook", "is_floating_point", "
 
 
 def _with_real(func: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function with computed logits in the place of lazy ones: slower, the same."""
     logger.warning("All logits are computed, because the model or a wrapper calls %s on them.", func.__name__)
     return func(*_computed(args), **_computed(kwargs))
 
 
 def _computed(value: Any) -> Any:
-    """The same, with all lazy logits in it computed."""
+    """Return the same, with all lazy logits in it computed."""
     if isinstance(value, LazyLogits):
         return value.computed()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Means that a trainer keeps of its calls, one value a micro-batch, as means over tokens.
+"""Means that a trainer keeps of its calls, one value a micro-batch, become means over tokens.
 
 TRL's trainers do: `compute_loss` appends a mean over all ranks to `_metrics[mode][name]`, and `log` takes the plain
 mean of what has come together. That would depend on how a plan cuts a step. Weighted by the target tokens of each
@@ -17,7 +17,7 @@ COUNTED = ("_metrics", "_total_train_tokens")
 
 
 class LoggedMeans:
-    """Target tokens, of all ranks, of the micro-batches that a trainer's values are of.
+    """`LoggedMeans` hold the target tokens, of all ranks, of the micro-batches that a trainer's values are of.
 
     Args:
         trainer: whose `_metrics` are `{"train": {name: values}, "eval": {name: values}}`; false where it has none.
@@ -31,7 +31,7 @@ class LoggedMeans:
         return hasattr(self._trainer, "_metrics")
 
     def add(self, mode: str, num_targets: Sequence[int]) -> None:
-        """Some micro-batches, of each of which a value has been kept.
+        """Add some micro-batches, of each of which the trainer has kept a value.
 
         Args:
             mode: train or eval.
@@ -46,8 +46,9 @@ class LoggedMeans:
             return
         weights, self._num_targets[mode] = self._num_targets[mode], []
         total = sum(weights)
-        kept: dict[str, list[float]] = self._trainer._metrics[mode]
-        for values in kept.values():
+        metrics: dict[str, list[float]] = self._trainer._metrics[mode]
+        for values in metrics.values():
+            # one value for each micro-batch, or else they are of something that was not counted here
             if total and len(values) == len(weights) > 1:
                 values[:] = [sum(value * weight for value, weight in zip(values, weights, strict=True)) / total]
 

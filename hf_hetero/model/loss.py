@@ -1,4 +1,4 @@
-"""The loss that no plan can change: a sum over tokens, divided once by the target tokens of the whole step.
+"""No plan can change this loss: it is a sum over tokens, divided once by the target tokens of the whole step.
 
     loss = sum(cross_entropy(logits[t], target[t]) for every target t of every rank) / num_targets
 
@@ -28,6 +28,7 @@ def install(model: Any, plain: Callable[..., Any]) -> None:
     """
     state = vars(model)
     num_installed, before = state.get(LENT, (0, state.get("_loss_function")))
+    # once it is installed, the model's loss is no longer the plain one, and only the count goes up
     if num_installed or model.loss_function is plain:
         state[LENT] = (num_installed + 1, before)
         model.loss_function = token_loss
@@ -47,12 +48,12 @@ def uninstall(model: Any) -> None:
 
 
 def shift_labels(labels: torch.Tensor) -> torch.Tensor:
-    """Targets of one sample: token t is to predict label t + 1, the last token nothing. Shape (num_tokens,)."""
+    """Return the targets of one sample: token t is to predict label t + 1, the last nothing. Shape (num_tokens,)."""
     return F.pad(labels[1:], (0, 1), value=IGNORE_INDEX)
 
 
 def num_targets(targets: torch.Tensor) -> int:
-    """Tokens that have something to predict."""
+    """Count the tokens that have something to predict."""
     return int((targets != IGNORE_INDEX).sum())
 
 
@@ -65,7 +66,7 @@ def token_loss(
     shift_labels: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
-    """Transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
+    """Compute transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
 
     Args:
         logits: shape (batch, num_tokens, vocab_size); lazy ones are never computed whole.

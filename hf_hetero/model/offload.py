@@ -1,4 +1,4 @@
-"""Saved tensors that wait in host memory from the forward pass until backward asks for them, copied beside computation.
+"""Saved tensors wait in host memory from the forward pass until backward asks for them, copied beside computation.
 
 What a layer saves is a bundle: its input, which autograd saves, and what attention exchanged in it, which the context
 keeps. Backward asks for bundles in reverse. With the first tensor of one, all of it and the bundle before it start on
@@ -31,7 +31,7 @@ import torch
 
 
 class SavedTensor:
-    """A saved tensor on its way to the host, there, or on its way back.
+    """A `SavedTensor` is on its way to the host, there, or on its way back.
 
     Args:
         bundle: number of the bundle it belongs to.
@@ -52,7 +52,7 @@ class SavedTensor:
 
 
 class HostStore:
-    """Tensors of one micro-batch.
+    """A `HostStore` keeps tensors of one micro-batch in host memory.
 
     Who may ask for a tensor, autograd or a layer's context, owns its record; the store only knows of it. So what nobody
     can ask for any more is not brought back, and its memory is free on both sides.
@@ -69,11 +69,11 @@ class HostStore:
         self._bundles: list[list[ref[SavedTensor]]] = []
 
     def hooks(self) -> AbstractContextManager[Any]:
-        """A context for the forward pass: hidden states that autograd saves are put away, each in a new bundle."""
+        """Return a context for the forward pass: hidden states that autograd saves are put away, each in a bundle."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def put(self, tensor: torch.Tensor, opens: bool = False) -> SavedTensor:
-        """Start copying a tensor to the host.
+        """Start to copy a tensor to the host.
 
         Args:
             opens: it is the first of a new bundle.
@@ -85,7 +85,8 @@ class HostStore:
         return saved
 
     def get(self, saved: SavedTensor) -> torch.Tensor:
-        """The tensor, on its device; may be asked for again, and then comes again."""
+        """Return the tensor, on its device; it may be asked for again, and then comes again."""
+        # with the bundle before it, which backward asks for next: its copies run while this one's layer computes
         for number in (saved.bundle, saved.bundle - 1):
             for reference in self._bundles[number] if number >= 0 else ():
                 other = reference()
@@ -129,5 +130,5 @@ class HostStore:
 
 
 def stream_for(device: torch.device) -> Any:
-    """A stream for copies; None where there are no streams."""
+    """Make a stream for copies; None where there are no streams."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""Seconds that a rank computes, as opposed to the seconds it waits for the other groups; and the memory it takes."""
+"""A clock tells the seconds that a rank computes from those it waits for the other groups; and the memory it takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class StepClock:
-    """Times each micro-batch of a step, up to the moment its last gradient is there.
+    """A `StepClock` times each micro-batch of a step, up to the moment its last gradient is there.
 
     The backward pass of the last micro-batch also waits for the gradients of all other ranks. So the clock stops not at
     its end but when the parameter nearest to the input has its gradient, which is the last to come. On CUDA the
@@ -54,7 +54,7 @@ class StepClock:
         self._spans.append((start, self._last_gradient or self._now()))
 
     def read(self) -> list[float]:
-        """Seconds of each micro-batch since the last reading; waits for the device."""
+        """Return the seconds of each micro-batch since the last reading; this waits for the device."""
         if self._device.type != "cuda":
             seconds = [end - start for start, end in self._spans]
         else:
@@ -64,7 +64,7 @@ class StepClock:
         return seconds
 
     def peak_bytes(self) -> int:
-        """Most bytes allocated at a time since the step began, asked for when it ends; 0 where they are not counted."""
+        """Return the most bytes allocated at a time since the step began; 0 where they are not counted."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def close(self) -> None:

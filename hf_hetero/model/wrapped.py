@@ -1,4 +1,4 @@
-"""The transformers model inside whatever wraps it."""
+"""This takes the transformers model out of whatever wraps it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def base_model(model: torch.nn.Module | None) -> Any:
-    """The transformers model inside a peft one, or the model itself, which may bring adapters of its own."""
+    """Return the transformers model inside a peft one, or the model itself, which may bring adapters of its own."""
     assert model is not None
     wrapped: Any = model
     if isinstance(wrapped, PreTrainedModel) or not hasattr(wrapped, "peft_config"):

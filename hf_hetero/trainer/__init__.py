@@ -1,4 +1,4 @@
-"""The overridden methods of `Trainer`, and the run that they hold: fitted model, groups, planners, planned steps."""
+"""This folder overrides methods of `Trainer`, and has the run that they hold: fitted model, groups, planners, steps."""
 
 from hf_hetero.trainer.trainer import HeteroTrainer, HeteroTrainerMixin
 

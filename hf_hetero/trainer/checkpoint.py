@@ -1,4 +1,4 @@
-"""What a checkpoint of a planned run holds beyond Trainer's files, and whether it is whole.
+"""A checkpoint of a planned run holds more than Trainer's files, and tells whether it is whole.
 
     checkpoint-is-incomplete.txt    there while it is written; transformers' name for it
     hetero_cost_model.json          the cost model that its plans were made by
@@ -45,7 +45,7 @@ WHOLE = 2
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Where a run was.
+    """A `Run` says where a run was.
 
     Args:
         num_ranks: it ran on.
@@ -58,14 +58,14 @@ class Run:
     stream: Position | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a form that is ready for JSON."""
         stream = None if self.stream is None else self.stream.to_dict()
         return {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
 
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """How a run writes its checkpoints.
+    """A `Saving` says how a run writes its checkpoints.
 
     Args:
         args: who writes, and how many are kept.
@@ -79,7 +79,7 @@ class Saving:
     may_wait: bool
 
     def write(self, save: Callable[[], None], folder: Path, run: Run, best: Callable[[], str | None]) -> None:
-        """Save on all ranks; delete older checkpoints only when this one is whole.
+        """Save on all ranks; delete older checkpoints only once this one is whole.
 
         Args:
             save: writes the files of this rank.
@@ -93,6 +93,8 @@ class Saving:
         writes = self.args.should_save
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # `save` would delete too early
         try:
+            # each step ends on all ranks before the next begins: none writes before the folder is marked, and the
+            # checksums are of what all have written
             self.together(lambda: _begin(folder) if writes else None, folder)
             self.together(save, folder)
             self.together(lambda: _finish(folder, run) if writes else None, folder)
@@ -134,19 +136,20 @@ def _begin(folder: Path) -> None:
 
 
 def _finish(folder: Path, run: Run) -> None:
-    """Write down what it holds, and that it is whole. Call it when all ranks have written their files."""
+    """Write down what a checkpoint holds, and that it is whole, when all ranks have written their files."""
     paths = _files(folder)
     seals = seals_of(dict.fromkeys(paths, False), "Counting checksums")
     files = {str(path.relative_to(folder)): seal for path, seal in zip(paths, seals, strict=True)}
     data = {**run.to_dict(), "files": files}
     (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    # all is on the disk before the mark goes, so a power cut leaves the mark, or a checkpoint that is whole
     settle([*paths, folder / RUN_FILE, *{path.parent for path in paths}, folder, folder.parent])
     (folder / INCOMPLETE_FILE).unlink(missing_ok=True)
     settle([folder])
 
 
 def problem_of(folder: Path) -> str | None:
-    """Why a checkpoint cannot be resumed, in words; None if it can."""
+    """Say why a checkpoint cannot be resumed; None if it can."""
     if not folder.is_dir():
         return "it does not exist"
     if (folder / INCOMPLETE_FILE).exists():
@@ -167,15 +170,15 @@ def problem_of(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != seal[0]:
             return f"{name} has {path.stat().st_size} bytes instead of {seal[0]}"
-    found = seals_of({folder / name: len(seal) > WHOLE for name, seal in files.items()}, "Checking a checkpoint")
-    for (name, seal), now in zip(files.items(), found, strict=True):
+    seals = seals_of({folder / name: len(seal) > WHOLE for name, seal in files.items()}, "Checking a checkpoint")
+    for (name, seal), now in zip(files.items(), seals, strict=True):
         if now != seal:
             return f"the content of {name} has changed"
     return None
 
 
 def _problem_of_a_plain_one(folder: Path) -> str | None:
-    """Of a checkpoint that a plain Trainer wrote, as far as it can be known: what it cannot do without is there."""
+    """Say what a checkpoint that a plain Trainer wrote lacks of what it cannot do without; more cannot be known."""
     if not (folder / STATE_FILE).is_file():
         return f"it has no {STATE_FILE}"
     if not any(path.name.endswith(WEIGHTS) and path.name != "training_args.bin" for path in folder.rglob("*")):
@@ -184,7 +187,7 @@ def _problem_of_a_plain_one(folder: Path) -> str | None:
 
 
 def _seals_in(folder: Path) -> dict[str, list[int]]:
-    """The seals of a checkpoint's files, by name, as it has them written down.
+    """Return the seals of a checkpoint's files, by name, as it has them written down.
 
     Raises:
         ValueError: it has not.
@@ -193,6 +196,7 @@ def _seals_in(folder: Path) -> dict[str, list[int]]:
     if not isinstance(data, dict) or not isinstance(files := data.get("files"), dict):
         raise ValueError("no files")
     for name, seal in files.items():
+        # names are read from a file that may come from anywhere: they must not lead out of the checkpoint
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError("a file elsewhere")
         if not isinstance(seal, list) or len(seal) < WHOLE or not all(type(number) is int for number in seal):
@@ -201,7 +205,7 @@ def _seals_in(folder: Path) -> dict[str, list[int]]:
 
 
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and why those after it cannot be resumed."""
+    """Return the newest whole checkpoint of a run, and why those after it cannot be resumed."""
     problems: list[str] = []
     for _, path in sorted(steps_of(output_dir).items(), reverse=True):
         if (problem := problem_of(path)) is None:
@@ -210,23 +214,23 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
-    """The checkpoint to resume, where its run was, and why newer ones are passed over.
+def chosen(requested: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
+    """Choose the checkpoint to resume; return it, where its run was, and why newer ones are passed over.
 
     Args:
-        asked: a folder; or True: the newest whole one.
+        requested: a folder; or True: the newest whole one.
         output_dir: of the run.
 
     Raises:
         ConfigError: the folder cannot be resumed, or there is none, with the reason and a remedy.
     """
-    if asked is True:
+    if requested is True:
         newest, problems = newest_whole(output_dir)
         if newest is None:
-            found = " ".join(problems) or "There is none."
-            raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {found} Train without it.")
+            reasons = " ".join(problems) or "There is none."
+            raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {reasons} Train without it.")
         return newest, _run_of(newest), problems
-    folder = Path(str(asked))
+    folder = Path(str(requested))
     if (problem := problem_of(folder)) is not None:
         other = newest_whole(output_dir)[0] or newest_whole(folder.parent)[0]
         remedy = f"The newest whole one is {other}" if other is not None else "There is no whole one beside it"
@@ -238,13 +242,13 @@ def chosen(asked: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[
 
 
 def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:
-    """Put it into a checkpoint, with the number of ranks it is for."""
+    """Put a cost model into a checkpoint, with the number of ranks it is for."""
     data = {**cost.to_dict(), "num_ranks": num_ranks}
     (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
-    """The cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+    """Read the cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
     if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
@@ -253,7 +257,7 @@ def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A checkpoint that a run goes on from.
+    """A `Resumed` is a checkpoint that a run goes on from.
 
     Args:
         folder: of the checkpoint.
@@ -264,11 +268,11 @@ class Resumed:
     run: Run | None
 
 
-def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
-    """The checkpoint to resume, the same on all ranks. A collective of all of them.
+def chosen_together(requested: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
+    """Choose the checkpoint to resume, the same on all ranks. A collective of all of them.
 
     Args:
-        asked: a folder; or True: the newest whole one.
+        requested: a folder; or True: the newest whole one.
         args: of the run.
         timeout_s: seconds that ranks may wait for each other.
 
@@ -279,7 +283,7 @@ def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float
     messengers = GroupPool((), timeout_s, args.ddp_timeout)
     try:
         output_dir = Path(args.output_dir or ".")
-        folder, run, passed_over = broadcast(lambda: chosen(asked, output_dir), messengers.control)
+        folder, run, passed_over = broadcast(lambda: chosen(requested, output_dir), messengers.control)
     finally:
         messengers.close()
     if passed_over and args.process_index == 0:
@@ -288,6 +292,7 @@ def chosen_together(asked: str | bool, args: TrainingArguments, timeout_s: float
 
 
 def _run_of(folder: Path) -> Run | None:
+    """Read where a checkpoint's run was; None: a plain Trainer wrote it."""
     if not (folder / RUN_FILE).exists():
         return None
     data = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Evaluation and prediction by planned steps, from a dataset to its metrics; and when they are Trainer's own instead.
+"""Evaluation and prediction go by planned steps here, from a dataset to its metrics, or else are Trainer's own.
 
 `is_planned` decides which; `evaluate` is the loop over planned steps, of which `predictions.Results` makes metrics.
 """
@@ -33,6 +33,7 @@ from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
+from hf_hetero.trainer.fitting import half_evaluation_dtype
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
 
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an evaluation is asked for.
+    """A `Request` is what an evaluation is asked for.
 
     Args:
         dataset: map-style, or one that can only be iterated.
@@ -62,7 +63,7 @@ class Request:
 def is_planned(
     trainer: Trainer, hetero: HeteroConfig, dataset: Any, control: Callable[[], dist.ProcessGroup | None]
 ) -> bool:
-    """Whether an evaluation is planned, the same on all ranks; else it is Trainer's own.
+    """Return whether an evaluation is planned, the same on all ranks; else it is Trainer's own.
 
     Args:
         trainer, hetero: settings, and methods of a subclass.
@@ -78,16 +79,17 @@ def is_planned(
         logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
         return False
     look = partial(can_be_planned, dataset, trainer.args)
+    # all ranks can look at a dataset's rows; at a stream one looks for all, since ranks may be given different parts
     return broadcast(look, control()) if is_stream(dataset) else look()
 
 
 def _gives_attentions(model: Any) -> bool:
-    """Whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
+    """Return whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
     return bool(getattr(model.config, "output_attentions", False))
 
 
 def refuse_attentions(model: Any) -> None:
-    """While training, attention is this package's, which does not keep its weights.
+    """Refuse to give weights of attention while training, when attention is this package's, which keeps none.
 
     Raises:
         UnsupportedModel: they are asked for.
@@ -100,7 +102,7 @@ def refuse_attentions(model: Any) -> None:
 
 
 def refuse_packed_rows(dataset: Any) -> None:
-    """For an evaluation without plans, in which the documents of a packed row would see each other.
+    """Refuse packed rows in an evaluation without plans, in which the documents of a row would see each other.
 
     Raises:
         ConfigError: its rows are packed.
@@ -113,14 +115,14 @@ def refuse_packed_rows(dataset: Any) -> None:
 
 
 def watched(dataset: Any) -> Any:
-    """A stream whose columns are not known: packed rows are refused when they are read. Else the dataset itself."""
+    """Return a stream that refuses packed rows when they are read, if its columns are unknown; else the dataset."""
     if isinstance(dataset, IterableDataset) and getattr(dataset, "column_names", None) is None:
         return _Watched(dataset)
     return dataset
 
 
 class _Watched(IterableDataset[Any]):
-    """A stream, each of whose rows is looked at before `Trainer` removes its columns."""
+    """A `_Watched` is a stream, each of whose rows is looked at before `Trainer` removes its columns."""
 
     def __init__(self, dataset: Any) -> None:
         self._dataset = dataset
@@ -137,6 +139,7 @@ class _Watched(IterableDataset[Any]):
 
 
 def _refuse_packed(names: Collection[str]) -> None:
+    """Refuse rows with these columns, if one of them says that they are packed."""
     if PACKED_COLUMN in names:
         raise ConfigError(
             f"The rows to evaluate are packed ({PACKED_COLUMN}), and without plans their documents would see each "
@@ -184,7 +187,8 @@ def evaluate(
         coming = run.confirmed(steps, number)
         while (batch := coming.batch) is not None:
             num_targets = coming.num_targets
-            # a stream does not know which one is its last before it has ended
+            # asked for before this one is computed, because `add` must know which step is the last, and a stream does
+            # not know its last step before it has ended
             coming = run.confirmed(steps, number)
             loss, pieces = 0.0, list[Piece]()
             for index, micro_batch in enumerate(batch.micro_batches):
@@ -209,14 +213,14 @@ def evaluate(
 
 
 def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
-    """Whether there is a loss to take; without labels there are only outputs."""
+    """Return whether there is a loss to take; without labels there are only outputs."""
     return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
 
 
 def _loader(
     trainer: Trainer, run: PlannedRun, packer: PackedCollator, between: BetweenRuns, dataset: Any, source: PlanSource
 ) -> EvaluationLoader:
-    """Planned steps of all rows, each once, in the dataset's order."""
+    """Load planned steps of all rows, each once, in the dataset's order."""
     planning, names = run.planning(source), columns_kept(trainer)
     if is_stream(dataset):
         labelled = replace(packer, needs_labels=True)  # a stream does not show its first row
@@ -226,7 +230,7 @@ def _loader(
 
 
 def _prepared_model(trainer: Trainer) -> torch.nn.Module:
-    """The model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
+    """Return the model in evaluation mode; where nothing was trained yet, accelerate prepares it first, as in stock."""
     model: Any = trainer.model
     if not trainer.accelerator._models:  # pyright: ignore[reportPrivateUsage]
         start = time.time()
@@ -237,8 +241,7 @@ def _prepared_model(trainer: Trainer) -> torch.nn.Module:
         trainer.model_wrapped = model
         if trainer.is_fsdp_enabled:
             trainer.model = model
-    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
-        half = torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
+    if (half := half_evaluation_dtype(trainer)) is not None:
         model = model.to(dtype=half, device=trainer.args.device)
     parts: tuple[Any, Any] = (model, trainer.optimizer)
     for part in parts:
@@ -250,18 +253,20 @@ def _prepared_model(trainer: Trainer) -> torch.nn.Module:
 def _forward_of(
     trainer: Trainer, run: PlannedRun, request: Request, model: torch.nn.Module, has_labels: bool
 ) -> Callable[[RankMicroBatch, int, int], tuple[float, Any]]:
-    """What computes a micro-batch: it, its number, target tokens of its step -> its part of the mean loss, outputs."""
+    """Make what computes a micro-batch: it, its number, targets of its step -> its part of the mean loss, outputs."""
     ignored = _ignored_outputs(trainer.model) if request.ignore_keys is None else request.ignore_keys
     left_out = {"loss", *ignored}
 
     def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
-        context = run.context(micro_batch, index, trainer.state.global_step + 1)
+        with torch.no_grad():  # by which the context knows that there is no backward pass to keep anything for
+            context = run.context(micro_batch, index, trainer.state.global_step + 1)
         planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
         with torch.no_grad(), trainer.compute_loss_context_manager():
             if not has_labels:
                 inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
                 return 0.0, _outputs_of(model(**inputs), left_out)
+            # a step may have no target: its loss is 0 then, and counts for nothing (`Results.add`)
             total = torch.tensor(max(num_targets, 1), device=trainer.args.device)
             result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
         loss, outputs = (result, None) if request.loss_only else result
@@ -272,11 +277,11 @@ def _forward_of(
 
 
 def _ignored_outputs(model: Any) -> list[str]:
-    """Outputs of a model that are no prediction."""
+    """Return the names of a model's outputs that are no prediction."""
     return list(getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
 
 
 def _outputs_of(outputs: Any, left_out: Collection[str]) -> Any:
-    """A model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
-    kept = tuple(value for name, value in outputs.items() if name not in left_out)
-    return kept[0] if len(kept) == 1 else kept
+    """Return a model's predictions, as `Trainer.prediction_step` picks them: one tensor, or a tuple."""
+    predictions = tuple(value for name, value in outputs.items() if name not in left_out)
+    return predictions[0] if len(predictions) == 1 else predictions

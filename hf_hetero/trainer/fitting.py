@@ -1,4 +1,4 @@
-"""The user's model fitted for planned steps, and given back as it was.
+"""The user's model is fitted for planned steps here, and given back as it was.
 
 What is set: the attention that crosses ranks, rotary tables that follow each sample, a loss that stays in fp64 where
 weights are, an output embedding that does without whole logits. None of it touches a weight.
@@ -35,7 +35,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """A user's model while planned steps run on it.
+    """A `Fitted` is a user's model while planned steps run on it.
 
     Args:
         model: the transformers model, inside a peft one or not.
@@ -68,7 +68,8 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         HeteroError: no kernel computes the model's attention. The model is as it was after either.
     """
     base, args = base_model(trainer.model), trainer.args
-    kernel = choose_kernel(base, args.device.type, _dtype_of_now(trainer))
+    kernel = choose_kernel(base, args.device.type, half_evaluation_dtype(trainer) or compute_dtype(trainer))
+    # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
         undone.callback(_give_back_attention, base, base.config._attn_implementation)
@@ -89,6 +90,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
 
 
 def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:
+    """Install a head that does without whole logits, if it can be; else say why not, and compute them."""
     head = lm_head.install(base)
     if isinstance(head, str):
         logger.warning("Whole logits are computed for the loss: %s.", head)
@@ -102,23 +104,23 @@ def _give_back_attention(base: Any, name: str) -> None:
 
 
 def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
-    """What computes this model's attention on one rank.
+    """Choose what computes this model's attention on one rank.
 
     Raises:
         HeteroError: no kernel can.
     """
-    asked = base.config._attn_implementation
-    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), asked)
+    implementation = base.config._attn_implementation
+    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), implementation)
 
 
 def compute_dtype(trainer: Trainer) -> torch.dtype:
-    """What attention computes in, whoever asked for it: the arguments or the launcher."""
+    """Return the type that attention computes in, whoever asked for it: the arguments or the launcher."""
     own: torch.dtype = base_model(trainer.model).dtype
     return AUTOCAST.get(trainer.accelerator.mixed_precision, own)
 
 
-def _dtype_of_now(trainer: Trainer) -> torch.dtype:
-    """The same, but outside of training evaluation may be in half precision altogether."""
-    if not trainer.is_in_train and (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
-        return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
-    return compute_dtype(trainer)
+def half_evaluation_dtype(trainer: Trainer) -> torch.dtype | None:
+    """Return the half type that the whole model takes for an evaluation outside of training; None: it keeps its own."""
+    if trainer.is_in_train or not (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
+        return None
+    return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16

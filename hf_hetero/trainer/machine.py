@@ -1,4 +1,4 @@
-"""Cost model and process groups of a run, the same on all ranks."""
+"""A machine is the cost model and the process groups of a run, the same on all ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What planning and attention stand on.
+    """A `Machine` is what planning and attention stand on.
 
     Args:
         cost_model: what groups cost, under the user's limits.
@@ -43,7 +43,7 @@ class Machine:
     checkpoint: str | None = None
 
     def serves(self, checkpoint: str | None) -> bool:
-        """Whether a run that goes on from a checkpoint may keep it; None: a run that starts anew."""
+        """Return whether a run that goes on from a checkpoint may keep it; None: a run that starts anew."""
         return checkpoint in (None, self.checkpoint)
 
 
@@ -84,34 +84,41 @@ def set_up(
     def make() -> CostModel:
         if hetero.cost_model:
             return restricted(CostModel.load(hetero.cost_model), hetero, world, heads, policies)
-        if (kept := kept_cost_model(checkpoint, world)) is not None:
-            return restricted(kept, hetero, world, heads, policies)
+        if (resumed := kept_cost_model(checkpoint, world)) is not None:
+            return restricted(resumed, hetero, world, heads, policies)
         spread = None
         if sharding.is_sharded:
             spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+        # without a GPU offloading copies from host memory to host memory: there is none to gain
         gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
         cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
         return restricted(cost, hetero, world, heads, policies)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)
+    # of rank 0 for all: by its own times and memory each rank would estimate another, and offer other degrees
     cost = broadcast(make, messengers.control)
     messengers.close()
     if args.process_index == 0:
-        degrees = ", ".join(map(str, cost.degrees(world)))
-        held = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
-        tokens = f"{cost.capacity_tokens} tokens a rank{f' ({held})' if held else ''}"
-        logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
-        if uneven := [degree for degree in cost.degrees(world) if heads % degree]:
-            logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", heads, uneven)
+        _log_cost_model(cost, world, heads)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, checkpoint)
+
+
+def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int) -> None:
+    """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
+    degrees = ", ".join(map(str, cost.degrees(num_ranks)))
+    extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
+    tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
+    logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
+    if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:
+        logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", num_heads, uneven)
 
 
 def restricted(
     cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int, policies: Collection[str] = ()
 ) -> CostModel:
-    """A cost model under the user's limits, the model's heads, and what its layers can do to hold more.
+    """Restrict a cost model to the user's limits, the model's heads, and what its layers can do to hold more.
 
     Where only heads can be exchanged, a rank without one would have nothing to do; other methods may go further.
     """
@@ -126,6 +133,7 @@ def restricted(
 
 
 def _speed(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> estimate.Device:
+    """Look a GPU up, or time this rank's CPU."""
     return estimate.cuda_device(device, dtype) if device.type == "cuda" else estimate.cpu_device(shape, dtype)
 
 
@@ -135,6 +143,7 @@ def _text_config(model: torch.nn.Module) -> Any:
 
 
 def _topology(device: torch.device, num_ranks: int) -> Topology:
+    """Return how the ranks stand on nodes, and what memory each of them has."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     ranks_per_node = int(local) if local and dist.is_initialized() else None
     ranks, num_communicators = ranks_per_node or num_ranks, len(Topology(num_ranks).degrees)

@@ -1,4 +1,4 @@
-"""What an evaluation gathers from all ranks: any length, a loss weighted by tokens, outputs in the dataset's order.
+"""An evaluation gathers from all ranks, for any length, a loss weighted by tokens, and outputs in the dataset's order.
 
 The loss is that of training: a sum over tokens, divided once by all targets of the dataset, so it is the value that a
 single process finds. Each token's outputs are made on the rank that holds the token, and put back into their samples.
@@ -31,7 +31,7 @@ Nested = Any
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Per-token values of one span. Arrays of shape (num_tokens, ...).
+    """A piece is the per-token values of one span: arrays of shape (num_tokens, ...).
 
     Args:
         row: of the dataset.
@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass
 class Results:
-    """What an evaluation gathers, step after step.
+    """`Results` are what an evaluation gathers, step after step.
 
     Args:
         args: what to return, and how.
@@ -81,13 +81,13 @@ class Results:
     _batch_metrics: dict[str, Any] | None = None
 
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
-        """A micro-batch's outputs, cut into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""
+        """Cut a micro-batch's outputs into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""
         group, drawn = micro_batch.group, batch.share.step.drawn
         starts = drawn.kept_starts()
-        found: list[Piece] = []
-        at = 0
-        for span in micro_batch.spans:
-            tokens = slice(at, at + span.num_tokens)
+        pieces: list[Piece] = []
+        first = 0
+        for span in micro_batch.spans:  # the spans of a rank lie one after the other in its row of tokens
+            tokens = slice(first, first + span.num_tokens)
             own = _map(lambda tensor, tokens=tokens: tensor[:, tokens], outputs)
             values: dict[str, Nested] = {}
             labels = None
@@ -100,18 +100,19 @@ class Results:
             if "inputs" in self.args.include_for_metrics:
                 values["inputs"] = _to_numpy(micro_batch.inputs["input_ids"][:, tokens])
             position = group.samples[span.sample]
-            found.append(Piece(drawn.rows[position], starts[position] + span.start, span.num_tokens, values))
-            at += span.num_tokens
-        return found
+            pieces.append(Piece(drawn.rows[position], starts[position] + span.start, span.num_tokens, values))
+            first += span.num_tokens
+        return pieces
 
     def add(self, batch: StepBatch, loss: float, num_targets: int, pieces: Sequence[Piece], is_last: bool) -> None:
-        """One step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
+        """Add a step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
         mine = (loss, list(pieces), [m.num_targets for m in batch.micro_batches])
         step, of_all = batch.share.step, gather_objects(mine, self.control)
         loss = sum(part for part, _, _ in of_all)
         self.micro_batch_targets += map(sum, zip(*(counts for _, _, counts in of_all), strict=True))
-        self.loss_sum += loss * max(num_targets, 1)
+        self.loss_sum += loss * max(num_targets, 1)  # a sum again, so that steps count by their targets
         self.num_targets += num_targets
+        # documents of a packed row are samples of their own, and one row of the results
         row_tokens: dict[int, int] = {}
         for row, length in zip(step.rows, step.lengths, strict=True):
             row_tokens[row] = row_tokens.get(row, 0) + length
@@ -133,7 +134,7 @@ class Results:
             self._batch_metrics = self.compute_metrics(self._prediction(tensors, losses), compute_result=is_last)
 
     def output(self, prefix: str) -> EvalLoopOutput:
-        """As transformers' `evaluation_loop` returns it."""
+        """Return the results as transformers' `evaluation_loop` does."""
         arrays: dict[str, Any] = {"predictions": None, "labels": None}
         for name in self._steps[0] if self._steps else ():
             batches = [step[name] for step in self._steps]
@@ -155,6 +156,7 @@ class Results:
         )
 
     def _prediction(self, arrays: dict[str, Any], losses: Any) -> EvalPrediction:
+        """Make what `compute_metrics` is given."""
         wanted = self.args.include_for_metrics
         return EvalPrediction(
             predictions=arrays["predictions"],
@@ -165,7 +167,7 @@ class Results:
 
 
 def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, list[Nested]]:
-    """Whole rows out of the pieces of all ranks, each value shape (num_tokens, ...), in the order of `lengths`.
+    """Assemble whole rows of the pieces of all ranks, each value shape (num_tokens, ...), in the order of `lengths`.
 
     Raises:
         HeteroError: tokens that no rank gave, or two did.
@@ -173,7 +175,7 @@ def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, l
     by_row: dict[int, list[Piece]] = {row: [] for row in lengths}
     for piece in pieces:
         by_row[piece.row].append(piece)
-    found: dict[str, list[Nested]] = {}
+    rows: dict[str, list[Nested]] = {}
     for row, length in lengths.items():
         ordered = sorted(by_row[row], key=lambda piece: piece.start)
         ends = [0, *(piece.start + piece.num_tokens for piece in ordered)]
@@ -183,12 +185,12 @@ def assemble(pieces: Iterable[Piece], lengths: Mapping[int, int]) -> dict[str, l
             )
         for name in ordered[0].values:
             parts = [piece.values[name] for piece in ordered]
-            found.setdefault(name, []).append(_map(lambda *leaves: np.concatenate(leaves), *parts))
-    return found
+            rows.setdefault(name, []).append(_map(lambda *leaves: np.concatenate(leaves), *parts))
+    return rows
 
 
 def pad_rows(rows: Sequence[Nested]) -> Nested:
-    """Arrays of shape (num_tokens, ...) as one of shape (num_rows, most_tokens, ...), filled up with -100."""
+    """Join arrays of shape (num_tokens, ...) to one of shape (num_rows, most_tokens, ...), filled up with -100."""
 
     def pad(*arrays: Array) -> Array:
         most = max(map(len, arrays))
@@ -201,6 +203,12 @@ def pad_rows(rows: Sequence[Nested]) -> Nested:
 
 
 def _one_per_token(outputs: Nested, span: Span) -> Nested:
+    """Return outputs that have one value a token, or refuse them.
+
+    Raises:
+        HeteroError: they do not, so that no row can be assembled of them.
+    """
+
     def check(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.ndim < 2 or tuple(tensor.shape[:2]) != (1, span.num_tokens):
             raise HeteroError(
@@ -214,6 +222,8 @@ def _one_per_token(outputs: Nested, span: Span) -> Nested:
 
 
 def _to_numpy(values: Nested) -> Nested:
+    """Turn tensors of shape (1, num_tokens, ...) into arrays of shape (num_tokens, ...); numpy knows no bf16."""
+
     def convert(tensor: torch.Tensor) -> Array:
         tensor = tensor.detach()[0]
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
@@ -222,7 +232,7 @@ def _to_numpy(values: Nested) -> Nested:
 
 
 def _map(function: Callable[..., Any], *nested: Nested) -> Nested:
-    """Apply to each leaf; several nests of one shape are walked together."""
+    """Apply a function to each leaf; several nests of one shape are walked together."""
     if isinstance(nested[0], tuple | list):
         return tuple(_map(function, *leaves) for leaves in zip(*nested, strict=True))
     return function(*nested)

@@ -1,4 +1,4 @@
-"""A planned run: the user's model, fitted for planned steps, and what it takes to plan and to compute them.
+"""A planned run is the user's model, fitted for planned steps, and what it takes to plan and to compute them.
 
 `BetweenRuns`, which is what a trainer keeps from one run to the next, joins them when training or an evaluation starts;
 nothing of a `PlannedRun` changes until it ends.
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.ring import MERGING
 from hf_hetero.checks import exactness, own_loss
 from hf_hetero.checks.probe import check_untested
 from hf_hetero.collators import PackedCollator
@@ -49,7 +50,7 @@ PLANNED_INPUTS = frozenset(
 
 
 def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
-    """What packs rows as a collator of the user's makes them."""
+    """Return what packs rows as a collator of the user's makes them."""
     if isinstance(collator, PackedCollator):
         return collator
     if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
@@ -60,16 +61,16 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
 
 
 def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
-    """The same for this trainer's model, loss and columns."""
+    """Return the same packer for this trainer's model, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    taken = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
+    signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     return replace(
         packer,
         needs_labels=False,
-        model_inputs=taken - PLANNED_INPUTS,
-        columns=taken if trainer.args.remove_unused_columns else None,
+        model_inputs=signature - PLANNED_INPUTS,
+        columns=signature if trainer.args.remove_unused_columns else None,
         keeps_labels_unshifted=bool(own_loss.owners(trainer)),
         limits=limits_of(base),
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
@@ -78,7 +79,7 @@ def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
 
 
 def columns_kept(trainer: Trainer) -> list[str] | None:
-    """Columns of a stream, or keys of rows, that are used; None: all."""
+    """Return the columns of a stream, or keys of rows, that are used; None: all."""
     if not trainer.args.remove_unused_columns:
         return None
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
@@ -90,7 +91,7 @@ def columns_kept(trainer: Trainer) -> list[str] | None:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRun:
-    """What planned steps are made of, the same from the first step to the last.
+    """A `PlannedRun` is what planned steps are made of, the same from the first step to the last.
 
     Args:
         args: of the trainer.
@@ -110,25 +111,25 @@ class PlannedRun:
 
     @property
     def control(self) -> dist.ProcessGroup | None:
-        """The group of all ranks that carries control messages; None for a single process."""
+        """Return the group of all ranks that carries control messages; None for a single process."""
         return self.groups.control
 
     @property
     def labelled_packer(self) -> PackedCollator:
-        """The packer for training: each row has labels, or it says how to make them."""
+        """Return the packer for training: each row has labels, or it says how to make them."""
         return replace(self.unlabelled_packer, needs_labels=True)
 
     @property
     def unlabelled_packer(self) -> PackedCollator:
-        """The packer for evaluation: rows have labels, or it makes them as training does, or there is no loss."""
+        """Return the packer for evaluation: rows have labels, or it makes them as training does, or there is no loss."""
         return replace(self.packer, makes_labels=self.packer.makes_labels or self.packer.says_so)
 
     def planning(self, source: PlanSource) -> Planning:
-        """How steps are planned, with plans from this source."""
+        """Return how steps are planned, with plans from this source."""
         return planning_of(self.hetero, source, self.control, self.packer.limits)
 
     def context(self, micro_batch: RankMicroBatch, index: int, step: int) -> AttentionContext:
-        """What attention has to know of a micro-batch.
+        """Make what attention has to know of a micro-batch.
 
         Args:
             micro_batch: of this rank.
@@ -140,6 +141,7 @@ class PlannedRun:
         first = rank - rank % inner
         num_tokens = micro_batch.inputs["input_ids"].shape[1]
         activations = self.fitted.activations
+        # an evaluation has no backward pass that would take what is kept for it
         recomputed = activations.recomputed(group.activations) and torch.is_grad_enabled()
         policy = group.activations if recomputed else None
         hidden = self.fitted.model.config.get_text_config().hidden_size
@@ -161,7 +163,7 @@ class PlannedRun:
         )
 
     def confirmed(self, steps: Iterator[StepBatch], number: int) -> ConfirmedStep:
-        """The next step, once all ranks hold it. A collective of all ranks.
+        """Return the next step, once all ranks hold it. A collective of all ranks.
 
         Args:
             steps: of this rank.
@@ -178,6 +180,7 @@ class PlannedRun:
         except Exception as raised:  # told to the other ranks first, then raised on all of them
             error = named_loss(raised) if self.args.dataloader_num_workers else raised
         fetch_s = time.perf_counter() - start
+        # without a word: all ranks are dealt as many steps, so they come here together
         if batch is None and error is None:
             return ConfirmedStep(None, 0, fetch_s)
         digest, targets = (batch.share.step.digest(), batch.num_targets) if batch is not None else (0, 0)
@@ -188,7 +191,7 @@ class PlannedRun:
 
 
 class ConfirmedStep(NamedTuple):
-    """A step that all ranks hold.
+    """A `ConfirmedStep` is a step that all ranks hold.
 
     Args:
         batch: this rank's; None: there is no other step.
@@ -206,7 +209,7 @@ class ConfirmedStep(NamedTuple):
 
 @dataclass(slots=True)
 class BetweenRuns:
-    """What a trainer keeps from one run to the next: none of it holds a file, a thread or a process group open.
+    """`BetweenRuns` is what a trainer keeps from run to run: none of it holds a file, thread or process group open.
 
     Args:
         means: of what the trainer logs.
@@ -223,29 +226,30 @@ class BetweenRuns:
     has_learned: bool = False
     _machine: Machine | None = None
     _num_running: int = 0
-    _tried: tuple[type, dict[str, Any]] | None = None
+    _tried_model: tuple[type, dict[str, Any]] | None = None
 
     def noted(self, loader: DataLoader[Any], dataset: Any) -> DataLoader[Any]:
-        """A loader for an evaluation, whose dataset is known from now on, and whose workers end with this process."""
+        """Note the dataset of a loader for an evaluation; return the loader, whose workers end with this process."""
         self.evaluated[loader] = dataset
         end_with_this_process(loader)
         return loader
 
     def try_untested(self, trainer: Trainer, hetero: HeteroConfig) -> None:
-        """A second's trial of a tiny instance, where nobody has compared such models yet; once for each model.
+        """Try a tiny instance, for a second, of a model that nobody has compared yet; once for each model.
 
         Raises:
             UnsupportedModel: it is not exact under plans; raised on every rank.
         """
         base = base_model(trainer.model)
-        if exactness.is_tested(base) or (model := (type(base), base.config.to_dict())) == self._tried:
+        if exactness.is_tested(base) or (model := (type(base), base.config.to_dict())) == self._tried_model:
             return
+        # groups of a run come with its cost model, which is not made before the model is accepted
         messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
         try:
             check_untested(base, messengers.control)
         finally:
             messengers.close()
-        self._tried = model
+        self._tried_model = model
 
     def fit(self, trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         """Fit a trainer's model of now for planned steps, if it is exact under plans.
@@ -260,7 +264,7 @@ class BetweenRuns:
     def run_on(
         self, fitted: Fitted, trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, checkpoint: str | None
     ) -> PlannedRun:
-        """A run on a fitted model. A collective of all ranks where groups are closed.
+        """Make a run on a fitted model. A collective of all ranks where groups are closed.
 
         Cost model and groups are made when they are first needed, and kept; but a checkpoint brings its own.
 
@@ -270,6 +274,7 @@ class BetweenRuns:
             packer: packs rows as the user's collator makes them.
             checkpoint: folder that the run goes on from; None: it starts anew.
         """
+        # all ranks go on from the same checkpoint, so all close their groups here, or none does
         if self._machine is not None and not self._machine.serves(checkpoint):
             self._machine.groups.close()
             self._machine = None
@@ -280,19 +285,19 @@ class BetweenRuns:
             self.cost_model = self._machine.cost_model
         groups = self._machine.groups
         groups.open()
-        # a ring merges partial results, which takes what some kernels do not tell
-        methods = [method for method in hetero.methods if fitted.kernel.has_lse or not method.endswith("ring")]
+        # what the kernel cannot do is not planned; ulysses asks for nothing
+        methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
         return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, packer), planners)
 
     def cost_model_of_now(self) -> CostModel:
-        """The cost model, which is there once there is a run."""
+        """Return the cost model, which is there once there is a run."""
         assert self.cost_model is not None
         return self.cost_model
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A run, or one within it: where the outermost ends, so do the groups. The next may be of another trainer.
+        """Hold a run, or one within it: where the outermost ends, so do the groups. The next may be another trainer's.
 
         Groups are closed on all ranks or on none: after an error that others may not know of, they may be in them.
         """

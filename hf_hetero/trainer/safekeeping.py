@@ -1,4 +1,4 @@
-"""What keeps a run's work: checksums, files on the disk before older ones go, which go, and one run a folder."""
+"""This keeps a run's work: checksums, files on the disk before older ones go, the choice of these, one run a folder."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ def settle(paths: Iterable[Path]) -> None:
 
 
 def seals_of(paths: Mapping[Path, bool], doing: str) -> list[list[int]]:
-    """The seals of files: size and checksum. Several are read at once: a checksum holds up no other thread.
+    """Return the seals of files: size and checksum. Several are read at once: a checksum holds up no other thread.
 
     Args:
         paths: files, and whether the checksums are of their ends only, as in older checkpoints.
         doing: for the progress bar.
     """
     with ThreadPoolExecutor(thread_name_prefix="checksum") as threads:
-        found = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
-        return list(tqdm(found, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))
+        seals = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
+        return list(tqdm(seals, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))
 
 
 def _seal(path: Path) -> list[int]:
-    """Size of a file, and the checksum of its content."""
+    """Return the size of a file, and the checksum of its content."""
     checksum = 0
     with path.open("rb") as file:
         while piece := file.read(BYTES_AT_ONCE):
@@ -76,7 +76,7 @@ def _seal(path: Path) -> list[int]:
 
 
 def _seal_of_ends(path: Path) -> list[int]:
-    """Size of a file, and the checksums of its ends."""
+    """Return the size of a file, and the checksums of its ends."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = zlib.crc32(file.read(END_BYTES))
@@ -85,45 +85,46 @@ def _seal_of_ends(path: Path) -> list[int]:
 
 
 def steps_of(output_dir: Path) -> dict[int, Path]:
-    """The checkpoints of a folder, by their steps."""
-    found = {path: CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
-    return {int(match[1]): path for path, match in found.items() if match is not None}
+    """Return the checkpoints of a folder, by their steps."""
+    names = {path: CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
+    return {int(name[1]): path for path, name in names.items() if name is not None}
 
 
-def drop_older(newest: Path, limit: int, kept: Collection[str]) -> None:
-    """Delete all but so many checkpoints: first those beyond the newest, of a run before; then by their steps.
+def drop_older(newest: Path, limit: int, others: Collection[str]) -> None:
+    """Delete all but some checkpoints: first those beyond the newest, of a run before; then by their steps.
 
     Their times are not looked at: clocks go back, and copies have other ones.
 
     Args:
         newest: the one that was just written; it stays.
         limit: how many stay.
-        kept: others that stay, whatever their steps.
+        others: that stay, whatever their steps.
     """
     steps = steps_of(newest.parent)
     now = next(step for step, path in steps.items() if path == newest)
     oldest_first = [*(s for s in sorted(steps) if s > now), *(s for s in sorted(steps) if s < now)]
-    stay = {os.path.realpath(path) for path in kept}
+    stay = {os.path.realpath(path) for path in others}
     going = [steps[step] for step in oldest_first if os.path.realpath(steps[step]) not in stay]
     for path in going[: max(0, len(steps) - limit)]:
         shutil.rmtree(path, ignore_errors=True)
 
 
 class Claim:
-    """That this process trains into a folder, for others to see. It goes with the process, however that ends."""
+    """A `Claim` tells others that this process trains into a folder. It goes with the process, however that ends."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file = file
 
     def close(self) -> None:
         """Give the folder back."""
+        # removed while it is locked: as soon as it is not, the name may be that of another claim
         with suppress(OSError):
             Path(self._file.name).unlink(missing_ok=True)
         self._file.close()
 
 
 def claim(folder: Path, saves: bool) -> Claim | None:
-    """Claim a folder for a run. None: where it is, nobody could tell; or another run has it that will do no harm.
+    """Claim a folder for a run. None: where the folder is, nobody could tell; or another run has it, and does no harm.
 
     Args:
         folder: output of the run.
@@ -154,7 +155,7 @@ def claim(folder: Path, saves: bool) -> Claim | None:
 
 
 def _locked(path: Path) -> tuple[IO[str], bool]:
-    """The file of a claim, and whether it could be locked.
+    """Open the file of a claim; return it, and whether it could be locked.
 
     Such a lock belongs to a process: it ends with it, and readers of data that were forked from it do not hold it.
     """
@@ -170,15 +171,17 @@ def _locked(path: Path) -> tuple[IO[str], bool]:
             file.close()
             raise
         with suppress(OSError):
+            # the lock is of what was opened, and must be of the file that others will open by its name
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file, True
         file.close()  # it was given back, and removed, meanwhile
 
 
 def _read(file: IO[str]) -> dict[str, Any]:
+    """Read who has a claim; nothing where the file does not say."""
     file.seek(0)
     try:
-        found = json.loads(file.read())
+        data = json.loads(file.read())
     except ValueError:  # it is being written
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

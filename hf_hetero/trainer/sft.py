@@ -1,4 +1,4 @@
-"""HeteroSFTTrainer: TRL's SFTTrainer with planned steps. Needs the extra `trl`.
+"""HeteroSFTTrainer is TRL's SFTTrainer with planned steps. It needs the extra `trl`.
 
 Chat templates, completion-only and assistant-only loss are TRL's: it prepares `input_ids` and `labels`, and these are
 planned. `packing` and `padding_free` change nothing but the batch: rows that TRL has packed are taken apart into their
@@ -17,7 +17,7 @@ from hf_hetero.trainer.trainer import HeteroTrainerMixin
 
 
 class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""
+    """`HeteroSFTTrainer` is `trl.SFTTrainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""
 
     def _make_packer(self) -> PackedCollator:
         collator: Any = self.data_collator

@@ -1,4 +1,4 @@
-"""How a run ends: told to, or asked by a callback of one rank, on all ranks after the same step; or by an error."""
+"""A run ends when it is told to, or a callback of one rank asks, on all ranks after the same step; or by an error."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 
 
 class StopWhenAsked(TrainerCallback):
-    """Asks to save and to end training after the step in which SIGTERM came.
+    """`StopWhenAsked` asks to save and to end training after the step in which SIGTERM came.
 
-    Takes the place of transformers' callback for `enable_jit_checkpoint`.
+    It takes the place of transformers' callback for `enable_jit_checkpoint`.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class StopWhenAsked(TrainerCallback):
         self.is_asked = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop."""
+        """Ask to save and stop. The other ranks learn of it by `OneDecision`, whichever of them was signalled."""
         if self.is_asked:
             logger.warning(
                 "SIGTERM on rank %d: saving a checkpoint after step %d, then training ends.",
@@ -62,7 +62,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 class OneDecision(TrainerCallback):
-    """What a callback asks for on any rank happens on all of them, after the same step.
+    """`OneDecision` has what a callback asks for on any rank happen on all of them, after the same step.
 
     A Trainer looks at its own rank's `TrainerControl` only, and ranks that save, evaluate or train on wait for one that
     does not. This callback must be the last one: it joins what the others have set.
@@ -75,39 +75,39 @@ class OneDecision(TrainerCallback):
         self._group = group
 
     def join(self, control: TrainerControl) -> None:
-        """Set what is set on any rank. A collective of all ranks."""
+        """Set what is set on any rank. A collective of all ranks, which Trainer's loop calls at the same places."""
         if (group := self._group()) is not None:
             for name, value in zip(FLAGS, any_of([getattr(control, name) for name in FLAGS], group), strict=True):
                 setattr(control, name, value)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Whether to log, evaluate, save or stop now."""
+        """Decide whether to log, evaluate, save or stop now."""
         self.join(control)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Whether to stop within a step."""
+        """Decide whether to stop within a step."""
         self.join(control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Whether to log, evaluate, save or stop now."""
+        """Decide whether to log, evaluate, save or stop now."""
         self.join(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Whether its metrics are a reason to save or stop."""
+        """Decide whether its metrics are a reason to save or stop."""
         self.join(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Whether to stop."""
+        """Decide whether to stop."""
         self.join(control)
 
 
 @contextmanager
 def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
-    """Whatever error ends a run: say what it was, here and to the ranks that will miss this one.
+    """Say of whatever error ends a run what it was, here and to the ranks that will miss this one.
 
     Args:
         step: the current one.
@@ -134,7 +134,7 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the host."""
+    """Return whether memory ran out, of the device or of the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return type(error) is RuntimeError and any(word in str(error) for word in OUT_OF_MEMORY)

@@ -1,4 +1,4 @@
-"""HeteroTrainer: a transformers Trainer whose steps are planned.
+"""HeteroTrainer is a transformers Trainer whose steps are planned.
 
 Trainer's loop counts batches: so many an epoch, so many a step (`gradient_accumulation_steps`). It keeps its own
 loader, which says how many there are and which samples a step draws. What it then trains on comes from a planned step
@@ -41,7 +41,7 @@ from hf_hetero.trainer.training import Training
 
 
 class HeteroTrainerMixin(Trainer):
-    """Put it before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
+    """`HeteroTrainerMixin` goes before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
 
     Args:
         model, args, and all others: as for the Trainer below it. `args` is not changed.
@@ -70,10 +70,10 @@ class HeteroTrainerMixin(Trainer):
         self.hetero = hetero or HeteroConfig()
         self._planned_run: PlannedRun | None = None
         self._training: Training | None = None
-        if args is not None:
+        if args is not None:  # before Trainer does what they say
             exactness.check_arguments(args)
         super().__init__(model, args, *others, **kwargs)
-        exactness.check_arguments(self.args)
+        exactness.check_arguments(self.args)  # which a subclass may have made of them
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
         if self.data_collator is default_data_collator:
@@ -92,7 +92,7 @@ class HeteroTrainerMixin(Trainer):
 
     @property
     def cost_model(self) -> CostModel | None:
-        """What plans are made by; callbacks may refit it. None before the first planned step."""
+        """Return what plans are made by; callbacks may refit it. None before the first planned step."""
         return self._between_runs.cost_model
 
     @property
@@ -102,7 +102,7 @@ class HeteroTrainerMixin(Trainer):
 
     @contextmanager
     def _fitted(self) -> Iterator[Fitted]:
-        """The model fitted for planned steps: as it is while training, or for an evaluation of its own."""
+        """Give the model fitted for planned steps: as it is while training, or for an evaluation of its own."""
         if self._planned_run is not None:
             yield self._planned_run.fitted
             return
@@ -114,26 +114,26 @@ class HeteroTrainerMixin(Trainer):
             fitted.close()
 
     def _run_on(self, fitted: Fitted) -> PlannedRun:
-        """The run of now; where there is none, one on this model. A collective of all ranks where groups are closed."""
+        """Return the run of now, or else one on this model. A collective of all ranks where groups are closed."""
         if self._planned_run is None:
             packer, checkpoint = self._make_packer(), self._training.checkpoint if self._training is not None else None
             self._planned_run = self._between_runs.run_on(fitted, self, self.hetero, packer, checkpoint)
         return self._planned_run
 
     def _make_packer(self) -> PackedCollator:
-        """What packs rows as the trainer's collator of now makes them. A subclass may know other collators."""
+        """Make what packs rows as the trainer's collator of now makes them. A subclass may know other collators."""
         return packer_of(self.data_collator, self.processing_class)
 
     def _planners(self) -> Planners:
-        """What plans evaluations. A subclass may plan otherwise."""
+        """Return what plans evaluations. A subclass may plan otherwise."""
         return self._run.planners
 
     def _plan_source(self) -> PlanSource:
-        """Where plans of training come from. A subclass may plan otherwise."""
+        """Return where plans of training come from. A subclass may plan otherwise."""
         return self._planners().for_training(reproducible=self.args.full_determinism)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *others: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`, from a checkpoint that is whole; it also brings its cost model and how far data was read.
+        """Train as `Trainer.train`, from a checkpoint that is whole, with its cost model, at its place in the data.
 
         What a run has opened, and set on the model, is closed and taken off again, however it ends.
 
@@ -141,7 +141,7 @@ class HeteroTrainerMixin(Trainer):
             ConfigError: no such checkpoint, or its data were others; raised on every rank.
         """
         self.pop_callback(OneDecision)
-        self.add_callback(self._decision)  # after all that were added meanwhile
+        self.add_callback(self._decision)  # after all that were added meanwhile, whose wishes it joins
         with self._between_runs.running(), ExitStack() as opened:
             opened.callback(setattr, self, "_training", None)
             self._training = Training(opened)
@@ -154,7 +154,7 @@ class HeteroTrainerMixin(Trainer):
                 return super().train(resume_from_checkpoint, *others, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Trainer's own loader, which says how long an epoch is and in which order; its batches can be read.
+        """Return Trainer's own loader, which says how long an epoch is and in which order; its batches can be read.
 
         While training, steps are drawn from a loader beside it, whose items are planned (`get_batch_samples`).
 
@@ -170,7 +170,7 @@ class HeteroTrainerMixin(Trainer):
         return loader
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """As Trainer's; but how many epochs of a stream there were, only the checkpoint knows."""
+        """Begin as Trainer does; but how many epochs of a stream there were, only the checkpoint knows."""
         trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
         data = self._training.data if self._training is not None else None
         if data is None or data.entered is None:
@@ -180,7 +180,7 @@ class HeteroTrainerMixin(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """The next planned step as so many batches, and its target tokens over all ranks.
+        """Return the next planned step as so many batches, and its target tokens over all ranks.
 
         Args:
             epoch_iterator: of Trainer's own loader. It is not read: a new one says that a new epoch begins.
@@ -199,14 +199,15 @@ class HeteroTrainerMixin(Trainer):
         if not self._between_runs.has_learned:
             training.check_targets(step, number)
         self._between_runs.has_learned = True
+        # as many batches as Trainer's own loader has of these rows, because its loop counts them
         rows, at_once = len(set(step.batch.share.step.rows)), self._train_batch_size * self.args.world_size
         parts = step.batch.parts(min(num_batches, -(-rows // at_once)))
-        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)
+        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)  # without targets the loss is 0, not nan
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Forward and backward of some micro-batches of a step; gradients are synchronised by its last one.
+        """Run forward and backward of some micro-batches of a step, whose last one synchronises gradients.
 
         Returns:
             This rank's part of the step's loss, times the number of ranks.
@@ -223,7 +224,7 @@ class HeteroTrainerMixin(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs also carry what the step callbacks counted."""
+        """Log as Trainer does; training logs also carry what the step callbacks counted."""
         assert self.model is not None
         self._between_runs.means.weigh("train" if self.model.training else "eval")
         if "loss" in logs:
@@ -234,13 +235,13 @@ class HeteroTrainerMixin(Trainer):
             self._decision.join(self.control)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer's; ranks may wait long for one that saves or evaluates."""
+        """Log, save and evaluate as Trainer does; ranks may wait long for one that saves or evaluates."""
         takes_long = self.control.should_save or self.control.should_evaluate
         with self._run.groups.relaxed() if takes_long else nullcontext():
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As Trainer's, but known to be whole, or removed."""
+        """Save as Trainer does, but a checkpoint that is known to be whole, or removed."""
         assert self._training is not None
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
@@ -251,7 +252,7 @@ class HeteroTrainerMixin(Trainer):
         training.save_whole(self, self._run, self._training, cost, save, folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's. In a checkpoint all ranks know how it went, before Trainer has them wait for each other."""
+        """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others."""
 
         def save() -> None:
             super(HeteroTrainerMixin, self).save_model(output_dir, _internal_call)
@@ -260,17 +261,17 @@ class HeteroTrainerMixin(Trainer):
         return save() if saving is None or output_dir is None else saving.together(save, Path(output_dir))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer.evaluate`; several datasets share the groups."""
+        """Evaluate as `Trainer.evaluate` does; several datasets share the groups."""
         with self._between_runs.running():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.predict`."""
+        """Predict as `Trainer.predict` does."""
         with self._between_runs.running():
             return super().predict(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        """Return Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset if it can."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast("Any", self.eval_dataset)[dataset]
@@ -278,7 +279,7 @@ class HeteroTrainerMixin(Trainer):
         return self._between_runs.noted(loader, dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset where it can be."""
+        """Return Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset if it can."""
         loader = super().get_test_dataloader(watched(test_dataset))
         return self._between_runs.noted(loader, test_dataset)
 
@@ -290,7 +291,7 @@ class HeteroTrainerMixin(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Loss by tokens, and outputs in the dataset's order, from planned steps; other loaders go the stock way.
+        """Evaluate by planned steps, loss by tokens, outputs in the dataset's order; other loaders go the stock way.
 
         Raises:
             HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
@@ -315,4 +316,4 @@ class HeteroTrainerMixin(Trainer):
 
 
 class HeteroTrainer(HeteroTrainerMixin):
-    """`transformers.Trainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""
+    """`HeteroTrainer` is `transformers.Trainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""

@@ -1,4 +1,4 @@
-"""Training by planned steps: what `train` has open, its data, the forward and backward of a step, and its report."""
+"""Training goes by planned steps: what `train` has open, its data, forward and backward of a step, its report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 
 @dataclass(slots=True)
 class Training:
-    """What one call of `train` has open beside its run, and the step underway.
+    """`Training` is what one call of `train` has open beside its run, and the step underway.
 
     Args:
         opened: closes it all when `train` ends, however it does.
@@ -69,7 +69,7 @@ class Training:
 
     @property
     def checkpoint(self) -> str | None:
-        """Folder of the checkpoint that training goes on from; None: it starts anew."""
+        """Return the folder of the checkpoint that training goes on from; None: it starts anew."""
         return None if self.resumed is None else str(self.resumed.folder)
 
 
@@ -122,26 +122,26 @@ def open_data(
         packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
         columns = partial(trainer._remove_unused_columns, description="training")  # pyright: ignore[reportPrivateUsage]
         data = training_data(dataset, columns, sampler=sampler_of(loader), **common)
-    training.opened.callback(data.close)
+    training.opened.callback(data.close)  # before it may be refused: it plans ahead already
     check_order(data.order, before.order if before is not None else {})
     training.data = data
 
 
-def check_order(found: dict[str, Any], kept: dict[str, Any]) -> None:
+def check_order(current: dict[str, Any], saved: dict[str, Any]) -> None:
     """Refuse to go on with other data: what is left of an epoch would not be what was not trained yet.
 
     Raises:
         ConfigError: what differs, and what to do.
     """
-    for name in kept:
-        if name in found and name != "contents" and found[name] != kept[name]:
-            remedy = REMEDIES.get(name, f"set it to {kept[name]}")
+    for name in saved:
+        if name in current and name != "contents" and current[name] != saved[name]:
+            remedy = REMEDIES.get(name, f"set it to {saved[name]}")
             raise ConfigError(
-                f"The data's {name} was {kept[name]} when the checkpoint was written and is {found[name]} now, so "
+                f"The data's {name} was {saved[name]} when the checkpoint was written and is {current[name]} now, so "
                 f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
             )
-    rows: dict[str, int] = kept.get("contents", {})
-    if changed := sorted(int(row) for row in rows if found.get("contents", {}).get(row, rows[row]) != rows[row]):
+    rows: dict[str, int] = saved.get("contents", {})
+    if changed := sorted(int(row) for row in rows if current.get("contents", {}).get(row, rows[row]) != rows[row]):
         raise ConfigError(
             f"Row {changed[0]} of the data holds other tokens or labels than when the checkpoint was written "
             f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
@@ -167,7 +167,7 @@ def check_targets(step: ConfirmedStep, number: int) -> None:
 
 
 def step_part(inputs: Any, trainer_name: str) -> StepPart:
-    """What `training_step` is handed, if it is what `get_batch_samples` gave.
+    """Return what `training_step` is handed, if it is what `get_batch_samples` gave.
 
     Raises:
         UnsupportedModel: a subclass hands on a batch of its own.
@@ -188,7 +188,9 @@ def train_part(
     part: StepPart,
     forward_backward: ForwardBackward,
 ) -> torch.Tensor:
-    """Forward and backward of some micro-batches of a step; gradients are synchronised by its last one.
+    """Run forward and backward of some micro-batches of a step, whose last one synchronises gradients.
+
+    All ranks take part in each micro-batch, so all have as many, and come to the exchange of gradients together.
 
     Returns:
         This rank's part of the step's loss, times the number of ranks.
@@ -211,7 +213,7 @@ def train_part(
 
 
 def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
-    """For the first step: by now accelerate has wrapped the model."""
+    """Start the clock, and adopt the wrapper's groups, in the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
     run.groups.include(sharding.groups_of(model))
     # transformers' own count of memory needs the peak of the run
@@ -223,7 +225,7 @@ def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: t
 
 @contextmanager
 def _as_planned(fitted: Fitted, micro_batch: RankMicroBatch, context: AttentionContext) -> Iterator[None]:
-    """For forward and backward of a micro-batch: the head is lazy, layers hold what its group's policy says."""
+    """Have forward and backward of a micro-batch as planned: a lazy head, layers that hold what a policy says."""
     lazy = nullcontext() if fitted.head is None else fitted.head.lazy()
     holding = fitted.activations.following(micro_batch.group.activations, context.store)
     with lazy, holding, fitted.experts.micro_batch(context.num_tokens):
@@ -251,13 +253,14 @@ def report(trainer: Trainer, run: PlannedRun, training: Training, between: Betwe
 
 
 def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: int) -> StepReport:
-    """How a step went, on all ranks, after its last micro-batch."""
+    """Report how a step went, on all ranks, after its last micro-batch."""
     assert training.step is not None
     assert training.step.batch is not None
     assert training.clock is not None
     batch, step = training.step.batch, training.step.batch.share.step
     busy_s, peak_bytes = training.clock.read(), training.clock.peak_bytes()
     counts = [m.num_targets for m in batch.micro_batches] if means else []
+    # ranks exchange integers only, so seconds travel as nanoseconds
     rows = gather([peak_bytes, *(round(1e9 * s) for s in busy_s), *counts], run.control)
     means.add("train", [sum(row[1 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
     experts = run.fitted.experts
@@ -278,7 +281,7 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
 
 
 def step_callbacks(trainer: Trainer) -> Sequence[StepReportCallback]:
-    """The trainer's callbacks that are told of each step."""
+    """Return the trainer's callbacks that are told of each step."""
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, StepReportCallback)]
 
 
@@ -308,6 +311,7 @@ def save_whole(
         if args.should_save:
             keep_cost_model(folder, cost, args.world_size)
 
+    # `save_model`, which Trainer calls on the way, asks for it
     training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
     place = Run(args.world_size, training.data.order, position)
     try:

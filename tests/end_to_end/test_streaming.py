@@ -256,6 +256,7 @@ def test_epochs_are_those_of_trainer(tmp_path: Path, data: Any, options: dict[st
     check_equal(found, stock, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [Rows(24), Rows(30), SizedRows(24)])
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
 def test_resumes_in_any_epoch(tmp_path: Path, data: Any, strategy: str) -> None:

@@ -394,6 +394,20 @@ def test_an_evaluation_again_counts_nothing(tmp_path: Path) -> None:
     assert read[2] == read[1]
 
 
+def test_nothing_is_kept_for_a_backward_pass_that_does_not_come(tmp_path: Path) -> None:
+    """Where layers are recomputed, attention keeps what it exchanged in training, and not in an evaluation."""
+    trainer = trainer_of(str(tmp_path), activation_checkpointing=True, max_steps=1)
+    keeps: dict[bool, set[bool]] = {True: set(), False: set()}
+
+    def note(model: Any, args: Any, inputs: dict[str, Any]) -> None:
+        keeps[model.training].add(inputs["hetero"].keeps)
+
+    trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+    trainer.train()
+    trainer.evaluate()
+    assert keeps == {True: {True}, False: {False}}
+
+
 def test_lost_and_doubled_tokens_are_noticed() -> None:
     """Outputs that do not cover each token of a sample once are an error, not an array with holes."""
     piece = Piece(7, 0, 4, {"labels": np.arange(4)})

@@ -1,1 +1,1 @@
-"""Attention on one device: what a kernel is given and gives back, the kernels there are, and the choice of one."""
+"""This folder computes attention on one device: the kernels' contract, the kernels, and the choice of one."""

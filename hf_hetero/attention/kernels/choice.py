@@ -1,4 +1,4 @@
-"""The one door to attention kernels: which there are, what each can do, and which is best for a model.
+"""This is the one door to attention kernels: which there are, what each can do, and which is best for a model.
 
 Each kernel is a record of what it can do (`contract.Kernel`) with functions of one signature; each library has a file
 of its own.
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 def choose_kernel(
     device_type: str, dtype: torch.dtype, features: frozenset[str] = frozenset(), wanted: str | None = None
 ) -> Kernel:
-    """The best kernel that can do what a model needs.
+    """Choose the best kernel that can do what a model needs.
 
     Args:
         device_type: "cpu" or "cuda".
@@ -52,6 +52,7 @@ def choose_kernel(
     if dtype not in HALF:
         logger.warning("No flash kernel computes in %s: using plain attention, slow and hungry. Train in bf16.", dtype)
         return PLAIN
+    # nothing is tried: all ranks have the same packages and config, and must come to the same kernel
     candidates = [*_flash(wanted), TORCH_VARLEN]
     for kernel in candidates:
         if features <= kernel.features:
@@ -63,14 +64,14 @@ def choose_kernel(
 
 
 def _flash(wanted: str | None) -> list[Kernel]:
-    """The flash-attn that the user named, else those that are installed, fastest first."""
+    """Return the flash-attn that the user named, else those that are installed, fastest first."""
     if wanted and "flash" in wanted:
         return [named_flash_kernel(wanted) or through_transformers(wanted)]
     return flash_kernels() or [through_transformers(name) for name in _known_to_transformers()]
 
 
 def _known_to_transformers() -> list[str]:
-    """A flash-attn that only transformers can call, such as an older one."""
+    """Return the name of a flash-attn that only transformers can call, such as an older one, if there is one."""
     from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
     if is_flash_attn_3_available():
@@ -79,13 +80,14 @@ def _known_to_transformers() -> list[str]:
 
 
 def features_of(config: Any) -> frozenset[str]:
-    """What the attention layers of a transformers config will ask of a kernel."""
+    """Return what the attention layers of a transformers config will ask of a kernel."""
     features: set[str] = set()
     layer_types = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
         features.add(WINDOW)
     if getattr(config, "attn_logit_softcapping", None):
         features.add(SOFTCAP)
+    # no field says so: its layers always have them
     if getattr(config, "model_type", "") == "gpt_oss":
         features.add(SINKS)
     return frozenset(features)

@@ -1,4 +1,4 @@
-"""What every attention kernel is given and gives back: runs of queries, runs of keys, output and log-sum-exp.
+"""The contract says what a kernel is given and gives back: runs of queries and of keys; output and log-sum-exp.
 
 The log-sum-exp makes attention additive, so one pair of functions, forward and backward, serves whole samples, gathered
 keys and blocks of a ring. For one query with scores s over keys of a set A, write
@@ -36,7 +36,7 @@ WINDOW, SOFTCAP, SINKS = "sliding window", "softcap", "attention sinks"
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Runs of queries and the run of keys that each of them meets: on the host for loops, on the device for kernels.
+    """Segments are runs of queries with the run of keys that each meets: on the host for loops, on the device too.
 
     Queries and keys of a tensor are its runs, one after the other. No run is empty.
 
@@ -60,7 +60,7 @@ class Segments:
     def of(
         cls, q_lengths: Sequence[int], k_lengths: Sequence[int], device: torch.device, causal: bool = True
     ) -> Segments:
-        """From the lengths alone."""
+        """Make segments from the lengths alone."""
         cu_q, cu_k = (
             torch.tensor([0, *accumulate(x)], dtype=torch.int32, device=device) for x in (q_lengths, k_lengths)
         )
@@ -69,13 +69,13 @@ class Segments:
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
-        """Whole samples, each of which meets itself."""
+        """Make segments of whole samples, each of which meets itself."""
         return cls.of(lengths, lengths, device)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """How a layer turns q @ k into weights.
+    """Scores say how a layer turns q @ k into weights.
 
     Args:
         scaling: factor on q @ k.
@@ -91,16 +91,16 @@ class Scores:
 
     @property
     def features(self) -> frozenset[str]:
-        """What a kernel must be able to do."""
+        """Return what a kernel must be able to do."""
         used = {WINDOW: self.window, SOFTCAP: self.softcap, SINKS: self.sinks}
         return frozenset(name for name, value in used.items() if value is not None)
 
     def without_sinks(self) -> Scores:
-        """The same, for a kernel that meets only the keys."""
+        """Return the same scores for a kernel that meets only the keys."""
         return replace(self, sinks=None)
 
     def of_heads(self, start: int, end: int) -> Scores:
-        """The same, for some of the query heads: sinks belong to heads."""
+        """Return the same scores for some of the query heads: sinks belong to heads."""
         return self if self.sinks is None else replace(self, sinks=self.sinks[start:end])
 
 
@@ -118,7 +118,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A way to compute attention, and what it can do.
+    """A kernel is a way to compute attention, and what it can do.
 
     Args:
         name: for the log.
@@ -141,13 +141,13 @@ class Kernel:
 
     @property
     def has_lse(self) -> bool:
-        """Whether outputs over parts of the keys can be merged, as a ring needs."""
+        """Return whether outputs over parts of the keys can be merged, as a ring needs."""
         return self.forward is not None and self.backward is not None
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
     ) -> torch.Tensor:
-        """Differentiable attention. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv); out: (Tq, H, Dv).
+        """Compute differentiable attention. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv); out: (Tq, H, Dv).
 
         Without queries, keys or heads the output is empty and still has a gradient.
 
@@ -155,6 +155,8 @@ class Kernel:
             UnsupportedModel: the layer needs what this kernel cannot do.
         """
         self.require(scores.features)
+        # the zero reaches back to all three: a rank without queries takes part in the exchange of gradients, which
+        # its peers' backward would wait for
         if q.numel() == 0:
             return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
         (v,), value_dim = self.padded([v], q.shape[2]), v.shape[2]
@@ -176,14 +178,14 @@ class Kernel:
             )
 
     def padded(self, values: Sequence[torch.Tensor], head_dim: int) -> list[torch.Tensor]:
-        """Values, or gradients of outputs, as wide as the kernel wants them: zeros change nothing."""
+        """Return values, or gradients of outputs, as wide as the kernel wants them: zeros change nothing."""
         if self.unequal_values:
             return list(values)
         return [F.pad(x, (0, head_dim - x.shape[-1])) if x.shape[-1] < head_dim else x for x in values]
 
 
 class _Attend(torch.autograd.Function):
-    """One call of a kernel's pair. The sinks are merged in afterwards, so a kernel need not know of them."""
+    """`_Attend` calls a kernel's pair. The sinks are merged in afterwards, so a kernel need not know of them."""
 
     @staticmethod
     def forward(
@@ -215,13 +217,13 @@ class _Attend(torch.autograd.Function):
 def merge(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the keys of both: the same queries, disjoint keys. Computed in the wider of the types."""
+    """Merge attention over the keys of both: the same queries, disjoint keys. Computed in the wider of the types."""
     total = torch.logaddexp(lse, other_lse)
     return out * (lse - total).exp()[..., None] + other_out * (other_lse - total).exp()[..., None], total
 
 
 def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp with one more key a head, which has a logit and no value."""
+    """Merge in one more key a head, which has a logit and no value; return output and log-sum-exp."""
     if sinks is None:
         return out, lse
     total = torch.logaddexp(lse, sinks.detach().to(lse.dtype))
@@ -231,8 +233,9 @@ def with_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None)
 def sinks_gradient(
     grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """Gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (H,)."""
+    """Return the gradient of the sinks' logits, from the merged output and log-sum-exp. Shape (H,)."""
     if sinks is None:
         return None
+    # as of any key, p (dp - grad_out . out), where dp is 0 because a sink has no value; summed over the queries
     weights = (sinks.detach().to(lse.dtype) - lse).exp()
     return -(weights * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum(0).to(sinks.dtype)

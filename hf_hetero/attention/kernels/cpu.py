@@ -1,4 +1,4 @@
-"""Attention on CPU: torch's flash attention, run by run; exact in fp64, grouped heads without copies.
+"""Attention on CPU is torch's flash attention, run by run: exact in fp64, grouped heads without copies.
 
 Features that torch's operator lacks go to the plain kernel. The operator aligns causal runs at their first keys, not at
 their last; it gives wrong sums for queries without keys and ends the process for runs without queries. So a run with
@@ -21,7 +21,7 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp (`contract.Forward`)."""
+    """Compute output and log-sum-exp (`contract.Forward`)."""
     if scores.features:
         return plain.forward(q, k, v, segments, scores)
     out = torch.empty_like(q)
@@ -54,21 +54,22 @@ def backward(
     segments: Segments,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values (`contract.Backward`)."""
+    """Compute the gradients of queries, keys and values (`contract.Backward`)."""
     if scores.features:
         return plain.backward(grad_out, q, k, v, out, lse, segments, scores)
     grads = [torch.empty_like(x) for x in (q, k, v)]
     for queries, blocks in _runs(segments):
         run_lse = lse[queries].T.contiguous()[None]
         for number, (keys, causal) in enumerate(blocks):
-            rows = (grad_out[queries], q[queries], k[keys], v[keys], out[queries])
-            block_grads = _backward(*map(_heads_first, rows), run_lse, 0.0, causal, scale=scores.scaling)
-            for grad, part, place in zip(grads, block_grads, (queries, keys, keys), strict=True):
+            tensors = (grad_out[queries], q[queries], k[keys], v[keys], out[queries])
+            block_grads = _backward(*map(_heads_first, tensors), run_lse, 0.0, causal, scale=scores.scaling)
+            for grad, part, rows in zip(grads, block_grads, (queries, keys, keys), strict=True):
                 part = part[0].transpose(0, 1)
+                # a key is in one block, a query in all blocks of its run
                 if number and grad is grads[0]:
-                    grad[place] += part
+                    grad[rows] += part
                 else:
-                    grad[place] = part
+                    grad[rows] = part
     return grads[0], grads[1], grads[2]
 
 
@@ -76,12 +77,12 @@ CPU = Kernel("cpu", "cpu", FLOATS, frozenset({WINDOW, SOFTCAP, SINKS}), forward,
 
 
 def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(Tq, H, D) -> (1, H, Tq, D), as the operator wants it; likewise keys and values."""
+    """Turn (Tq, H, D) into (1, H, Tq, D), as the operator wants it; likewise keys and values."""
     return x.transpose(0, 1).unsqueeze(0)
 
 
 def _runs(segments: Segments) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """Queries of each run, and its blocks of keys with whether they are causal."""
+    """Yield the queries of each run, and its blocks of keys with whether they are causal."""
     q_start = k_start = 0
     for num_q, num_k in zip(segments.q_lengths, segments.k_lengths, strict=True):
         queries, k_end = slice(q_start, q_start + num_q), k_start + num_k

@@ -1,4 +1,4 @@
-"""Attention on CUDA: torch's own varlen kernel, and any flash-attn that transformers finds by its name."""
+"""Attention on CUDA is torch's own varlen kernel, or any flash-attn that transformers finds by its name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, K
 
 
 def _window(segments: Segments, scores: Scores) -> list[int]:
-    """flash-attn's spelling: keys to the left and right of a query, aligned at the last ones; -1 is all."""
+    """Spell a window as flash-attn does: keys to the left and right of a query, aligned at the last; -1 is all."""
     if not segments.causal:
         return [-1, -1]
     return [-1, 0] if scores.window is None else [scores.window - 1, 0]
 
 
 def _varlen(direction: str = "") -> Any:
+    """Return torch's operator: of forward, or "_backward"."""
     importlib.import_module("torch.nn.attention.varlen")  # registers the operators
     return getattr(torch.ops.torch_attn, f"_varlen_attn{direction}")
 
@@ -27,6 +28,8 @@ def _varlen_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
     window = _window(segments, scores)
+    # the operator behind `varlen_attn`, which tells causal from windows in this way: backward there differentiates what
+    # forward gave, and a ring's must take the merged output and log-sum-exp
     out, lse, _ = _varlen().default(
         q,
         k,
@@ -77,13 +80,14 @@ TORCH_VARLEN = Kernel("torch_varlen", "cuda", HALF, frozenset({WINDOW, SINKS}), 
 
 
 def through_transformers(implementation: str) -> Kernel:
-    """flash-attn by a name that transformers knows ("flash_attention_2", "kernels-community/flash-attn2", ...).
+    """Make a kernel of flash-attn by transformers' name for it ("flash_attention_2", "kernels-community/...", ...).
 
     Only its differentiable function is within reach there, not the log-sum-exp that a ring needs.
     """
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
     (_, varlen, *_), (to_kwargs, _) = lazy_import_flash_attention(implementation)
+    # versions differ in what they can do, and their keywords tell
     accepted = inspect.signature(varlen).parameters
     names = {WINDOW: {"window_size"}, SOFTCAP: {"softcap"}, SINKS: {"s_aux", "learnable_sink"}}
     features = frozenset(feature for feature, words in names.items() if words & accepted.keys())

@@ -1,4 +1,4 @@
-"""flash-attn's own kernels, as pairs that give and take a log-sum-exp: versions 2, 3 and 4, whichever are installed.
+"""This file makes pairs of flash-attn's own kernels, which give and take a log-sum-exp: of versions 2, 3 and 4.
 
 Transformers reaches their differentiable functions only, and a ring needs the pair behind them. Signatures were read
 in the sources of August 2026 (Dao-AILab/flash-attention, 0251105a); a version with others is left to transformers.
@@ -27,7 +27,7 @@ FEATURES = frozenset({WINDOW, SOFTCAP, SINKS})
 
 
 def flash_kernels(capability: tuple[int, int] | None = None) -> list[Kernel]:
-    """The pairs that are installed and run on this GPU, fastest first.
+    """Return the pairs that are installed and run on this GPU, fastest first.
 
     Args:
         capability: of the GPU, as torch says it; None: ask. Without a GPU there are none.
@@ -42,13 +42,13 @@ def flash_kernels(capability: tuple[int, int] | None = None) -> list[Kernel]:
 
 
 def named_flash_kernel(implementation: str) -> Kernel | None:
-    """The pair behind transformers' name for it; None if it is not installed, or no name of these three."""
+    """Return the pair behind transformers' name for it; None if it is not installed, or no name of these three."""
     makers = {"flash_attention_2": fa2, "flash_attention_3": fa3, "flash_attention_4": fa4}
     return makers[implementation]() if implementation in makers else None
 
 
 def fa2() -> Kernel | None:
-    """flash-attn 2.7 or later; Ampere and later."""
+    """Return the pair of flash-attn 2.7 or later, for Ampere and later; None where it is not installed."""
     library = _library("flash_attn.flash_attn_interface", "_flash_attn_varlen_forward", "_flash_attn_varlen_backward")
     if library is None:  # also where only FA4 is installed, which shares the package's name
         return None
@@ -86,7 +86,7 @@ def fa2() -> Kernel | None:
 
 
 def fa3() -> Kernel | None:
-    """flash-attn 3; Hopper."""
+    """Return the pair of flash-attn 3, for Hopper; None where it is not installed."""
     library = _library("flash_attn_interface", "_flash_attn_forward", "_flash_attn_backward")
     if library is None:
         return None
@@ -117,7 +117,7 @@ def fa3() -> Kernel | None:
 
 
 def fa4() -> Kernel | None:
-    """flash-attn 4 (`flash_attn.cute`); Hopper and Blackwell."""
+    """Return the pair of flash-attn 4 (`flash_attn.cute`), for Hopper and Blackwell; None where it is not installed."""
     library = _library("flash_attn.cute.interface", "_flash_attn_fwd", "_flash_attn_bwd")
     if library is None:
         return None
@@ -151,7 +151,7 @@ def fa4() -> Kernel | None:
 
 
 def _kernel(name: str, forward: Callable[..., Tensors], backward: Callable[..., Tensors | None]) -> Kernel:
-    """A record whose pair fills up short heads, and turns the log-sum-exp round.
+    """Make a record whose pair fills up short heads, and turns the log-sum-exp round.
 
     Args:
         name: for the log.
@@ -186,6 +186,7 @@ def _kernel(name: str, forward: Callable[..., Tensors], backward: Callable[..., 
 
 
 def _filled(x: torch.Tensor) -> torch.Tensor:
+    """Fill up a tensor's heads with zeros, which add nothing to q @ k, and to the output only zeros to cut off."""
     missing = -x.shape[-1] % MULTIPLE
     return F.pad(x, (0, missing)) if missing else x.contiguous()
 
@@ -200,7 +201,7 @@ def _named_runs(segments: Segments) -> dict[str, Any]:
 
 
 def _common(segments: Segments, scores: Scores, causal: str, endless: int | None) -> dict[str, Any]:
-    """Keywords of all versions; `endless` is how a version spells a window without an end."""
+    """Return the keywords of all versions; `endless` is how a version spells a window without an end."""
     has_window = segments.causal and scores.window is not None
     return {
         "softmax_scale": scores.scaling,
@@ -212,7 +213,7 @@ def _common(segments: Segments, scores: Scores, causal: str, endless: int | None
 
 
 def _library(module: str, *names: str) -> dict[str, Any] | None:
-    """Functions of a module; None if it, or one of them, is not there."""
+    """Return functions of a module; None if it, or one of them, is not there."""
     try:
         library = importlib.import_module(module)
     except (ImportError, OSError):  # OSError: built for another CUDA
@@ -222,7 +223,7 @@ def _library(module: str, *names: str) -> dict[str, Any] | None:
 
 
 def _accepts(function: Any, keyword: str) -> bool:
-    """Whether a function, or an operator of torch.library, has a keyword."""
+    """Return whether a function, or an operator of torch.library, has a keyword."""
     overload = getattr(function, "_opoverload", None)
     if overload is not None:
         return any(argument.name == keyword for argument in overload._schema.arguments)

@@ -1,4 +1,4 @@
-"""Attention by its definition, block by block: any device, any type, every feature. The reference, and the fallback."""
+"""The plain kernel is attention by its definition, block by block: the reference, and the fallback, for everything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLOCK_QUERIES = 256  # a block's scores are kept, never those of a whole sample
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Queries `q` and the keys `k` that any of them sees; `hidden` where one does not, if there are such."""
+    """A block is queries `q` and the keys `k` that any of them sees; `hidden` where one does not, if there are such."""
 
     q: slice
     k: slice
@@ -24,7 +24,7 @@ class _Block:
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and log-sum-exp (`contract.Forward`), computed in fp32 or wider."""
+    """Compute output and log-sum-exp (`contract.Forward`), in fp32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=wide)
@@ -47,11 +47,11 @@ def backward(
     segments: Segments,
     scores: Scores,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values (`contract.Backward`), summed in fp32 or wider."""
+    """Compute the gradients of queries, keys and values (`contract.Backward`), summed in fp32 or wider."""
     wide = lse.dtype
     grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
     groups = (k.shape[1], q.shape[1] // k.shape[1])
-    shift = (grad_out.to(wide) * out.to(wide)).sum(-1)
+    shift = (grad_out.to(wide) * out.to(wide)).sum(-1)  # grad_out . out, by which other keys enter (`contract`)
     for block in _blocks(segments, scores.window, q.device):
         logits, slope = _logits(q, k, block, scores, wide)
         block_lse, block_shift = (x[block.q].T.unflatten(0, groups)[..., None] for x in (lse, shift))
@@ -69,6 +69,7 @@ PLAIN = Kernel("plain", None, FLOATS, frozenset({WINDOW, SOFTCAP, SINKS}), forwa
 
 
 def _blocks(segments: Segments, window: int | None, device: torch.device) -> Iterator[_Block]:
+    """Yield the blocks of all runs; keys after a block's queries, or before all of their windows, are left out."""
     first_q = first_k = 0
     for num_q, num_k in zip(segments.q_lengths, segments.k_lengths, strict=True):
         for start in range(0, num_q, BLOCK_QUERIES):
@@ -87,7 +88,7 @@ def _blocks(segments: Segments, window: int | None, device: torch.device) -> Ite
 def _logits(
     q: torch.Tensor, k: torch.Tensor, block: _Block, scores: Scores, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores of a block, shape (Hk, H / Hk, Tq, Tk); and what the softcap's slope is, None for 1."""
+    """Return the scores of a block, shape (Hk, H / Hk, Tq, Tk), and the softcap's slope there, None for 1."""
     queries = q[block.q].to(dtype).unflatten(1, (k.shape[1], q.shape[1] // k.shape[1]))
     logits = torch.einsum("qhgd,khd->hgqk", queries, k[block.k].to(dtype)) * scores.scaling
     slope = None
@@ -100,7 +101,7 @@ def _logits(
 
 
 def weigh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, scores: Scores) -> torch.Tensor:
-    """Differentiable softmax attention with any mask, for passes without a plan.
+    """Compute differentiable softmax attention with any mask, for passes without a plan.
 
     Args:
         q, k, v: shapes (..., Tq, H, D), (..., Tk, H, D) and (..., Tk, H, Dv).
@@ -109,6 +110,7 @@ def weigh(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tenso
     logits = torch.einsum("...qhd,...khd->...hqk", q, k) * scores.scaling
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    # not -inf: a query that sees no key, as in padding, would get nan instead of some mean, and so would its gradient
     logits = logits.masked_fill(hidden, torch.finfo(logits.dtype).min)
     if scores.sinks is not None:
         sinks = scores.sinks.to(logits.dtype).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
