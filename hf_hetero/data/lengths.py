@@ -161,8 +161,8 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
     folder = Path(datasets.config.HF_DATASETS_CACHE)  # pyright: ignore[reportAttributeAccessIssue]
-    cache = folder / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
-    if (lengths := _cached_lengths(cache, len(dataset))) is not None:
+    cache_file = folder / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
+    if (lengths := _cached_lengths(cache_file, len(dataset))) is not None:
         return checked(lengths)
     arrow: Any = dataset.select_columns(list({counted, "input_ids"})).with_format("arrow")
     tables: Iterable[Any] = arrow.iter(batch_size=ROWS_AT_ONCE)
@@ -179,7 +179,7 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
         yield len(parts[-1])
     lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     if len(dataset) >= WORTH_KEEPING:
-        _cache_lengths(cache, lengths)
+        _cache_lengths(cache_file, lengths)
     return checked(lengths)
 
 

@@ -180,7 +180,7 @@ def _mark(group: dist.ProcessGroup, note: str) -> None:
 
 def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
     """Wait for a collective of all ranks, and say so once that takes long."""
-    # a wait that runs out leaves the collective as it is, which only its own limit ends: the next wait takes it up again
+    # a wait that runs out leaves the collective as it is, until its own limit: the next wait takes it up again
     waited_s, word_s = 0.0, WORD_AFTER_S
     while dist.get_rank() in SPEAKERS:
         try:
