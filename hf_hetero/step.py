@@ -53,6 +53,8 @@ class Step:
 
     def shared_rows(self) -> tuple[int, ...]:
         """Return the rows that several ranks may hold tokens of, ascending. Each of these ranks reads them itself."""
+        # by group, not by span, which would need every layout: a rank that holds no token of a row has no fingerprint
+        # of it to compare, and that is no disagreement
         ranks: dict[int, set[int]] = {}
         for group in self.plan.groups:
             for sample in group.samples:
@@ -207,6 +209,7 @@ class StepPart(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self:
             raise KeyError(name)
+        # an empty part must still read as a batch, for Trainer counts its tokens
         rows = [self._of(m, name) for m in self.micro_batches]
         return torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
 

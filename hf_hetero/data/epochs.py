@@ -84,13 +84,13 @@ class Epochs:
 
     def _count(self) -> str:
         """Count the rows, and return a fingerprint of their lengths. A collective of all ranks."""
-        found, content = self._read()
-        if found.num_rows != self._batches.num_rows:
+        counted, content = self._read()
+        if counted.num_rows != self._batches.num_rows:
             raise BadSample(
-                f"The dataset has {found.num_rows} rows now, and had {self._batches.num_rows} when training started. "
+                f"The dataset has {counted.num_rows} rows now, and had {self._batches.num_rows} when training started. "
                 "Let it keep as many in every epoch."
             )
-        self._samples, self.column = found.samples, found.column
+        self._samples, self.column = counted.samples, counted.column
         return content
 
 
@@ -134,7 +134,7 @@ def read_rows(dataset: Any, planning: Planning, rows: StepDataset, collate: Call
     counted = count_together(Source(dataset, rows, collate, planning.length_column), planning.control)
     accepted: list[Samples] = []  # filled on rank 0 only: samples are many, and the other ranks do without
 
-    def limit() -> str:
+    def limit() -> str:  # on rank 0; what it raises, all ranks raise
         assert counted.samples is not None
         samples, change = within_limits(counted.samples, planning)
         if change:
@@ -181,13 +181,13 @@ class KeptCounts:
         Raises:
             BadSample, ConfigError: as `read_rows`.
         """
-        kept = self._kept.get(id(dataset))
+        earlier = self._kept.get(id(dataset))
         conditions = _conditions(dataset, planning, collate)
         source = Source(dataset, rows, collate, planning.length_column)
         # by vote, because counting is a collective: no rank may count while another takes what it knows
-        if all(known for [known] in gather([int(_holds(kept, source, conditions))], planning.control)):
-            assert kept is not None
-            return kept.result
+        if all(known for [known] in gather([int(_holds(earlier, source, conditions))], planning.control)):
+            assert earlier is not None
+            return earlier.result
         self.forget(dataset)
         result = read_rows(dataset, planning, rows, collate)
         if not rows.changes_with_epochs:
@@ -219,11 +219,11 @@ def _conditions(dataset: Any, planning: Planning, collate: Callable[..., Any]) -
     )
 
 
-def _holds(kept: _KeptCount | None, source: Source, conditions: tuple[Any, ...]) -> bool:
+def _holds(earlier: _KeptCount | None, source: Source, conditions: tuple[Any, ...]) -> bool:
     """Return whether this rank would take what it knows; if it cannot tell, counting will say why."""
-    if kept is None or kept.dataset() is not source.dataset or kept.conditions != conditions:
+    if earlier is None or earlier.dataset() is not source.dataset or earlier.conditions != conditions:
         return False
-    samples = kept.result[0].samples
+    samples = earlier.result[0].samples
     try:
         # only rank 0 has samples to compare; the others go along with its vote
         return samples is None or still_holds(source, samples.row_tokens)

@@ -73,6 +73,8 @@ class PlanSource(Protocol):
 
 @runtime_checkable
 class _Closeable(Protocol):
+    """A `_Closeable` source holds what must be given back, such as processes."""
+
     def close(self) -> None: ...
 
 
@@ -190,6 +192,7 @@ class PlanAhead:
         Raises:
             HeteroError: the batch cannot be planned; raised on every rank.
         """
+        # what fails on rank 0 is handed to all, too: raised there alone, it would leave the others to wait for a plan
         return broadcast(lambda: self._take(epoch, index), self._control)
 
     def forget(self) -> None:

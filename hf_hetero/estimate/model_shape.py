@@ -75,7 +75,7 @@ def shape_of(
         intermediate=intermediate,
         vocab=config.vocab_size,
         num_params=num_params,
-        active_params=max(active, 1),
+        active_params=max(active, 1),  # a config that miscounts its experts must not make work free, or negative
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         param_bytes=sum(p.numel() * p.element_size() for p in params),
         element_bytes=element_bytes,

@@ -58,6 +58,7 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
             error = raised
     # rank 0 acts on behalf of all, so that a HeteroError does not say whose it is; in any other the rank matters
     told = None if error is None else _told(error, says_rank=not isinstance(error, HeteroError))
+    # raises rank 0's error on all ranks, before any of them waits for its result
     _meet(FROM_RANK_0, (), control, told, error)
     with _named(FROM_RANK_0, control):
         dist.broadcast_object_list(message, src=0, group=control)
@@ -87,8 +88,10 @@ def confirm_step(
     if control is None:
         return num_targets
     rows = _meet(BEFORE_STEP, [digest, num_targets], control, None if error is None else _told(error), error)
+    # rank 0's plan is not simply believed: ranks whose plans differ would wait in different groups until their timeout
     digests = [row[0] for row in rows]
     if len(set(digests)) > 1:
+        # the most frequent one, though rank 0 plans: whoever is alone is the one to be looked at
         usual = max(set(digests), key=digests.count)
         others = [rank for rank, value in enumerate(digests) if value != usual]
         mismatch = PlanMismatch(
@@ -163,7 +166,7 @@ def gather(values: Sequence[int], control: dist.ProcessGroup | None) -> list[lis
     if control is None:
         return [list(values)]
     rows = _meet(REPORT, values[:NUM_VALUES], control)
-    if rest := values[NUM_VALUES:]:
+    if rest := values[NUM_VALUES:]:  # on all ranks or none, for each gives as many
         rows = [[*row, *more] for row, more in zip(rows, _all_gather(rest, REPORT, control), strict=True)]
     return rows
 

@@ -85,6 +85,7 @@ class GroupPool:
         self.control = _new_group(None, self._control_timeout_s, backend="gloo")
         if self._degrees:
             self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
+        # every rank makes every group, also those that it is not in: torch numbers groups by the order of their making
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
@@ -144,7 +145,7 @@ class GroupPool:
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:
-            if dist.is_initialized():
+            if dist.is_initialized():  # a script may have ended torch.distributed before
                 dist.destroy_process_group(group)
 
 

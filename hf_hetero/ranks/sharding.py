@@ -51,6 +51,7 @@ def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Shardin
     recomputes = bool(trainer.args.activation_checkpointing)
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
+        # DDP holds whole gradients anyway, so one reduction a step is less to send and costs no memory
         return Sharding(checkpointing=recomputes, syncs_each=bool(sync_each_micro_batch))
     return Sharding(
         is_sharded=True,

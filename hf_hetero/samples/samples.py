@@ -71,6 +71,7 @@ class Drawn:
 
     def kept_starts(self) -> tuple[int, ...]:
         """Return where each sample starts among the tokens of its row that are in any sample: others were cut off."""
+        # samples of a row stand in its order, so that each starts where those before it end
         ends: dict[int, int] = {}
         starts: list[int] = []
         for row, length in zip(self.rows, self.lengths, strict=True):
@@ -96,6 +97,7 @@ def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: 
     Raises:
         BadSample: a row whose documents are not all of it.
     """
+    # documents are counted through the whole dataset, and so are their tokens: a row's are differences of these sums
     first = np.concatenate([[0], np.cumsum(num_documents)])
     ends = np.concatenate([[0], np.cumsum(document_tokens)])
     for row in np.flatnonzero(ends[first[1:]] - ends[first[:-1]] != row_tokens)[:1]:
@@ -152,6 +154,7 @@ def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, s
         cut = int((samples.lengths[longer] - most_tokens).sum())
         lengths = np.minimum(samples.lengths, most_tokens)
         return Samples(samples.row_tokens, samples.first, samples.starts, lengths), f"{what}; {cut} tokens are cut off."
+    # each sample in as few parts as do, all full but its last; `offset` is where a part starts in its sample
     parts = -(-samples.lengths // most_tokens)
     before = np.concatenate([[0], np.cumsum(parts)])
     offset = (np.arange(before[-1]) - np.repeat(before[:-1], parts)) * most_tokens

@@ -78,6 +78,7 @@ class StreamSampler(Sampler[Dealt]):
         """Give the steps of an epoch in order."""
         if self._next is None:
             num_trained = self._num_trained()
+            # rank 0 alone has read the stream; all ranks count on from the same place, for they ask for plans by it
             self._next = broadcast(lambda: self._enter(num_trained), self._control)
         else:
             self._next = self._go_on(*self._next)
@@ -144,7 +145,7 @@ class StreamSampler(Sampler[Dealt]):
 def pickled_parts(step: Step, examples: Examples) -> Sequence[bytes | HeteroError]:
     """Pickle the examples that each rank needs; or give every rank the reason why that cannot be done."""
     try:
-        return [pickle.dumps({n: examples[n] for n in sorted(held)}) for held in samples_by_rank(step)]
+        return [pickle.dumps({n: examples[n] for n in sorted(needed)}) for needed in samples_by_rank(step)]
     except Exception as error:  # pickle raises errors of many kinds, and what an example's own methods do
         return [_cannot_travel(step, examples, error)] * step.plan.num_ranks
 
