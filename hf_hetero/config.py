@@ -1,4 +1,4 @@
-"""HeteroConfig: what a user may set. Every default is right for most."""
+"""This module has `HeteroConfig`: what a user may set. Every default is right for most."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import cast, get_args, get_type_hints
+from typing import Literal, cast, get_args, get_type_hints
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import ACTIVATIONS, METHODS
 
-SOLVERS = ("auto", "fast", "mip")
+Solver = Literal["auto", "fast", "mip"]
+Backend = Literal["highs", "cbc"]
+SOLVERS: tuple[str, ...] = get_args(Solver)
+MIP_BACKENDS: tuple[str, ...] = get_args(Backend)
 KINDS: dict[object, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -20,17 +23,17 @@ KINDS: dict[object, tuple[type, str]] = {
     list[str]: (Sequence, "a list of names"),
 }
 """A field's annotation -> what it may be, and that in words."""
+# a sample of one token has nothing to predict, so that samples are not cut shorter than two
 LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
 MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_s": 604_800}
 """Plans wait in memory; and who waits for more than a week waits for ever."""
 MOST_COUNTED = 1 << 40
 LONGER = ("error", "truncate", "split")
-MIP_BACKENDS = ("highs", "cbc")
 
 
 @dataclass
 class HeteroConfig:
-    """Settings of `HeteroTrainer`; `HfArgumentParser` reads it beside `TrainingArguments`.
+    """`HeteroConfig` is the settings of `HeteroTrainer`; `HfArgumentParser` reads it beside `TrainingArguments`.
 
     Raises:
         ConfigError: a value of another kind, or out of range, with the values allowed.
@@ -123,6 +126,8 @@ class HeteroConfig:
     )
 
     def __post_init__(self) -> None:
+        # a parser of arguments or YAML takes what it is given: kinds are checked before values, so that the checks of
+        # values need not fear a TypeError
         if isinstance(self.cost_model, os.PathLike):
             self.cost_model = os.fspath(self.cost_model)
         for name, kind in get_type_hints(HeteroConfig).items():
@@ -159,7 +164,7 @@ class HeteroConfig:
 
 
 def _is_a(kind: object, value: object) -> bool:
-    """Whether a value is of an annotated kind; True is no number, and text no list of names."""
+    """Return whether a value is of an annotated kind; True is no number, and text no list of names."""
     if not isinstance(value, KINDS[kind][0]):
         return False
     if kind == list[str]:

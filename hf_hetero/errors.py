@@ -1,4 +1,4 @@
-"""Everything hf_hetero raises on purpose.
+"""This module defines everything that hf_hetero raises on purpose.
 
     HeteroError                     catches all of them
     |-- ConfigError                 a setting or a file that cannot be what was meant   (also a ValueError)
@@ -15,31 +15,31 @@ from __future__ import annotations
 
 
 class HeteroError(Exception):
-    """Base of all errors of hf_hetero."""
+    """`HeteroError` is the base of all errors of hf_hetero."""
 
     is_known_to_all = False
     """Whether every rank raises it, in the same words; nobody needs to be told of it any more."""
 
 
 class ConfigError(HeteroError, ValueError):
-    """A setting or a file that cannot be what was meant."""
+    """A `ConfigError` tells of a setting or a file that cannot be what was meant."""
 
 
 class BadSample(HeteroError, ValueError):
-    """A sample that cannot be trained on: no tokens, or labels that do not match them."""
+    """A `BadSample` cannot be trained on: it has no tokens, or labels that do not match them."""
 
 
 class InfeasibleBatch(HeteroError, ValueError):
-    """A sample that no group of ranks can hold."""
+    """An `InfeasibleBatch` has a sample that no group of ranks can hold."""
 
 
 class UnsupportedModel(HeteroError):
-    """A model, or a training option, under which the plan would change the learning."""
+    """An `UnsupportedModel` is a model, or a training option, under which the plan would change the learning."""
 
 
 class PlanMismatch(HeteroError):
-    """Ranks hold different plans for the same step."""
+    """A `PlanMismatch` tells that ranks hold different plans for the same step."""
 
 
 class CollectiveFailed(HeteroError):
-    """An operation of a group of ranks failed, or waited longer than its timeout."""
+    """A `CollectiveFailed` tells that an operation of a group of ranks failed, or waited longer than its timeout."""

@@ -1,4 +1,4 @@
-"""One optimizer step on its way through a rank: Step -> StepShare -> StepExamples -> StepBatch.
+"""This module has the types of an optimizer step on its way: Step -> StepShare -> StepExamples -> StepBatch.
 
 Step           what all ranks agree on: which samples of the dataset, their lengths, the plan
 StepShare      the same, seen by one rank: its groups, their layouts, the samples it must read
@@ -25,7 +25,7 @@ from hf_hetero.samples.samples import Drawn
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What all ranks agree on.
+    """A `Step` is what all ranks agree on.
 
     Args:
         epoch: epoch of the dataset, from 0.
@@ -43,16 +43,18 @@ class Step:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Dataset row of each sample."""
+        """Return the dataset's row of each sample."""
         return self.drawn.rows
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample."""
+        """Return the tokens of each sample."""
         return self.drawn.lengths
 
     def shared_rows(self) -> tuple[int, ...]:
-        """Rows that more than one rank may hold tokens of, ascending. Each of these ranks reads the row for itself."""
+        """Return the rows that several ranks may hold tokens of, ascending. Each of these ranks reads them itself."""
+        # by group, not by span, which would need every layout: a rank that holds no token of a row has no fingerprint
+        # of it to compare, and that is no disagreement
         ranks: dict[int, set[int]] = {}
         for group in self.plan.groups:
             for sample in group.samples:
@@ -60,29 +62,30 @@ class Step:
         return tuple(sorted(row for row, readers in ranks.items() if len(readers) > 1))
 
     def digest(self) -> int:
-        """63-bit fingerprint of everything that must be the same on all ranks."""
+        """Return a 63-bit fingerprint of everything that must be the same on all ranks."""
+        # without `wait_s`, which rank 0 alone knows when it plans; 63 bits, because it travels as an int64
         content = repr((self.epoch, self.index, self.drawn, self.plan.digest()))
         return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)
 class StepShare:
-    """A step as one rank sees it."""
+    """A `StepShare` is a step as one rank sees it."""
 
     step: Step
     rank: int
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """This rank's group in each micro-batch."""
+        """Return this rank's group in each micro-batch."""
         return self.step.plan.share(self.rank)
 
     def layout(self, group: Group) -> Layout:
-        """Which tokens each rank of a group holds."""
+        """Return which tokens each rank of a group holds."""
         return layout_of(group, self.step.lengths)
 
     def samples(self) -> tuple[int, ...]:
-        """Positions in the global batch of the samples this rank holds tokens of, ascending."""
+        """Return the positions in the global batch of the samples this rank holds tokens of, ascending."""
         needed: set[int] = set()
         for group in self.groups:
             spans = self.layout(group).spans[group.ranks.index(self.rank)]
@@ -91,18 +94,18 @@ class StepShare:
 
 
 def samples_by_rank(step: Step) -> list[set[int]]:
-    """For each rank, the positions in the global batch of the samples it holds tokens of."""
-    held: list[set[int]] = [set() for _ in range(step.plan.num_ranks)]
+    """Return for each rank the positions in the global batch of the samples it holds tokens of."""
+    positions: list[set[int]] = [set() for _ in range(step.plan.num_ranks)]
     for micro_batch in step.plan.micro_batches:
         for group in micro_batch.groups:
             for rank, spans in zip(group.ranks, layout_of(group, step.lengths).spans, strict=True):
-                held[rank].update(group.samples[span.sample] for span in spans)
-    return held
+                positions[rank].update(group.samples[span.sample] for span in spans)
+    return positions
 
 
 @dataclass(frozen=True, slots=True)
 class StepExamples:
-    """The rows that hold a share's samples, by position of the sample in the global batch."""
+    """`StepExamples` are the rows that hold a share's samples, by position of the sample in the global batch."""
 
     share: StepShare
     examples: Mapping[int, Mapping[str, Any]]
@@ -110,7 +113,7 @@ class StepExamples:
 
 @dataclass(frozen=True, slots=True)
 class RankMicroBatch:
-    """One micro-batch on one rank.
+    """A `RankMicroBatch` is one micro-batch on one rank.
 
     Args:
         group: the ranks that share it.
@@ -131,19 +134,19 @@ class RankMicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of samples that this rank holds."""
+        """Return how many tokens of samples this rank holds."""
         return sum(span.num_tokens for span in self.spans)
 
     @property
     def num_targets(self) -> int:
-        """Tokens of this rank that have something to predict."""
+        """Return how many tokens of this rank have something to predict."""
         targets = self.inputs.get("shift_labels", self.inputs.get("labels"))
         return 0 if targets is None else num_targets(targets)
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """All micro-batches of one rank.
+    """A `StepBatch` is all micro-batches of one rank.
 
     Args:
         share: what they were made from.
@@ -158,7 +161,7 @@ class StepBatch:
     fingerprints: Mapping[int, int] = field(default_factory=dict[int, int])
 
     def pin_memory(self) -> StepBatch:
-        """A copy in page-locked memory; torch's DataLoader calls this when asked to pin."""
+        """Return a copy in page-locked memory; torch's DataLoader calls this when asked to pin."""
         pinned = tuple(
             replace(m, inputs={name: tensor.pin_memory() for name, tensor in m.inputs.items()})
             for m in self.micro_batches
@@ -167,19 +170,20 @@ class StepBatch:
 
     @property
     def is_labelled(self) -> bool:
-        """Whether there is anything to learn, or to take a loss of."""
+        """Return whether there is anything to learn, or to take a loss of."""
         return all(m.labels is not None for m in self.micro_batches)
 
     def parts(self, number: int) -> list[StepPart]:
-        """The micro-batches dealt out evenly and in order; the last part has at least one, others may be empty."""
-        most = len(self.micro_batches)
-        ends = [index * most // number for index in range(number + 1)]
+        """Deal the micro-batches out evenly and in order; the last part has at least one, others may be empty."""
+        num_micro_batches = len(self.micro_batches)
+        # rounded down, so that the last part cannot be empty: with it Trainer takes the optimizer step
+        ends = [index * num_micro_batches // number for index in range(number + 1)]
         return [StepPart(self, range(start, end)) for start, end in pairwise(ends)]
 
 
 @dataclass(frozen=True, slots=True)
 class StepPart(Mapping[str, torch.Tensor]):
-    """Some micro-batches of a step, in the place of one of Trainer's batches.
+    """A `StepPart` is some micro-batches of a step, in the place of one of Trainer's batches.
 
     It reads as a batch with one row: `input_ids`, `labels`, `position_ids` and an `attention_mask` of ones for the
     tokens that this rank holds, shape (1, num_tokens).
@@ -194,17 +198,18 @@ class StepPart(Mapping[str, torch.Tensor]):
 
     @property
     def micro_batches(self) -> tuple[RankMicroBatch, ...]:
-        """The micro-batches themselves."""
+        """Return the micro-batches themselves."""
         return self.batch.micro_batches[self.numbers.start : self.numbers.stop]
 
     @property
     def is_last(self) -> bool:
-        """Whether the step ends with it."""
+        """Return whether the step ends with this part."""
         return self.numbers.stop == len(self.batch.micro_batches)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self:
             raise KeyError(name)
+        # an empty part must still read as a batch, for Trainer counts its tokens
         rows = [self._of(m, name) for m in self.micro_batches]
         return torch.cat(rows, dim=1) if rows else torch.empty(1, 0, dtype=torch.long)
 
@@ -220,6 +225,7 @@ class StepPart(Mapping[str, torch.Tensor]):
 
     @staticmethod
     def _of(micro_batch: RankMicroBatch, name: str) -> torch.Tensor:
+        """Return a tensor of a micro-batch without what stands in for missing tokens, shape (1, num_tokens)."""
         num_tokens = micro_batch.num_tokens
         if name == "attention_mask":
             return torch.ones(1, num_tokens, dtype=torch.long)

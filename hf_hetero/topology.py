@@ -1,4 +1,4 @@
-"""The ranks of a run: how many, how they sit on nodes, and which of them may form a group."""
+"""This module describes the ranks of a run: how many, how they sit on nodes, and which of them may form a group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_hetero.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Ranks of a run.
+    """A `Topology` is the ranks of a run, and the memory that each may use.
 
     Args:
         num_ranks: ranks of the whole run (torch's world size).
@@ -34,17 +34,18 @@ class Topology:
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Group sizes worth offering, ascending: the powers of two, and all ranks together."""
+        """Return the group sizes worth offering, ascending: the powers of two, and all ranks together."""
         powers = [1 << i for i in range(self.num_ranks.bit_length()) if 1 << i <= self.num_ranks]
         return tuple(sorted({*powers, self.num_ranks}))
 
     def crosses_nodes(self, degree: int) -> bool:
-        """Whether a group of this degree spans more than one node."""
+        """Return whether a group of this degree spans more than one node."""
+        # a block starts at a multiple of its degree: where that divides a node's ranks, it does not straddle two nodes
         return self.ranks_per_node is not None and degree > self.ranks_per_node
 
 
 def aligned_blocks(num_ranks: int, degree: int) -> list[tuple[int, ...]]:
-    """All groups of one degree: contiguous ranks that start at a multiple of the degree.
+    """Return all groups of one degree: contiguous ranks that start at a multiple of the degree.
 
     >>> aligned_blocks(6, 2)
     [(0, 1), (2, 3), (4, 5)]

@@ -284,8 +284,18 @@ def crossing(ranks: tuple[int, ...], key: int) -> tuple[str, int | None]:
     return method, 2 if method == "ulysses_ring" else None
 
 
+@dataclass(frozen=True)
+class ScriptedSource:
+    """A `PlanSource` by functions."""
+
+    plan: Callable[[Sequence[int]], Plan]
+    static: Callable[[Sequence[int]], Plan]
+    improve: Callable[[Plan, Sequence[int]], Plan] = lambda plan, _: plan
+    close: Callable[[], None] = lambda: None
+
+
 def scripted(planner: Any) -> PlanSource:
-    return PlanSource(plan=planner.plan, fallback=planner.plan)
+    return ScriptedSource(plan=planner.plan, static=planner.plan)
 
 
 class ScriptedTrainer(HeteroTrainer):

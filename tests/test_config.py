@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_hetero import HeteroConfig
-from hf_hetero.config import MIP_BACKENDS, SOLVERS
 from hf_hetero.errors import ConfigError
-from hf_hetero.planner import Backend, Solver
 
 
 def test_parses_beside_training_arguments() -> None:
@@ -101,9 +99,3 @@ def test_the_readme_lists_every_setting() -> None:
             assert float(said) == default, name
         elif isinstance(default, str):
             assert said == f"`{default}`", name
-
-
-def test_names_of_solvers_are_the_same_everywhere() -> None:
-    """What settings and the command line offer is what the planner's types say."""
-    assert get_args(Solver) == SOLVERS
-    assert get_args(Backend) == MIP_BACKENDS

@@ -73,14 +73,12 @@ def main() -> None:
     planner = Planner(machine(), 64)
     elsewhere = planned_elsewhere(lambda: planner, improves=True)
     plan = elsewhere.plan(lengths)
-    improve = elsewhere.improve
-    assert improve is not None
-    improve(plan, lengths)
+    elsewhere.improve(plan, lengths)
     ways: dict[str, Callable[[], object] | None] = {
         "no planning": None,
         "a thread of the same process": lambda: planner.plan(lengths),
         "a process of its own": lambda: elsewhere.plan(lengths),
-        "a process that improves all the time": lambda: improve(plan, lengths),
+        "a process that improves all the time": lambda: elsewhere.improve(plan, lengths),
     }
     rounds: dict[str, list[int]] = {way: [] for way in ways}
     for _ in range(options.rounds):

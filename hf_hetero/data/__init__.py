@@ -1,1 +1,1 @@
-"""The room of data: from a dataset to planned steps."""
+"""This room leads from a dataset to planned steps."""

@@ -1,4 +1,4 @@
-"""A fingerprint of what the rows of a dataset hold, to know the data again when a run is resumed."""
+"""This module fingerprints what the rows of a dataset hold, to know the data again when a run is resumed."""
 
 from __future__ import annotations
 
@@ -17,57 +17,62 @@ from hf_hetero.data.lengths import raw_rows
 NUM_ROWS = 64
 """Rows that are looked at, spread over the dataset."""
 MOST_S = 1.0
-"""Where reading a row is work that takes long, as many as this gives time for."""
-NAMES = ("input_ids", "labels")
+"""Where rows are made as they are read, as many are read as this gives time for."""
+LEARNT_COLUMNS = ("input_ids", "labels")
+"""The columns that learning depends on; a row without the first is told by all of its columns."""
 
 
 def contents_of(dataset: Any, num_rows: int) -> dict[str, int]:
-    """Checksums of some rows of a map-style dataset, by row; none of a row that is another at each reading.
+    """Return checksums of some rows of a map-style dataset, by row; none of a row that is another at each reading.
 
     Reading them leaves no trace in the random states.
     """
     rows = sorted({int(row) for row in np.linspace(0, num_rows - 1, min(num_rows, NUM_ROWS))})
-    if (raw := raw_rows(dataset, rows, NAMES)) is not None:
+    if (raw := raw_rows(dataset, rows, LEARNT_COLUMNS)) is not None:
         return {str(row): checksum_of([example]) for row, example in zip(rows, raw, strict=True)}
     random.Random(0).shuffle(rows)  # as many as there is time for are spread, too
-    found: dict[str, int] = {}
+    checksums: dict[str, int] = {}
     end = time.monotonic() + MOST_S
     with random_states_kept(), suppress(Exception):  # the step that needs a row says why it cannot be read
         for row in rows:
             if time.monotonic() > end:
                 break
+            # augmentation draws anew at each reading: such a row would differ in a resumed run whose data are the same
             first, second = (checksum_of([dataset[row]]) for _ in range(2))
             if first == second:
-                found[str(row)] = first
-    return found
+                checksums[str(row)] = first
+    return checksums
 
 
 def checksum_of(examples: Sequence[Mapping[str, Any]], before: int = 0) -> int:
-    """32-bit checksum of tokens and labels, whatever holds them; of all columns where there are no tokens.
+    """Return a 32-bit checksum of tokens and labels, whatever holds them; of all columns where there are no tokens.
 
     Args:
         examples: rows.
         before: checksum of the rows before them.
     """
     for example in examples:
-        names = [name for name in NAMES if name in example] if NAMES[0] in example else sorted(example)
+        is_tokenised = LEARNT_COLUMNS[0] in example
+        names = [name for name in LEARNT_COLUMNS if name in example] if is_tokenised else sorted(example)
         for name in names:
             before = zlib.crc32(_bytes_of(example[name]), zlib.crc32(name.encode(), before))
     return before
 
 
 def _bytes_of(value: Any) -> bytes:
+    """Return the same bytes for equal values, whether a list, an array or a tensor holds them."""
     try:
         numbers = np.asarray(value)
     except ValueError:  # lists of other lengths
         return repr(value).encode()
-    whole = numbers.dtype.kind in "iub"
-    return repr(numbers.shape).encode() + (numbers.astype(np.int64).tobytes() if whole else repr(value).encode())
+    is_whole = numbers.dtype.kind in "iub"
+    # in one type, because the same tokens are int64 in a list and maybe int32 in a table
+    return repr(numbers.shape).encode() + (numbers.astype(np.int64).tobytes() if is_whole else repr(value).encode())
 
 
 @contextmanager
 def random_states_kept() -> Iterator[None]:
-    """What is drawn meanwhile is drawn again after it."""
+    """Restore the random states at the end: what is drawn meanwhile is drawn again after it."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

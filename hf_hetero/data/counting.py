@@ -1,4 +1,4 @@
-"""What the rows of a dataset hold, counted by all ranks together, and seen to be the same on all of them.
+"""This module has all ranks count what the rows of a dataset hold, and see that it is the same on all of them.
 
 Where lengths lie in a table, rank 0 takes them from there. Where only reading tells, because rows are made as they are
 read or a collator makes them shorter or longer, each rank reads a share. Either way ranks meet every second, so that
@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.data.contents import LEARNT_COLUMNS, random_states_kept
 from hf_hetero.data.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
 from hf_hetero.data.sampler import StepDataset
 from hf_hetero.errors import BadSample, ConfigError
@@ -36,6 +34,7 @@ logger = logging.getLogger(__name__)
 COMPARED = 512
 """Rows that every rank reads, to see that all read the same: all of a small dataset, some of a large one."""
 READ_TWICE = 8
+"""Rows that are read a second time, to see that they have the same length at each reading."""
 KNOWN = ("transformers", "trl")
 """Their collators, if they change the number of tokens at all, do so to the longest row, or to any."""
 REMEDY = (
@@ -46,7 +45,7 @@ REMEDY = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A dataset, and how training reads it.
+    """A `Source` is a dataset, and how training reads it.
 
     Args:
         dataset: map-style, as the user gave it.
@@ -62,17 +61,17 @@ class Source:
 
     @property
     def has_column(self) -> bool:
-        """Whether there is a column of lengths."""
+        """Return whether there is a column of lengths."""
         return is_table(self.dataset) and self.column in self.dataset.column_names
 
     @property
     def collator(self) -> Any:
-        """The user's own; None: samples are made of rows as they are."""
+        """Return the user's own collator; None: samples are made of rows as they are."""
         return self.collate.example_collator if isinstance(self.collate, PackedCollator) else None
 
 
 def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
-    """Tokens of the sample that a collator makes of a row.
+    """Return the tokens of the sample that a collator makes of a row.
 
     Raises:
         BadSample: a row that cannot be a sample.
@@ -84,7 +83,7 @@ def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What a dataset holds.
+    """`Counted` is what a dataset holds.
 
     Args:
         num_rows: of the dataset.
@@ -104,35 +103,39 @@ def count_together(source: Source, control: dist.ProcessGroup | None) -> Counted
         BadSample: rows that cannot be samples, or have another length at each read; on every rank.
         ConfigError: the dataset is not the same on all ranks; on every rank.
     """
-    with _undisturbed():
+    with random_states_kept():  # rows may draw from the generators that training draws from
         sizes = each(lambda: (len(source.dataset), _identity(source)), control)
         _refuse_others([num_rows for num_rows, _ in sizes], "The dataset differs between ranks: rank {} has {} rows")
         num_rows, identity = sizes[0]
+        # tables of one fingerprint need not be compared: then rank 0 counts alone, and the others keep it company,
+        # because every rank must take part in the same collectives, whatever it has to count
         is_one = control is None or (bool(identity) and len(set(sizes)) == 1)
         is_first = control is None or dist.get_rank() == 0
-        found = in_rounds(_stored(source) if is_first or not is_one else _nothing(), num_rows, control)
-        if any(unknown for [unknown] in gather([int(found is None and (is_first or not is_one))], control)):
+        counts = is_first or not is_one
+        stored = in_rounds(_stored(source) if counts else _nothing(), num_rows, control)
+        # one rank whose table does not tell is enough: reading is a work that all ranks share
+        if any(unknown for [unknown] in gather([int(stored is None and counts)], control)):
             logger.info(
                 "%d rows are read to count their tokens; a true %r column would spare it.", num_rows, source.column
             )
             return Counted(num_rows, _read_together(source, num_rows, control), None)
         if not is_one:
             _compare(source, in_rounds(_read(source, spread(num_rows, COMPARED)), num_rows, control), control)
-            prints = gather_objects(found.fingerprint() if found is not None else "", control)
+            prints = gather_objects(stored.fingerprint() if stored is not None else "", control)
             _refuse_others(prints, "The lengths of rows differ between ranks: rank {} has fingerprint {}")
-    return Counted(num_rows, found if is_first else None, source.column if source.has_column else None)
+    return Counted(num_rows, stored if is_first else None, source.column if source.has_column else None)
 
 
 def still_holds(source: Source, tokens: Integers) -> bool:
-    """Whether rows are as they were when they were counted, as far as some of them show; of a plain table all are.
+    """Return whether rows are as they were when they were counted, as far as some show; of a plain table all are.
 
     Args:
         source: the dataset of now.
         tokens: of each row, as they were counted, shape (num_rows,).
     """
     if is_plain_table(source.dataset) and source.collator is None:
-        return True  # whatever changes one makes another of it
-    with _undisturbed():
+        return True  # a table never changes: whatever is done to it makes another one
+    with random_states_kept():
         for row in spread(len(tokens), COMPARED):
             [example] = source.rows.read([row])
             if tokens_of(source.collate, example, row) != tokens[row]:
@@ -141,26 +144,29 @@ def still_holds(source: Source, tokens: Integers) -> bool:
 
 
 def spread(num_rows: int, most: int) -> list[int]:
-    """So many rows, evenly over the dataset, the first and the last among them; all, where there are no more."""
+    """Return so many rows, evenly over the dataset, the first and the last among them; all, if there are no more."""
     return np.unique(np.linspace(0, num_rows - 1, min(num_rows, most)).round().astype(np.int64)).tolist()
 
 
 def _identity(source: Source) -> str:
-    """Equal only where rows are; "" where that cannot be told."""
+    """Return what is equal only where rows are; "" where that cannot be told."""
     return fingerprint(source.dataset) if is_plain_table(source.dataset) else ""
 
 
 def _nothing() -> Work[None]:
+    """Do no work, in rounds in which others do theirs."""
     yield 0
 
 
 def _stored(source: Source) -> Work[Samples | None]:
-    """The samples of a table, by what lies in it; None where reading may give other lengths."""
+    """Return the samples of a table, by what lies in it; None where reading may give other lengths."""
     dataset, collator = source.dataset, source.collator
     is_known = is_plain_table(dataset) and (collator is None or _module(collator) in KNOWN)
     if not is_table(dataset) or not (is_known or source.has_column):
         return None
     lengths = yield from table_lengths(dataset, source.column)
+    # what a transform or a collator of the user's makes of rows is only known by reading: the longest row is asked
+    # because limits and padding show there
     if len(lengths) and not (is_plain_table(dataset) and collator is None):
         asked = [int(lengths.argmax()), int(lengths.argmin()), *spread(len(lengths), READ_TWICE)]
         for row, tokens in (yield from _read(source, asked)).tokens.items():
@@ -174,67 +180,69 @@ def _stored(source: Source) -> Work[Samples | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    """What some rows gave, by row: tokens, those of each document, and, if asked for, a fingerprint of the content."""
+class _RowsRead:
+    """`_RowsRead` holds by row: tokens, those of each document, and, if asked for, a fingerprint of the content."""
 
     tokens: dict[int, int]
     documents: dict[int, list[int] | None]
     contents: dict[int, int]
 
 
-def _read(source: Source, rows: Sequence[int], prints: bool = True) -> Work[_Found]:
-    found = _Found({}, {}, {})
+def _read(source: Source, rows: Sequence[int], prints: bool = True) -> Work[_RowsRead]:
+    """Read some rows, one after the other."""
+    rows_read = _RowsRead({}, {}, {})
     for row in rows:
         [example] = source.rows.read([row])
-        found.tokens[row] = tokens = tokens_of(source.collate, example, row)
+        rows_read.tokens[row] = tokens = tokens_of(source.collate, example, row)
         checked(np.asarray([tokens]), first=row)
-        found.documents[row] = documents_of_row(example)
+        rows_read.documents[row] = documents_of_row(example)
         if prints:
-            found.contents[row] = _content(example)
+            rows_read.contents[row] = _content(example)
         yield 1
-    return found
+    return rows_read
 
 
 def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | None) -> Samples | None:
-    """The samples of all rows by reading them, a share on each rank. On rank 0."""
+    """Read all rows, a share on each rank, and return their samples on rank 0, None elsewhere."""
     rank, num_ranks = (0, 1) if control is None else (dist.get_rank(), dist.get_world_size())
-    first = spread(num_rows, COMPARED if control is not None else READ_TWICE)
-    found = in_rounds(_read(source, first), len(first) * num_ranks, control)
-    _compare(source, found, control)
-    if len(first) < num_rows:
+    # a few rows on every rank before a share on each: only ranks that read the same may count for one another
+    compared = spread(num_rows, COMPARED if control is not None else READ_TWICE)
+    rows_read = in_rounds(_read(source, compared), len(compared) * num_ranks, control)
+    _compare(source, rows_read, control)
+    if len(compared) < num_rows:
         share = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
-        found = in_rounds(_read(source, share, prints=False), num_rows, control)
-    mine = (list(found.tokens.values()), list(found.documents.values()))
-    shares = gather_objects(mine, control) if len(first) < num_rows else [mine]
-    made: list[Samples] = []
+        rows_read = in_rounds(_read(source, share, prints=False), num_rows, control)
+    own_share = (list(rows_read.tokens.values()), list(rows_read.documents.values()))
+    shares = gather_objects(own_share, control) if len(compared) < num_rows else [own_share]
+    samples: list[Samples] = []
 
-    def make() -> None:
+    def join_shares() -> None:
         lengths = np.asarray([tokens for counted, _ in shares for tokens in counted], dtype=np.int64)
         documents: Any = [row for _, packed in shares for row in packed]
         if is_plain_table(source.dataset):  # the column may not be among those that are read
             documents = table_documents(source.dataset)
-        made.append(samples_of(lengths, documents))
+        samples.append(samples_of(lengths, documents))
 
-    broadcast(make, control)
-    return made[0] if made else None
+    broadcast(join_shares, control)  # rank 0 alone joins them, and all ranks raise what it refuses
+    return samples[0] if samples else None
 
 
-def _compare(source: Source, found: _Found, control: dist.ProcessGroup | None) -> None:
+def _compare(source: Source, rows_read: _RowsRead, control: dist.ProcessGroup | None) -> None:
     """See that rows are read with the same length again, and on all ranks."""
-    again = in_rounds(_read(source, list(found.tokens)[:: max(1, len(found.tokens) // READ_TWICE)]), 0, control)
+    again = in_rounds(_read(source, list(rows_read.tokens)[:: max(1, len(rows_read.tokens) // READ_TWICE)]), 0, control)
     error: Exception | None = None
     for row, tokens in again.tokens.items():
-        if tokens != found.tokens[row]:
+        if tokens != rows_read.tokens[row]:
             by = "" if source.collator is None else f", and the collator {_name(source.collator)}"
             error = BadSample(
-                f"Row {row} had {found.tokens[row]} tokens when it was read first, and {tokens} the next time, so its "
-                f"step cannot be planned. Let the dataset {_name(source.dataset)}{by} give a row the same number of "
-                "tokens at each read, for instance by a generator seeded with the row; or use plain Trainer."
+                f"Row {row} had {rows_read.tokens[row]} tokens when it was read first, and {tokens} the next time, so "
+                f"its step cannot be planned. Let the dataset {_name(source.dataset)}{by} give a row the same number "
+                "of tokens at each read, for instance by a generator seeded with the row; or use plain Trainer."
             )
             break
     raise_together(error, control)
-    is_steady = all(found.contents[row] == content for row, content in again.contents.items())
-    everywhere = gather_objects((found.tokens, found.contents, is_steady), control)
+    is_steady = all(rows_read.contents[row] == content for row, content in again.contents.items())
+    everywhere = gather_objects((rows_read.tokens, rows_read.contents, is_steady), control)
     tokens, contents, _ = everywhere[0]
     compares_contents = all(steady for _, _, steady in everywhere)  # else they are drawn anew at each read
     for rank, (their_tokens, their_contents, _) in enumerate(everywhere):
@@ -247,38 +255,30 @@ def _compare(source: Source, found: _Found, control: dist.ProcessGroup | None) -
 
 
 def _refuse_others(values: Sequence[Any], what: str) -> None:
+    """Refuse a value that is not that of rank 0; `what` has room for the rank and its value."""
     for rank, value in enumerate(values):
         if value != values[0]:
             raise ConfigError(f"{what.format(rank, value)}, rank 0 {values[0]}. {REMEDY}")
 
 
 def _content(example: Mapping[str, Any]) -> int:
-    print_ = hashlib.blake2b(digest_size=8)
-    for name in ("input_ids", "labels"):
+    """Return a fingerprint of tokens and labels, 64 bits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in LEARNT_COLUMNS:
         if (values := example.get(name)) is None:
             continue
         try:
-            print_.update(as_array(values).astype(np.int64).tobytes())
+            digest.update(as_array(values).astype(np.int64).tobytes())
         except (TypeError, ValueError):  # what only the user's collator makes numbers of
-            print_.update(repr(values).encode())
-    return int.from_bytes(print_.digest(), "big", signed=True)
+            digest.update(repr(values).encode())
+    return int.from_bytes(digest.digest(), "big", signed=True)
 
 
 def _module(collator: Any) -> str:
+    """Return the package that a collator's class comes from."""
     return str(getattr(collator, "__module__", "")).partition(".")[0]
 
 
 def _name(thing: Any) -> str:
+    """Return the name of a function, or of an object's class."""
     return str(getattr(thing, "__qualname__", type(thing).__qualname__))
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Rows may draw from the generators that training draws from, and counting them must leave no trace there."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

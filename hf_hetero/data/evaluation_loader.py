@@ -1,4 +1,4 @@
-"""The loaders of an evaluation: which datasets can be planned, and items that are planned steps of each row once."""
+"""This module makes the loaders of an evaluation: their items are planned steps, and each row is in one of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_hetero.ranks.agreement import broadcast
 
 
 class EvaluationLoader(DataLoader[Any]):
-    """Items are planned steps of an evaluation, in the dataset's order."""
+    """An `EvaluationLoader` gives the planned steps of an evaluation, in the dataset's order."""
 
     plans: PlanAhead
     stream: Stream | None = None
@@ -36,7 +36,7 @@ class EvaluationLoader(DataLoader[Any]):
 
 
 def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
-    """Whether an evaluation can be planned: samples of tokens that nothing is generated from."""
+    """Return whether an evaluation can be planned: it has samples of tokens, and generates nothing from them."""
     if getattr(args, "predict_with_generate", False):
         return False
     if isinstance(dataset, IterableDataset):
@@ -45,6 +45,7 @@ def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
 
 
 def _gives_tokens(stream: Any) -> bool:
+    """Return whether the examples of a stream have `input_ids`, as far as can be told without using them up."""
     if (names := getattr(stream, "column_names", None)) is not None:
         return "input_ids" in names
     examples = iter(stream)
@@ -64,7 +65,7 @@ def evaluation_loader(
     sampler: Any = None,
     counts: KeptCounts | None = None,
 ) -> EvaluationLoader:
-    """A loader of all samples, each once, in order. Its `plans` are to be closed after use.
+    """Return a loader of all samples, each once, in order. It is to be closed after use.
 
     Args:
         dataset: map-style.
@@ -101,7 +102,7 @@ def streamed_evaluation_loader(
     args: TrainingArguments,
     planning: Planning,
 ) -> EvaluationLoader:
-    """The same for a dataset that can only be iterated: one reading of it, on rank 0. To be closed after use.
+    """Return a loader of a dataset that can only be iterated: rank 0 reads it once. It is to be closed after use.
 
     Args:
         dataset: iterable.
@@ -124,6 +125,7 @@ def streamed_evaluation_loader(
         plans.step,
         planning.control,
         has_workers,
+        # an evaluation trains no steps: those that were taken count, so that their positions are forgotten
         num_trained=lambda: 0 if stream is None else stream.num_taken,
         skips=False,
         num_rows=num_rows,

@@ -1,4 +1,4 @@
-"""Tokens of every sample: read from a column, or counted once."""
+"""This module says how many tokens every sample has: it reads a column, or counts once."""
 
 from __future__ import annotations
 
@@ -28,13 +28,12 @@ ROWS_AT_ONCE = 1000
 WORTH_KEEPING = 10_000
 """Fewer rows are counted in less time than it takes to look."""
 
-
 Counting = Generator[int, None, Lengths]
 """Gives, after each stretch of work, how many rows it has counted; returns the tokens of all."""
 
 
 def read_lengths(dataset: Any, column: str) -> Lengths:
-    """Tokens of each row of a map-style dataset. int64, shape (num_rows,).
+    """Return the tokens of each row of a map-style dataset. int64, shape (num_rows,).
 
     A column of lengths is taken as it is. Otherwise `input_ids` are counted, or the ones in `attention_mask` where rows
     are padded: in a `datasets.Dataset` once, without decoding the tokens, and kept in its cache by its fingerprint;
@@ -51,7 +50,7 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
 
 
 def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | None = None) -> Samples:
-    """The samples of a map-style dataset: its rows, or, where rows were packed (`seq_lengths`, of TRL), the documents.
+    """Return the samples of a map-style dataset: its rows, or the documents of packed rows (`seq_lengths`, of TRL).
 
     Args:
         dataset: map-style; a list of examples is one.
@@ -69,22 +68,22 @@ def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | N
 
 
 def is_table(dataset: Any) -> bool:
-    """Whether it is a `datasets.Dataset`."""
+    """Return whether a dataset is a `datasets.Dataset`."""
     return isinstance(dataset, datasets.Dataset)
 
 
 def is_plain_table(dataset: Any) -> bool:
-    """Whether what is read of it is what lies in it: a transform of the user's may make anything of a row."""
+    """Return whether a table gives what lies in it: a transform of the user's may make anything of a row."""
     return isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
-    """The same for the same table, made by the same steps; two that differ may hold the same rows all the same."""
+    """Return what is the same for a table made by the same steps; tables that differ in it may hold the same rows."""
     return str(dataset._fingerprint)  # pyright: ignore[reportPrivateUsage]
 
 
 def gives_tokens(dataset: Any) -> bool:
-    """Whether rows are read with `input_ids`. Of what is no plain table the first row is read."""
+    """Return whether rows are read with `input_ids`. Of what is no plain table the first row is read."""
     if is_plain_table(dataset):
         return "input_ids" in dataset.column_names
     if not hasattr(dataset, "__len__") or not len(dataset):
@@ -94,7 +93,7 @@ def gives_tokens(dataset: Any) -> bool:
 
 
 def table_documents(dataset: datasets.Dataset) -> list[list[int]] | None:
-    """Tokens of each document of a table of packed rows; None: it has no such column."""
+    """Return the tokens of each document of a table of packed rows; None: it has no such column."""
     return dataset.with_format(None)[PACKED_COLUMN][:] if PACKED_COLUMN in dataset.column_names else None
 
 
@@ -109,7 +108,7 @@ def finished(counting: Counting, num_rows: int) -> Lengths:
 
 
 def raw_rows(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]] | None:
-    """Rows of a `datasets.Dataset` as they are stored, whatever its format; None for other datasets.
+    """Return rows of a `datasets.Dataset` as they are stored, whatever its format; None for other datasets.
 
     Args:
         dataset: map-style.
@@ -125,7 +124,10 @@ def raw_rows(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> list[di
 
 
 def tells_where_it_is(dataset: Any) -> bool:
-    """Whether a stream's `state_dict` leads back to the same place: one of `datasets` forgets what a buffer holds."""
+    """Return whether a stream's `state_dict` leads back to the same place.
+
+    One of `datasets` does not where rows wait in a buffer, as they do to be shuffled: it forgets what that holds.
+    """
     if not isinstance(dataset, datasets.IterableDataset):
         return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
     sources: list[Any] = [dataset._ex_iterable]  # pyright: ignore[reportPrivateUsage]
@@ -138,15 +140,16 @@ def tells_where_it_is(dataset: Any) -> bool:
 
 
 def _whole_numbers(values: Sequence[object], column: str) -> Lengths:
+    """Return the values of a column of lengths; refuse what is no whole number."""
     for row, value in enumerate(values):
-        whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
-        if not whole or abs(value) >= 2**62:  # type: ignore[operator]
+        is_whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+        if not is_whole or abs(value) >= 2**62:  # type: ignore[operator]
             raise BadSample(f"Row {row}: {column} is {value!r}; it must be a whole number of tokens.")
     return np.asarray(values, dtype=np.int64)
 
 
 def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
-    """Tokens of each row of a plain table, stretch by stretch, without decoding them.
+    """Count the tokens of each row of a plain table, stretch by stretch, without decoding them.
 
     Raises:
         BadSample: as `read_lengths`.
@@ -158,8 +161,8 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
         raise BadSample(f"The dataset has no input_ids, only {names}. Tokenise it first.")
     counted = "attention_mask" if "attention_mask" in names else "input_ids"
     folder = Path(datasets.config.HF_DATASETS_CACHE)  # pyright: ignore[reportAttributeAccessIssue]
-    kept = folder / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
-    if (lengths := _kept_lengths(kept, len(dataset))) is not None:
+    cache_file = folder / "hf_hetero" / f"{fingerprint(dataset)}-{counted}.npy"
+    if (lengths := _cached_lengths(cache_file, len(dataset))) is not None:
         return checked(lengths)
     arrow: Any = dataset.select_columns(list({counted, "input_ids"})).with_format("arrow")
     tables: Iterable[Any] = arrow.iter(batch_size=ROWS_AT_ONCE)
@@ -176,12 +179,12 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
         yield len(parts[-1])
     lengths = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     if len(dataset) >= WORTH_KEEPING:
-        _keep_lengths(kept, lengths)
+        _cache_lengths(cache_file, lengths)
     return checked(lengths)
 
 
 def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
-    """A column of a table, without a Python object for each row where it holds integers.
+    """Return a column of a table, without a Python object for each row where it holds integers.
 
     Raises:
         BadSample: a length that is no whole number, with its row.
@@ -190,35 +193,37 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
     order: Any = dataset._indices  # pyright: ignore[reportPrivateUsage]
     if pyarrow.types.is_integer(values.type) and not values.null_count:
         lengths = values.to_numpy().astype(np.int64, copy=False)
+        # a table that was shuffled or selected from keeps its data as they were, and a list of the rows it has
         return lengths if order is None else lengths[order.column(0).to_numpy()]
     return _whole_numbers(dataset.with_format(None)[column][:], column)
 
 
 def is_list(kind: Any) -> bool:
-    """Whether values of an arrow type are lists of any kind."""
+    """Return whether values of an arrow type are lists of any kind."""
     tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    # older releases of pyarrow lack the last ones
     return any(getattr(pyarrow.types, test)(kind) for test in tests if hasattr(pyarrow.types, test))
 
 
 def _holds_numbers(kind: Any) -> bool:
-    """Whether values of an arrow type are lists of numbers, or of what is not known because all are empty."""
+    """Return whether values of an arrow type are lists of numbers, or of what is not known because all are empty."""
     tests = ("is_integer", "is_floating", "is_boolean", "is_null")
     return is_list(kind) and any(getattr(pyarrow.types, test)(kind.value_type) for test in tests)
 
 
-def _kept_lengths(path: Path, num_rows: int) -> Lengths | None:
-    """What was kept, if it can be: the content of a spoilt file makes numpy raise errors of many kinds."""
+def _cached_lengths(path: Path, num_rows: int) -> Lengths | None:
+    """Return what an earlier run counted; None where there is none, or the file cannot be that."""
     try:
         with path.open("rb") as file:
             lengths = np.lib.format.read_array(file, allow_pickle=False)
-    except Exception:
+    except Exception:  # a spoilt file makes numpy raise errors of many kinds
         return None
     is_whole = lengths.shape == (num_rows,) and lengths.dtype == np.int64 and bool((lengths > 0).all())
     return lengths if is_whole else None
 
 
-def _keep_lengths(path: Path, lengths: Lengths) -> None:
-    """Whole or not at all; a cache that cannot be written costs a second count, no more."""
+def _cache_lengths(path: Path, lengths: Lengths) -> None:
+    """Write lengths whole or not at all; a cache that cannot be written costs a second count, no more."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npy", delete=False) as file:
@@ -226,7 +231,7 @@ def _keep_lengths(path: Path, lengths: Lengths) -> None:
         try:
             with new.open("wb") as file:
                 np.save(file, lengths)
-            new.replace(path)
+            new.replace(path)  # at once, for another process may read it, or count the same table now
         finally:
             new.unlink(missing_ok=True)
     except OSError as error:
@@ -234,13 +239,14 @@ def _keep_lengths(path: Path, lengths: Lengths) -> None:
 
 
 def _of_lists(column: Any, name: str) -> Lengths:
-    """Entries of each list of a column, whatever kind of arrow list it is; of a mask, those that are not 0."""
+    """Count the entries of each list of a column, whatever kind of arrow list it is; of a mask, those not 0."""
     parts: list[Lengths] = [np.zeros(0, dtype=np.int64)]
     for chunk in column.chunks:
+        # lengths instead of offsets: those of a chunk that is a slice do not begin at 0, and list views have none
         sizes = compute.fill_null(compute.list_value_length(chunk), 0).to_numpy(zero_copy_only=False).astype(np.int64)
         if name == "attention_mask":
-            held = compute.fill_null(compute.list_flatten(chunk), 0).to_numpy(zero_copy_only=False) != 0
-            before, ends = np.concatenate([[0], np.cumsum(held)]), np.cumsum(sizes)
+            is_token = compute.fill_null(compute.list_flatten(chunk), 0).to_numpy(zero_copy_only=False) != 0
+            before, ends = np.concatenate([[0], np.cumsum(is_token)]), np.cumsum(sizes)
             sizes = before[ends] - before[ends - sizes]
         parts.append(sizes)
     return np.concatenate(parts)

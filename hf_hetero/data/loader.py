@@ -1,4 +1,4 @@
-"""The DataLoader of a planned run: batches, plans, ranks' shares and tensors joined into one."""
+"""This module makes the DataLoader of a planned run: it joins batches, plans, ranks' shares and tensors into one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LOOKED_AT = 16
 
 @dataclass(slots=True)
 class TrainingData:
-    """What a run trains on.
+    """`TrainingData` is what a run trains on.
 
     Args:
         loader: its items are planned steps. Trainer never sees it, so accelerate does not deal them out among ranks.
@@ -59,7 +59,7 @@ class TrainingData:
     _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
 
     def steps_of(self, epoch: object) -> Iterator[Any]:
-        """What is left of an epoch, for a thing that stands for it: another thing begins the next one."""
+        """Return the steps left of the epoch that an object stands for; another object begins the next epoch."""
         if epoch is not self._epoch:
             self._epoch, self._steps = epoch, iter(self.loader)
         return self._steps
@@ -82,7 +82,7 @@ def training_data(
     names: Sequence[str] | None = None,
     sampler: Any = None,
 ) -> TrainingData:
-    """The planned steps of a map-style dataset.
+    """Return the planned steps of a map-style dataset.
 
     Args:
         dataset: map-style.
@@ -105,7 +105,7 @@ def training_data(
     epochs = Epochs(batches, rows, lambda: read_rows(dataset, planning, rows, collate), planning.control)
     num_steps = max(len(batches), 1)
     plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
-    # as `Trainer` counts when it resumes
+    # `first` counts as `Trainer` does when it resumes
     step_sampler = StepSampler(
         batches,
         plans.step,
@@ -130,7 +130,7 @@ def streamed_data(
     global_step: Callable[[], int],
     kept: Position | None = None,
 ) -> TrainingData:
-    """The planned steps of a dataset that can only be iterated.
+    """Return the planned steps of a dataset that can only be iterated.
 
     Args:
         dataset: iterable.
@@ -170,27 +170,27 @@ def streamed_data(
 
 
 def draws_of_stream(stream: Stream | None) -> Draws:
-    """The samples of each step. `stream` is needed on rank 0 only."""
+    """Return what draws the samples of each step of a stream, which is needed on rank 0 only."""
 
     def draw(epoch: int, index: int) -> Drawn | None:
         assert stream is not None
         batch = stream.batch(epoch, index)
         return None if batch is None else batch.drawn
 
+    # the other ranks plan nothing, so what follows does not matter there
     return Draws(draw, after=lambda key: key if stream is None else stream.after(key))
 
 
 def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Sequence[Any]], Samples]:
-    """Examples of a stream -> the samples they hold, under the user's limits."""
-    said = list[str]()
-
+    """Return a function that says which samples the examples of a stream hold, under the user's limits."""
+    changes = list[str]()
     count = partial(tokens_of, collate)
 
     def read(examples: Sequence[Any]) -> Samples:
-        samples, done = within_limits(read_samples(examples, planning.length_column, count), planning)
-        if done:  # in every step, maybe
-            logger.log(logging.INFO if said else logging.WARNING, "A step of the stream: %s", done)
-            said.append(done)
+        samples, change = within_limits(read_samples(examples, planning.length_column, count), planning)
+        if change:  # in every step, maybe: so it is a warning only once
+            logger.log(logging.INFO if changes else logging.WARNING, "A step of the stream: %s", change)
+            changes.append(change)
         return samples
 
     return read
@@ -199,24 +199,24 @@ def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Seq
 def watching_padding(
     read: Callable[[Sequence[Any]], Samples], collate: Callable[..., Any]
 ) -> Callable[[Sequence[Any]], Samples]:
-    """The same, which looks at the first examples of a stream for a collator that must be refused.
+    """Return the same function, which also refuses a collator that pads the first examples of a stream.
 
     A step may hold a single example, and it takes two to see padding, so they are looked at together.
     """
-    seen = list[Any]()
+    watched = list[Any]()
 
     def read_watching(examples: Sequence[Any]) -> Samples:
-        found = read(examples)  # what is wrong with a row of its own comes first
-        if isinstance(collate, PackedCollator) and len(seen) < LOOKED_AT:
-            seen.extend(examples[: LOOKED_AT - len(seen)])
-            collate.check_padding(seen)
-        return found
+        samples = read(examples)  # what is wrong with a row of its own comes first
+        if isinstance(collate, PackedCollator) and len(watched) < LOOKED_AT:
+            watched.extend(examples[: LOOKED_AT - len(watched)])
+            collate.check_padding(watched)
+        return samples
 
     return read_watching
 
 
 def sampler_of(loader: Any) -> Any:
-    """What draws the rows of a map-style dataset, below all that accelerate has put around it."""
+    """Return what draws the rows of a map-style dataset, below all that accelerate has put around it."""
     batches = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
@@ -224,7 +224,7 @@ def sampler_of(loader: Any) -> Any:
 
 
 def rows_of(dataset: Any, columns: Callable[[Any], Any], names: Sequence[str] | None) -> StepDataset:
-    """A dataset as `Trainer` reads it: columns of a table go before, keys of other rows after they are read.
+    """Return a dataset as `Trainer` reads it: columns of a table go before, keys of other rows after they are read.
 
     Args:
         dataset: map-style.
@@ -244,11 +244,12 @@ def step_loader(
     is_training: bool,
     kind: type[DataLoader[Any]] = DataLoader,
 ) -> Any:
-    """A DataLoader of steps, with the workers that were asked for.
+    """Return a DataLoader of steps, with the workers that were asked for.
 
     Among several ranks, and where several items make one step, items keep their order also with
     `dataloader_in_order=False`, which allows for another but asks for none.
     """
+    # ranks would take items of different steps, and meet in collectives of different plans
     has_free_order = args.world_size == 1 and args.gradient_accumulation_steps == 1
     seeding = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
     loader = kind(
@@ -268,23 +269,23 @@ def step_loader(
 
 
 def with_column(collate: Callable[..., Any], column: str | None) -> Callable[..., Any]:
-    """The collator, told which column steps are planned by."""
+    """Return a copy of the collator that knows which column steps are planned by."""
     if column is None or not isinstance(collate, PackedCollator):
         return collate
-    told = copy.copy(collate)
-    told.length_column = column
-    return told
+    informed = copy.copy(collate)
+    informed.length_column = column
+    return informed
 
 
 def _order_seed(args: TrainingArguments) -> int:
-    """What accelerate seeds its sampler with: by then `Trainer` has seeded torch, and the user may have again."""
+    """Return what accelerate seeds its sampler with: `Trainer` has seeded torch, and the user may have since."""
     return torch.random.initial_seed() if args.data_seed is None else args.data_seed
 
 
 def batches_of(
     dataset: Any, sampler: Any, args: TrainingArguments, batch_size: int, planning: Planning, at_once: int
 ) -> GlobalBatches:
-    """The rows of each step, in the order in which accelerate's loaders would draw them.
+    """Return the rows of each step, in the order in which accelerate's loaders would draw them.
 
     Args:
         dataset: map-style.
@@ -310,6 +311,7 @@ def batches_of(
                     f"The sampler {name} draws {size[0]} rows on rank {rank}, {sizes[0][0]} on rank 0. Let it draw "
                     "from the whole dataset on every rank; HeteroTrainer deals the rows out itself."
                 )
+    # rank 0's, because a user may have seeded torch otherwise on each rank
     seed = broadcast(lambda: _order_seed(args), planning.control)
     num_rows = len(dataset) if order.sampler is None else len(order.sampler)
     num_dropped = num_rows % at_once if args.dataloader_drop_last else 0

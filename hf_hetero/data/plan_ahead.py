@@ -1,4 +1,4 @@
-"""Plans the coming steps in the background on rank 0, and hands each step to all ranks when its turn comes."""
+"""This module plans the coming steps in the background on rank 0, and hands each to all ranks when its turn comes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
 
@@ -21,7 +22,6 @@ from hf_hetero.step import Step
 
 logger = logging.getLogger(__name__)
 
-PlanFunction = Callable[[Sequence[int]], Plan]
 Key = tuple[int, int]
 """Epoch, and step within it."""
 
@@ -36,7 +36,7 @@ LONG_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """What is to be planned, in which order.
+    """`Draws` says what is to be planned, and in which order.
 
     Args:
         draw: epoch, step within it -> the samples of the step; None: the data has ended before it. On rank 0 only.
@@ -47,60 +47,122 @@ class Draws:
     after: Callable[[Key], Key | None]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanSource:
-    """Where plans come from.
+class PlanSource(Protocol):
+    """A plan source gives a run its plans: a `Planner` is one, and so is whatever asks planners elsewhere.
 
-    Args:
-        plan: lengths of a global batch -> Plan.
-        fallback: used when `plan` fails for another reason than the batch itself.
-        improve: plan, lengths -> a plan that is no slower; called while there is time.
-        close: called when no more plans are wanted.
+    `plan` and `static` are called in one thread, `improve` in another, maybe at the same time. A source that has a
+    method `close` is closed when no more plans are wanted.
     """
 
-    plan: PlanFunction
-    fallback: PlanFunction
-    improve: Callable[[Plan, Sequence[int]], Plan] | None = None
-    close: Callable[[], None] = lambda: None
+    def plan(self, lengths: Sequence[int], /) -> Plan:
+        """Return the plan of a global batch, from the tokens of each of its samples.
+
+        Raises:
+            HeteroError: the batch itself cannot be planned.
+        """
+        ...
+
+    def static(self, lengths: Sequence[int], /) -> Plan:
+        """Return a simple plan of the batch; asked for when `plan` fails for another reason than the batch."""
+        ...
+
+    def improve(self, plan: Plan, lengths: Sequence[int], /) -> Plan:
+        """Return a plan of these lengths that is no slower than `plan`, or `plan`; called while there is time."""
+        ...
 
 
-def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlanSource:
-    """Plans from two processes: one plans, one improves and yields to all else. If they fail, this process plans.
+@runtime_checkable
+class _Closeable(Protocol):
+    """A `_Closeable` source holds what must be given back, such as processes."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlansOfThisProcess:
+    """`PlansOfThisProcess` is a source that plans in the thread that asks, and improves nothing.
+
+    Args:
+        planner: asked anew for each plan.
+    """
+
+    planner: Callable[[], Planner]
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """Plan as `Planner.plan`."""
+        return self.planner().plan(lengths)
+
+    def static(self, lengths: Sequence[int]) -> Plan:
+        """Plan as `Planner.static`."""
+        return self.planner().static(lengths)
+
+    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+        """Return the plan as it is."""
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class PlansOfProcesses:
+    """`PlansOfProcesses` is a source of two processes: one plans, the other improves and yields to all else.
+
+    Args:
+        planner: asked anew for each plan.
+        planning: plans.
+        improving: improves plans; None: they stay as they are.
+    """
+
+    planner: Callable[[], Planner]
+    planning: PlannerProcess
+    improving: PlannerProcess | None
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """Plan as `PlannerProcess.plan`."""
+        return self.planning.plan(lengths)
+
+    def static(self, lengths: Sequence[int]) -> Plan:
+        """Plan as `Planner.static`, in this process: it is asked when the other one has failed."""
+        return self.planner().static(lengths)
+
+    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+        """Improve as `PlannerProcess.improve`; a plan that was made before times were refitted stays as it is."""
+        if self.improving is None:
+            return plan
+        # `Planner.improve` refuses a plan whose seconds are another cost model's; after a refit that is no failure
+        seconds = self.planner().cost_model.plan_seconds(plan, lengths)
+        is_of_this_model = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
+        return self.improving.improve(plan, lengths) if is_of_this_model else plan
+
+    def close(self) -> None:
+        """End both processes."""
+        self.planning.close()
+        if self.improving is not None:
+            self.improving.close()
+
+
+def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlansOfProcesses:
+    """Return a source of plans from two processes, which start when they are first asked.
 
     Args:
         planner: asked anew for each plan.
         improves: whether plans are improved while there is time.
         limit_s: seconds that a plan, or an improvement, may take.
     """
-    planning = PlannerProcess(planner, PLANNING_NICENESS, limit_s)
-    improving = PlannerProcess(planner, IMPROVING_NICENESS, limit_s)
-
-    def improve(plan: Plan, lengths: Sequence[int]) -> Plan:
-        seconds = planner().cost_model.plan_seconds(plan, lengths)
-        is_of_now = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
-        return improving.improve(plan, lengths) if is_of_now else plan  # it was made before times were refitted
-
-    def close() -> None:
-        planning.close()
-        improving.close()
-
-    return PlanSource(
-        plan=planning.plan,
-        fallback=lambda lengths: planner().static(lengths),
-        improve=improve if improves else None,
-        close=close,
+    return PlansOfProcesses(
+        planner,
+        planning=PlannerProcess(planner, PLANNING_NICENESS, limit_s),
+        improving=PlannerProcess(planner, IMPROVING_NICENESS, limit_s) if improves else None,
     )
 
 
 class PlanAhead:
-    """A source of planned steps.
+    """`PlanAhead` gives a run its planned steps, one after the other.
 
     Rank 0 keeps a few plans ready while the model trains; the others receive theirs. A plan is a broadcast of the
     control group, so it must be asked for in the same order on all ranks. Plans that are ready early are improved in
     a second thread, the one that is needed last first; a step never waits for that.
 
     Args:
-        source: what plans, what improves plans, and what to do when that breaks.
+        source: plans, improves plans, and plans simply when that breaks; used on rank 0 only.
         draws: what is to be planned.
         num_ahead: plans kept ready beyond the one asked for.
         control: group that carries the plans; None for a single process.
@@ -115,40 +177,44 @@ class PlanAhead:
     ) -> None:
         self._source, self._draws, self._num_ahead, self._control = source, draws, num_ahead, control
         is_planner = control is None or dist.get_rank() == 0
+        # one thread for each, so that plans are made in the order of their steps, and improving never delays planning
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plan-ahead") if is_planner else None
         self._improver = ThreadPoolExecutor(max_workers=1, thread_name_prefix="improve-ahead") if is_planner else None
-        self._lock = threading.RLock()  # a future that is done calls back at once
+        self._lock = threading.RLock()  # a future that is done calls back at once, in the thread that holds the lock
         self._coming: dict[Key, Future[Step | None]] = {}
         self._improved: dict[Key, Plan] = {}
         self._improving = False
         self._closed = False
 
     def step(self, epoch: int, index: int) -> Step | None:
-        """The planned step; None: the data has ended. Waits, on all ranks, if rank 0 has not finished its plan.
+        """Return the planned step; None: the data has ended. Waits, on all ranks, while rank 0 still plans it.
 
         Raises:
             HeteroError: the batch cannot be planned; raised on every rank.
         """
+        # what fails on rank 0 is handed to all, too: raised there alone, it would leave the others to wait for a plan
         return broadcast(lambda: self._take(epoch, index), self._control)
 
     def forget(self) -> None:
-        """Drop the coming plans: what they are for has changed."""
+        """Drop the coming plans, because what they are for has changed."""
         with self._lock:
             self._coming.clear()
             self._improved.clear()
 
     def close(self) -> None:
-        """Forget the coming plans and end what makes them."""
+        """Forget the coming plans, and end what makes them."""
         with self._lock:
             self._closed = True
             self._coming.clear()
             self._improved.clear()
-        self._source.close()
+        if isinstance(self._source, _Closeable):
+            self._source.close()  # before the threads: it ends the calls that they wait in
         for pool in (self._worker, self._improver):
             if pool is not None:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _take(self, epoch: int, index: int) -> Step | None:
+        """Return a step as soon as it is planned, and have those after it planned; on rank 0."""
         assert self._worker is not None
         with self._lock:
             key: Key | None = (epoch, index)
@@ -159,7 +225,8 @@ class PlanAhead:
                 key = self._draws.after(key) if key is not None else None
             future = self._coming.pop((epoch, index))
             better = self._improved.pop((epoch, index), None)
-            # an epoch that was cut short leaves plans behind that nobody will take
+            # steps are taken in order, so that earlier ones are of an epoch that was cut short, which leaves
+            # plans behind that nobody will take
             self._coming = {key: coming for key, coming in self._coming.items() if key > (epoch, index)}
             self._improved = {key: plan for key, plan in self._improved.items() if key in self._coming}
             self._wake_improver()
@@ -167,6 +234,7 @@ class PlanAhead:
         return step if step is None or better is None else replace(step, plan=better)
 
     def _wait(self, future: Future[Step | None], epoch: int, index: int) -> Step | None:
+        """Return the step once it is planned, with the seconds that were waited for it."""
         if future.done():
             return future.result()
         start = time.perf_counter()
@@ -176,16 +244,18 @@ class PlanAhead:
         return replace(step, wait_s=time.perf_counter() - start) if step is not None else None
 
     def _solve(self, epoch: int, index: int) -> Step | None:
+        """Draw a step's samples and plan them; in the planning thread."""
         drawn = self._draws.draw(epoch, index)
         if drawn is None:
             return None
         try:
             plan = self._source.plan(drawn.lengths)
         except HeteroError as error:
+            # a simpler plan would not help: the batch itself is at fault
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
         except Exception as error:
             self._warn(f"Planning step {index} of epoch {epoch} failed; using a simpler plan", error)
-            plan = self._source.fallback(drawn.lengths)
+            plan = self._source.static(drawn.lengths)
         return Step(epoch, index, drawn, plan)
 
     def _warn(self, what: str, error: Exception) -> None:
@@ -195,9 +265,9 @@ class PlanAhead:
             logger.warning("%s: %s", what, error, exc_info=None if is_foreseen else error)
 
     def _wake_improver(self) -> None:
-        """A plan is ready, or there is room for more: the improver looks for work unless it is at it."""
+        """Let the improver look for work, unless it is at it: a plan is ready, or one was taken."""
         with self._lock:
-            if self._source.improve is None or self._improver is None or self._improving or self._closed:
+            if self._improver is None or self._improving or self._closed:
                 return
             self._improving = True
             self._improver.submit(self._improve_coming)
@@ -205,39 +275,44 @@ class PlanAhead:
     def _improve_coming(self) -> None:
         """Improve plan after plan, until all that are ready have been."""
         while (step := self._next_to_improve()) is not None:
-            assert self._source.improve is not None
             try:
-                found = self._source.improve(step.plan, step.lengths)
+                improved = self._source.improve(step.plan, step.lengths)
             except Exception as error:
                 self._warn(f"Improving the plan of step {step.index} of epoch {step.epoch} failed", error)
-                found = step.plan
+                improved = step.plan
             with self._lock:
+                # unless the step was taken meanwhile: its plan is already on its way to all ranks
                 if _key(step) in self._coming:
-                    self._improved[_key(step)] = _worth_it(step.plan, found)
+                    self._improved[_key(step)] = _worth_it(step.plan, improved)
 
     def _next_to_improve(self) -> Step | None:
-        """The ready step that is needed last, of those not improved yet; None ends the improver's turn."""
+        """Return the ready step that is needed last, of those not improved yet; None ends the improver's turn.
+
+        The last one, because there is most time for it; the next one may be taken before it is improved.
+        """
         with self._lock:
             for key, future in sorted(self._coming.items(), reverse=True):
                 if key in self._improved or not future.done() or future.cancelled() or future.exception():
                     continue
                 if (step := future.result()) is not None:
                     return step
-            self._improving = False
+            self._improving = False  # under the lock of the look: a plan that is ready after it wakes the improver
             return None
 
 
 def _key(step: Step) -> Key:
+    """Return the epoch of a step, and its place there."""
     return step.epoch, step.index
 
 
-def _worth_it(plan: Plan, found: Plan) -> Plan:
-    """The improved plan if it is clearly faster; else the plan as it was, with what was proven of it."""
-    if found.seconds <= plan.seconds * WORTH_REPLACING:
-        return found
-    return replace(plan, lower_bound_s=max(plan.lower_bound_s, min(found.lower_bound_s, plan.seconds)))
+def _worth_it(plan: Plan, improved: Plan) -> Plan:
+    """Return the improved plan if it is clearly faster; else the plan as it was, with what was proven of it."""
+    if improved.seconds <= plan.seconds * WORTH_REPLACING:
+        return improved
+    return replace(plan, lower_bound_s=max(plan.lower_bound_s, min(improved.lower_bound_s, plan.seconds)))
 
 
 def _brief(rows: Sequence[int]) -> str:
+    """Name the first of some rows, and say how many there are."""
     shown = ", ".join(map(str, rows[:8]))
     return f"{shown}, ... ({len(rows)} in all)" if len(rows) > 8 else shown

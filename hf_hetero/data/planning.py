@@ -1,4 +1,4 @@
-"""How a run plans its steps: with which planner, how far ahead, under which limits."""
+"""This module says how a run plans its steps: with which planner, how far ahead, under which limits."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch.distributed as dist
 from hf_hetero.collators.limits import Limits
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.data.plan_ahead import PlanSource, planned_elsewhere
+from hf_hetero.data.plan_ahead import PlansOfThisProcess, PlanSource, planned_elsewhere
 from hf_hetero.planner import Backend, Planner, Solver
 
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """How a run plans its steps.
+    """`Planning` says how a run plans its steps.
 
     Args:
         source: where plans come from.
@@ -41,7 +41,7 @@ class Planning:
 def planning_of(
     hetero: HeteroConfig, source: PlanSource, control: dist.ProcessGroup | None, limits: Limits
 ) -> Planning:
-    """As the user's settings say, for a model with such limits."""
+    """Return how to plan as the user's settings say, for a model with such limits."""
     return Planning(
         source,
         num_ahead=hetero.plan_ahead_steps,
@@ -55,7 +55,7 @@ def planning_of(
 
 @dataclass(frozen=True, slots=True)
 class Planners:
-    """Makes planners as the user's settings say.
+    """`Planners` makes planners as the user's settings say.
 
     Args:
         hetero: settings.
@@ -70,7 +70,7 @@ class Planners:
     methods: Sequence[str]
 
     def planner(self, solver: str | None = None) -> Planner:
-        """The planner for the cost model of now."""
+        """Return the planner for the cost model as it is now."""
         return Planner(
             self.cost_model(),
             num_ranks=self.num_ranks,
@@ -80,17 +80,16 @@ class Planners:
         )
 
     def for_training(self, reproducible: bool) -> PlanSource:
-        """Plans from processes of their own.
+        """Return a source of plans from processes of their own.
 
         Args:
             reproducible: do without what is not the same in two runs: whether an improved plan is ready in time.
         """
+        # "fast" asks for no integer program, and "mip" has solved its programs when it plans
         improves = self.hetero.solver == "auto" and not reproducible
         return planned_elsewhere(self.planner, improves, self.hetero.planning_timeout_s)
 
     def for_evaluation(self) -> PlanSource:
-        """Plans from a thread: a forward pass leaves it the processor; processes would start anew each time."""
-        return PlanSource(
-            plan=lambda lengths: self.planner("fast").plan(lengths),
-            fallback=lambda lengths: self.planner("fast").static(lengths),
-        )
+        """Return a source of plans from this process."""
+        # a forward pass leaves a thread the processor, and processes would start anew for each evaluation
+        return PlansOfThisProcess(lambda: self.planner("fast"))

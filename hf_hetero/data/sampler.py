@@ -1,4 +1,4 @@
-"""Which samples make step t, and this rank's share of the plan for them."""
+"""This module says which samples make step t, and reads this rank's share of the plan for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class GlobalBatches:
-    """The samples of each step, the same on all ranks, and the same that `Trainer` would take.
+    """`GlobalBatches` are the samples of each step, the same on all ranks, and the same that `Trainer` would take.
 
     One process of `Trainer` shuffles with `randperm` seeded by seed + epoch (accelerate's `SeedableRandomSampler`) and
     cuts the permutation into batches; several processes take turns, which gives a step the same samples. Any other
@@ -45,21 +45,21 @@ class GlobalBatches:
     _orders: dict[int, Rows] = field(default_factory=dict[int, Rows], repr=False, compare=False)
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Return the steps of an epoch."""
         return -(-self.rows_of_epoch // self.batch_size)
 
     @property
     def rows_of_epoch(self) -> int:
-        """Rows that an epoch takes: those of the dataset, or as many as the sampler says, less what is left out."""
+        """Return how many rows an epoch takes: the dataset's, or the sampler's, less those that are left out."""
         return (self.num_rows if self.sampler is None else len(self.sampler)) - self.num_dropped
 
     @property
     def is_known_ahead(self) -> bool:
-        """Whether the rows of an epoch are known before it begins."""
+        """Return whether the rows of an epoch are known before it begins."""
         return self.sampler is None
 
     def to_dict(self) -> dict[str, int | bool | str]:
-        """What decides the order, for JSON."""
+        """Return what decides the order, for JSON."""
         return {
             "rows": self.num_rows,
             "batch_size": self.batch_size,
@@ -69,7 +69,7 @@ class GlobalBatches:
         }
 
     def after(self, step: tuple[int, int]) -> tuple[int, int]:
-        """The step that follows one, as (epoch, index)."""
+        """Return the step that follows one, as (epoch, index)."""
         epoch, index = step
         return (epoch, index + 1) if index + 1 < len(self) else (epoch + 1, 0)
 
@@ -89,11 +89,11 @@ class GlobalBatches:
             raise HeteroError(f"The sampler {name} gave {len(rows)} rows in epoch {epoch}, but its len is {num_rows}.")
         for row in rows[(rows < -self.num_rows) | (rows >= self.num_rows)][:1]:
             raise HeteroError(f"The sampler {name} gave row {row}; the dataset has {self.num_rows} rows.")
-        self._orders.clear()
+        self._orders.clear()  # what a sampler gave before is not asked for again
         self._orders[epoch] = np.where(rows < 0, rows + self.num_rows, rows)
 
     def rows(self, epoch: int, index: int) -> tuple[int, ...]:
-        """Dataset rows of one step; of a sampler's epoch, once it has begun."""
+        """Return the dataset's rows of one step; those of a sampler's epoch once it has begun."""
         start = index * self.batch_size
         end = min(start + self.batch_size, self.rows_of_epoch)
         if self.sampler is None and not self.shuffle:
@@ -101,6 +101,7 @@ class GlobalBatches:
         return tuple(self._order(epoch)[start:end].tolist())
 
     def _order(self, epoch: int) -> Rows:
+        """Return the rows of an epoch in order; a permutation is made when it is first needed."""
         if epoch not in self._orders and self.sampler is None:
             # plan-ahead looks from one epoch into the next, and never back
             for past in [known for known in self._orders if known < epoch - 1]:
@@ -112,7 +113,7 @@ class GlobalBatches:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """In which order rows are drawn.
+    """An `Order` says in which order rows are drawn.
 
     Args:
         shuffle: by permutations that the seed and the epoch decide; False: the dataset's own order.
@@ -124,7 +125,7 @@ class Order:
 
 
 def order_of(sampler: Any, dataset: Any, is_seedable: bool, num_ranks: int, data_seed: int | None) -> Order:
-    """The order in which accelerate's loaders draw the rows of a sampler.
+    """Return the order in which accelerate's loaders draw the rows of a sampler.
 
     accelerate puts a `SeedableRandomSampler` in the place of any `RandomSampler`, unless told not to
     (`use_seedable_sampler=False`); then, among several ranks, it gives a sampler without a generator one that is seeded
@@ -149,13 +150,13 @@ def order_of(sampler: Any, dataset: Any, is_seedable: bool, num_ranks: int, data
             sampler=SeedableRandomSampler(sampler.data_source, **options, generator=generator, data_seed=data_seed),
         )
     if num_ranks > 1 and not is_seedable and getattr(sampler, "generator", 0) is None:
-        given: Any = sampler
-        given.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        own: Any = sampler
+        own.generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     return Order(shuffle=True, sampler=sampler)
 
 
 class StepSampler(Sampler[StepShare]):
-    """Batch sampler whose items are whole optimizer steps: this rank's share of each.
+    """A `StepSampler` is a batch sampler whose items are whole optimizer steps: this rank's share of each.
 
     Args:
         batches: the samples of each step.
@@ -178,11 +179,11 @@ class StepSampler(Sampler[StepShare]):
         self._epoch: int | None = None
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Return the steps of an epoch."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[StepShare]:
-        """Steps of an epoch in order."""
+        """Give the steps of an epoch in order."""
         epoch, start = self._first() if self._epoch is None else (self._epoch + 1, 0)
         self._epoch = epoch
         self._begin(epoch)
@@ -193,7 +194,7 @@ class StepSampler(Sampler[StepShare]):
 
 
 class StepDataset(Dataset[StepExamples]):
-    """Reads the samples of a share, and no others. torch hands a batch sampler's item over whole.
+    """A `StepDataset` reads the samples of a share, and no others. torch hands it a batch sampler's item whole.
 
     Args:
         dataset: map-style.
@@ -206,12 +207,12 @@ class StepDataset(Dataset[StepExamples]):
         self._epoch: int | None = None
 
     def __len__(self) -> int:
-        """Samples of the dataset."""
+        """Return the rows of the dataset."""
         return len(self._dataset)
 
     @property
     def changes_with_epochs(self) -> bool:
-        """Whether the dataset wants to be told of each epoch."""
+        """Return whether the dataset wants to be told of each epoch."""
         return hasattr(self._dataset, "set_epoch")
 
     def set_epoch(self, epoch: int) -> None:
@@ -221,30 +222,31 @@ class StepDataset(Dataset[StepExamples]):
             self._epoch = epoch
 
     def read(self, rows: Sequence[int]) -> list[Any]:
-        """Some examples, with the keys that are wanted.
+        """Return some examples, with the keys that are wanted.
 
         Raises:
             HeteroError: a row cannot be read.
         """
-        return [self._kept(example) for example in self._read(rows)]
+        return [self._with_wanted_keys(example) for example in self._read(rows)]
 
-    def _kept(self, example: Any) -> Any:
+    def _with_wanted_keys(self, example: Any) -> Any:
+        """Return an example without the keys that nobody asked for."""
         if self._names is None or not isinstance(example, dict):
             return example
         values = cast("dict[str, Any]", example)
         return {name: value for name, value in values.items() if name in self._names}
 
     def __getitems__(self, share: StepShare) -> StepExamples:
-        """The samples of one step that this rank holds tokens of."""
+        """Return the samples of one step that this rank holds tokens of."""
         if share.step.epoch != self._epoch:  # a worker's copy, which nobody else tells
             self.set_epoch(share.step.epoch)
         row_of = {position: share.step.rows[position] for position in share.samples()}
         rows = list(dict.fromkeys(row_of.values()))  # a row with several samples is read once
-        read = dict(zip(rows, self.read(rows), strict=True))
-        return StepExamples(share, {position: read[row] for position, row in row_of.items()})
+        examples = dict(zip(rows, self.read(rows), strict=True))
+        return StepExamples(share, {position: examples[row] for position, row in row_of.items()})
 
     def _read(self, rows: Sequence[int]) -> list[Any]:
-        """The rows; whatever a user's dataset raises, with the row. Its end, and classes of its own, would be lost."""
+        """Read rows with the dataset's own method for several, where it has one."""
         if hasattr(self._dataset, "__getitems__"):
             with _naming(f"rows {', '.join(map(str, rows))}"):
                 return list(self._dataset.__getitems__(rows))
@@ -257,7 +259,10 @@ class StepDataset(Dataset[StepExamples]):
 
 @contextmanager
 def _naming(rows: str) -> Iterator[None]:
+    """Raise whatever a user's dataset raises as a `HeteroError` that names the row."""
     try:
         yield
+    # a StopIteration would end the loader as if the data had ended, and a class of the user's own may not survive
+    # the way from a worker, or to another rank
     except Exception as error:
         raise HeteroError(f"Reading {rows} failed: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""The processes that read data: they end with the rank that started them, however that ends.
+"""This module has the processes that read data end with the rank that started them, however that ends.
 
 A process that was forked holds every connection of its rank. If the rank is killed, the other ranks see these
 connections closed only when the last process that holds them has gone. Torch's readers look for their rank every five
@@ -33,7 +33,7 @@ def end_with_this_process(loader: DataLoader[Any]) -> None:
 
 
 def named_loss(error: Exception) -> Exception:
-    """What a loader with workers raised; in words, where a worker that was killed took a tensor with it on its way.
+    """Return what a loader with workers raised; in words, where a worker that was killed took its tensors with it.
 
     What a dataset raises in a worker comes with torch's words, which say where it was caught.
     """
@@ -48,11 +48,12 @@ def named_loss(error: Exception) -> Exception:
 
 
 def _begin(then: Callable[[int], None] | None, worker: int) -> None:
-    """What a worker does first, before what it was asked to."""
+    """Tie a new worker to its rank, then have it do what it was asked to do first."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # the signal is sent for what ends from now on; who has ended before is looked for
         owner = multiprocessing.parent_process()
-        if owner is not None and not owner.is_alive():  # it ended before it could be told
+        if owner is not None and not owner.is_alive():
             os._exit(1)
     if then is not None:
         then(worker)

@@ -1,1 +1,1 @@
-"""The room of estimates: a cost model without a measurement."""
+"""This room makes a cost model without a measurement."""

@@ -1,4 +1,4 @@
-"""The cost models that ship with the package: common clusters, estimated from data sheets and stated assumptions.
+"""This module makes the cost models that ship with the package: common clusters, by data sheets and assumptions.
 
     python -m hf_hetero.estimate.clusters [FOLDER]        writes every estimated file again (default: hf_hetero/costs)
 
@@ -26,7 +26,7 @@ BF16_BYTES, FP32_BYTES = 2, 4
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A dense decoder with a gated MLP, by the numbers of its config.
+    """`Dense` is a dense decoder with a gated MLP, by the numbers of its config.
 
     Args:
         title: for people.
@@ -46,7 +46,10 @@ class Dense:
     adapter_rank: int | None = None
 
     def shape(self) -> ModelShape:
-        """Weights counted, layers recomputed but not their exchanges, a chunked loss, bf16 over fp32 master weights."""
+        """Count the weights, and return the shape as it is trained.
+
+        Layers are recomputed, but not their exchanges; the loss goes in chunks; bf16 over fp32 master weights.
+        """
         widths = (self.heads * self.head_dim, self.kv_heads * self.head_dim, self.intermediate)
         query, key_value, inner = ((self.hidden, width) for width in widths)
         linears = [query, query, key_value, key_value, inner, inner, inner]  # one of each pair the other way round
@@ -78,7 +81,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What joins the nodes: its name for people, and a node's line rate one way, in bytes a second."""
+    """A `Network` joins the nodes: its name for people, and a node's line rate one way, in bytes a second."""
 
     title: str
     node_bytes_per_s: float
@@ -86,7 +89,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Machines with one kind of card, eight to a node.
+    """A `Cluster` is machines with one kind of card, eight to a node.
 
     Args:
         name: of the cost model.
@@ -140,24 +143,25 @@ CLUSTERS = (
 
 
 def cluster_cost_model(cluster: Cluster) -> CostModel:
-    """The estimate for a cluster, with all its assumptions in `source`."""
+    """Estimate a cluster, and name all assumptions in `source`."""
     shape, device = cluster.model.shape(), _device(cluster)
     ranks_per_node = min(cluster.num_ranks, RANKS_PER_NODE)
     topology = Topology(cluster.num_ranks, ranks_per_node, int(USABLE_MEMORY * cluster.card_bytes))
+    # a head is the least that an all-to-all of attention can give a rank
     degrees = tuple(degree for degree in topology.degrees if degree <= shape.heads)
     cost = estimate.estimate_cost_model(shape, device, topology, degrees, Shards() if cluster.sharded else None)
     return replace(cost, name=cluster.name, source=_source(cluster, shape, device, cost))
 
 
 def write_estimates(folder: Path) -> None:
-    """One JSON file for each cluster."""
+    """Write one JSON file for each cluster."""
     folder.mkdir(parents=True, exist_ok=True)
     for cluster in CLUSTERS:
         cluster_cost_model(cluster).save(folder / f"{cluster.name}.json")
 
 
 def _device(cluster: Cluster) -> Device:
-    """The table's entry at the share of its peak that training reaches, with the cluster's links."""
+    """Return the table's entry at the share of its peak that training reaches, with the cluster's links."""
     known = next(device for device in estimate.KNOWN_DEVICES if device.name == cluster.device)
     link = cluster.link_bytes_per_s or known.link_bytes_per_s
     device = replace(known, flops=known.flops * estimate.UTILISATION, link_bytes_per_s=link)
@@ -167,6 +171,7 @@ def _device(cluster: Cluster) -> Device:
 
 
 def _source(cluster: Cluster, shape: ModelShape, device: Device, cost: CostModel) -> str:
+    """Say what was assumed for a cluster."""
     peak = device.flops / estimate.UTILISATION / 1e12
     num_nodes = -(-cluster.num_ranks // RANKS_PER_NODE)
     states = (

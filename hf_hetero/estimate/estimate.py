@@ -1,4 +1,4 @@
-"""A first cost model without a measurement: floating-point operations and bytes of the model, speed of the device.
+"""This module estimates a cost model: floating-point operations and bytes of the model, speed of the device.
 
 It only has to rank plans, so what matters is the ratio of quadratic to linear work and of compute to exchange, and that
 the memory of a token is not too small. Everything assumed is written into the cost model's `source`.
@@ -21,7 +21,7 @@ from hf_hetero.topology import Topology
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Speed of one rank's device.
+    """`Device` is the speed of one rank's device.
 
     Args:
         flops: dense operations a second in the training type.
@@ -83,7 +83,7 @@ EXPOSED_GATHER = 0.5
 
 
 def linear_flops(shape: ModelShape) -> float:
-    """Operations of a token outside attention scores, forward and backward.
+    """Count a token's operations outside attention scores, forward and backward.
 
     2 a weight forward, 2 backward for activations, 2 for each trainable weight's gradient, 2 more for recompute.
     """
@@ -93,24 +93,25 @@ def linear_flops(shape: ModelShape) -> float:
 
 
 def attention_flops(shape: ModelShape) -> float:
-    """Operations of causal attention scores, for each squared token: 2 H D a layer forward, 2.5 times that backward."""
+    """Count causal attention's operations a squared token: 2 H D a layer forward, 2.5 times as many backward."""
+    # backward of a flash kernel computes the scores again: five matrix products where forward has two
     passes = 3.5 + (1 if shape.checkpointing else 0)
     return passes * 2 * shape.heads * shape.head_dim * shape.num_layers
 
 
 def exchange_bytes(shape: ModelShape) -> float:
-    """Bytes a token moves: queries, keys, values and outputs of every layer, forward, backward, maybe recomputed."""
+    """Count the bytes a token moves: queries, keys, values, outputs of all layers, in each pass that exchanges them."""
     passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
     return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
 
 
 def kv_bytes(shape: ModelShape) -> float:
-    """Bytes of a token's keys and values in all layers: what it costs to send them once."""
+    """Count the bytes of a token's keys and values in all layers: what it costs to send them once."""
     return 2 * shape.kv_heads * shape.head_dim * shape.num_layers * shape.element_bytes
 
 
 def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
-    """Seconds that fully sharded training adds to a micro-batch: weights gathered twice, gradients scattered once.
+    """Return the seconds that sharding adds to a micro-batch: weights gathered twice, gradients scattered once.
 
     All ranks of a node share what the network brings. Part of it hides behind computation (`EXPOSED_GATHER`).
     """
@@ -123,7 +124,7 @@ def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
 
 
 def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, degree: int) -> float:
-    """What one rank sends in an all-to-all of this degree, by `exchange_bytes`.
+    """Return what one rank sends a second in an all-to-all of this degree, by `exchange_bytes`.
 
     Across nodes only the share that leaves the node, 1 - ranks_per_node / degree, waits for the network. With more
     ranks than key-value heads a head goes to several of them, which are more bytes than `exchange_bytes` counts.
@@ -136,7 +137,7 @@ def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, 
 
 
 def known_device(name: str) -> Device | None:
-    """The table's entry for a GPU by the name its driver gives, such as "NVIDIA A100-SXM4-80GB"; None if it has none.
+    """Return the table's entry for a GPU by its driver's name, such as "NVIDIA A100-SXM4-80GB"; None if it has none.
 
     Every word of an entry is a word of the name; the entry with the most words is meant.
     """
@@ -145,19 +146,21 @@ def known_device(name: str) -> Device | None:
 
 
 def _words(name: str) -> set[str]:
+    """Return the words and numbers of a name."""
     return set(re.findall("[a-z0-9]+", name.lower()))
 
 
 def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
-    """The table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
+    """Return the table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
     name = torch.cuda.get_device_name(device)
-    found = known_device(name) or Device(name, 312e12, 12e9)
+    entry = known_device(name) or Device(name, 312e12, 12e9)
+    # fp32 products without tensor cores: the table's peak is that of bf16 on them, about 16 times as much on an A100
     slower = 16 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 1
-    return Device(name, found.flops * UTILISATION / slower, found.link_bytes_per_s)
+    return Device(name, entry.flops * UTILISATION / slower, entry.link_bytes_per_s)
 
 
 def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> Device:
-    """This machine's speed: matrix products of the model's own sizes, timed on all ranks at once, as training will run.
+    """Time matrix products of the model's own sizes, on all ranks at once, as training will run.
 
     The exchange is gloo over loopback: about 1 GB/s and 2 ms, assumed.
     """
@@ -181,7 +184,7 @@ def estimate_cost_model(
     shards: Shards | None = None,
     policies: Collection[str] = (),
 ) -> CostModel:
-    """Cost model from operations, bytes and speeds. `topology.memory_bytes` must be known.
+    """Return a cost model from operations, bytes and speeds. `topology.memory_bytes` must be known.
 
     Args:
         shape, device, topology: what is estimated.
@@ -226,19 +229,19 @@ def estimate_cost_model(
 
 
 def attention_s(shape: ModelShape, device: Device) -> float:
-    """Seconds of a token squared."""
+    """Return the seconds of attention a squared token."""
     return attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION)
 
 
 def _policies(
     shape: ModelShape, device: Device, state_bytes: float, memory_bytes: float, policies: Collection[str]
 ) -> dict[str, ActivationPolicy]:
-    """What groups cost that recompute layers, or also offload what that needs.
+    """Return what groups cost that recompute layers, or also offload what that needs.
 
     Copies to the host and back hide behind what is computed with a token alone; attention would hide more of them.
     """
     _, fixed_bytes = memory_of(shape, state_bytes, memory_bytes)
-    found: dict[str, ActivationPolicy] = {}
+    offered: dict[str, ActivationPolicy] = {}
     for name in policies:
         changed = replace(shape, checkpointing=True, offloads=name == "offload")
         token_bytes, changed_fixed_bytes = memory_of(changed, state_bytes, memory_bytes)
@@ -247,8 +250,8 @@ def _policies(
         if changed.offloads:
             host_bytes = shape.num_layers * boundary_bytes(changed)
             linear_s = max(linear_s, 2 * host_bytes / device.host_bytes_per_s)
-        if tokens >= 1:
-            found[name] = ActivationPolicy(
+        if tokens >= 1:  # a policy under which not a single token fits is not offered
+            offered[name] = ActivationPolicy(
                 # chunks of MLPs are whole whatever the tokens; spread over the tokens they leave room for
                 activation_bytes_per_token=(memory_bytes - fixed_bytes) / tokens,
                 attention_s_per_token2=attention_s(changed, device),
@@ -256,4 +259,4 @@ def _policies(
                 exchanges=exchange_bytes(changed) / exchange_bytes(shape),
                 host_bytes_per_token=host_bytes,
             )
-    return found
+    return offered

@@ -1,4 +1,4 @@
-"""Bytes that a rank needs for a model and its tokens, and bytes that it has."""
+"""This module counts the bytes that a rank needs for a model and its tokens, and those that it has."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVI
 
 
 def activation_bytes(shape: ModelShape) -> float:
-    """Memory of a token: activations that wait for backward, and the logits.
+    """Count the bytes of a token: activations that wait for backward, and the logits.
 
     Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
     it exchanged if that is kept, and one layer in full, of whose MLP only input and output if it goes in chunks. What
@@ -44,21 +44,22 @@ def activation_bytes(shape: ModelShape) -> float:
 
 
 def boundary_bytes(shape: ModelShape) -> float:
-    """What a layer that is recomputed keeps of a token: its input, and what it exchanged if that is kept."""
+    """Count what a layer that is recomputed keeps of a token: its input, and what it exchanged if that is kept."""
     exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
     return (shape.hidden + exchanged) * shape.element_bytes
 
 
 def mlp_bytes(shape: ModelShape) -> float:
-    """Memory of an MLP in chunks whatever the tokens: a chunk's inner tensors twice, and its gradients in fp32."""
+    """Count the bytes of an MLP in chunks whatever the tokens: a chunk's inner tensors twice, fp32 gradients once."""
     if not (shape.checkpointing and shape.chunked_mlp):
         return 0.0
+    # of the three weights of a gated MLP, added up over its chunks; frozen ones, as under LoRA, have none
     gradients = 4 * 3 * shape.hidden * shape.intermediate if shape.trainable_params == shape.num_params else 0
     return 2 * chunked_mlp.CHUNK_BYTES + gradients
 
 
 def loss_bytes(shape: ModelShape) -> float:
-    """Memory of a chunked loss whatever the tokens: a full chunk's logits, and the head's gradient in fp32."""
+    """Count the bytes of a chunked loss whatever the tokens: a full chunk's logits, and the head's gradient in fp32."""
     if not shape.chunked_loss:
         return 0.0
     chunk = tokens_in_chunk(shape) * chunked_logits_bytes(shape)
@@ -66,17 +67,17 @@ def loss_bytes(shape: ModelShape) -> float:
 
 
 def tokens_in_chunk(shape: ModelShape) -> float:
-    """Most tokens whose logits a chunked loss holds at once."""
+    """Return the most tokens whose logits a chunked loss holds at once."""
     return CHUNK_BYTES / (4 * shape.vocab)
 
 
 def chunked_logits_bytes(shape: ModelShape) -> float:
-    """Logits of a token in a chunk: once in fp32, twice in the training type."""
+    """Count the bytes of a token's logits in a chunk: once in fp32, twice in the training type."""
     return shape.vocab * (4 + 2 * shape.element_bytes)
 
 
 def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
-    """Bytes of a token, and bytes whatever the tokens, of a rank that holds the model's states.
+    """Count the bytes of a token, and those whatever the tokens, of a rank that holds the model's states.
 
     The loss and the MLPs take their chunks one after the other, so that the larger counts. Where memory ends before a
     chunk of the loss is full, only the logits of the tokens that fit are ever there, so they are counted with each
@@ -92,14 +93,14 @@ def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tup
 
 
 def model_state_bytes(shape: ModelShape) -> float:
-    """Weights, their gradients, and two fp32 moments of Adam for the trainable ones."""
+    """Count the bytes of weights, of gradients and two fp32 moments of Adam for the trainable ones."""
     per_trainable = shape.param_bytes / shape.num_params + 8
     return shape.param_bytes + shape.trainable_params * per_trainable
 
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """Model states in parts over all ranks (FSDP, ZeRO-3), layers gathered while they compute.
+    """`Shards` are model states in parts over all ranks (FSDP, ZeRO-3), layers gathered while they compute.
 
     Args:
         offloaded: the parts wait in the host's memory, so only what is gathered takes the device's.
@@ -111,26 +112,27 @@ class Shards:
 
 
 def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
-    """What a rank's device holds of the model's states."""
+    """Count the bytes of the model's states on a rank's device."""
     own = 0.0 if shards.offloaded else model_state_bytes(shape) / num_ranks
     gradients = shape.trainable_params * shape.element_bytes if shards.whole_gradients else 0.0
     return own + gathered_bytes(shape) + gradients
 
 
 def gathered_bytes(shape: ModelShape) -> float:
-    """What a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
+    """Count what a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
 
     Two layers' weights, because the next one is gathered early, one layer's gradients, and the same, once, of what
     stands outside the layers: embeddings and head.
     """
     attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
+    # what layers do not explain is outside of them; at most embeddings and head, for experts are weights of layers, too
     layer = attention + 3 * shape.hidden * shape.intermediate
     outside = min(max(shape.num_params - shape.num_layers * layer, 0), 2 * shape.vocab * shape.hidden)
     return (3 * (shape.num_params - outside) / shape.num_layers + 2 * outside) * shape.element_bytes
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicators: int = 0) -> int:
-    """What one rank may use: of the GPU's memory, or its part of what the host gives without swapping.
+    """Return what one rank may use: of the GPU's memory, or its part of what the host gives without swapping.
 
     See `usable_bytes` for a GPU.
     """
@@ -140,17 +142,17 @@ def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicator
 
 
 def usable_bytes(card_bytes: float, num_communicators: int) -> float:
-    """What a card leaves beside the CUDA context, the allocator's losses and communicators; half of it at least."""
+    """Return what CUDA's context, the allocator's losses and communicators leave of a card; half of it at least."""
     return max(0.5 * card_bytes, 0.95 * card_bytes - num_communicators * COMMUNICATOR_BYTES)
 
 
 def host_memory_bytes(device: torch.device, ranks_on_node: int) -> int | None:
-    """What one rank may use of the host for what its GPU puts there: its part of half of what is free; else None."""
+    """Return what one rank's GPU may put into the host's memory: its part of half of what is free; None on a CPU."""
     return int(0.5 * psutil.virtual_memory().available / max(ranks_on_node, 1)) if device.type == "cuda" else None
 
 
 def tokens_by_lever(shape: ModelShape, num_ranks: int, card_bytes: float) -> dict[str, int]:
-    """Tokens that a rank holds as one way to save memory is added to those before it; 0 where the model does not fit.
+    """Count the tokens that a rank holds as one lever after the other is pulled; 0 where the model does not fit.
 
     Weights are sharded over the ranks; what ranks exchange is kept for the recompute.
 
@@ -160,10 +162,10 @@ def tokens_by_lever(shape: ModelShape, num_ranks: int, card_bytes: float) -> dic
         card_bytes: memory of a card.
     """
     memory_bytes = usable_bytes(card_bytes, len(Topology(num_ranks).degrees))
-    held: dict[str, int] = {}
+    tokens: dict[str, int] = {}
     shape = replace(shape, checkpointing=False, keeps_exchanged=True, chunked_loss=False, chunked_mlp=False)
     for lever, change in LEVERS.items():
         shape = replace(shape, **change)
         token_bytes, fixed_bytes = memory_of(shape, sharded_bytes(shape, num_ranks, Shards()), memory_bytes)
-        held[lever] = max(0, int((memory_bytes - fixed_bytes) / token_bytes))
-    return held
+        tokens[lever] = max(0, int((memory_bytes - fixed_bytes) / token_bytes))
+    return tokens

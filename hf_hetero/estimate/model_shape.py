@@ -1,4 +1,4 @@
-"""What of a model decides its cost."""
+"""This module reads from a model what decides its cost."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """What of a model decides its cost.
+    """A `ModelShape` is what of a model decides its cost.
 
     Args:
         num_layers, hidden, heads, kv_heads, head_dim, intermediate, vocab: of the config.
         num_params: all weights; a mixture of experts counts those that a token uses in `active_params`.
         trainable_params: weights that get a gradient.
-        window: None, or the mean number of tokens a token sees.
+        param_bytes: of all weights.
         element_bytes: of an activation.
-        state_bytes_per_trainable: gradient, and optimizer state.
         checkpointing: whether layers are recomputed in backward.
         keeps_exchanged: whether a recompute finds what was exchanged, instead of exchanging it again.
         chunked_loss: whether the loss does without whole logits.
@@ -63,6 +62,7 @@ def shape_of(
     intermediate = intermediate or 4 * config.hidden_size
     active = num_params
     if experts:
+        # an expert is a gated MLP of three matrices, and a router's weights are too few to matter
         used = getattr(config, "num_experts_per_tok", experts)
         active -= 3 * config.hidden_size * intermediate * config.num_hidden_layers * (experts - used)
         intermediate *= used
@@ -75,7 +75,7 @@ def shape_of(
         intermediate=intermediate,
         vocab=config.vocab_size,
         num_params=num_params,
-        active_params=max(active, 1),
+        active_params=max(active, 1),  # a config that miscounts its experts must not make work free, or negative
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         param_bytes=sum(p.numel() * p.element_size() for p in params),
         element_bytes=element_bytes,

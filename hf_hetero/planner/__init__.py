@@ -1,7 +1,6 @@
 """The planner's room. `Planner` is its door, `PlannerProcess` the same elsewhere; nothing here imports torch."""
 
-from hf_hetero.planner.basic import Solver
-from hf_hetero.planner.improve.program import Backend
+from hf_hetero.config import Backend, Solver
 from hf_hetero.planner.planner import Planner
 from hf_hetero.planner.problem import MAX_TOKENS
 from hf_hetero.planner.process import PlannerLost, PlannerProcess

@@ -6,19 +6,16 @@ The layers above give groups more freedom, one kind each, and are made of plans 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
+from hf_hetero.config import Backend, Solver
 from hf_hetero.errors import InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
 from hf_hetero.planner.improve.improve import improve_draft
-from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.fast import fast_draft
 from hf_hetero.planner.search.homogeneous import best_homogeneous, homogeneous
-
-Solver = Literal["auto", "fast", "mip"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,1 @@
-"""The room of ranks: their process groups, and what they tell each other outside the model."""
+"""This room holds the process groups of a run, and what its ranks tell each other outside the model."""

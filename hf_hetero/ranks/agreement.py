@@ -1,4 +1,4 @@
-"""What the ranks tell each other outside the model: plans, counts, and that something is wrong.
+"""This module has the ranks tell each other, outside the model, plans, counts, and that something is wrong.
 
 Everything here is a collective of the control group, which lives on the host. What goes wrong on one rank is raised on
 all of them, with the same words, instead of leaving the others to wait.
@@ -38,6 +38,7 @@ NUM_VALUES = 6
 MOST_WORDS = 20_000
 """Characters of an error that are told to other ranks."""
 NOT_READ = -1
+"""The fingerprint of a row that a rank has not read; those of rows are at least 0."""
 
 
 def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
@@ -55,8 +56,9 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
             message = [make()]
         except Exception as raised:
             error = raised
-    # on behalf of all: whose it is says nothing
+    # rank 0 acts on behalf of all, so that a HeteroError does not say whose it is; in any other the rank matters
     told = None if error is None else _told(error, says_rank=not isinstance(error, HeteroError))
+    # raises rank 0's error on all ranks, before any of them waits for its result
     _meet(FROM_RANK_0, (), control, told, error)
     with _named(FROM_RANK_0, control):
         dist.broadcast_object_list(message, src=0, group=control)
@@ -66,7 +68,7 @@ def broadcast(make: Callable[[], T], control: dist.ProcessGroup | None) -> T:
 def confirm_step(
     step: int, digest: int, num_targets: int, error: Exception | None, control: dist.ProcessGroup | None
 ) -> int:
-    """Before a step's first group collective: do all ranks hold the same plan and good samples?
+    """Make sure, before a step's first group collective, that all ranks hold the same plan and good samples.
 
     Args:
         step: for messages.
@@ -80,13 +82,16 @@ def confirm_step(
     Raises:
         HeteroError: what went wrong, on every rank; `PlanMismatch` if plans differ.
     """
+    # who raises an error that all ranks know must not exchange it again: the others raise it, too, and do not come here
     if error is not None and (control is None or getattr(error, "is_known_to_all", False)):
         raise error
     if control is None:
         return num_targets
     rows = _meet(BEFORE_STEP, [digest, num_targets], control, None if error is None else _told(error), error)
+    # rank 0's plan is not simply believed: ranks whose plans differ would wait in different groups until their timeout
     digests = [row[0] for row in rows]
     if len(set(digests)) > 1:
+        # the most frequent one, though rank 0 plans: whoever is alone is the one to be looked at
         usual = max(set(digests), key=digests.count)
         others = [rank for rank, value in enumerate(digests) if value != usual]
         mismatch = PlanMismatch(
@@ -100,7 +105,7 @@ def confirm_step(
 def confirm_rows(
     step: int, shared: Sequence[int], fingerprints: Mapping[int, int], control: dist.ProcessGroup | None
 ) -> None:
-    """Have the ranks that share a row read the same? Each reads it for itself.
+    """Make sure that the ranks that share a row have read the same. Each reads it for itself.
 
     Args:
         step: for messages.
@@ -112,19 +117,21 @@ def confirm_rows(
     """
     if control is None or not shared:
         return
-    mine = torch.tensor([fingerprints.get(row, NOT_READ) for row in shared], dtype=torch.int64)
-    lowest = torch.where(mine == NOT_READ, torch.iinfo(torch.int64).min, -mine)
-    extremes = torch.stack([mine, lowest])  # the largest of each, and the largest of its negative
+    own = torch.tensor([fingerprints.get(row, NOT_READ) for row in shared], dtype=torch.int64)
+    # one all-reduce tells whether all readers agree: the largest fingerprint, and the smallest as the largest negative;
+    # who has not read a row gives what is larger than nothing in either
+    negatives = torch.where(own == NOT_READ, torch.iinfo(torch.int64).min, -own)
+    extremes = torch.stack([own, negatives])
     with _named(BEFORE_STEP, control):
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=control)
     differs = (extremes[0] != NOT_READ) & (extremes[0] != -extremes[1])
-    if not differs.any():
+    if not differs.any():  # the same on all ranks, for all hold the same extremes: none leaves the others in the gather
         return
     index = int(differs.nonzero()[0, 0])
     versions: dict[int, list[int]] = {}
-    for rank, [found] in enumerate(_all_gather(mine[index : index + 1].tolist(), BEFORE_STEP, control)):
-        if found != NOT_READ:
-            versions.setdefault(found, []).append(rank)
+    for rank, [fingerprint] in enumerate(_all_gather(own[index : index + 1].tolist(), BEFORE_STEP, control)):
+        if fingerprint != NOT_READ:
+            versions.setdefault(fingerprint, []).append(rank)
     others = f" ({int(differs.sum()) - 1} more rows differ, too)" if differs.sum() > 1 else ""
     differing = BadSample(
         f"Step {step}: row {shared[index]} differs between the ranks that share it: "
@@ -148,24 +155,24 @@ def raise_together(error: Exception | None, control: dist.ProcessGroup | None) -
 
 
 def any_of(flags: Sequence[bool], control: dist.ProcessGroup | None) -> list[bool]:
-    """For each of at most six flags, whether it is set on any rank."""
+    """Return for each of at most `NUM_VALUES` flags whether it is set on any rank."""
     if control is None:
         return list(flags)
     return [any(votes) for votes in zip(*_meet(DECISION, list(map(int, flags)), control), strict=True)]
 
 
 def gather(values: Sequence[int], control: dist.ProcessGroup | None) -> list[list[int]]:
-    """The integers of every rank; each rank gives as many."""
+    """Return the integers of every rank; each rank gives as many."""
     if control is None:
         return [list(values)]
     rows = _meet(REPORT, values[:NUM_VALUES], control)
-    if rest := values[NUM_VALUES:]:
+    if rest := values[NUM_VALUES:]:  # on all ranks or none, for each gives as many
         rows = [[*row, *more] for row, more in zip(rows, _all_gather(rest, REPORT, control), strict=True)]
     return rows
 
 
 def gather_objects(value: T, control: dist.ProcessGroup | None) -> list[T]:
-    """What every rank gives, in the order of the ranks."""
+    """Return what every rank gives, in the order of the ranks."""
     if control is None:
         return [value]
     _meet(RESULTS, (), control)
@@ -181,18 +188,18 @@ def scatter(values: Sequence[T] | None, control: dist.ProcessGroup | None) -> T:
     if control is None:
         assert values is not None
         return values[0]
-    mine: list[Any] = [None]
+    own: list[Any] = [None]
     parts: list[bytes] | None = None
     error: Exception | None = None
-    try:
+    try:  # pickled before ranks meet: what cannot be is told to all, instead of breaking one end of the scatter
         parts = None if values is None else [pickle.dumps(value) for value in values]
     except Exception as raised:
         error = HeteroError(f"Examples cannot be sent to other ranks: {type(raised).__name__}: {raised}")
         error.__cause__ = raised
     _meet(DEALING, (), control, None if error is None else _told(error), error)
     with _named(DEALING, control):
-        dist.scatter_object_list(mine, parts, src=0, group=control)
-    return pickle.loads(mine[0])
+        dist.scatter_object_list(own, parts, src=0, group=control)
+    return pickle.loads(own[0])
 
 
 def _meet(
@@ -202,7 +209,7 @@ def _meet(
     told: Told | None = None,
     error: Exception | None = None,
 ) -> list[list[int]]:
-    """The first message of each exchange: is any rank in trouble, and have all come to the same place?
+    """Exchange the first message of any exchange, and raise if a rank is in trouble, or has come to another place.
 
     Args:
         place: one of `PLACES`.
@@ -216,9 +223,11 @@ def _meet(
     Raises:
         HeteroError: what went wrong on any rank, or that they have come apart; on all of them.
     """
-    room = [0] * (NUM_VALUES - len(values))
-    rows = _all_gather([int(told is not None), PLACES.index(place), *values, *room], place, control)
+    # of one length wherever a rank is, because ranks at different places meet in this one collective, too
+    padding = [0] * (NUM_VALUES - len(values))
+    rows = _all_gather([int(told is not None), PLACES.index(place), *values, *padding], place, control)
     if any(row[0] for row in rows):
+        # all ranks have seen the same rows, so that all take part in this second exchange, and raise the same error
         kind, text = next(filter(None, _all_gather_objects(told, place, control)))
         raise _known_to_all(getattr(errors, kind)(text), control) from error
     if any(row[1] != rows[0][1] for row in rows):
@@ -232,7 +241,10 @@ def _meet(
 
 
 def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError:
-    """The error, once all ranks know it: one that ends before takes what others have not read yet with it."""
+    """Return the error once all ranks know it.
+
+    A rank that ended earlier would close its connections, and with them take what others have not read yet.
+    """
     with suppress(RuntimeError):  # they know, and may have gone
         dist.barrier(group=control)
     error.is_known_to_all = True
@@ -240,26 +252,30 @@ def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError
 
 
 def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -> list[list[int]]:
-    mine = torch.tensor(values, dtype=torch.int64)
-    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    """Return the integers of every rank; who waits long for them says so."""
+    own = torch.tensor(values, dtype=torch.int64)
+    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     with _named(place, control):
-        wait_for(dist.all_gather(found, mine, group=control, async_op=True), _lower(place), control)
-    return [row.tolist() for row in found]
+        wait_for(dist.all_gather(rows, own, group=control, async_op=True), _lower(place), control)
+    return [row.tolist() for row in rows]
 
 
 def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:
-    found: list[Any] = [None] * dist.get_world_size()
+    """Return what every rank gives, in the order of the ranks; all ranks have met just before."""
+    values: list[Any] = [None] * dist.get_world_size()
     with _named(place, control):
-        dist.all_gather_object(found, value, group=control)
-    return found
+        dist.all_gather_object(values, value, group=control)
+    return values
 
 
 def _named(place: str, control: dist.ProcessGroup) -> Any:
+    """Return a context that gives a failing exchange of all ranks its name."""
     return named(place, f"all {dist.get_world_size()} ranks", limit=limit_of(control))
 
 
 def _told(error: Exception, says_rank: bool = True) -> Told:
-    """Any exception in words that every rank can read, as the nearest kind of error that they all know."""
+    """Put any exception into words that every rank can read, as the nearest kind of error that they all know."""
+    # words instead of the object: an exception of the user's own may not be pickled, or not be known elsewhere
     kind = next((c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__), HeteroError.__name__)
     try:
         text = str(error)
@@ -273,4 +289,5 @@ def _told(error: Exception, says_rank: bool = True) -> Told:
 
 
 def _lower(place: str) -> str:
+    """Return the name of a place for the middle of a sentence."""
     return place[0].lower() + place[1:]

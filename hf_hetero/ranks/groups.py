@@ -1,4 +1,4 @@
-"""The process groups of a run: made once, in one order on all ranks, with a timeout and a name for each failure."""
+"""This module makes a run's process groups, in one order on all ranks, with a timeout and a name for each failure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_WORDS = 2000
 
 
 class GroupPool:
-    """Every group that a plan may use, and one more for control messages.
+    """A `GroupPool` holds every process group that a plan may use, and one more for control messages.
 
     Creating a group is itself a collective, so all of them are made here, eagerly, in one order: planning never has to
     wait for communication. Only aligned blocks are needed, so a rank belongs to one group of each degree. A timeout is
@@ -85,6 +85,7 @@ class GroupPool:
         self.control = _new_group(None, self._control_timeout_s, backend="gloo")
         if self._degrees:
             self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
+        # every rank makes every group, also those that it is not in: torch numbers groups by the order of their making
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
                 self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
@@ -93,31 +94,31 @@ class GroupPool:
                         dist.all_reduce(torch.zeros(1, device=self._device), group=self._groups[ranks])
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The process group of these ranks; None for a single rank, which needs none."""
+        """Return the process group of these ranks; None for a single rank, which needs none."""
         return self._groups[ranks] if len(ranks) > 1 else None
 
     def include(self, others: Iterable[dist.ProcessGroup]) -> None:
-        """Let groups that somebody else has made, and uses within steps, be in haste with the rest."""
+        """Let groups that somebody else has made, and uses within steps, hurry and relax with the rest."""
         was_in_haste = bool(self._usual)
-        self.relax()
+        self.relax()  # those that are left out now must get back the timeout that they had
         self._others = tuple(others)
         if was_in_haste:
             self.hurry()
 
     def hurry(self) -> None:
-        """From now on ranks wait for each other, in whatever they do together, no longer than in a group."""
+        """Let ranks wait for each other, in whatever they do together, no longer than in a group, from now on."""
         if self.control is None or self._usual:
             return
         for group in dict.fromkeys((self.control, _default_group(), *self._others)):
             usual = [(backend, backend.options._timeout) for backend in _backends(group)]
             self._usual[group] = usual
             if slower := [(backend, limit) for backend, limit in usual if limit > self._limit]:
-                _mark(group, IN_HASTE)
+                _mark(group, IN_HASTE)  # an error says which setting to raise, and it is this one as long as they hurry
                 for backend, _ in slower:
                     backend._set_default_timeout(self._limit)
 
     def relax(self) -> None:
-        """From now on they wait as long as the job allows."""
+        """Let ranks wait for each other as long as the job allows, from now on."""
         for group, usual in self._usual.items():
             _mark(group, "")
             for backend, limit in usual:
@@ -126,7 +127,7 @@ class GroupPool:
 
     @contextmanager
     def relaxed(self) -> Iterator[None]:
-        """Meanwhile they wait as long as the job allows: some save, or evaluate, and others wait for them."""
+        """Return a context in which ranks wait as long as the job allows: some save, and others wait for them."""
         was_in_haste = bool(self._usual)
         self.relax()
         try:
@@ -144,17 +145,18 @@ class GroupPool:
         members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
         self._groups, self.control = {}, None
         for group in members:
-            if dist.is_initialized():
+            if dist.is_initialized():  # a script may have ended torch.distributed before
                 dist.destroy_process_group(group)
 
 
 def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
+    """Make a process group of some ranks; None: of all. A collective of all ranks, whether they are in it or not."""
     group: Any = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend)
     return group  # for a rank outside, torch's placeholder
 
 
 def limit_of(group: dist.ProcessGroup | None = None) -> str:
-    """The setting that says how long ranks may wait in a group of all of them; None: the default one."""
+    """Return the setting that says how long ranks may wait in a group of all of them; None: the default one."""
     if not dist.is_initialized():
         return JOB_LIMIT
     group = _default_group() if group is None else group
@@ -162,13 +164,14 @@ def limit_of(group: dist.ProcessGroup | None = None) -> str:
 
 
 def _default_group() -> dist.ProcessGroup:
+    """Return the process group that `init_process_group` has made."""
     return dist.distributed_c10d._get_default_group()  # pyright: ignore[reportPrivateUsage]
 
 
 def _backends(group: dist.ProcessGroup) -> list[Any]:
-    """Those of a group that have a limit, which is asked for with each operation."""
-    found: list[Any] = [group._get_backend(device) for device in group._device_types]  # pyright: ignore[reportPrivateUsage]
-    return [backend for backend in found if hasattr(backend, "options") and hasattr(backend, "_set_default_timeout")]
+    """Return those of a group's backends that have a timeout, which they look up for each operation."""
+    backends: list[Any] = [group._get_backend(device) for device in group._device_types]  # pyright: ignore[reportPrivateUsage]
+    return [backend for backend in backends if hasattr(backend, "options") and hasattr(backend, "_set_default_timeout")]
 
 
 def _mark(group: dist.ProcessGroup, note: str) -> None:
@@ -177,7 +180,8 @@ def _mark(group: dist.ProcessGroup, note: str) -> None:
 
 
 def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
-    """Wait for what a group of all ranks does, and say so once that takes long."""
+    """Wait for a collective of all ranks, and say so once that takes long."""
+    # a wait that runs out leaves the collective as it is, until its own limit: the next wait takes it up again
     waited_s, word_s = 0.0, WORD_AFTER_S
     while dist.get_rank() in SPEAKERS:
         try:
@@ -232,7 +236,7 @@ def named(
 
 
 def is_of_ranks(error: RuntimeError) -> bool:
-    """Whether it says that another rank has gone, or is late."""
+    """Return whether an error says that another rank has gone, or is late."""
     return any(word in str(error) for word in LOST_PEER) and not isinstance(error, torch.OutOfMemoryError)
 
 
@@ -253,7 +257,7 @@ def forget_errors() -> None:
 
 
 def _why_gone() -> str:
-    """What the rank that has gone left word of; it may still be about to."""
+    """Return what the rank that has gone left word of; it may still be about to."""
     until = time.monotonic() + PATIENCE_S
     with suppress(Exception):
         store = _store()
@@ -266,8 +270,10 @@ def _why_gone() -> str:
 
 
 def _store() -> Any:
+    """Return the store in which the ranks of a job have found each other."""
     return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
 
 
 def _key(rank: int) -> str:
+    """Return the key under which a rank leaves word of why it ends."""
     return f"hf_hetero/why-rank-{rank}-ended"

@@ -1,4 +1,4 @@
-"""How a run spreads its weights over ranks: what was asked for, what runs, and that the two are the same.
+"""This module knows how a run spreads its weights over ranks: what was asked for, what runs, and that both agree.
 
 Accelerate ignores FSDP without a word where it does not apply (CPU, a single process), so nothing is taken on trust:
 what was asked for is read from the arguments and the launcher's environment, and compared with the wrapper that
@@ -30,7 +30,7 @@ FSDP2_LINES = (
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How weights are spread.
+    """`Sharding` says how weights are spread.
 
     Args:
         is_sharded: each rank holds a part of every weight (FSDP2), and layers are gathered while they compute; else
@@ -47,10 +47,11 @@ class Sharding:
 
 
 def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Sharding:
-    """What accelerate will do with this trainer's model, and how often gradients are synchronised."""
+    """Return what accelerate will do with this trainer's model, and how often gradients are synchronised."""
     recomputes = bool(trainer.args.activation_checkpointing)
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
+        # DDP holds whole gradients anyway, so one reduction a step is less to send and costs no memory
         return Sharding(checkpointing=recomputes, syncs_each=bool(sync_each_micro_batch))
     return Sharding(
         is_sharded=True,
@@ -61,7 +62,7 @@ def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Shardin
 
 
 def argument_problems(args: TrainingArguments) -> Iterator[str]:
-    """Why what the arguments or the launcher ask for is refused, in words."""
+    """Give the reasons to refuse what the arguments or the launcher ask for, in words."""
     if args.deepspeed or _launched_with("DEEPSPEED"):
         yield (
             "DeepSpeed's engine reduces and steps by a number of micro-batches fixed at start, and plans vary it; "
@@ -78,11 +79,11 @@ def argument_problems(args: TrainingArguments) -> Iterator[str]:
 
 
 def trainer_problems(trainer: Trainer) -> Iterator[str]:
-    """Why what accelerate makes of it is refused, in words."""
-    found = getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type)
-    if asks_for_fsdp(trainer.args) and found != "FSDP":
+    """Give the reasons to refuse what accelerate makes of the arguments, in words."""
+    kind = getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type)
+    if asks_for_fsdp(trainer.args) and kind != "FSDP":
         yield (
-            f"FSDP was asked for, and accelerate runs {found} here, as it does on CPU and with a single process; "
+            f"FSDP was asked for, and accelerate runs {kind} here, as it does on CPU and with a single process; "
             "start several processes on GPUs, or take FSDP out of the configuration."
         )
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
@@ -90,7 +91,7 @@ def trainer_problems(trainer: Trainer) -> Iterator[str]:
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
-    """Whether the arguments or `accelerate launch` ask for FSDP."""
+    """Return whether the arguments or `accelerate launch` ask for FSDP."""
     return bool(args.fsdp) or _launched_with("FSDP")
 
 
@@ -105,7 +106,7 @@ def forget_evaluation(trainer: Trainer) -> None:
 
 @contextmanager
 def saying_why_not_again() -> Iterator[None]:
-    """A context of a training that accelerate prepares: where it cannot shard a model again, say what can be done.
+    """Return a context in which accelerate prepares a training: if it cannot shard a model again, say what can be done.
 
     A model under FSDP2 that was trained and then evaluated cannot be prepared for another training, by a plain Trainer
     neither: its weights are sharded already, and accelerate looks for the whole ones that the new optimizer was given.
@@ -126,7 +127,7 @@ def saying_why_not_again() -> Iterator[None]:
 
 
 def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
-    """The wrapper that training runs in is the one that was asked for.
+    """Refuse a wrapper that training runs in, if it is not the one that was asked for.
 
     Raises:
         HeteroError: it is another one; gradients would not be synchronised, or memory not shared.
@@ -141,19 +142,20 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
 
 
 def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
-    """The process groups among whose ranks a model's weights are spread, each once; of weights that are whole, none."""
+    """Return the process groups among whose ranks a model's weights are spread, each once; for whole weights, none."""
     meshes = dict.fromkeys(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
     return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
 
 
 @contextmanager
 def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """A context in which backward synchronises gradients, or only adds them up, whatever Trainer's loop asks for."""
+    """Return a context in which backward synchronises gradients, or only adds them up, whatever Trainer asks for."""
     inside: Any = getattr(model, "_orig_mod", model)
     if not now:
         with trainer.accelerator.no_sync(model=model):
             yield
     elif isinstance(inside, DistributedDataParallel):
+        # Trainer's loop accumulates over its own batches, and has turned this off for all but the last of them
         before, inside.require_backward_grad_sync = inside.require_backward_grad_sync, True
         yield
         inside.require_backward_grad_sync = before
@@ -164,4 +166,5 @@ def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterat
 
 
 def _launched_with(name: str) -> bool:
+    """Return whether `accelerate launch` was told to use something."""
     return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"  # set by accelerate launch

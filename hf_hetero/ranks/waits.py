@@ -1,4 +1,4 @@
-"""A word about waits that take long, from a thread that looks: whoever waits inside a model cannot say so itself.
+"""This module warns of waits that take long, from a thread that looks: who waits inside a model cannot do so itself.
 
 An exchange of attention blocks its thread until all ranks of its group have come to it, in gloo's code, where a limit
 that runs out ends the group's connections. So it is not asked to wait for a shorter time first, as control messages
@@ -24,7 +24,7 @@ LOOKS_PER_WORD = 4
 
 
 class Waits:
-    """What this rank waits for now, and a thread that says so once that takes long, ever more rarely.
+    """`Waits` is what this rank waits for now, and a thread that says so once that takes long, ever more rarely.
 
     Args:
         rank: for the words.
@@ -41,7 +41,7 @@ class Waits:
 
     @contextmanager
     def noted(self, operation: str, where: str) -> Iterator[None]:
-        """While this thread waits."""
+        """Return a context in which this thread waits for other ranks."""
         thread = threading.get_ident()
         self._notes[thread] = time.monotonic(), operation, where
         try:
@@ -55,10 +55,11 @@ class Waits:
         self._thread.join()
 
     def _look(self) -> None:
-        said: dict[int, tuple[tuple[float, str, str], float]] = {}  # by thread: the wait, and when it is said again
+        """Look at the notes a few times in the time after which a word is due."""
+        words: dict[int, tuple[tuple[float, str, str], float]] = {}  # by thread: the wait, and when it is said again
         while not self._ended.wait(self._word_after_s / LOOKS_PER_WORD):
-            for thread, note in self._notes.copy().items():
-                last, after_s = said.get(thread, (None, 0.0))
+            for thread, note in self._notes.copy().items():  # others add and remove notes meanwhile
+                last, after_s = words.get(thread, (None, 0.0))
                 after_s = after_s if last is note else self._word_after_s
                 waited_s = time.monotonic() - note[0]
                 if waited_s >= after_s:
@@ -70,9 +71,9 @@ class Waits:
                         self._limit,
                     )
                     after_s = 2 * waited_s
-                said[thread] = note, after_s
+                words[thread] = note, after_s
 
 
 def noted(waits: Waits | None, operation: str, where: str) -> Any:
-    """A context in which a wait is noted; None: nobody says so."""
+    """Return a context in which a wait is noted; None: nobody says so."""
     return nullcontext() if waits is None else waits.noted(operation, where)

@@ -1,1 +1,1 @@
-"""The room of samples: what the rows of a dataset hold."""
+"""This room says what the rows of a dataset hold."""

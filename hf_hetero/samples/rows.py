@@ -1,4 +1,4 @@
-"""One row, as it is read: how many tokens it has, and whether it can be a sample at all."""
+"""This module looks at one row, as it is read: how many tokens it has, and whether it can be a sample at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKED_COLUMN = "seq_lengths"
 
 
 def tokens_of_row(example: Mapping[str, Any], row: int) -> int:
-    """Tokens of one example that are not padding.
+    """Return the tokens of one example that are not padding.
 
     Raises:
         BadSample: no `input_ids`, or nested ones, with its row.
@@ -29,26 +29,27 @@ def tokens_of_row(example: Mapping[str, Any], row: int) -> int:
 
 
 def as_array(values: Any) -> NDArray[Any]:
-    """Lists, arrays, and tensors wherever they lie, as an array."""
+    """Return lists, arrays, and tensors wherever they lie, as an array."""
     return np.asarray(values.cpu() if hasattr(values, "cpu") else values)
 
 
 def documents_of_row(example: Mapping[str, Any]) -> list[int] | None:
-    """Tokens of each document of a packed row; None: it was not packed."""
+    """Return the tokens of each document of a packed row; None: it was not packed."""
     return list(map(int, example[PACKED_COLUMN])) if PACKED_COLUMN in example else None
 
 
 def is_nested(ids: Any) -> bool:
-    """Whether tokens are not simply one after the other: lists of lists, arrays of other than one dimension."""
+    """Return whether tokens are not simply one after the other: lists of lists, arrays of other than one dimension."""
     if hasattr(ids, "ndim"):
         return ids.ndim != 1
+    # a list may hold tensors of no dimension, which have a `__len__` that raises
     return (
         len(ids) > 0 and hasattr(ids[0], "__len__") and not isinstance(ids[0], str) and getattr(ids[0], "ndim", 1) > 0
     )
 
 
 def nested(name: str) -> BadSample:
-    """What is wrong with a row that is a batch of rows."""
+    """Say what is wrong with a row that is a batch of rows."""
     return BadSample(
         f"{name}: input_ids is nested, a batch of rows where one row of tokens is needed, shape (num_tokens,). "
         "Keep its first entry, or tokenise each row without return_tensors."
@@ -56,7 +57,7 @@ def nested(name: str) -> BadSample:
 
 
 def checked(lengths: NDArray[np.int64], first: int = 0) -> NDArray[np.int64]:
-    """The same, if each row has a token.
+    """Return the same lengths, if each row has a token.
 
     Args:
         lengths: tokens of rows that follow one another, shape (num_rows,).

@@ -1,4 +1,4 @@
-"""Which samples the rows of a dataset hold: usually one each; several where rows were packed, or are too long.
+"""This module says which samples rows hold: usually one each; several where rows were packed, or are too long.
 
 A step draws rows, as Trainer would. The planner shares out samples: stretches of a row that attend to nothing outside.
 """
@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Stretches of rows. Arrays of int64.
+    """`Samples` are stretches of rows, as arrays of int64.
 
     Args:
         row_tokens: tokens of each row, shape (num_rows,).
@@ -34,20 +34,21 @@ class Samples:
     lengths: Integers
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.row_tokens)
 
     def fingerprint(self) -> str:
-        """The same for the same samples."""
+        """Return a fingerprint, which is the same for the same samples."""
         content = hashlib.sha256()
         for values in (self.row_tokens, self.first, self.starts, self.lengths):
             content.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
         return content.hexdigest()[:16]
 
     def of(self, rows: Sequence[int]) -> Drawn:
-        """The samples of some rows, row by row."""
+        """Return the samples of some rows, row by row."""
         picked = np.asarray(rows, dtype=np.int64)
         counts = self.first[picked + 1] - self.first[picked]
+        # all at once, for a batch may have many rows: numbers of one row's samples are its first one and what follows
         before = np.cumsum(counts) - counts
         numbers = np.arange(counts.sum()) + np.repeat(self.first[picked] - before, counts)
         row_of = np.repeat(picked, counts)
@@ -61,7 +62,7 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Samples of a step: for each, the row it is of, where it starts in it, its tokens, and those of the whole row."""
+    """`Drawn` are the samples of a step: for each, its row, where it starts there, its tokens, and the row's tokens."""
 
     rows: tuple[int, ...]
     starts: tuple[int, ...]
@@ -69,7 +70,8 @@ class Drawn:
     row_tokens: tuple[int, ...]
 
     def kept_starts(self) -> tuple[int, ...]:
-        """Where each sample starts among those tokens of its row that are in any sample: others were cut off."""
+        """Return where each sample starts among the tokens of its row that are in any sample: others were cut off."""
+        # samples of a row stand in its order, so that each starts where those before it end
         ends: dict[int, int] = {}
         starts: list[int] = []
         for row, length in zip(self.rows, self.lengths, strict=True):
@@ -79,13 +81,13 @@ class Drawn:
 
 
 def whole_rows(lengths: Integers | Sequence[int]) -> Samples:
-    """Each row is one sample."""
+    """Return samples of which each is a whole row."""
     tokens = np.asarray(lengths, dtype=np.int64)
     return Samples(tokens, np.arange(len(tokens) + 1), np.zeros_like(tokens), tokens)
 
 
 def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: Integers) -> Samples:
-    """Rows that were packed: each of their documents is a sample.
+    """Return the samples of rows that were packed: each of their documents is one.
 
     Args:
         row_tokens: shape (num_rows,).
@@ -95,6 +97,7 @@ def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: 
     Raises:
         BadSample: a row whose documents are not all of it.
     """
+    # documents are counted through the whole dataset, and so are their tokens: a row's are differences of these sums
     first = np.concatenate([[0], np.cumsum(num_documents)])
     ends = np.concatenate([[0], np.cumsum(document_tokens)])
     for row in np.flatnonzero(ends[first[1:]] - ends[first[:-1]] != row_tokens)[:1]:
@@ -109,7 +112,7 @@ def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: 
 
 
 def samples_of(lengths: Integers, documents: Sequence[Sequence[int] | None] | None) -> Samples:
-    """The samples of rows of so many tokens.
+    """Return the samples of rows of so many tokens.
 
     Args:
         lengths: tokens of each row, shape (num_rows,).
@@ -120,13 +123,13 @@ def samples_of(lengths: Integers, documents: Sequence[Sequence[int] | None] | No
     """
     if documents is None or not any(row is not None for row in documents):
         return whole_rows(lengths)
-    held = [[int(length)] if row is None else list(row) for row, length in zip(documents, lengths, strict=True)]
-    num_documents = np.fromiter(map(len, held), dtype=np.int64, count=len(held))
-    return packed_rows(lengths, num_documents, np.asarray([n for row in held for n in row], dtype=np.int64))
+    by_row = [[int(length)] if row is None else list(row) for row, length in zip(documents, lengths, strict=True)]
+    num_documents = np.fromiter(map(len, by_row), dtype=np.int64, count=len(by_row))
+    return packed_rows(lengths, num_documents, np.asarray([n for row in by_row for n in row], dtype=np.int64))
 
 
 def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, str]:
-    """Samples of at most so many tokens, and in words what was done about longer ones; "" if there were none.
+    """Return samples of at most so many tokens, and in words what was done about longer ones; "" if none were.
 
     Args:
         samples: of the dataset.
@@ -149,8 +152,9 @@ def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, s
         )
     if policy == "truncate":
         cut = int((samples.lengths[longer] - most_tokens).sum())
-        kept = np.minimum(samples.lengths, most_tokens)
-        return Samples(samples.row_tokens, samples.first, samples.starts, kept), f"{what}; {cut} tokens are cut off."
+        lengths = np.minimum(samples.lengths, most_tokens)
+        return Samples(samples.row_tokens, samples.first, samples.starts, lengths), f"{what}; {cut} tokens are cut off."
+    # each sample in as few parts as do, all full but its last; `offset` is where a part starts in its sample
     parts = -(-samples.lengths // most_tokens)
     before = np.concatenate([[0], np.cumsum(parts)])
     offset = (np.arange(before[-1]) - np.repeat(before[:-1], parts)) * most_tokens

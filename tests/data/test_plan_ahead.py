@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from helpers import LENGTHS, ScriptedPlanner
+from helpers import LENGTHS, ScriptedPlanner, ScriptedSource
 from planner.reference import small_cost
 
 from hf_hetero import InfeasibleBatch, Plan, Planner
 from hf_hetero.data import plan_ahead
 from hf_hetero.data.loader import draws_of
-from hf_hetero.data.plan_ahead import PlanAhead, PlanSource, planned_elsewhere
+from hf_hetero.data.plan_ahead import PlanAhead, planned_elsewhere
 from hf_hetero.data.sampler import GlobalBatches
 from hf_hetero.planner import PlannerProcess
 from hf_hetero.samples.samples import whole_rows
@@ -27,7 +27,7 @@ BATCHES = GlobalBatches(len(LENGTHS), 8, seed=3)
 
 
 def make(plan: Any, num_ahead: int = 2, fallback: Any = None, improve: Any = None) -> PlanAhead:
-    source = PlanSource(plan, fallback or ScriptedPlanner(4).plan, improve)
+    source = ScriptedSource(plan, fallback or ScriptedPlanner(4).plan, improve or (lambda plan, _: plan))
     return PlanAhead(source, draws_of(BATCHES, whole_rows(LENGTHS)), num_ahead)
 
 
@@ -183,12 +183,31 @@ def test_plans_from_another_process() -> None:
     assert replace(source.plan(LENGTHS), planning_s=here.planning_s) == here
     with pytest.raises(InfeasibleBatch):
         source.plan([10**9])
-    assert source.improve is not None
     assert source.improve(here, LENGTHS).seconds <= here.seconds
-    assert source.fallback(LENGTHS).seconds >= here.seconds
+    assert source.static(LENGTHS).seconds >= here.seconds
     source.close()
     with pytest.raises(RuntimeError, match="closed"):
         source.plan(LENGTHS)
+
+
+def test_a_planner_is_a_source_as_it_is() -> None:
+    """A `Planner` has the three verbs, and nothing that must be closed."""
+    planner = Planner(COST, 4, solver="fast")
+    ahead = PlanAhead(planner, draws_of(BATCHES, whole_rows(LENGTHS)), 1)
+    step = ahead.step(0, 0)
+    assert step is not None
+    assert replace(planner.plan(step.lengths), planning_s=step.plan.planning_s) == step.plan
+    ahead.close()
+
+
+def test_plans_that_nobody_improves_stay_as_they_are() -> None:
+    """Where plans are not to be improved, a plan comes back as it is, and no process is there to improve it."""
+    planner = Planner(COST, 4)
+    source = planned_elsewhere(lambda: planner, improves=False)
+    plan = planner.static(LENGTHS)
+    assert source.improve(plan, LENGTHS) is plan
+    assert source.improving is None
+    source.close()
 
 
 def test_plans_made_before_a_refit_stay_as_they_are() -> None:
@@ -197,7 +216,6 @@ def test_plans_made_before_a_refit_stay_as_they_are() -> None:
     source = planned_elsewhere(lambda: planners[-1], improves=True)
     plan = source.plan(LENGTHS)
     planners.append(Planner(replace(COST, linear_s_per_token=3 * COST.linear_s_per_token), 4))
-    assert source.improve is not None
     assert source.improve(plan, LENGTHS) is plan
     source.close()
 
@@ -206,7 +224,7 @@ def test_a_planner_that_hangs_costs_a_plan_but_no_step(caplog: pytest.LogCapture
     """After the limit the step has a simpler plan, and the reason is said in words."""
     planner = Planner(COST, 4)
     process = PlannerProcess(lambda: planner)
-    source = PlanSource(process.plan, planner.static, close=process.close)
+    source = ScriptedSource(process.plan, planner.static, close=process.close)
     ahead = PlanAhead(source, draws_of(BATCHES, whole_rows(LENGTHS)), 0)
     ahead.step(0, 0)
     assert process._process is not None

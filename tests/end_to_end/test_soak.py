@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ScriptedPlanner, arguments, run_ranks, samples, tiny_model
+from helpers import ScriptedPlanner, ScriptedSource, arguments, run_ranks, samples, tiny_model
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroTrainer
@@ -49,7 +49,7 @@ class FaultyTrainer(HeteroTrainer):
                 raise MemoryError("an improver's trouble")
             return plan
 
-        return PlanSource(plan, planner.plan, improve)
+        return ScriptedSource(plan, planner.plan, improve)
 
 
 class Watch(TrainerCallback):

@@ -1,1 +1,1 @@
-"""Of data that can only be iterated: read ahead by one rank, and dealt out to those who need it."""
+"""This folder reads data that can only be iterated ahead on one rank, and deals them out to those who need them."""

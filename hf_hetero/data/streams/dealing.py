@@ -1,4 +1,4 @@
-"""Rank 0 deals a stream's examples out to the ranks that need them, step by step."""
+"""This module deals a stream's examples out from rank 0 to the ranks that need them, step by step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Examples = Mapping[int, Example]
 
 @dataclass(frozen=True, slots=True)
 class Dealt:
-    """A rank's share of a step, and the examples it needs: pickled, where they leave the process that read them."""
+    """`Dealt` is a rank's share of a step, with its examples: pickled, where they leave the process that read them."""
 
     share: StepShare
     examples: Examples | bytes
 
 
 class StreamSampler(Sampler[Dealt]):
-    """Batch sampler whose items are whole optimizer steps: this rank's share of each, with its examples.
+    """A `StreamSampler` gives whole optimizer steps: this rank's share of each, with its examples.
 
     One iteration is one epoch of the stream. The epochs are counted here, from where a checkpoint left the stream.
 
@@ -65,7 +65,7 @@ class StreamSampler(Sampler[Dealt]):
         self._has_ended = False
 
     def __len__(self) -> int:
-        """Steps of an epoch.
+        """Return the steps of an epoch.
 
         Raises:
             TypeError: the stream does not know, which is how `Trainer` asks.
@@ -75,9 +75,10 @@ class StreamSampler(Sampler[Dealt]):
         return self._num_steps
 
     def __iter__(self) -> Iterator[Dealt]:
-        """The steps of an epoch in order."""
+        """Give the steps of an epoch in order."""
         if self._next is None:
             num_trained = self._num_trained()
+            # rank 0 alone has read the stream; all ranks count on from the same place, for they ask for plans by it
             self._next = broadcast(lambda: self._enter(num_trained), self._control)
         else:
             self._next = self._go_on(*self._next)
@@ -85,17 +86,18 @@ class StreamSampler(Sampler[Dealt]):
         epoch, index = self._next
         while (step := self._plan_step(epoch, index)) is not None:
             index += 1
-            self._next = epoch, index
+            self._next = epoch, index  # before the yield, after which nobody may come back
             yield self._deal(step)
         self._end(epoch, index)
 
     def _enter(self, num_trained: int) -> Key:
-        """Begin to read with the step after those trained; on rank 0."""
+        """Begin to read with the step after those trained, and return its place; on rank 0."""
         assert self._stream is not None
         if self._kept is not None or not self._skips:
             position = self._kept or Position()
             self._stream.start(position, num_trained)
             return position.epoch, position.batches
+        # the checkpoint does not say how many batches each epoch had, so steps are counted from the start
         self._stream.start(Position(), 0)
         epoch = index = 0
         while self._stream.num_taken < num_trained:
@@ -108,7 +110,9 @@ class StreamSampler(Sampler[Dealt]):
         return epoch, index
 
     def _go_on(self, epoch: int, index: int) -> Key:
-        """To the next epoch: the last one had ended, maybe without being asked whether it had; or was left early."""
+        """Go to the next epoch: the last one had ended, maybe without being asked whether it had; or was left early."""
+        # `Trainer` stops asking after the steps that the stream's length promises; `_next` and the length are the same
+        # on all ranks, so that all of them ask here, or none
         if not self._has_ended and index == self._num_steps and self._plan_step(epoch, index) is None:
             self._end(epoch, index)
         following = epoch + 1, 0
@@ -117,12 +121,13 @@ class StreamSampler(Sampler[Dealt]):
         return following
 
     def _end(self, epoch: int, index: int) -> None:
+        """Note that an epoch has ended, and let the stream note where the next one begins."""
         if self._stream is not None:
             self._stream.take(epoch, index, self._num_trained())
         self._has_ended = True
 
     def _deal(self, step: Step) -> Dealt:
-        """This rank's examples, from rank 0."""
+        """Return this rank's examples, which rank 0 hands out. A collective of all ranks."""
         parts: list[Examples | bytes | HeteroError] | None = None
         if self._stream is not None:
             batch = self._stream.take(step.epoch, step.index, self._num_trained())
@@ -130,27 +135,29 @@ class StreamSampler(Sampler[Dealt]):
             examples = {position: batch.examples[row] for position, row in enumerate(step.rows)}
             parts = [examples] if self._stays else [*pickled_parts(step, examples)]
         rank = dist.get_rank() if self._control is not None else 0
-        mine = scatter(parts, self._control)
-        if isinstance(mine, HeteroError):
-            raise mine
-        return Dealt(StepShare(step, rank), mine)
+        own = scatter(parts, self._control)
+        # an error travels as a value, so that every rank has taken part in the exchange when it is raised
+        if isinstance(own, HeteroError):
+            raise own
+        return Dealt(StepShare(step, rank), own)
 
 
 def pickled_parts(step: Step, examples: Examples) -> Sequence[bytes | HeteroError]:
-    """The examples each rank needs; or for every rank why they cannot be given away."""
+    """Pickle the examples that each rank needs; or give every rank the reason why that cannot be done."""
     try:
-        return [pickle.dumps({n: examples[n] for n in sorted(held)}) for held in samples_by_rank(step)]
+        return [pickle.dumps({n: examples[n] for n in sorted(needed)}) for needed in samples_by_rank(step)]
     except Exception as error:  # pickle raises errors of many kinds, and what an example's own methods do
         return [_cannot_travel(step, examples, error)] * step.plan.num_ranks
 
 
 def _cannot_travel(step: Step, examples: Examples, error: Exception) -> HeteroError:
+    """Say which example cannot be pickled, and why."""
     what = "An example of the stream"
     for position, example in examples.items():
         try:
             pickle.dumps(example)
-        except Exception as found:
-            what, error = f"Row {step.rows[position]} of the stream, with {sorted(example)},", found
+        except Exception as raised:
+            what, error = f"Row {step.rows[position]} of the stream, with {sorted(example)},", raised
             break
     return HeteroError(
         f"{what} cannot be handed to other processes: {type(error).__name__}: {error}. Let the stream give lists, "
@@ -159,7 +166,7 @@ def _cannot_travel(step: Step, examples: Examples, error: Exception) -> HeteroEr
 
 
 class DealtDataset(Dataset[StepExamples]):
-    """Opens what was dealt.
+    """A `DealtDataset` opens what was dealt.
 
     Args:
         num_rows: of the stream, where it knows.
@@ -169,7 +176,7 @@ class DealtDataset(Dataset[StepExamples]):
         self._num_rows = num_rows
 
     def __len__(self) -> int:
-        """Examples of the stream.
+        """Return the examples of the stream.
 
         Raises:
             TypeError: it does not know.
@@ -179,6 +186,6 @@ class DealtDataset(Dataset[StepExamples]):
         return self._num_rows
 
     def __getitems__(self, dealt: Dealt) -> StepExamples:
-        """This rank's examples of a step."""
+        """Return this rank's examples of a step."""
         examples: Any = dealt.examples
         return StepExamples(dealt.share, pickle.loads(examples) if isinstance(examples, bytes) else examples)

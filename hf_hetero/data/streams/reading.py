@@ -1,4 +1,4 @@
-"""One reading of a dataset that can only be iterated: its batches from any position on, and the position after each."""
+"""This module reads a dataset that can only be iterated: batches from any position on, and the position after each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Example = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a stream has been read.
+    """A `Position` says how far a stream has been read.
 
     Args:
         epoch: how often it has ended.
@@ -42,13 +42,13 @@ class Position:
     contents: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the position for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of one step, the examples that hold them by row, and the position after it."""
+    """A `Batch` is the samples of one step, the examples that hold them by row, and the position after it."""
 
     drawn: Drawn
     examples: Mapping[int, Example]
@@ -56,7 +56,7 @@ class Batch:
 
 
 class Reading:
-    """Makes batches of a dataset's examples.
+    """A `Reading` makes batches of a dataset's examples.
 
     Args:
         dataset: iterable; `set_epoch(epoch)` is called before each time it is started, where it has that method.
@@ -79,7 +79,7 @@ class Reading:
         self._has_state = tells_where_it_is(dataset)
 
     def batches(self, position: Position, wanted: Callable[[], bool]) -> Iterator[Batch]:
-        """What follows a position, up to the end of the epoch, or until nobody wants more.
+        """Give the batches after a position, up to the end of the epoch, or until nobody wants more.
 
         Raises:
             BadSample: an example that cannot be planned for; or the dataset is not the one that was read before.
@@ -88,7 +88,7 @@ class Reading:
         for example in self._open(position, wanted):
             if not wanted():
                 return
-            rows.append(self._kept(example))
+            rows.append(self._with_wanted_columns(example))
             if len(rows) == self._batch_size:
                 batch = self._batch(rows, position)
                 position, rows = batch.after, []
@@ -97,7 +97,7 @@ class Reading:
             yield self._batch(rows, position)
 
     def _open(self, position: Position, wanted: Callable[[], bool]) -> Iterator[Example]:
-        """The examples from a position on."""
+        """Return the examples from a position on."""
         dataset = self._dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(position.epoch)
@@ -105,7 +105,8 @@ class Reading:
             generator.manual_seed(self._seed + position.epoch)
         if position.state is not None:
             if position.contents is not None:
-                self._check(position, checksum_of([self._kept(row) for row in islice(iter(dataset), 1)]))
+                # a state leads back without the rows before it: only the first is read, and before the state is loaded
+                self._check(position, checksum_of([self._with_wanted_columns(row) for row in islice(iter(dataset), 1)]))
             dataset.load_state_dict(position.state)
             return iter(dataset)
         examples, checksum = iter(dataset), 0
@@ -116,12 +117,16 @@ class Reading:
         for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
             if not wanted() or (example := next(examples, None)) is None:
                 raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
-            checksum = checksum_of([self._kept(example)], checksum)
+            checksum = checksum_of([self._with_wanted_columns(example)], checksum)
         self._check(position, checksum)
         return examples
 
     def _check(self, position: Position, checksum: int) -> None:
-        """What was read again is what was read before."""
+        """Refuse a stream of which other rows were read again than were trained on.
+
+        Raises:
+            BadSample: it is another one, with the remedy.
+        """
         if position.contents not in (None, checksum):
             raise BadSample(
                 f"The stream is not the one that was trained on: rows of epoch {position.epoch} that were trained are "
@@ -129,11 +134,12 @@ class Reading:
                 "with ignore_data_skip=True."
             )
 
-    def _kept(self, example: Example) -> Example:
-        """The columns of an example that are wanted."""
+    def _with_wanted_columns(self, example: Example) -> Example:
+        """Return an example without the columns that nobody asked for."""
         return example if self._names is None else {n: x for n, x in example.items() if n in self._names}
 
     def _batch(self, examples: list[Example], position: Position) -> Batch:
+        """Make a batch of the examples after a position; the dataset has been read to their end, and no further."""
         first = position.rows
         try:
             samples = self._samples_of(examples)
@@ -149,18 +155,20 @@ class Reading:
 
     @staticmethod
     def _contents(examples: list[Example], position: Position, state: dict[str, Any] | None) -> int | None:
+        """Return the checksum that the position after these examples holds: see `Position.contents`."""
         if not position.rows:
             return checksum_of(examples if state is None else examples[:1])
+        # one of a single row and one of all rows cannot be told apart later, so that none follows another
         if position.contents is None or (state is None) != (position.state is None):
             return None
         return checksum_of(examples, position.contents) if state is None else position.contents
 
     def _state(self) -> dict[str, Any] | None:
-        """The dataset's own account of where it is, if that can be trusted and written down."""
+        """Return the dataset's own account of where it is, if that can be trusted and written down."""
         if not self._has_state:
             return None
         state: dict[str, Any] = self._dataset.state_dict()
-        try:
+        try:  # a checkpoint is JSON: a state that comes back otherwise would lead to another place
             return state if json.loads(json.dumps(state)) == state else None
         except TypeError:
             return None

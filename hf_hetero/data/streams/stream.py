@@ -1,4 +1,4 @@
-"""Steps from a dataset that can only be read from its start to its end, such as a stream from the hub.
+"""This module makes steps of a dataset that can only be read from start to end, such as a stream from the hub.
 
 Rank 0 reads it, a bounded number of batches ahead of training, and deals each rank the examples its share needs. So the
 source is read once whatever the number of ranks, and need not give every rank the same.
@@ -30,7 +30,7 @@ WORD_EVERY_S = 60.0
 
 
 class Stream:
-    """Reads global batches in a thread, as far ahead as it is allowed to, and no further.
+    """A `Stream` reads global batches in a thread, as far ahead as it is allowed to, and no further.
 
     Args:
         reading: of the dataset.
@@ -52,7 +52,9 @@ class Stream:
         self.one_by_one, self._min_rows = one_by_one, min_rows
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._reader = 0  # the one whose batches count
+        # number of the reader whose batches count: one that was closed may still wait for its dataset, and must not
+        # put what it reads among the batches of the next one
+        self._reader = 0
         self._first: Key = (0, 0)
         self._ready: dict[Key, Batch] = {}
         self._num_batches: dict[int, int] = {}  # of the epochs that have ended
@@ -75,7 +77,7 @@ class Stream:
         self._thread.start()
 
     def batch(self, epoch: int, index: int) -> Batch | None:
-        """A batch that was not taken yet. Waits until it is read; None: the epoch, or all, ends before it.
+        """Return a batch that was not taken yet, once it is read; None: the epoch, or all, ends before it.
 
         Raises:
             BadSample: an example that cannot be planned for, or no example at all.
@@ -93,7 +95,7 @@ class Stream:
             return None
 
     def take(self, epoch: int, index: int, num_trained: int = 0) -> Batch | None:
-        """The same, and room for another. Positions of steps before `num_trained` are forgotten."""
+        """Return a batch and make room for another. Positions of steps before `num_trained` are forgotten."""
         batch = self.batch(epoch, index)
         with self._changed:
             if batch is not None:
@@ -108,13 +110,13 @@ class Stream:
         return batch
 
     def after(self, key: Key) -> Key:
-        """What follows a batch, as far as is known without waiting: another of its epoch, or the next epoch's first."""
+        """Return what follows a batch, as far as is known without waiting: of its epoch, or the next epoch's first."""
         epoch, index = key
         with self._changed:
             return (epoch + 1, 0) if index + 1 >= self._num_batches.get(epoch, index + 2) else (epoch, index + 1)
 
     def position(self, num_trained: int) -> Position | None:
-        """Where to go on after so many steps; None if they were not taken from this stream."""
+        """Return where to go on after so many steps; None if they were not taken from this stream."""
         with self._changed:
             return self._after.get(num_trained)
 
@@ -128,19 +130,23 @@ class Stream:
 
     @property
     def num_taken(self) -> int:
-        """Optimizer steps whose batches were taken."""
+        """Return the number of optimizer steps whose batches were taken."""
         return self._num_taken
 
     def _is_step(self, batch: Batch) -> bool:
+        """Return whether `Trainer` takes an optimizer step after a batch."""
         return len(batch.examples) >= self._min_rows
 
     def _is_known(self, key: Key) -> bool:
+        """Return whether a batch is there, or it is certain that it will never be."""
         return key in self._ready or self._is_past(key) or self._end is not False
 
     def _is_past(self, key: Key) -> bool:
+        """Return whether a batch is before the first one, or after its epoch's last."""
         return key < self._first or key[1] >= self._num_batches.get(key[0], key[1] + 1)
 
     def _run(self, position: Position, reader: int) -> None:
+        """Read until the end, and keep for those who wait how it came; in the reader's thread."""
         end: HeteroError | bool = True
         try:
             self._read(position, reader)
@@ -155,34 +161,35 @@ class Stream:
             self._changed.notify_all()
 
     def _read(self, position: Position, reader: int) -> None:
-        """Epoch after epoch, until one gives nothing."""
+        """Read epoch after epoch, until one gives nothing."""
         while True:
-            found = position.batches
+            index = position.batches
             for batch in self._reading.batches(position, lambda: reader == self._reader):
-                if not self._put((position.epoch, found), batch, reader):
+                if not self._put((position.epoch, index), batch, reader):
                     return
-                found += 1
+                index += 1
             if reader != self._reader:
                 return
-            if not found and not position.epoch:
+            if not index and not position.epoch:
                 raise BadSample("The stream has no examples.")
             with self._changed:
-                self._num_batches[position.epoch] = found
+                self._num_batches[position.epoch] = index
                 self._changed.notify_all()
-            if not found:
+            if not index:
                 logger.warning("The stream gives nothing when it is started anew: training ends here.")
-            if not found or self.one_by_one:
+            if not index or self.one_by_one:
                 return
             position = Position(epoch=position.epoch + 1)
 
     def _put(self, key: Key, batch: Batch, reader: int) -> bool:
-        """Keep it as soon as there is room; False if nobody wants another."""
+        """Keep a batch, and wait until there is room for the next; return False if nobody wants another."""
         with self._changed:
             if reader != self._reader:
                 return False
             self._ready[key] = batch
             self._num_read += self._is_step(batch)
             self._changed.notify_all()
+            # the last step is read: another epoch would be started for nobody, which may take minutes
             if self._num_steps is not None and self._num_read >= self._num_steps:
                 return False
             self._changed.wait_for(
@@ -192,12 +199,12 @@ class Stream:
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether it can only be iterated."""
+    """Return whether a dataset can only be iterated."""
     return not hasattr(dataset, "__getitem__") or isinstance(dataset, IterableDataset)
 
 
 def num_rows_of(dataset: Any) -> int | None:
-    """Examples of a stream that knows how many it has; None for others."""
+    """Return the examples of a stream that knows how many it has; None for others."""
     try:
         return len(dataset)
     except (TypeError, NotImplementedError):

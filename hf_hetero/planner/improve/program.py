@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from hf_hetero.config import Backend
 from hf_hetero.errors import HeteroError
 
-Backend = Literal["highs", "cbc"]
 Terms = Iterable[tuple[int, float]]
 TOLERANCE = 1 - 1e-5
 """What is left of a solver's bound when it satisfies rows to 1e-6 only."""
