@@ -121,7 +121,7 @@ class PlannedRun:
 
     @property
     def unlabelled_packer(self) -> PackedCollator:
-        """Return the packer for evaluation: rows have labels, or it makes them as training does, or there is no loss."""
+        """Return the packer for evaluation: it makes labels as training does, and needs none."""
         return replace(self.packer, makes_labels=self.packer.makes_labels or self.packer.says_so)
 
     def planning(self, source: PlanSource) -> Planning:
