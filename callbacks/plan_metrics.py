@@ -39,6 +39,7 @@ class PlanMetricsCallback(StepReportCallback):
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
         self._is_incomplete = False
+        # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
             self._without_failing(lambda: record_path(args).unlink(missing_ok=True))
 
@@ -132,7 +133,7 @@ class _Totals:
         self.planned_s += report.plan.seconds
         self.planning_s += report.plan.planning_s
         self.wait_s += report.wait_s
-        self.num_idle += report.idle_share is not None
+        self.num_idle += report.idle_share is not None  # under sharded weights nobody can tell it
         self.idle_share += report.idle_share or 0.0
         self.num_loads += len(report.expert_load)
         self.load += sum(report.expert_load)

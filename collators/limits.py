@@ -112,6 +112,7 @@ def _longest(model: Any) -> tuple[int, str] | None:
     """Find the tokens of the longest sample that a model's positions allow, and say why; None: of any length."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # some tables have rows that are no position, as the first two of OPT's
             return min(module.num_embeddings, model.config.max_position_embeddings), (
                 f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
             )

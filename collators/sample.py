@@ -170,7 +170,7 @@ def _per_token(values: Any, num_tokens: int) -> torch.Tensor | None:
         return None
     try:
         tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):  # text, or lists of unlike lengths
         return None
     return tensor if tensor.ndim and len(tensor) == num_tokens else None
 
@@ -188,7 +188,7 @@ def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
     if not len(tokens):
         return slice(0, 0)
     first, last = int(tokens[0]), int(tokens[-1])
-    if last - first + 1 != len(tokens):
+    if last - first + 1 != len(tokens):  # a slice cannot leave them out, and packed attention would see them
         raise BadSample(
             f"{name} has holes in its attention_mask: only padding at its ends can be left out. Remove the masked "
             "tokens from the row, or train with plain Trainer."

@@ -43,6 +43,7 @@ def pack_spans(
         inputs[name] = _joined([sample.inputs[name][at] for sample, at in parts], stands_in, 0)
     if any(sample.labels is None for sample, _ in parts):
         return inputs
+    # shifted in the whole sample, then cut: what a span's last token has to predict lies in another span
     targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
     if not unshifted:
         labels = [sample.labels[at] for sample, at in parts if sample.labels is not None]
@@ -57,14 +58,14 @@ def pack_spans(
 def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:
     """Join the values of tokens, one after the other, and of a token that stands in. Shape (1, num_tokens, ...)."""
     shape = values[0].shape[1:] if values else ()
-    kind = values[0].dtype if values else torch.long
+    kind = values[0].dtype if values else torch.long  # without tokens there are only columns of whole numbers
     extra = [torch.full((1, *shape), filling, dtype=kind)] if stands_in else []
     return torch.cat([*values, *extra]).unsqueeze(0)
 
 
 def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
     """Move each token's value to the token after it. Shape (1, num_tokens, ...)."""
-    moved = values.roll(1, dims=1)
+    moved = values.roll(1, dims=1)  # the last one, of the token that stands in, falls off: it has no target
     moved[:, 0] = filling
     return moved
 

@@ -165,11 +165,11 @@ def zigzag(lengths: Sequence[int], degree: int) -> Layout:
     work = [length * (length + EVEN_WORK_TOKENS) for length in lengths]
     # a tenth above a share is let pass: a sample is not cut, and its keys sent around, for a little imbalance
     share_tokens, share_work = sum(lengths) / degree, 1.1 * sum(work) / degree
-    held: list[list[Span]] = [[] for _ in range(degree)]
+    spans_of: list[list[Span]] = [[] for _ in range(degree)]
     room = [0] * degree  # below 0 until all long samples are dealt
     num_shared = sum(length > share_tokens or work[i] > share_work for i, length in enumerate(lengths))
     for sample in order[:num_shared]:
-        _deal_in_zigzag(sample, lengths[sample], held, room)
+        _deal_in_zigzag(sample, lengths[sample], spans_of, room)
     # the fullest ranks get the larger splits, so that none has more than its split already
     for rank, tokens in zip(
         sorted(range(degree), key=lambda rank: room[rank]), equal_splits(sum(lengths), degree), strict=True
@@ -182,10 +182,10 @@ def zigzag(lengths: Sequence[int], degree: int) -> Layout:
         while start < length:
             tokens, rank = heapq.heappop(emptiest)
             end = min(length, start - tokens)
-            held[rank].append(Span(sample, start, end))
+            spans_of[rank].append(Span(sample, start, end))
             heapq.heappush(emptiest, (tokens + end - start, rank))
             start = end
-    spans = tuple(_joined(sorted(spans, key=lambda span: (span.sample, span.start))) for spans in held)
+    spans = tuple(_joined(sorted(spans, key=lambda span: (span.sample, span.start))) for spans in spans_of)
     return Layout(tuple(lengths), spans, "zigzag")
 
 
@@ -199,7 +199,7 @@ def two_level(lengths: Sequence[int], degree: int, inner: int) -> Layout:
 def blocks_of(layout: Layout) -> Layout:
     """Return the layout over the blocks of a group: what each of them holds in all."""
     ranks = range(0, layout.degree, layout.inner)
-    spans = tuple(_joined(s for held in layout.spans[r : r + layout.inner] for s in held) for r in ranks)
+    spans = tuple(_joined(s for rank_spans in layout.spans[r : r + layout.inner] for s in rank_spans) for r in ranks)
     return Layout(layout.lengths, spans, layout.kind)
 
 
@@ -220,10 +220,10 @@ def needed(layout: Layout, receiver: int, sender: int, window: int | None = None
             first, _ = ranges.pop()
         ranges.append((first, span.end))
     return tuple(
-        Span(held.sample, max(held.start, first), min(held.end, end))
-        for held in layout.spans[sender]
-        for first, end in ranges_of.get(held.sample, ())
-        if max(held.start, first) < min(held.end, end)
+        Span(span.sample, max(span.start, first), min(span.end, end))
+        for span in layout.spans[sender]
+        for first, end in ranges_of.get(span.sample, ())
+        if max(span.start, first) < min(span.end, end)
     )
 
 
@@ -240,11 +240,11 @@ def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadSha
     return tuple(shares)
 
 
-def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list[int]) -> None:
+def _deal_in_zigzag(sample: int, length: int, spans_of: list[list[Span]], room: list[int]) -> None:
     """Deal two pieces of one sample to each rank, and tokens that do not divide to the ranks that hold the fewest."""
     # Of 2d pieces of c tokens, piece i meets i whole pieces and half of itself: (i + 1/2) c^2 pairs. Rank r has the
     # pieces r and 2d - 1 - r, so 2d c^2 pairs, whatever r is.
-    degree = len(held)
+    degree = len(spans_of)
     piece, left = divmod(length, 2 * degree)
     sizes = [piece] * (2 * degree)
     emptiest = sorted(range(degree), key=lambda rank: -room[rank])
@@ -254,7 +254,7 @@ def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list
     for position, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         rank = min(position, 2 * degree - 1 - position)
         if size:
-            held[rank].append(Span(sample, end - size, end))
+            spans_of[rank].append(Span(sample, end - size, end))
             room[rank] -= size
 
 
@@ -265,7 +265,7 @@ def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
     return tuple(
         tuple(
             Span(span.sample, span.start + max(low - start, 0), span.start + min(high - start, span.num_tokens))
-            for start, span in zip(starts, spans, strict=False)
+            for start, span in zip(starts, spans, strict=False)  # `starts` has the end, too
             if max(low, start) < min(high, start + span.num_tokens)
         )
         for low, high in pairwise(bounds)

@@ -144,7 +144,7 @@ class CostModel:
     @property
     def leanest(self) -> CostModel:
         """Return the cost model of groups that do everything they may to hold more tokens."""
-        return list(self.by_activations.values())[-1]
+        return list(self.by_activations.values())[-1]  # each holds more than those before it
 
     def of_group(self, group: Group) -> CostModel:
         """Return the cost model that a plan's group costs by.
@@ -219,6 +219,7 @@ class CostModel:
         """Predict the seconds of a plan's group, given the lengths of the global batch."""
         if group.activations is not None:
             return self.of_group(group).group_seconds(replace(group, activations=None), lengths)
+        # as searches compute it, to the last bit: the sum of charges is rounded otherwise
         if self.exchanges_heads(group) and self.head_imbalance(group.degree) == 1:
             return self.seconds((lengths[sample] for sample in group.samples), group.degree)
         return sum(self.charges(group, lengths))

@@ -130,6 +130,7 @@ class Planner:
                 f"The plan is for {plan.num_samples} samples on {plan.num_ranks} ranks; "
                 f"it cannot be improved for {len(problem.lengths)} samples on {self.num_ranks}."
             )
+        # the plan's seconds and bound are carried on, so they must be of these lengths and this cost model
         seconds = self.cost_model.plan_seconds(plan, problem.batch)
         if not math.isclose(seconds, plan.seconds, rel_tol=1e-9):
             raise ConfigError(
@@ -143,11 +144,14 @@ class Planner:
 
     @property
     def _search(self) -> Search:
+        """Return the settings that the layers below read."""
         return Search(self.solver, self.mip_time_limit_s, self.mip_backend)
 
     def _checked(self, lengths: Sequence[int]) -> Problem:
+        """Return a batch as a problem, or refuse it."""
         return make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
 
 
 def _positive_integer(value: object) -> bool:
+    """Tell whether a value is a whole number above 0, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

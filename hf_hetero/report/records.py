@@ -34,6 +34,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path)
     try:
         file = file / "plans.jsonl" if file.is_dir() else file
+        # a line cut inside a letter is no text, and shall cost that line only
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ConfigError(f"Cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}.") from error
@@ -93,14 +94,17 @@ def _checked(record: object, place: str) -> dict[str, Any]:
 
 
 def _is_list(value: object, size: int) -> bool:
+    """Tell whether a value from JSON is a list of this size."""
     return isinstance(value, list) and len(value) == size
 
 
 def _is_whole(value: object, most: int, least: int) -> bool:
+    """Tell whether a value from JSON is a whole number in these limits."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_seconds(value: object) -> bool:
+    """Tell whether a value from JSON is a duration."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 <= value <= MOST_SECONDS  # which NaN is not

@@ -105,7 +105,7 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>\n" for name, value in summarise(records).items()
     )
     page = PAGE + f"<table>\n{rows}</table>\n"
-    for title, make in pictures.items():
+    for title, make in pictures.items():  # inside the page, as SVG: one file to send, sharp at any size
         data, words = base64.b64encode(rendered(make, "svg")).decode(), escape(title)
         page += f'<h2>{words}</h2>\n<img alt="{words}" src="data:image/svg+xml;base64,{data}">\n'
     written((page + "</body></html>\n").encode(), path)

@@ -262,6 +262,7 @@ def _add_padded(totals: WayTotals, lengths: Sequence[int], cost: CostModel, num_
     position, step_s = 0, 0.0
     while position < len(ordered):
         longest = ordered[position]
+        # no more rows than an even share of what is left, else the last block would leave ranks idle
         rows = max(1, min(cost.capacity_tokens // longest, math.ceil((len(ordered) - position) / num_ranks)))
         block = ordered[position : position + rows * num_ranks]
         busy = [cost.seconds([longest] * len(block[rank::num_ranks]), 1) for rank in range(num_ranks)]

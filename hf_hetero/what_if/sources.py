@@ -99,6 +99,7 @@ def global_batches(source: Source, batch_size: int, num_steps: int, seed: int = 
             f"{num_steps:,} batches of {batch_size:,} samples need {batch_size * num_steps:,}; {source.name!r} "
             f"has {available:,}, enough for {available // batch_size:,}. Take fewer steps, or a smaller batch."
         )
+    # all are shuffled, not only those that are needed: the first batch must not depend on how many follow
     order = np.arange(available) if source.is_drawn else np.random.default_rng(seed).permutation(available)
     chosen = source.lengths[order[: batch_size * num_steps]]
     return chosen.reshape(num_steps, batch_size).tolist()

@@ -62,6 +62,7 @@ def _search(problem: Problem) -> Draft | None:
             by_number[len(trial.durations)] = trial
     if not by_number:
         return None
+    # descents bring the numbers of micro-batches closer, and may change their order: the second best has its chance
     best, *others = sorted(by_number.values(), key=lambda trial: trial.seconds)
     if others and others[0].seconds <= best.seconds * WORTH_SQUEEZING:
         rivals = [descend(tries, trial, FIRST_STEP, TRIES_A_RIVAL) for trial in (best, others[0])]
@@ -73,6 +74,7 @@ def _first_trials(tries: Tries) -> Iterator[Trial]:
     """Make guesses real, as far as they promise to be about as fast as the best before them."""
     guessed = guesses(tries.problem)
     limit_s = float("inf")
+    # first, because it needs no guess, and its seconds say which guesses are worth a try
     trial = _full(tries)
     if trial is not None:
         limit_s = trial.seconds * WORTH_TRYING

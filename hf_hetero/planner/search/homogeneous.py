@@ -39,7 +39,7 @@ def _least_seconds(problem: Problem, index: int) -> float:
     """Return seconds that no plan with groups of this degree, or smaller ones in the ranks left over, undercuts."""
     linear_s = min(problem.linear_s[: index + 1])
     fixed_s = min(problem.fixed_s[: index + 1])
-    if problem.num_ranks % problem.degrees[index] == 0:
+    if problem.num_ranks % problem.degrees[index] == 0:  # then no ranks are left over for smaller groups
         linear_s, fixed_s = problem.linear_s[index], problem.fixed_s[index]
     squares = sum(length * length for length in problem.lengths)
     work = problem.cost.attention_s_per_token2 * squares + linear_s * problem.num_tokens
@@ -75,7 +75,7 @@ def _balanced(problem: Problem, degree: int) -> Draft:
         groups = _longest_first(problem, degree, rooms)
         if groups is not None:
             return _stack(problem, groups)
-        num_micro_batches += 1 + num_micro_batches // 8
+        num_micro_batches += 1 + num_micro_batches // 8  # by more where there are many, so that tries stay few
 
 
 def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[DraftGroup] | None:
