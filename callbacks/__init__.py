@@ -1,4 +1,4 @@
-"""Callbacks: look at a step's report; log it, draw it, refit the cost model for later plans."""
+"""The room of callbacks, which look at a step's report: they log it, record it, or refit the cost model."""
 
 from hf_hetero.callbacks.calibration import CalibrationCallback
 from hf_hetero.callbacks.plan_metrics import PlanMetricsCallback

@@ -1,4 +1,4 @@
-"""CalibrationCallback: learns from measured steps how long groups really take, for the plans to come."""
+"""`CalibrationCallback` learns from measured steps how long groups really take, for the plans to come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_hetero.plan import StepReport
 
 
 class CalibrationCallback(StepReportCallback):
-    """Refits the times of the cost model; memory stays as it is. Plans may change, what is learned cannot.
+    """`CalibrationCallback` refits the times of the cost model, not its memory; plans may change, learning cannot.
 
     Each group of each measured step is one observation of
 
@@ -33,17 +33,17 @@ class CalibrationCallback(StepReportCallback):
 
     def __init__(self, skip_steps: int = 3, every_steps: int = 20, pull: float = 2.0) -> None:
         self._skip_steps, self._every_steps, self._pull = skip_steps, every_steps, pull
-        self._num_seen = 0
+        self._num_reports = 0
         self._reports: list[StepReport] = []
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Keep the step for the next fit."""
-        self._num_seen += 1
-        if self._num_seen > self._skip_steps:
+        self._num_reports += 1
+        if self._num_reports > self._skip_steps:
             self._reports.append(report)
 
     def recalibrated(self, cost: CostModel) -> CostModel | None:
-        """A refitted cost model once enough steps were seen since the last one."""
+        """Return a refitted cost model once enough steps were reported since the last one."""
         if len(self._reports) < self._every_steps:
             return None
         reports, self._reports = self._reports, []
@@ -55,7 +55,7 @@ Floats = NDArray[np.float64]
 
 
 def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Floats]:
-    """What the model charges for each group, and what was measured.
+    """Pair what the model charges for each group with what was measured.
 
     Returns:
         Seconds for attention, linear, exchange and fixed, shape (num_groups, 4); measured seconds, shape (num_groups,).
@@ -65,22 +65,26 @@ def observations(cost: CostModel, reports: list[StepReport]) -> tuple[Floats, Fl
     for report in reports:
         for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
             filled = [group for group in micro_batch.groups if group.samples]
-            if report.is_lockstep:  # every rank measured the slowest group
+            # under sharded weights every rank measures the slowest group: one observation, of the one predicted slowest
+            if report.is_lockstep:
                 filled = sorted(filled, key=lambda group: cost.group_seconds(group, report.lengths))[-1:]
             for group in filled:
                 seconds = max(busy_s[rank] for rank in group.ranks)
-                if seconds <= 0:
+                if seconds <= 0:  # too short to be measured
                     continue
-                parts = cost.charges(group, report.lengths)
-                charged.append([parts.attention_s, parts.linear_s, parts.exchange_s, parts.fixed_s])
+                charged.append(list(cost.charges(group, report.lengths)))
                 measured.append(seconds)
     return np.array(charged), np.array(measured)
 
 
 def fit(charged: Floats, measured: Floats, pull: float) -> Floats:
-    """Factors of attention, linear, exchange and fixed time; each at least a tenth of the common factor."""
+    """Fit the factors of attention, linear, exchange and fixed time; each is at least a tenth of the common factor.
+
+    Least squares may give 0 or less, by which a part would look free and the next plans would be full of it.
+    """
     common = float(np.median(measured / charged.sum(axis=1)))
-    relative = charged / measured[:, None]
+    relative = charged / measured[:, None]  # so that each group counts alike, not the longest most
+    # of each part, as if `pull` groups more had been measured that are its mean share alone, and take `common` of it
     ridge = np.sqrt(pull) * np.diag(relative.mean(axis=0) + 1e-12)
     left = np.vstack([relative, ridge])
     right = np.concatenate([np.ones(len(measured)), ridge @ np.full(4, common)])
@@ -89,7 +93,7 @@ def fit(charged: Floats, measured: Floats, pull: float) -> Floats:
 
 
 def scaled(cost: CostModel, factors: Floats) -> CostModel:
-    """The cost model with its times multiplied: attention, linear, exchange, fixed."""
+    """Multiply the times of a cost model: attention, linear, exchange, fixed."""
     attention, linear, exchange, fixed = map(float, factors)
     return replace(
         cost,

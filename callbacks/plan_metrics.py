@@ -1,4 +1,4 @@
-"""PlanMetricsCallback: one readable line a step, numbers for the trainer's log, a file of plans, a summary."""
+"""`PlanMetricsCallback` writes a readable line a step, numbers for the trainer's log, a file of plans, a summary."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LATE_S = 0.1  # a shorter wait is not worth a word
 
 
 class PlanMetricsCallback(StepReportCallback):
-    """Says what each step did: degrees of its groups, planned and measured seconds, tokens a second, idle share.
+    """`PlanMetricsCallback` says what each step did: its degrees, planned and measured seconds, speed, idle share.
 
     Args:
         lines: print a line a step on rank 0.
@@ -39,6 +39,7 @@ class PlanMetricsCallback(StepReportCallback):
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
         self._is_incomplete = False
+        # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
             self._without_failing(lambda: record_path(args).unlink(missing_ok=True))
 
@@ -54,7 +55,7 @@ class PlanMetricsCallback(StepReportCallback):
             self._without_failing(lambda: append(record_path(args), json.dumps(to_record(report))))
 
     def metrics(self) -> dict[str, float]:
-        """Means over the steps since the last log, under `hetero/`."""
+        """Return means over the steps since the last log, under `hetero/`."""
         totals, self._since_log = self._since_log, _Totals()
         return totals.means() if totals.num_steps else {}
 
@@ -66,7 +67,7 @@ class PlanMetricsCallback(StepReportCallback):
             tqdm.write(self._totals.summary())
 
     def _without_failing(self, write: Callable[[], object]) -> None:
-        """A record that cannot be written costs a picture, and is said once; it is no reason to end a run."""
+        """Write, and say once if that fails: a missing record costs a picture, and is no reason to end a run."""
         try:
             write()
         except OSError as error:
@@ -76,7 +77,7 @@ class PlanMetricsCallback(StepReportCallback):
 
 
 def append(path: Path, line: str) -> None:
-    """Add a line to a file, a new one also where the last was cut short."""
+    """Add a line to a file, and begin a new one where the last was cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.seek(0, os.SEEK_END) > 0:
@@ -86,12 +87,12 @@ def append(path: Path, line: str) -> None:
 
 
 def record_path(args: TrainingArguments) -> Path:
-    """Where `record=True` keeps its lines."""
+    """Return the file in which `record=True` keeps its lines."""
     return Path(args.output_dir or ".") / "plans.jsonl"
 
 
 def step_line(report: StepReport) -> str:
-    """One step in one line; a plan that was late is said."""
+    """Say one step in one line, and whether its plan was late."""
     late = f"  waited {report.plan_wait_s:.2f} s for its plan" if report.plan_wait_s >= LATE_S else ""
     idle = "" if report.idle_share is None else f"  idle {report.idle_share:4.0%}"
     return (
@@ -101,7 +102,7 @@ def step_line(report: StepReport) -> str:
 
 
 def to_record(report: StepReport) -> dict[str, Any]:
-    """A step as one JSON object: `step`, `lengths`, `plan` (hf-hetero-plan/1), `seconds`, `busy_s`."""
+    """Return a step as one JSON object, which `hf_hetero.report.read_records` reads."""
     return {
         "step": report.step,
         "lengths": list(report.lengths),
@@ -114,7 +115,7 @@ def to_record(report: StepReport) -> dict[str, Any]:
 
 
 class _Totals:
-    """Sums over steps: no report is kept, for a run may never log."""
+    """`_Totals` sum over steps: reports are not kept, because a run may never log."""
 
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
@@ -124,6 +125,7 @@ class _Totals:
         self.degrees: dict[int, int] = {}
 
     def add(self, report: StepReport) -> None:
+        """Count one step."""
         self.num_steps += 1
         self.num_tokens += report.num_tokens
         self.num_micro_batches += len(report.plan.micro_batches)
@@ -131,7 +133,7 @@ class _Totals:
         self.planned_s += report.plan.seconds
         self.planning_s += report.plan.planning_s
         self.wait_s += report.wait_s
-        self.num_idle += report.idle_share is not None
+        self.num_idle += report.idle_share is not None  # under sharded weights nobody can tell it
         self.idle_share += report.idle_share or 0.0
         self.num_loads += len(report.expert_load)
         self.load += sum(report.expert_load)
@@ -141,7 +143,8 @@ class _Totals:
             self.degrees[group.degree] = self.degrees.get(group.degree, 0) + len(group.samples)
 
     def means(self) -> dict[str, float]:
-        found = {
+        """Return means over the steps, and none of what no step measured."""
+        means = {
             "hetero/tokens_per_s": self.num_tokens / self.seconds if self.seconds > 0 else 0.0,
             "hetero/step_s": self.seconds / self.num_steps,
             "hetero/planned_s": self.planned_s / self.num_steps,
@@ -149,12 +152,13 @@ class _Totals:
             "hetero/wait_s": self.wait_s / self.num_steps,
         }
         if self.num_idle:
-            found["hetero/idle_share"] = self.idle_share / self.num_idle
+            means["hetero/idle_share"] = self.idle_share / self.num_idle
         if self.num_loads:
-            found |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
-        return found
+            means |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        return means
 
     def summary(self) -> str:
+        """Say what the run did as a whole, in three lines."""
         samples = sum(self.degrees.values())
         shares = ", ".join(f"{self.degrees[d] / samples:.0%} at degree {d}" for d in sorted(self.degrees))
         idle = "" if self.is_lockstep else f"idle {self.idle_share / self.num_steps:.0%}, "

@@ -1,4 +1,4 @@
-"""StepReportCallback: the base of callbacks that look at how a planned step went."""
+"""`StepReportCallback` is the base of callbacks that look at how a planned step went."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from hf_hetero.plan import StepReport
 
 
 class StepReportCallback(TrainerCallback):
-    """A `TrainerCallback` with three events more. It looks and writes down; it never changes what is trained."""
+    """`StepReportCallback` has three events more than `TrainerCallback`; none of them may change what is trained."""
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
-        """Called on every rank after the backward pass of each step."""
+        """Look at a step; the trainer calls this on every rank after the backward pass of each one."""
 
     def metrics(self) -> dict[str, float]:
-        """Numbers to add to the trainer's next log, since the last one."""
+        """Return numbers to add to the trainer's next log, since the last one."""
         return {}
 
     def recalibrated(self, cost: CostModel) -> CostModel | None:
-        """A better cost model for the plans to come, or None. Asked after each step."""
+        """Return a better cost model for the plans to come, or None; the trainer asks after each step."""
         return None

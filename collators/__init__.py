@@ -1,4 +1,4 @@
-"""Collators: examples and this rank's share of a plan -> this rank's tensors."""
+"""The room of collators, which turn examples and this rank's share of a plan into this rank's tensors."""
 
 from hf_hetero.collators.packed import PackedCollator
 

@@ -1,4 +1,4 @@
-"""What a model has room for: checked when a sample is read, where its row is known and no kernel has run."""
+"""Limits say what a model has room for. They are checked when a sample is read: its row is known, no kernel has run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
 from hf_hetero.samples.samples import Samples
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+"""What models of transformers call a learned embedding of positions."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model has room for; None: anything.
+    """`Limits` say what a model has room for; None: anything.
 
     Args:
         num_tokens: rows of its input embedding.
@@ -34,14 +35,14 @@ class Limits:
     reason: str = ""
 
     def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
-        """Refuse tokens and targets that the model does not have. Both of shape (num_tokens,).
+        """Refuse tokens and targets that the model does not have. Both are of shape (num_tokens,).
 
         Args:
             input_ids, labels: of a row.
             name: of the row, for the message.
 
         Raises:
-            BadSample: with the row, the token, its position and the vocabulary.
+            BadSample: it names the row, the token, its position and the vocabulary.
         """
         _check(input_ids, self.num_tokens, f"{name} has token", 0, "")
         if labels is None:
@@ -58,7 +59,7 @@ class Limits:
             name: for the message.
 
         Raises:
-            BadSample: with its name, its length and the reason.
+            BadSample: it names the sample, its length and the reason.
         """
         if self.longest is not None and num_positions > self.longest:
             raise BadSample(f"{name} is {num_positions} tokens long, more than {self.longest}: {self.reason}")
@@ -67,16 +68,16 @@ class Limits:
         """Refuse a dataset with a sample that is too long.
 
         Raises:
-            BadSample: with the longest one's row.
+            BadSample: it names the longest one's row.
         """
         if len(samples.lengths):
             longest = int(samples.lengths.argmax())
-            row = int(np.searchsorted(samples.first, longest, side="right")) - 1
+            row = int(np.searchsorted(samples.first, longest, side="right")) - 1  # the last that starts before it
             self.check_length(int(samples.lengths[longest]), f"Row {row}")
 
 
 def limits_of(model: Any) -> Limits:
-    """What a model of transformers has room for."""
+    """Read off a model of transformers what it has room for."""
     vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
     longest, reason = _longest(model) or (None, "")
     return Limits(
@@ -88,14 +89,14 @@ def limits_of(model: Any) -> Limits:
 
 
 def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Refuse fractions, which would be cut.
+    """Refuse fractions, which a cast to whole numbers would cut.
 
     Args:
         tensors: of a row, by its keys.
         name: of the row, for the message.
 
     Raises:
-        BadSample: with the row, the key, the number and its position.
+        BadSample: it names the row, the key, the number and its position.
     """
     for key, values in tensors.items():
         if values.is_floating_point() and bool((is_cut := values.long() != values).any()):
@@ -108,8 +109,10 @@ def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
 
 
 def _longest(model: Any) -> tuple[int, str] | None:
+    """Find the tokens of the longest sample that a model's positions allow, and say why; None: of any length."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # some tables have rows that are no position, as the first two of OPT's
             return min(module.num_embeddings, model.config.max_position_embeddings), (
                 f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
             )

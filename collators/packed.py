@@ -1,4 +1,4 @@
-"""PackedCollator: samples of any length into one rank's tensors, without padding."""
+"""`PackedCollator` turns samples of any length into one rank's tensors, without padding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PackedCollator:
-    """Packs samples, shifts labels inside each of them, and keeps this rank's spans.
+    """`PackedCollator` packs samples, shifts labels inside each of them, and keeps this rank's spans.
 
     Given a step's examples it returns this rank's tensors. Given a plain list of examples it is an ordinary collator:
     one padded batch with `input_ids`, `attention_mask` and `labels`.
@@ -57,7 +57,7 @@ class PackedCollator:
     length_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
-        """Tensors of a step, or of an ordinary batch.
+        """Return the tensors of a step, or of an ordinary batch.
 
         Raises:
             BadSample: no `input_ids`, no tokens, labels of another length, not the tokens that were planned for, or
@@ -66,8 +66,10 @@ class PackedCollator:
         return self._step(batch) if isinstance(batch, StepExamples) else self._padded(batch)
 
     def _step(self, batch: StepExamples) -> StepBatch:
+        """Pack this rank's spans of each micro-batch, and count the targets that are its own."""
         share = batch.share
         drawn, whole, samples = share.step.drawn, dict[int, Sample](), dict[int, Sample]()
+        # a row is read once, and cut into the samples that this rank holds parts of
         for position, example in batch.examples.items():
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
@@ -79,16 +81,18 @@ class PackedCollator:
         for group in share.groups:
             layout = share.layout(group)
             spans = layout.spans[group.ranks.index(share.rank)]
-            held = [samples.get(position) for position in group.samples]
-            inputs = pack_spans(spans, held, unshifted=self.keeps_labels_unshifted)
-            total += sum(self._num_counted(sample_of(held, span), span) for span in spans)
-            reaches = tuple(sample_of(held, span).num_positions for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, held), reaches))
+            pack = [samples.get(position) for position in group.samples]
+            inputs = pack_spans(spans, pack, unshifted=self.keeps_labels_unshifted)
+            # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
+            total += sum(self._num_counted(sample_of(pack, span), span) for span in spans)
+            reaches = tuple(sample_of(pack, span).num_positions for span in spans)
+            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, pack), reaches))
+        # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
-        """One row as what is trained on: without its padding, with its labels.
+        """Read one row as what is trained on: without its padding, with its labels.
 
         Args:
             example: a row of the dataset.
@@ -107,9 +111,9 @@ class PackedCollator:
             batch = self.example_collator([dict(example)])
             example = {key: values[0] for key, values in batch.items() if has_rows(values)}
         row = read_row(example, self.model_inputs, name)
-        positions, found = row.positions(is_packed, name), dict(row.values)
-        found.pop("position_ids", None)
-        input_ids, labels = found.pop("input_ids").long(), found.pop("labels", None)
+        positions, others = row.positions(is_packed, name), dict(row.values)
+        others.pop("position_ids", None)
+        input_ids, labels = others.pop("input_ids").long(), others.pop("labels", None)
         labels = self._labels(input_ids, labels, name)
         if planned_tokens is not None and input_ids.numel() != planned_tokens:
             raise BadSample(
@@ -118,15 +122,16 @@ class PackedCollator:
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
         self.limits.check_tokens(input_ids, labels, name)
-        self._check_first_label(labels, row.kept, name)
-        inputs = {key: values for key, values in found.items() if key in self.model_inputs}
+        self._check_first_label(labels, row.unpadded, name)
+        inputs = {key: values for key, values in others.items() if key in self.model_inputs}
+        # only a loss of the user's own, which gets labels as transformers has them, could read anything else
         weights = (
-            {key: values for key, values in found.items() if key not in inputs} if self.keeps_labels_unshifted else {}
+            {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
         return Sample(input_ids, labels, positions, inputs, weights)
 
     def _labels(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> torch.Tensor | None:
-        """A row's labels, or those that are made of its tokens; None where it has none and needs none."""
+        """Return a row's labels, or make them of its tokens; None where it has none and needs none."""
         if labels is None and self.makes_labels:
             if self.says_so:
                 logger.warning("%s has no labels: all tokens of such rows are learned.", name)
@@ -141,7 +146,7 @@ class PackedCollator:
         return None if labels is None else labels.long()
 
     def _num_counted(self, sample: Sample, span: Span) -> int:
-        """Tokens of a span that count among those by which the loss of a step is divided."""
+        """Count the tokens of a span among those by which the loss of a step is divided."""
         if self.counts_first_label and sample.labels is not None:
             return num_targets(sample.labels[span.start : span.end])
         return num_targets(sample.targets[span.start : span.end])
@@ -153,7 +158,7 @@ class PackedCollator:
             rows: of the dataset; two of different lengths show it.
 
         Raises:
-            BadSample: it does, and first tokens have labels.
+            BadSample: the collator does, and first tokens have labels.
         """
         if self.example_collator is None:
             return
@@ -165,29 +170,29 @@ class PackedCollator:
         else:
             return
         shorter = min(by_length)
-        kept = [by_length[shorter], *(example for length, example in by_length.items() if length != shorter)]
+        pair = [by_length[shorter], *(example for length, example in by_length.items() if length != shorter)]
         if self.columns is not None:
-            kept = [{key: values for key, values in example.items() if key in self.columns} for example in kept]
-        batch = self.example_collator([dict(example) for example in kept])
+            pair = [{key: values for key, values in example.items() if key in self.columns} for example in pair]
+        batch = self.example_collator([dict(example) for example in pair])
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
-        first = int(torch.as_tensor(mask[0]).bool().int().argmax())
+        first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded
         if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
             raise BadSample(
                 "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
                 'padding before it. Pad on the right: tokenizer.padding_side = "right".'
             )
 
-    def _check_first_label(self, labels: torch.Tensor | None, kept: slice, name: str) -> None:
-        """Trainer's loss would learn a sample's first token from the padding before it."""
-        if self.needs_labels and kept.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
+    def _check_first_label(self, labels: torch.Tensor | None, unpadded: slice, name: str) -> None:
+        """Refuse a first token with a label after padding, from which Trainer's loss would learn it."""
+        if self.needs_labels and unpadded.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
             raise BadSample(
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."
             )
 
     def num_tokens(self, example: Example, name: str) -> int:
-        """Tokens of the sample that an example becomes.
+        """Count the tokens of the sample that an example becomes.
 
         Raises:
             BadSample: as for a step.
@@ -195,14 +200,15 @@ class PackedCollator:
         return self.sample(example, name).input_ids.numel()
 
     def _remedy(self) -> str:
-        """Against a sample of another length than was planned for."""
+        """Say what to do against a sample of another length than was planned for."""
         if self.length_column is not None:
             return f"Remove the dataset's {self.length_column} column, or make it count what is trained on."
-        theirs = getattr(self.example_collator, "__qualname__", type(self.example_collator).__qualname__)
-        also = "" if self.example_collator is None else f", and the collator {theirs},"
+        collator = getattr(self.example_collator, "__qualname__", type(self.example_collator).__qualname__)
+        also = "" if self.example_collator is None else f", and the collator {collator},"
         return f"So many were counted before: the dataset{also} must give a row as many tokens at each read."
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """Make an ordinary batch: rows padded on the right to the longest of them."""
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:

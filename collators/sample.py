@@ -1,4 +1,4 @@
-"""One row of a dataset as what is trained on: its tokens without padding, and what there is of each of them."""
+"""This module reads a row of a dataset as what is trained on: its tokens without padding, and what each of them has."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hf_hetero.samples.rows import nested
 
 Example = Mapping[str, Any]
 NUMBERS = ("input_ids", "labels", "position_ids")
-"""What a row counts with."""
+"""Columns that must hold whole numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One sample, ready to be packed. Each tensor has one entry a token, shape (num_tokens, ...).
+    """A `Sample` is ready to be packed. Each of its tensors has one entry a token, shape (num_tokens, ...).
 
     Args:
         input_ids: tokens.
@@ -40,18 +40,18 @@ class Sample:
 
     @property
     def targets(self) -> torch.Tensor:
-        """The label after each token; the last one has nothing to predict."""
+        """Return the label after each token; the last one has nothing to predict."""
         if self.labels is None:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
         return shift_labels(self.labels)
 
     @property
     def num_positions(self) -> int:
-        """One more than its last position."""
+        """Return one more than its last position."""
         return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
 
     def fingerprint(self) -> int:
-        """63 bits of all that is its own."""
+        """Hash all that is its own into 63 bits, which a signed tensor of 64 carries."""
         digest = hashlib.blake2b(digest_size=8)
         for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
             if tensor is not None:
@@ -59,37 +59,37 @@ class Sample:
         return int.from_bytes(digest.digest(), "big") >> 1
 
     def part(self, start: int, end: int) -> Sample:
-        """A stretch of it, as a sample of its own."""
-        kept = slice(start, end)
+        """Cut out a stretch, as a sample of its own."""
+        stretch = slice(start, end)
         return Sample(
-            self.input_ids[kept],
-            None if self.labels is None else self.labels[kept],
-            None if self.positions is None else self.positions[kept],
-            {name: values[kept] for name, values in self.inputs.items()},
-            {name: values[kept] for name, values in self.weights.items()},
+            self.input_ids[stretch],
+            None if self.labels is None else self.labels[stretch],
+            None if self.positions is None else self.positions[stretch],
+            {name: values[stretch] for name, values in self.inputs.items()},
+            {name: values[stretch] for name, values in self.weights.items()},
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:
-        """Of a span."""
+        """Return the positions of a span. Shape (end - start,)."""
         return torch.arange(start, end) if self.positions is None else self.positions[start:end]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a row has of each of its tokens.
+    """A `Row` holds what a row of a dataset has of each of its tokens.
 
     Args:
         values: by name, without `attention_mask`; each of shape (num_tokens, ...).
-        kept: where in the row these tokens are; around them is padding.
+        unpadded: where in the row these tokens are; around them is padding.
         is_masked: whether the row had an attention mask.
     """
 
     values: dict[str, torch.Tensor]
-    kept: slice
+    unpadded: slice
     is_masked: bool
 
     def positions(self, is_packed: bool, name: str) -> torch.Tensor | None:
-        """Where its tokens are, if that is not simply 0, 1, 2, ...
+        """Return the positions of its tokens, if they are not simply 0, 1, 2, ...
 
         Args:
             is_packed: its documents are known.
@@ -100,7 +100,7 @@ class Row:
         """
         if "position_ids" not in self.values:
             # as in stock, where padding on the left takes the first positions
-            start, stop = self.kept.start or 0, self.kept.stop
+            start, stop = self.unpadded.start or 0, self.unpadded.stop
             return torch.arange(start, stop) if start and not is_packed else None
         positions = self.values["position_ids"].long()
         steps = positions.diff()
@@ -118,7 +118,7 @@ class Row:
 
 
 def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
-    """A row's values, without its padding.
+    """Read a row's values, without its padding.
 
     Args:
         example: with `input_ids`.
@@ -126,7 +126,7 @@ def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
         name: of the row, for messages.
 
     Raises:
-        BadSample: what cannot be shared out token by token, or is not what a row may hold.
+        BadSample: something cannot be shared out token by token, or is not what a row may hold.
     """
     input_ids = torch.as_tensor(example["input_ids"])
     if input_ids.ndim != 1:
@@ -136,22 +136,22 @@ def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
     _check_carried(example, values, model_inputs, name)
     mask = values.pop("attention_mask", None)
     check_whole_numbers({key: values[key] for key in NUMBERS if key in values}, name)
-    kept = _without_padding(mask, name)
+    unpadded = _without_padding(mask, name)
     _check_padding_labels(mask, values.get("labels"), name)
-    return Row({key: tensor[kept] for key, tensor in values.items()}, kept, mask is not None)
+    return Row({key: tensor[unpadded] for key, tensor in values.items()}, unpadded, mask is not None)
 
 
 def _check_carried(
-    example: Example, found: Mapping[str, torch.Tensor], model_inputs: frozenset[str], name: str
+    example: Example, per_token: Mapping[str, torch.Tensor], model_inputs: frozenset[str], name: str
 ) -> None:
     """Refuse what a rank that holds a part of the row could not be given its part of."""
-    num_tokens = len(found["input_ids"])
-    if example.get("labels") is not None and "labels" not in found:
+    num_tokens = len(per_token["input_ids"])
+    if example.get("labels") is not None and "labels" not in per_token:
         raise BadSample(
             f"{name} has {num_tokens} input_ids but {torch.as_tensor(example['labels']).numel()} labels. Give "
             f"every token a label; {IGNORE_INDEX} marks those not to learn from."
         )
-    for key in sorted((model_inputs & set(example)) - set(found)):
+    for key in sorted((model_inputs & set(example)) - set(per_token)):
         if example[key] is not None:
             raise BadSample(
                 f"{name}: {key} is an input of the model and does not have one value for each of the {num_tokens} "
@@ -160,23 +160,23 @@ def _check_carried(
 
 
 def has_rows(values: Any) -> bool:
-    """Whether it is of a batch with one row."""
+    """Tell whether a collator's value is of a batch with one row."""
     return isinstance(values, torch.Tensor | Sequence | np.ndarray) and len(values) == 1
 
 
 def _per_token(values: Any, num_tokens: int) -> torch.Tensor | None:
-    """As a tensor with one entry a token; None for anything else."""
+    """Return a tensor with one entry a token; None for anything else."""
     if values is None or isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         return None
     try:
         tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):  # text, or lists of unlike lengths
         return None
     return tensor if tensor.ndim and len(tensor) == num_tokens else None
 
 
 def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
-    """Where the tokens of a padded row are."""
+    """Find the tokens of a padded row."""
     if mask is None:
         return slice(None)
     if bool(((mask != 0) & (mask != 1)).any()):
@@ -188,7 +188,7 @@ def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
     if not len(tokens):
         return slice(0, 0)
     first, last = int(tokens[0]), int(tokens[-1])
-    if last - first + 1 != len(tokens):
+    if last - first + 1 != len(tokens):  # a slice cannot leave them out, and packed attention would see them
         raise BadSample(
             f"{name} has holes in its attention_mask: only padding at its ends can be left out. Remove the masked "
             "tokens from the row, or train with plain Trainer."
@@ -197,7 +197,7 @@ def _without_padding(mask: torch.Tensor | None, name: str) -> slice:
 
 
 def _check_padding_labels(mask: torch.Tensor | None, labels: torch.Tensor | None, name: str) -> None:
-    """Trainer's loss would learn padding that has labels, and padding is left out here."""
+    """Refuse labels on padding, which is left out here: Trainer's loss would learn it."""
     if mask is None or labels is None:
         return
     if bool((learnt := (mask == 0) & (labels != IGNORE_INDEX)).any()):

@@ -1,4 +1,4 @@
-"""The spans that a rank holds, one after the other, as inputs of the model."""
+"""This module lays the spans that a rank holds one after the other, as inputs of the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_hetero.model.loss import IGNORE_INDEX
 def pack_spans(
     spans: Sequence[Span], samples: Sequence[Sample | None], unshifted: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
+    """Make the model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
 
     Positions count within each sample, unless its row gives others. The loss reads `shift_labels`, what each token has
     to predict, since the next token may lie elsewhere; `labels` are each token's own. A rank without tokens runs one
@@ -31,67 +31,68 @@ def pack_spans(
         samples: of the pack; None where this rank holds nothing of them.
         unshifted: for a loss that shifts labels itself.
     """
-    held = [(sample_of(samples, span), slice(span.start, span.end)) for span in spans]
+    parts = [(sample_of(samples, span), slice(span.start, span.end)) for span in spans]
     num_tokens = sum(span.num_tokens for span in spans)
-    stands_in = unshifted or not held
+    stands_in = unshifted or not parts
     inputs = {
-        "input_ids": _joined([sample.input_ids[at] for sample, at in held], stands_in, 0),
-        "position_ids": _joined([sample.position_ids(at.start, at.stop) for sample, at in held], stands_in, 0),
+        "input_ids": _joined([sample.input_ids[at] for sample, at in parts], stands_in, 0),
+        "position_ids": _joined([sample.position_ids(at.start, at.stop) for sample, at in parts], stands_in, 0),
         "attention_mask": planned_mask(num_tokens, num_tokens + stands_in),
     }
-    for name in _names(sample.inputs for sample, _ in held):
-        inputs[name] = _joined([sample.inputs[name][at] for sample, at in held], stands_in, 0)
-    if any(sample.labels is None for sample, _ in held):
+    for name in _names(sample.inputs for sample, _ in parts):
+        inputs[name] = _joined([sample.inputs[name][at] for sample, at in parts], stands_in, 0)
+    if any(sample.labels is None for sample, _ in parts):
         return inputs
-    targets = _joined([sample.targets[at] for sample, at in held], stands_in, IGNORE_INDEX)
+    # shifted in the whole sample, then cut: what a span's last token has to predict lies in another span
+    targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
     if not unshifted:
-        labels = [sample.labels[at] for sample, at in held if sample.labels is not None]
+        labels = [sample.labels[at] for sample, at in parts if sample.labels is not None]
         return {**inputs, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
     inputs["labels"] = _one_later(targets, IGNORE_INDEX)
-    for name in _names(sample.weights for sample, _ in held):
-        after = [_shifted(sample.weights[name])[at] for sample, at in held]
+    for name in _names(sample.weights for sample, _ in parts):
+        after = [_shifted(sample.weights[name])[at] for sample, at in parts]
         inputs[name] = _one_later(_joined(after, stands_in, 0), 0)
     return inputs
 
 
 def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:
-    """Values of tokens one after the other, and of a token that stands in. Shape (1, num_tokens, ...)."""
+    """Join the values of tokens, one after the other, and of a token that stands in. Shape (1, num_tokens, ...)."""
     shape = values[0].shape[1:] if values else ()
-    kind = values[0].dtype if values else torch.long
+    kind = values[0].dtype if values else torch.long  # without tokens there are only columns of whole numbers
     extra = [torch.full((1, *shape), filling, dtype=kind)] if stands_in else []
     return torch.cat([*values, *extra]).unsqueeze(0)
 
 
 def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
-    """Each token's value at the token after it. Shape (1, num_tokens, ...)."""
-    moved = values.roll(1, dims=1)
+    """Move each token's value to the token after it. Shape (1, num_tokens, ...)."""
+    moved = values.roll(1, dims=1)  # the last one, of the token that stands in, falls off: it has no target
     moved[:, 0] = filling
     return moved
 
 
 def _shifted(values: torch.Tensor) -> torch.Tensor:
-    """What the token after each has; the last one gets 0. Shape (num_tokens, ...)."""
+    """Give each token what the token after it has; the last one gets 0. Shape (num_tokens, ...)."""
     moved = values.roll(-1, dims=0)
     moved[-1] = 0
     return moved
 
 
 def labels_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> torch.Tensor | None:
-    """Each token's own label, shape (1, num_tokens); None where a sample has none."""
-    held = [(sample_of(samples, span), span) for span in spans]
-    labels = [sample.labels[span.start : span.end] for sample, span in held if sample.labels is not None]
-    return _joined(labels, stands_in=not held, filling=IGNORE_INDEX) if len(labels) == len(held) else None
+    """Return each token's own label, shape (1, num_tokens); None where a sample has none."""
+    parts = [(sample_of(samples, span), span) for span in spans]
+    labels = [sample.labels[span.start : span.end] for sample, span in parts if sample.labels is not None]
+    return _joined(labels, stands_in=not parts, filling=IGNORE_INDEX) if len(labels) == len(parts) else None
 
 
 def sample_of(samples: Sequence[Sample | None], span: Span) -> Sample:
-    """The sample that a span is of, which this rank has read."""
+    """Return the sample that a span is of, which this rank has read."""
     sample = samples[span.sample]
     assert sample is not None
     return sample
 
 
 def _names(of_samples: Iterable[Mapping[str, torch.Tensor]]) -> list[str]:
-    """Keys of the first; all samples of a pack must have the same."""
+    """List the names of a pack's values; refuse samples that differ in them, because the pack is one tensor a name."""
     keys = [tuple(sorted(one)) for one in of_samples]
     if len(set(keys)) > 1:
         raise BadSample(f"Some rows have {sorted(set(keys[0]) ^ set(min(set(keys) - {keys[0]})))}, others have not.")

@@ -1,4 +1,4 @@
-"""hf_hetero: a Hugging Face Trainer that chooses, every step, how many ranks share each sample.
+"""hf_hetero is a Hugging Face Trainer that chooses, every step, how many ranks share each sample.
 
 Names are imported when first used, so that planning and the command line need no torch.
 """
@@ -38,6 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
     homes = {
         "HeteroConfig": "config",
         "CostModel": "costs",
@@ -59,4 +60,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """List the public names, too, that are not imported yet."""
     return sorted({*globals(), *__all__})

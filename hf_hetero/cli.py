@@ -1,4 +1,4 @@
-"""hf-hetero: the command line. One function a verb; it only formats what the library returns.
+"""This is the command line, `hf-hetero`: one function a verb, which only formats what the library returns.
 
 hf-hetero plan SOURCE --cost COST --ranks N                    plan one global batch: table, --json, --plot
 hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    compare ways to share many
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except HeteroError as error:
         print(f"hf-hetero: {' '.join(str(error).split())}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # whoever read the output has seen enough; Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"hf-hetero: Cannot write the output: {error.strerror or error}.", file=sys.stderr)
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(args: argparse.Namespace) -> None:
+    """Plan one global batch and print it."""
     planner = _planner(args)
     if args.batch_size is None and args.source in MIXES:
         raise ConfigError(f"The mix {args.source!r} has no end: say how many samples to plan (--batch-size).")
@@ -77,6 +78,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _simulate(args: argparse.Namespace) -> None:
+    """Compare ways to share many batches and print what they come to."""
     from tqdm.auto import tqdm
 
     planner = _planner(args)
@@ -104,6 +106,7 @@ def _simulate(args: argparse.Namespace) -> None:
 
 
 def _costs(args: argparse.Namespace) -> None:
+    """List the shipped cost models, or print one."""
     if args.name is None:
         print(costs_table())
     else:
@@ -111,15 +114,17 @@ def _costs(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
+    """Check a model and print the verdict; 1 where it cannot be trained."""
     from hf_hetero.checks.check import check  # torch and transformers, which planning does without
 
-    found = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
+    result = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
     about = f"{args.memory_gib:g} GiB, weights sharded over {args.ranks} ranks"
-    print(json.dumps(found) if args.json else check_table(found, about))
-    return 0 if found["ok"] else 1
+    print(json.dumps(result) if args.json else check_table(result, about))
+    return 0 if result["ok"] else 1
 
 
 def _report(args: argparse.Namespace) -> None:
+    """Write the report of a finished run beside its records, or where the user says."""
     from hf_hetero.report import read_records, write_report
 
     records = read_records(args.records)
@@ -130,6 +135,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _planner(args: argparse.Namespace) -> Planner:
+    """Make the planner; refuse a largest degree that its cost model does not offer."""
     planner = Planner(
         CostModel.load(args.cost),
         args.ranks,
@@ -148,7 +154,7 @@ def _planner(args: argparse.Namespace) -> Planner:
 
 
 def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
-    """The lengths; what was left out is said on stderr, where it disturbs no table and no JSON."""
+    """Read the lengths; say what is left out on stderr, where it disturbs no table and no JSON."""
     if args.plot:
         picture_format(args.plot)  # a wrong name is said now, not after the planning
     reading = Reading(args.split, args.dataset_config, args.length_column, args.text_column, args.tokenizer)
@@ -167,6 +173,7 @@ def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Describe all verbs and their arguments."""
     parser = argparse.ArgumentParser(prog="hf-hetero", description="Plan long-tailed batches over groups of ranks.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
@@ -213,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_source(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments that say which lengths to plan with."""
     verb.add_argument(
         "source",
         help="a text file with the tokens of each sample, one a line; a dataset (a folder of save_to_disk, a json, "
@@ -229,6 +237,7 @@ def _add_source(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(verb: argparse.ArgumentParser) -> None:
+    """Add the arguments that say on which machine to plan, and how."""
     verb.add_argument(
         "--cost", required=True, help="cost model: a file (hf-hetero-cost/1) or a name that `costs` lists"
     )

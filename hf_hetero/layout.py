@@ -1,4 +1,4 @@
-"""Which tokens of a group's pack each of its ranks holds: the one type that all attention methods share.
+"""A layout says which tokens of a group's pack each of its ranks holds: the one type that all methods share.
 
 A group packs its samples one after the other, without padding. A layout cuts the pack into spans and gives each rank
 some of them; the spans of a rank, in order, are what the rank has in memory. Where ranks exchange heads instead, each
@@ -21,7 +21,7 @@ EVEN_WORK_TOKENS = 48 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens `start` to `end` (exclusive) of one sample; `sample` is its position in the pack."""
+    """A `Span` is tokens `start` to `end` (exclusive) of one sample; `sample` is its position in the pack."""
 
     sample: int
     start: int
@@ -29,13 +29,13 @@ class Span:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the span."""
+        """Count the tokens of the span."""
         return self.end - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The spans of each rank of a group.
+    """A `Layout` lists the spans of each rank of a group.
 
     Args:
         lengths: tokens of each packed sample, in packing order.
@@ -52,38 +52,38 @@ class Layout:
 
     @property
     def degree(self) -> int:
-        """Ranks of the group."""
+        """Count the ranks of the group."""
         return len(self.spans)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole pack."""
+        """Count the tokens of the whole pack."""
         return sum(self.lengths)
 
     @property
     def rank_tokens(self) -> tuple[int, ...]:
-        """Tokens that each rank holds; 0 is allowed."""
+        """Count the tokens that each rank holds; 0 is allowed."""
         return tuple(sum(span.num_tokens for span in spans) for spans in self.spans)
 
     @property
     def is_cut(self) -> bool:
-        """Whether a sample is held by more than one rank."""
+        """Tell whether a sample is held by more than one rank."""
         return any(span.num_tokens < self.lengths[span.sample] for spans in self.spans for span in spans)
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:
-        """Where each sample starts in the pack, and the end: flash-attn's own spelling."""
+        """Say where each sample starts in the pack, and where it ends: flash-attn's own spelling."""
         return (0, *accumulate(self.lengths))
 
     @property
     def max_seqlen(self) -> int:
-        """Tokens of the longest sample; 0 for an empty pack."""
+        """Count the tokens of the longest sample; 0 for an empty pack."""
         return max(self.lengths, default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShare:
-    """Heads that one rank computes: query heads `[q_start, q_end)` with key-value heads `[kv_start, kv_end)`.
+    """A `HeadShare` is what one rank computes: query heads `[q_start, q_end)`, key-value heads `[kv_start, kv_end)`.
 
     `kv_of_q` names, for each query head, its key-value head counted from `kv_start`.
     """
@@ -96,17 +96,17 @@ class HeadShare:
 
     @property
     def num_q(self) -> int:
-        """Query heads."""
+        """Count the query heads."""
         return self.q_end - self.q_start
 
     @property
     def num_kv(self) -> int:
-        """Key-value heads."""
+        """Count the key-value heads."""
         return self.kv_end - self.kv_start
 
     @property
     def is_grouped(self) -> bool:
-        """Whether the key-value heads serve equal runs of query heads, as kernels expect."""
+        """Tell whether the key-value heads serve equal runs of query heads, as kernels expect."""
         if not self.num_kv or self.num_q % self.num_kv:
             return self.num_q == 0
         run = self.num_q // self.num_kv
@@ -114,22 +114,22 @@ class HeadShare:
 
 
 def layout_of(group: Group, lengths: Sequence[int]) -> Layout:
-    """The layout in which a plan's group holds its samples: the one that its method is best at.
+    """Lay out the samples of a plan's group as its method is best at.
 
     Args:
         group: of a plan.
         lengths: tokens of each sample of the global batch.
     """
-    held = [lengths[sample] for sample in group.samples]
+    packed = [lengths[sample] for sample in group.samples]
     if group.method == "ulysses":
-        return contiguous(held, group.degree)
+        return contiguous(packed, group.degree)
     if group.ulysses_degree is not None:
-        return two_level(held, group.degree, group.ulysses_degree)
-    return zigzag(held, group.degree)
+        return two_level(packed, group.degree, group.ulysses_degree)
+    return zigzag(packed, group.degree)
 
 
 def equal_splits(total: int, parts: int) -> tuple[int, ...]:
-    """`total` in `parts` integers that differ by one at most, larger ones first.
+    """Split `total` into `parts` integers that differ by one at most, larger ones first.
 
     >>> equal_splits(10, 4)
     (3, 3, 2, 2)
@@ -139,7 +139,7 @@ def equal_splits(total: int, parts: int) -> tuple[int, ...]:
 
 
 def contiguous(lengths: Sequence[int], degree: int) -> Layout:
-    """Consecutive slices of the pack, equal to one token: no padding, no divisibility.
+    """Cut the pack into consecutive slices, equal to one token: no padding, no divisibility.
 
     >>> contiguous([3, 2], 2).spans
     ((Span(sample=0, start=0, end=3),), (Span(sample=1, start=0, end=2),))
@@ -149,7 +149,7 @@ def contiguous(lengths: Sequence[int], degree: int) -> Layout:
 
 
 def zigzag(lengths: Sequence[int], degree: int) -> Layout:
-    """Long samples in a zigzag over all ranks, short ones whole on one rank: little to exchange, even causal work.
+    """Deal long samples over all ranks, keep short ones whole on one: little to exchange, even causal work.
 
     A sample that has more tokens, or more work, than a rank's share is cut into two pieces a rank, of which rank r
     holds number r from the front and number r from the back, so that each rank has the same tokens of it and the same
@@ -163,12 +163,14 @@ def zigzag(lengths: Sequence[int], degree: int) -> Layout:
     """
     order = sorted(range(len(lengths)), key=lambda sample: -lengths[sample])
     work = [length * (length + EVEN_WORK_TOKENS) for length in lengths]
+    # a tenth above a share is let pass: a sample is not cut, and its keys sent around, for a little imbalance
     share_tokens, share_work = sum(lengths) / degree, 1.1 * sum(work) / degree
-    held: list[list[Span]] = [[] for _ in range(degree)]
+    spans_of: list[list[Span]] = [[] for _ in range(degree)]
     room = [0] * degree  # below 0 until all long samples are dealt
     num_shared = sum(length > share_tokens or work[i] > share_work for i, length in enumerate(lengths))
     for sample in order[:num_shared]:
-        _deal_in_zigzag(sample, lengths[sample], held, room)
+        _deal_in_zigzag(sample, lengths[sample], spans_of, room)
+    # the fullest ranks get the larger splits, so that none has more than its split already
     for rank, tokens in zip(
         sorted(range(degree), key=lambda rank: room[rank]), equal_splits(sum(lengths), degree), strict=True
     ):
@@ -180,52 +182,53 @@ def zigzag(lengths: Sequence[int], degree: int) -> Layout:
         while start < length:
             tokens, rank = heapq.heappop(emptiest)
             end = min(length, start - tokens)
-            held[rank].append(Span(sample, start, end))
+            spans_of[rank].append(Span(sample, start, end))
             heapq.heappush(emptiest, (tokens + end - start, rank))
             start = end
-    spans = tuple(_joined(sorted(spans, key=lambda span: (span.sample, span.start))) for spans in held)
+    spans = tuple(_joined(sorted(spans, key=lambda span: (span.sample, span.start))) for spans in spans_of)
     return Layout(tuple(lengths), spans, "zigzag")
 
 
 def two_level(lengths: Sequence[int], degree: int, inner: int) -> Layout:
-    """A zigzag over blocks of `inner` ranks, and consecutive slices of a block's spans on its ranks."""
+    """Lay a zigzag over blocks of `inner` ranks, and cut a block's spans into consecutive slices for its ranks."""
     blocks = zigzag(lengths, degree // inner)
     spans = tuple(share for block in blocks.spans for share in _slices(block, inner))
     return Layout(blocks.lengths, spans, blocks.kind, inner)
 
 
 def blocks_of(layout: Layout) -> Layout:
-    """The layout over the blocks of a group: what each of them holds in all."""
+    """Return the layout over the blocks of a group: what each of them holds in all."""
     ranks = range(0, layout.degree, layout.inner)
-    spans = tuple(_joined(s for held in layout.spans[r : r + layout.inner] for s in held) for r in ranks)
+    spans = tuple(_joined(s for rank_spans in layout.spans[r : r + layout.inner] for s in rank_spans) for r in ranks)
     return Layout(layout.lengths, spans, layout.kind)
 
 
 def needed(layout: Layout, receiver: int, sender: int, window: int | None = None) -> tuple[Span, ...]:
-    """Keys of one rank that the queries of another must meet, in the order the sender holds them.
+    """Find the keys of one rank that the queries of another must meet, in the order the sender holds them.
 
     Args:
         layout: who holds what.
         receiver, sender: ranks of the group, by position.
         window: tokens that a query sees, itself included; None means all before it.
     """
-    seen: dict[int, list[tuple[int, int]]] = {}
+    ranges_of: dict[int, list[tuple[int, int]]] = {}  # of each sample, what the receiver's queries see
     for span in layout.spans[receiver]:
         first = 0 if window is None else max(0, span.start - window + 1)
-        ranges = seen.setdefault(span.sample, [])
+        ranges = ranges_of.setdefault(span.sample, [])
+        # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
         ranges.append((first, span.end))
     return tuple(
-        Span(held.sample, max(held.start, first), min(held.end, end))
-        for held in layout.spans[sender]
-        for first, end in seen.get(held.sample, ())
-        if max(held.start, first) < min(held.end, end)
+        Span(span.sample, max(span.start, first), min(span.end, end))
+        for span in layout.spans[sender]
+        for first, end in ranges_of.get(span.sample, ())
+        if max(span.start, first) < min(span.end, end)
     )
 
 
 def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
-    """Query heads in near-equal runs; each rank gets every key-value head its run needs, so some travel twice."""
+    """Share query heads in near-equal runs; a rank gets every key-value head its run needs, so some travel twice."""
     group_size = num_heads // num_kv_heads
     bounds = (0, *accumulate(equal_splits(num_heads, degree)))
     shares: list[HeadShare] = []
@@ -237,11 +240,11 @@ def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadSha
     return tuple(shares)
 
 
-def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list[int]) -> None:
-    """Two pieces of one sample to each rank; the tokens that do not divide go to the ranks that hold the fewest."""
+def _deal_in_zigzag(sample: int, length: int, spans_of: list[list[Span]], room: list[int]) -> None:
+    """Deal two pieces of one sample to each rank, and tokens that do not divide to the ranks that hold the fewest."""
     # Of 2d pieces of c tokens, piece i meets i whole pieces and half of itself: (i + 1/2) c^2 pairs. Rank r has the
     # pieces r and 2d - 1 - r, so 2d c^2 pairs, whatever r is.
-    degree = len(held)
+    degree = len(spans_of)
     piece, left = divmod(length, 2 * degree)
     sizes = [piece] * (2 * degree)
     emptiest = sorted(range(degree), key=lambda rank: -room[rank])
@@ -251,18 +254,18 @@ def _deal_in_zigzag(sample: int, length: int, held: list[list[Span]], room: list
     for position, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         rank = min(position, 2 * degree - 1 - position)
         if size:
-            held[rank].append(Span(sample, end - size, end))
+            spans_of[rank].append(Span(sample, end - size, end))
             room[rank] -= size
 
 
 def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
-    """Consecutive slices of some spans, equal to one token."""
+    """Cut spans into consecutive slices, equal to one token."""
     starts = (0, *accumulate(span.num_tokens for span in spans))
     bounds = (0, *accumulate(equal_splits(starts[-1], parts)))
     return tuple(
         tuple(
             Span(span.sample, span.start + max(low - start, 0), span.start + min(high - start, span.num_tokens))
-            for start, span in zip(starts, spans, strict=False)
+            for start, span in zip(starts, spans, strict=False)  # `starts` has the end, too
             if max(low, start) < min(high, start + span.num_tokens)
         )
         for low, high in pairwise(bounds)
@@ -270,7 +273,7 @@ def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same tokens in as few spans as can be."""
+    """Join spans that follow each other: the same tokens in as few spans as can be."""
     joined: list[Span] = []
     for span in spans:
         if joined and (joined[-1].sample, joined[-1].end) == (span.sample, span.start):

@@ -1,4 +1,4 @@
-"""What a step does: Plan > MicroBatch > Group, and the report of how it went. Standard library only.
+"""A plan says what a step does: Plan > MicroBatch > Group; a report says how it went. Standard library only.
 
 A plan is made once, on one rank, and read by everyone: the sampler, the collator, the trainer, the callbacks, the
 command line. Its laws are checked here, when it is made, so that no reader checks them again.
@@ -25,7 +25,7 @@ memory. Each takes less device memory than the one before, and no less time."""
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Ranks that share samples in one micro-batch.
+    """A `Group` is ranks that share samples in one micro-batch.
 
     Args:
         ranks: global ranks, ascending and contiguous, starting at a multiple of their number.
@@ -48,6 +48,7 @@ class Group:
     def __post_init__(self) -> None:
         if not self.ranks:
             raise HeteroError("A group has no ranks.")
+        # aligned blocks are few, so that all process groups can be made before training, and the same on every rank
         first, degree = self.ranks[0], len(self.ranks)
         if self.ranks != tuple(range(first, first + degree)) or first % degree:
             raise HeteroError(
@@ -70,29 +71,29 @@ class Group:
 
     @property
     def degree(self) -> int:
-        """Number of ranks."""
+        """Count the ranks."""
         return len(self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What all ranks compute at once, between two accumulations: its groups partition the ranks."""
+    """A `MicroBatch` is what all ranks compute in one forward and backward pass: its groups partition the ranks."""
 
     groups: tuple[Group, ...]
 
     def group_of(self, rank: int) -> Group:
-        """The group that this rank belongs to."""
+        """Return the group that this rank belongs to."""
         return next(group for group in self.groups if rank in group.ranks)
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Degrees of the groups, largest first."""
+        """List the degrees of the groups, largest first."""
         return tuple(sorted((group.degree for group in self.groups), reverse=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything the ranks must agree on for one optimizer step.
+    """A `Plan` is everything the ranks must agree on for one optimizer step.
 
     Args:
         num_ranks: ranks of the run; every micro-batch partitions `range(num_ranks)`.
@@ -117,6 +118,7 @@ class Plan:
     def __post_init__(self) -> None:
         for index, micro_batch in enumerate(self.micro_batches):
             ranks = sorted(rank for group in micro_batch.groups for rank in group.ranks)
+            # counted first, so that a plan from a file with a huge number of ranks makes no huge list
             if len(ranks) != self.num_ranks or ranks != list(range(self.num_ranks)):
                 raise HeteroError(
                     f"Micro-batch {index} uses ranks {ranks}: its groups must partition the {self.num_ranks} ranks."
@@ -128,25 +130,28 @@ class Plan:
 
     @property
     def groups(self) -> Iterable[Group]:
-        """All groups of all micro-batches."""
+        """Return all groups of all micro-batches."""
         return (group for micro_batch in self.micro_batches for group in micro_batch.groups)
 
     @property
     def num_samples(self) -> int:
-        """Samples of the step."""
+        """Count the samples of the step."""
         return sum(len(group.samples) for group in self.groups)
 
     @property
     def gap(self) -> float:
-        """How far above the bound the plan may be, as a share: 0.02 is 'within 2 % of optimal'."""
+        """Say how far above the bound the plan may be, as a share: 0.02 is 'within 2 % of optimal'."""
         return self.seconds / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
 
     def share(self, rank: int) -> tuple[Group, ...]:
-        """This rank's group in each micro-batch."""
+        """Return this rank's group in each micro-batch."""
         return tuple(micro_batch.group_of(rank) for micro_batch in self.micro_batches)
 
     def digest(self) -> int:
-        """63-bit fingerprint of what is trained and how; equal on all ranks or the step must not start."""
+        """Hash what is trained and how into 63 bits; they are equal on all ranks, or the step must not start.
+
+        Predictions are left out: no rank trains otherwise for them, and a tensor of signed 64-bit integers carries 63.
+        """
         decisions = [
             [(g.ranks, g.samples, g.method, g.ulysses_degree, g.activations) for g in m.groups]
             for m in self.micro_batches
@@ -155,7 +160,7 @@ class Plan:
         return int.from_bytes(hashed[:8], "big") >> 1
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form (format hf-hetero-plan/1)."""
+        """Return the JSON-ready form (format hf-hetero-plan/1)."""
         return {
             "format": PLAN_FORMAT,
             "num_ranks": self.num_ranks,
@@ -168,7 +173,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """Inverse of `to_dict`.
+        """Invert `to_dict`.
 
         Raises:
             HeteroError: another format, or a plan that breaks a law of this module.
@@ -190,12 +195,14 @@ class Plan:
 
 
 def _group_to_dict(group: Group) -> dict[str, Any]:
+    """Return a group's JSON-ready form, without what is None."""
     data: dict[str, Any] = {"ranks": list(group.ranks), "samples": list(group.samples), "method": group.method}
     optional = {"ulysses_degree": group.ulysses_degree, "activations": group.activations}
     return data | {name: value for name, value in optional.items() if value is not None}
 
 
 def _group_from_dict(data: Mapping[str, Any]) -> Group:
+    """Invert `_group_to_dict`, and raise whatever a mapping of something else raises."""
     method, inner = data.get("method", "ulysses"), data.get("ulysses_degree")
     if inner is not None:
         _whole([inner])
@@ -203,20 +210,20 @@ def _group_from_dict(data: Mapping[str, Any]) -> Group:
 
 
 def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
-    """Whole numbers from JSON.
+    """Return numbers from JSON that are all whole.
 
     Raises:
-        TypeError: one that is none.
+        TypeError: one of them is not.
     """
-    found = tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
-    if len(found) < len(numbers):
+    whole = tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
+    if len(whole) < len(numbers):
         raise TypeError(f"{numbers!r:.60} are not all whole numbers")
-    return found
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """How one step went, as seen by every rank after it.
+    """A `StepReport` says how one step went, as every rank knows it afterwards.
 
     Args:
         step: optimizer steps finished, this one included.
@@ -247,29 +254,29 @@ class StepReport:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the step."""
+        """Count the tokens of the step."""
         return sum(self.lengths)
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second, over all ranks, waiting included."""
+        """Return tokens a second, over all ranks, waiting included."""
         total = self.seconds + self.wait_s
         return self.num_tokens / total if total > 0 else 0.0
 
     @property
     def idle_share(self) -> float | None:
-        """Share of rank-seconds spent waiting for the slowest group of each micro-batch; None if none can tell."""
+        """Return the share of rank-seconds spent waiting for slowest groups; None where it was not measured."""
         return None if self.is_lockstep else idle_share(self.busy_s)
 
 
 def idle_share(busy_s: Sequence[Sequence[float]]) -> float:
-    """Share of rank-seconds that is idle when each micro-batch (outer) lasts as long as its slowest rank (inner)."""
+    """Return the idle share of rank-seconds if each micro-batch (outer) lasts as long as its slowest rank (inner)."""
     total = sum(len(ranks) * max(ranks, default=0.0) for ranks in busy_s)
     return 1 - sum(map(sum, busy_s)) / total if total > 0 else 0.0
 
 
 def describe_groups(micro_batch: MicroBatch) -> str:
-    """Degrees of a micro-batch's groups, largest first: '4 2rx2' is one group of 4 ranks and two of 2.
+    """Name the degrees of a micro-batch's groups, largest first: '4 2rx2' is one group of 4 ranks and two of 2.
 
     "r" marks groups that recompute layers to hold more tokens, "o" those that also offload.
     """
@@ -281,7 +288,7 @@ def describe_groups(micro_batch: MicroBatch) -> str:
 
 
 def describe_degrees(plan: Plan) -> str:
-    """The groups of each micro-batch in one line.
+    """Name the groups of each micro-batch in one line.
 
     >>> describe_degrees(Plan(4, (MicroBatch((Group((0, 1), (0,)), Group((2,), (1,)), Group((3,), (2,)))),)))
     '[2 1x2]'

@@ -1,6 +1,6 @@
-"""What a group costs that does something to hold more tokens (`plan.ACTIVATIONS`).
+"""An activation policy says what a group costs that does something to hold more tokens (`plan.ACTIVATIONS`).
 
-Some samples of a run are too long, or a micro-batch too full, for what activations take when all of them are kept. To
+Some samples of a run are too long, or a micro-batch too full, for the memory that all saved tensors take. To
 recompute layers everywhere makes every sample pay a third more. A plan decides for each group: ByteScale offloads by
 need (arXiv:2502.21231), MEMO by how much a long sample's attention hides (arXiv:2407.12117).
 """
@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from hf_hetero.errors import ConfigError
 
 LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
-"""Of what is divided by, and of all: with others, sums of seconds and bytes would overflow."""
+"""Least of what is divided by, and most of all: with others, sums of seconds and bytes would overflow."""
 
 
 @dataclass(frozen=True)
 class ActivationPolicy:
-    """What differs from the costs of the rest of the run.
+    """An `ActivationPolicy` holds the costs in which a group that follows it differs from the rest of the run.
 
     Args:
         activation_bytes_per_token: memory of a token on the device.
@@ -37,7 +37,7 @@ class ActivationPolicy:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not 0 <= value <= MOST_NUMBER:
+            if not 0 <= value <= MOST_NUMBER:  # written so that NaN is refused, too
                 raise ConfigError(f"An activation policy's {name} is {value!r}; it must be 0 or more.")
         if not self.activation_bytes_per_token >= LEAST_NUMBER:
             raise ConfigError("An activation policy's activation_bytes_per_token must be above 0.")

@@ -1,4 +1,4 @@
-"""How long a group takes and how much memory it needs: one small formula, one JSON file.
+"""A cost model says how long a group takes and how much memory it needs: one small formula, one JSON file.
 
 For a group of degree d that holds samples of s tokens (FlexSP, arXiv:2412.01523, eq. 11-14):
 
@@ -33,7 +33,7 @@ from hf_hetero.plan import ACTIVATIONS, Group, Plan
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds and bytes of a group on one machine, for one model.
+    """A `CostModel` tells the seconds and bytes of a group on one machine, for one model.
 
     Args:
         attention_s_per_token2: seconds of one rank for the part that grows with the square of a sample's tokens.
@@ -121,13 +121,13 @@ class CostModel:
 
     @property
     def capacity_tokens(self) -> int:
-        """Tokens that one rank can hold in a micro-batch, of a group that does nothing to hold more."""
+        """Count the tokens that one rank can hold in a micro-batch if its group does nothing to hold more."""
         free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
         return int(free // self.activation_bytes_per_token)
 
     @cached_property
     def by_activations(self) -> Mapping[str | None, CostModel]:
-        """The cost model of groups by `Group.activations`: without policies to choose from, the same without any.
+        """Map each `Group.activations` to the cost model of such groups, which has no policies to choose from.
 
         Policies that hold no more tokens than a faster one are left out.
         """
@@ -136,21 +136,21 @@ class CostModel:
             if (policy := self.activation_policies.get(name)) is None:
                 continue
             most = max(model.capacity_tokens for model in models.values())
-            # asked before it is made: what holds no token is no cost model
+            # compared before the cost model is built: one that holds no token is refused
             if self._room_bytes(policy) // policy.activation_bytes_per_token > most:
-                models[name] = self._following(policy)
+                models[name] = self._under(policy)
         return models
 
     @property
     def leanest(self) -> CostModel:
-        """The cost model of groups that do everything they may to hold more tokens."""
-        return list(self.by_activations.values())[-1]
+        """Return the cost model of groups that do everything they may to hold more tokens."""
+        return list(self.by_activations.values())[-1]  # each holds more than those before it
 
     def of_group(self, group: Group) -> CostModel:
-        """What a plan's group costs by.
+        """Return the cost model that a plan's group costs by.
 
         Raises:
-            ConfigError: it follows a policy that this cost model lacks.
+            ConfigError: the group follows a policy that this cost model lacks.
         """
         if group.activations not in self.by_activations:
             raise ConfigError(
@@ -160,7 +160,7 @@ class CostModel:
         return self.by_activations[group.activations]
 
     def with_free_memory(self) -> CostModel:
-        """The same machine if nothing that a group does to hold more took time: no plan is faster than one on it."""
+        """Return the same machine if no way to hold more tokens took time: no plan is faster than one on it."""
         most = self.leanest
         return replace(
             self.by_activations[None],
@@ -169,14 +169,15 @@ class CostModel:
         )
 
     def _room_bytes(self, policy: ActivationPolicy) -> float:
-        """Memory for activations of a group that follows it; of the device's, as much as goes with the host's."""
+        """Count the device's bytes for activations under a policy: as many as the host's bytes go with."""
         room = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
         if self.host_memory_bytes_per_rank is not None and policy.host_bytes_per_token > 0:
             tokens = max(1.0, self.host_memory_bytes_per_rank / policy.host_bytes_per_token)
             room = min(room, tokens * policy.activation_bytes_per_token)
         return room
 
-    def _following(self, policy: ActivationPolicy) -> CostModel:
+    def _under(self, policy: ActivationPolicy) -> CostModel:
+        """Price a group that follows a policy, as a cost model without any."""
         kv_bytes = self.kv_bytes_per_token
         return replace(
             self,
@@ -190,34 +191,35 @@ class CostModel:
         )
 
     def degrees(self, num_ranks: int) -> tuple[int, ...]:
-        """Degrees offered on this many ranks, ascending: 1, and those with a bandwidth."""
+        """List the degrees offered on this many ranks, ascending: 1, and those with a bandwidth."""
         return tuple(d for d in sorted({1, *self.all_to_all_bytes_per_s}) if d <= num_ranks)
 
     def linear_s(self, degree: int) -> float:
-        """Rank-seconds of a token at this degree, its exchange included."""
+        """Return the rank-seconds of a token at this degree, its exchange included."""
         exchange = self.all_to_all_bytes_per_token / self.all_to_all_bytes_per_s[degree] if degree > 1 else 0.0
         return self.linear_s_per_token + exchange
 
     def fixed_s(self, degree: int) -> float:
-        """Seconds that a group of this degree takes before its first token."""
+        """Return the seconds that a group of this degree takes before its first token."""
         return self.micro_batch_s + (self.all_to_all_latency_s.get(degree, 0.0) if degree > 1 else 0.0)
 
     def work(self, length: int, degree: int) -> float:
-        """Rank-seconds of one sample: divided by the degree, it is what the sample adds to its group."""
+        """Return the rank-seconds of one sample: divided by the degree, they are what it adds to its group."""
         return self.attention_s_per_token2 * length * length + self.linear_s(degree) * length
 
     def seconds(self, lengths: Iterable[int], degree: int) -> float:
-        """Seconds of a group that holds these samples."""
+        """Predict the seconds of a group that holds these samples and exchanges heads."""
         return self.fixed_s(degree) + sum(self.work(length, degree) for length in lengths) / degree
 
     def num_bytes(self, lengths: Iterable[int], degree: int) -> float:
-        """Memory of one rank of a group that holds these samples."""
+        """Predict the memory of one rank of a group that holds these samples."""
         return self.model_state_bytes_per_rank + self.activation_bytes_per_token * sum(lengths) / degree
 
     def group_seconds(self, group: Group, lengths: Sequence[int]) -> float:
-        """Seconds of a plan's group, given the lengths of the global batch."""
+        """Predict the seconds of a plan's group, given the lengths of the global batch."""
         if group.activations is not None:
             return self.of_group(group).group_seconds(replace(group, activations=None), lengths)
+        # as searches compute it, to the last bit: the sum of charges is rounded otherwise
         if self.exchanges_heads(group) and self.head_imbalance(group.degree) == 1:
             return self.seconds((lengths[sample] for sample in group.samples), group.degree)
         return sum(self.charges(group, lengths))
@@ -227,21 +229,21 @@ class CostModel:
         return Crossings(**{item.name: getattr(self, item.name) for item in fields(Crossings)})
 
     def head_imbalance(self, degree: int) -> float:
-        """Heads of the rank that has most of them, by the mean; 1 where they divide, or nobody knows."""
+        """Return the heads of the rank that has most, by the mean; 1 where they divide, or nobody knows."""
         return self._crossings.head_imbalance(degree)
 
     def exchanges_heads(self, group: Group) -> bool:
-        """Whether the first formula counts for a group: its ranks exchange heads, or it is all this model knows."""
+        """Tell whether a group costs by the first formula: it exchanges heads, or nothing else is known."""
         return group.degree == 1 or group.method == "ulysses" or self.kv_bytes_per_token is None
 
     def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
-        """Seconds of a plan's group, by what they are for; `group_seconds` is their sum."""
+        """Split the seconds of a plan's group by what they are for; `group_seconds` is their sum."""
         if group.activations is not None:
             return self.of_group(group).charges(replace(group, activations=None), lengths)
         if not self.exchanges_heads(group):
             return self._crossings.charges(group, lengths)
-        held, degree = [lengths[sample] for sample in group.samples], group.degree
-        tokens, squares = sum(held) / degree, sum(length * length for length in held)
+        packed, degree = [lengths[sample] for sample in group.samples], group.degree
+        tokens, squares = sum(packed) / degree, sum(length * length for length in packed)
         return Charges(
             attention_s=self.attention_s_per_token2 * squares / degree * self.head_imbalance(degree),
             linear_s=self.linear_s_per_token * tokens,
@@ -250,19 +252,19 @@ class CostModel:
         )
 
     def methods(self, group: Group, lengths: Sequence[int]) -> tuple[Group, ...]:
-        """A group in each way that this model knows and that fits the memory; the first exchanges heads."""
+        """List a group in each way that this model knows and that fits the memory; the first exchanges heads."""
         ways, most = self._crossings.ways(group), self.memory_bytes_per_rank
         if len(ways) == 1:
             return ways
-        bytes_held = self.num_bytes((lengths[sample] for sample in group.samples), group.degree)
+        other_bytes = self.num_bytes((lengths[sample] for sample in group.samples), group.degree)
         return tuple(
             way
             for way in ways
-            if way.method != "gather" or bytes_held + self._crossings.bytes_gathered(way, lengths) <= most
+            if way.method != "gather" or other_bytes + self._crossings.bytes_gathered(way, lengths) <= most
         )
 
     def with_free_exchange(self) -> CostModel:
-        """The same machine if every exchange took no time: no plan by any method is faster than one on it."""
+        """Return the same machine if no exchange took time: no plan by any method is faster than one on it."""
         return replace(
             self,
             all_to_all_bytes_per_token=0.0,
@@ -272,27 +274,27 @@ class CostModel:
         )
 
     def plan_seconds(self, plan: Plan, lengths: Sequence[int]) -> float:
-        """Seconds of a step: the slowest group of each micro-batch, summed."""
+        """Predict the seconds of a step: the slowest group of each micro-batch, summed."""
         return sum(max(self.group_seconds(g, lengths) for g in m.groups) for m in plan.micro_batches)
 
     def with_capacity(self, tokens: int) -> CostModel:
-        """The same machine with room for this many tokens on a rank, whatever its group does."""
+        """Return the same machine with room for this many tokens on a rank, whatever its group does."""
         memory = self.model_state_bytes_per_rank + tokens * self.activation_bytes_per_token
         return replace(self, memory_bytes_per_rank=math.ceil(memory), activation_policies={})
 
     def with_degrees(self, degrees: Iterable[int]) -> CostModel:
-        """The same machine, offering only these degrees (and 1)."""
+        """Return the same machine, offering only these degrees (and 1)."""
         offered = set(degrees)
-        kept = {d: v for d, v in self.all_to_all_bytes_per_s.items() if d in offered}
-        return replace(self, all_to_all_bytes_per_s=kept)
+        bandwidths = {d: v for d, v in self.all_to_all_bytes_per_s.items() if d in offered}
+        return replace(self, all_to_all_bytes_per_s=bandwidths)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form (format hf-hetero-cost/1)."""
+        """Return the JSON-ready form (format hf-hetero-cost/1)."""
         return as_json(asdict(self))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "cost model") -> CostModel:
-        """Inverse of `to_dict`; fields this version does not know are left aside.
+        """Invert `to_dict`; fields this version does not know are left aside.
 
         Raises:
             ConfigError: another format, a missing field, or a value of the wrong kind.

@@ -1,4 +1,4 @@
-"""What it costs that the ranks of a group share samples, by method: from where the samples are cut, and from the links.
+"""Crossings price that the ranks of a group share samples, by method: where samples are cut, and over which links.
 
 For a group of d ranks, in blocks of n that exchange heads (n = 1 but for "ulysses_ring"), whose busiest block computes
 with `causal_pairs` and moves `travelling_tokens` (see `volume`), in seconds:
@@ -24,13 +24,13 @@ from hf_hetero.layout import blocks_of, layout_of
 from hf_hetero.plan import Group
 
 GATHER_MESSAGES = 2 / 4
-"""Exchanges of a layer, forward and backward, where exchanging heads takes four."""
+"""Latency of a layer that gathers, by that of one which exchanges heads: two collectives instead of four."""
 RING_MESSAGES = 3 / 4
-"""The same, for each other rank of a ring."""
+"""The same for each other rank of a ring: one message in forward, two in backward (`hf_hetero.attention`)."""
 
 
 class Charges(NamedTuple):
-    """Seconds of a group, in the parts that add up to them.
+    """`Charges` are the seconds of a group, in the parts that add up to them.
 
     Args:
         attention_s: for what grows with the square of a sample's tokens.
@@ -47,7 +47,7 @@ class Charges(NamedTuple):
 
 @dataclass(frozen=True)
 class Crossings:
-    """What a cost model knows of ranks that share samples. Each field is `CostModel`'s of the same name."""
+    """`Crossings` hold what a cost model knows of ranks that share samples: its fields of the same names."""
 
     attention_s_per_token2: float
     linear_s_per_token: float
@@ -63,17 +63,18 @@ class Crossings:
     ring_overlap: float
 
     def head_imbalance(self, degree: int) -> float:
-        """Heads of the rank that has most of them, by the mean; 1 where they divide, or nobody knows."""
+        """Return the heads of the rank that has most, by the mean; 1 where they divide, or nobody knows."""
         if self.num_heads is None or self.kv_bytes_per_token is None:
             return 1.0
         return degree * -(-self.num_heads // degree) / self.num_heads
 
     def ways(self, group: Group) -> tuple[Group, ...]:
-        """A group in each way that attention can cross its ranks, whatever their memory; the first exchanges heads."""
+        """List a group in each way that attention can cross its ranks, in any memory; the first exchanges heads."""
         heads = Group(group.ranks, group.samples)
         if group.degree == 1 or self.kv_bytes_per_token is None or not group.samples:
             return (heads,)
         ways = [heads, Group(group.ranks, group.samples, "ring"), Group(group.ranks, group.samples, "gather")]
+        # blocks are whole nodes, so that heads stay on fast links: the group must start at a node and end with one
         inner = self.ranks_per_node or group.degree
         blocks = 1 < inner < group.degree and group.degree % inner == 0 and group.ranks[0] % inner == 0
         if blocks and self.network_bytes_per_s and inner in self.all_to_all_bytes_per_s:
@@ -81,12 +82,12 @@ class Crossings:
         return tuple(ways)
 
     def bytes_gathered(self, group: Group, lengths: Sequence[int]) -> float:
-        """Memory, on the busiest rank of a group that gathers, of what comes from others and stays until backward."""
+        """Count the bytes, on the busiest rank, that a group which gathers fetches and keeps until backward."""
         assert self.kv_bytes_per_token is not None
         return self.kv_bytes_per_token * travelling_tokens(layout_of(group, lengths))
 
     def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
-        """Seconds of a group whose ranks share tokens, not heads only; the busiest rank counts.
+        """Split the seconds of a group whose ranks share tokens, not heads only; the busiest rank counts.
 
         Args:
             group: of a plan; its method is "gather", "ring" or "ulysses_ring".
@@ -103,7 +104,9 @@ class Crossings:
             fixed_s += self.all_to_all_latency_s.get(inner, 0.0)
         if blocks.is_cut:
             assert self.kv_bytes_per_token is not None
+            # a rank of a block sends its share of the heads, and no less than one: fewer heads than ranks are copied
             copies = max(1 / inner, 1 / (self.num_kv_heads or inner))
+            # a ring of blocks crosses nodes, because a block is a node
             speed = self.all_to_all_bytes_per_s[degree] if inner == 1 else self.network_bytes_per_s
             assert speed is not None
             once_s = self.kv_bytes_per_token * copies * travelling_tokens(blocks) / speed

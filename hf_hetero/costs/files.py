@@ -1,4 +1,4 @@
-"""Cost models as JSON files, format hf-hetero-cost/1, read strictly: what a file gets wrong is named, not guessed.
+"""This module reads and writes cost models as JSON files (hf-hetero-cost/1): what is wrong is named, not guessed.
 
 `CostModel.load`, `save`, `from_dict` and `to_dict` are the doors; the files beside this one come with the package.
 """
@@ -18,16 +18,16 @@ COST_FORMAT = "hf-hetero-cost/1"
 SHIPPED_FOLDER = Path(__file__).parent
 MOST_COUNTED = 1 << 40
 MOST_DIGITS = 12
-"""Of a degree: more are none that a run can have, and Python reads no number of thousands."""
+"""Digits of a degree, at most: no run has more, and Python refuses to read a number of thousands of digits."""
 
 
 def shipped_names() -> tuple[str, ...]:
-    """Cost models that come with the package; `hf-hetero costs` says what they are."""
+    """List the cost models that come with the package; `hf-hetero costs` says what they are."""
     return tuple(sorted(file.stem for file in SHIPPED_FOLDER.glob("*.json")))
 
 
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds, or the shipped cost model of this name.
+    """Read a JSON file, or the shipped cost model of this name.
 
     Raises:
         ConfigError: no such file or name, or not JSON.
@@ -50,7 +50,7 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> None:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The JSON-ready form of a cost model's values: degrees are text, and what is None or a lack of policies is absent.
+    """Return a cost model's values ready for JSON: degrees as text, without what is None or a lack of policies.
 
     Args:
         values: of each field of `CostModel`, by name; policies as mappings of their own fields.
@@ -65,7 +65,7 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values_of(declared: Sequence[Field[Any]], data: object, where: str) -> dict[str, Any]:
-    """The values of a cost model's fields, by name; what `declared` does not name is left aside.
+    """Read the values of a cost model's fields, by name; what `declared` does not name is left aside.
 
     Args:
         declared: fields of `CostModel`.
@@ -94,7 +94,7 @@ def values_of(declared: Sequence[Field[Any]], data: object, where: str) -> dict[
 
 
 def read_policies(value: object, where: str) -> dict[str, ActivationPolicy]:
-    """Policies by name, from a cost model's JSON.
+    """Read the policies of a cost model's JSON, by name.
 
     Raises:
         ConfigError: not an object of objects, or a field that is missing or no number.
@@ -120,7 +120,7 @@ def read_policies(value: object, where: str) -> dict[str, ActivationPolicy]:
 
 
 def read_field(item: Field[Any], value: object, where: str) -> Any:
-    """A field's value from JSON, refused unless its kind is the one declared: "1" and true are no numbers.
+    """Return a field's value from JSON, and refuse one of another kind than declared: "1" and true are no numbers.
 
     Args:
         item: the field; its annotation is a string, and one of float, int, str, Mapping[int, float], or one or None.
@@ -152,7 +152,7 @@ def read_field(item: Field[Any], value: object, where: str) -> Any:
 
 
 def number_of(value: object, name: str) -> float:
-    """A number from JSON, where whole ones may have any size.
+    """Return a number from JSON, where whole ones may have any size, and refuse what cannot be computed with.
 
     Raises:
         ConfigError: anything else, or a number that is too large to compute with.
@@ -160,25 +160,26 @@ def number_of(value: object, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} is {value!r:.60}; it must be a number.")
     try:
-        float(value)
+        float(value)  # tried only: a whole number stays one, so that a file is written as it was read
     except OverflowError:
         raise ConfigError(f"{name} is {str(value)[:12]}...; that is too large.") from None
     return value
 
 
 def parsed(text: str) -> Any:
-    """JSON, each of whose objects has a field once.
+    """Parse JSON, each of whose objects has a field once.
 
     Raises:
-        ValueError: it is none, it is nested too deep to be read, or a field stands there twice.
+        ValueError: the text is no JSON, it is nested too deep to be read, or a field stands there twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object with a field twice: `json` would take the last one in silence."""
     by_name: dict[str, Any] = {}
     for name, value in pairs:
         if name in by_name:
@@ -188,6 +189,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _degree(item: Field[Any], value: object, where: str) -> int:
+    """Read a degree, which as the name of a JSON field is text."""
+    # in one spelling only, so that "08" and "8" are not the same degree twice
     if not isinstance(value, str) or not (value.isdecimal() and len(value) <= MOST_DIGITS and str(int(value)) == value):
         raise ConfigError(f"{where}: {item.name} has the degree {value!r:.60}; a degree is a positive whole number.")
     return int(value)

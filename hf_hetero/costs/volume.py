@@ -1,4 +1,4 @@
-"""How much attention moves between the ranks of a group: from the layout alone, to the element. No torch.
+"""Volume counts what attention moves between the ranks of a group: from the layout alone, to the element. No torch.
 
 For one layer without a window, T tokens in a group of d ranks, H query heads and K key-value heads of size D, a rank
 sends, in elements:
@@ -26,7 +26,7 @@ from hf_hetero.layout import Layout, blocks_of, needed, share_heads
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """An attention layer: query heads, key-value heads, and the elements of a query or key, and of a value."""
+    """`Heads` count a layer's heads, of queries and of keys, and the elements of a query or key, and of a value."""
 
     num_q: int
     num_kv: int
@@ -36,14 +36,14 @@ class Heads:
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """Elements that one rank sends to others, in a forward and in a backward pass of one layer."""
+    """A `Volume` counts the elements that one rank sends to others, in a forward and a backward pass of one layer."""
 
     forward: int
     backward: int
 
     @property
     def total(self) -> int:
-        """Of both."""
+        """Return the sum of both."""
         return self.forward + self.backward
 
     def __add__(self, other: Volume) -> Volume:
@@ -51,7 +51,7 @@ class Volume:
 
 
 def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | None = None) -> Volume:
-    """What a rank sends.
+    """Count the elements that a rank sends.
 
     Args:
         layout: of the group.
@@ -75,7 +75,11 @@ def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | N
 
 
 def travelling_tokens(layout: Layout) -> int:
-    """Tokens whose keys the busiest rank sends, or receives, in one exchange of all keys that are needed."""
+    """Count the tokens whose keys the busiest rank sends, or receives, in one exchange of all keys needed.
+
+    A causal query meets all keys before it, so a rank needs of each cut sample everything before its last query. That
+    saves a walk over all pairs of ranks, which planning could not afford.
+    """
     spans_of: dict[int, list[tuple[int, int, int]]] = {}
     for rank, spans in enumerate(layout.spans):
         for span in spans:
@@ -91,19 +95,22 @@ def travelling_tokens(layout: Layout) -> int:
         for rank, end in last_end.items():
             received[rank] += end  # all before its last query
         for start, end, rank in spans:
-            # whoever goes on after this span meets it; its own rank, if it is one of them, has it
+            # ranks whose last query is after this span's start meet it; one of them is the rank itself, which has it
             later = len(ends) - bisect_right(ends, start) - 1
             sent[rank] += (end - start) * later
     return max(max(sent), max(received))
 
 
 def causal_pairs(layout: Layout) -> int:
-    """Twice the pairs of a query and a key that the busiest rank computes with, where ranks share tokens."""
+    """Count twice the pairs of a query and a key of the busiest rank, where ranks share tokens: `s**2` for a sample.
+
+    Queries `start` to `end` meet about `(end**2 - start**2) / 2` keys; the halves are in `attention_s_per_token2`.
+    """
     return max(sum(span.end**2 - span.start**2 for span in spans) for spans in layout.spans)
 
 
 def _by_heads(tokens: tuple[int, ...], heads: Heads, me: int) -> Volume:
-    """Two all-to-alls between tokens and heads."""
+    """Count what one rank sends in the all-to-alls from tokens to heads and back."""
     shares = share_heads(heads.num_q, heads.num_kv, len(tokens))
     others = [rank for rank in range(len(tokens)) if rank != me]
     inputs = [(s.num_q + s.num_kv) * heads.head_dim + s.num_kv * heads.value_dim for s in shares]
@@ -116,7 +123,7 @@ def _by_heads(tokens: tuple[int, ...], heads: Heads, me: int) -> Volume:
 
 
 def _by_keys(layout: Layout, heads: Heads, me: int, again: bool, window: int | None) -> Volume:
-    """Keys go to the queries that meet them, and gradients come back; `again` in backward, where none are kept."""
+    """Count keys that go to queries, and gradients that come back; `again` where backward must fetch keys anew."""
     if not layout.is_cut:
         return Volume(0, 0)
     others = [rank for rank in range(layout.degree) if rank != me]

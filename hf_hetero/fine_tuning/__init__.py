@@ -1,4 +1,4 @@
-"""What a fine-tuning script does before there is a trainer: settings from a file, rows of text to tokens."""
+"""The room of what a fine-tuning script does before there is a trainer: read settings, turn rows into tokens."""
 
 from hf_hetero.fine_tuning.settings import check_fields, explaining, parse_settings
 from hf_hetero.fine_tuning.tables import check_columns, sample_lengths, truncate

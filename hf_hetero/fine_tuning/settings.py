@@ -1,4 +1,4 @@
-"""Settings of a script: dataclasses filled from a YAML file and the command line, and checked."""
+"""This module fills the dataclasses of a script's settings from a YAML file and the command line, and checks them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_hetero.errors import HeteroError
 
 
 def parse_settings(argv: Sequence[str], kinds: Sequence[type], script: str) -> tuple[Any, ...]:
-    """One instance of each dataclass: fields from the YAML file after `--config`, then from the command line.
+    """Make one instance of each dataclass: fields from the YAML file after `--config`, then from the command line.
 
     Args:
         argv: the command line, without the script's name.
@@ -44,7 +44,7 @@ def parse_settings(argv: Sequence[str], kinds: Sequence[type], script: str) -> t
         if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
             raise HeteroError(f"{path} holds {values!r:.60}; it must hold lines of `key: value`.")
         _refuse_unknown(path, values, known, script)
-        parser.set_defaults(**values)
+        parser.set_defaults(**values)  # so that the command line, parsed last, has the last word
     with explaining("These settings cannot be"):
         *parsed, unknown = parser.parse_args_into_dataclasses(list(argv), True, look_for_args_file=False)
     _refuse_unknown("the command line", [word.lstrip("-").split("=")[0] for word in unknown], known, script)
@@ -52,10 +52,10 @@ def parse_settings(argv: Sequence[str], kinds: Sequence[type], script: str) -> t
 
 
 def check_fields(settings: Any) -> None:
-    """A YAML file may hold anything: each field of a dataclass must be of its type, and whole numbers at least 1.
+    """Refuse a field of another type than declared, which a YAML file may hold, or a whole number below 1.
 
     Raises:
-        HeteroError: with the field, its value, and what it must be.
+        HeteroError: it names the field, its value, and what that must be.
     """
     for name, kind in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
@@ -73,12 +73,12 @@ def explaining(what: str) -> Iterator[None]:
     except HeteroError:
         raise
     except Exception as error:
-        said = " ".join(str(error).split())
-        raise HeteroError(f"{what}: {type(error).__name__}: {said:.300}") from error
+        message = " ".join(str(error).split())
+        raise HeteroError(f"{what}: {type(error).__name__}: {message:.300}") from error
 
 
 def _fits(value: object, kind: Any) -> bool:
-    """Whether a value is of an annotated type."""
+    """Tell whether a value is of an annotated type; True is no int here, as it is for `isinstance`."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     if get_origin(kind) is list:
@@ -87,7 +87,7 @@ def _fits(value: object, kind: Any) -> bool:
 
 
 def _refuse_unknown(where: str, keys: Iterable[str], known: set[str], script: str) -> None:
-    """Raise for the first key that is not known, naming where it stands and the nearest one that is."""
+    """Refuse the first key that is not known; name where it stands and the nearest one that is."""
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key.replace("-", "_"), known, n=1, cutoff=0.5)

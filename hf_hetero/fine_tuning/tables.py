@@ -1,4 +1,4 @@
-"""A table of rows to fine-tune on: has it what it needs, how long are its samples, and cut to a limit."""
+"""This module checks a table of rows to fine-tune on, measures its samples, and cuts them to a limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_columns(
         name, split: of the dataset, for errors.
 
     Raises:
-        HeteroError: with what is missing, and what to set instead.
+        HeteroError: it says what is missing, and what to set instead.
     """
     columns = set(data.column_names)
     if not len(data):
@@ -37,6 +37,7 @@ def check_columns(
     if "input_ids" in columns:
         chats = "assistant_masks" in columns
     else:
+        # one row tells, because a column is of one type
         pairs_of_chats = columns >= set(PAIR) and isinstance(data.with_format(None)[0]["prompt"], list)
         chats = "messages" in columns or pairs_of_chats
         if chats and tokenizer.chat_template is None:
@@ -52,16 +53,16 @@ def check_columns(
 
 
 def sample_lengths(data: datasets.Dataset) -> list[list[int]]:
-    """Tokens of the samples of each row: its documents where rows are packed, else itself."""
+    """Return the tokens of each row's samples: its documents where rows are packed, else itself."""
     return data[PACKED_COLUMN][:] if PACKED_COLUMN in data.column_names else [[tokens] for tokens in data["length"][:]]
 
 
 def truncate(row: Mapping[str, Any], limit: int) -> dict[str, Any]:
-    """The first `limit` tokens of a sample, or of each document of a packed row, and what is left in all."""
+    """Keep the first `limit` tokens of a sample, or of each document of a packed row; count what is left."""
     parts = row.get(PACKED_COLUMN) or [row["length"]]
     spans = [(end - part, end - part + min(part, limit)) for part, end in zip(parts, accumulate(parts), strict=True)]
     names = [name for name in ("input_ids", "labels") if name in row]
-    found = {name: [x for start, end in spans for x in row[name][start:end]] for name in names}
+    columns = {name: [x for start, end in spans for x in row[name][start:end]] for name in names}
     if PACKED_COLUMN in row:
-        found[PACKED_COLUMN] = [end - start for start, end in spans]
-    return {**found, "length": len(found["input_ids"])}
+        columns[PACKED_COLUMN] = [end - start for start, end in spans]
+    return {**columns, "length": len(columns["input_ids"])}

@@ -1,4 +1,4 @@
-"""A row of text, a chat, a prompt with its completion, or tokens -> tokens and labels, as TRL would make them."""
+"""This module turns a row of text, chat, prompt and completion, or tokens into tokens and labels, as TRL would."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tokenise(
     assistant_only: bool,
     version: str = "",
 ) -> dict[str, Any]:
-    """`input_ids`, `length` in tokens, `labels` where not every token is learned, `seq_lengths` where rows are packed.
+    """Make `input_ids`, `length`, `labels` where not every token is learned, `seq_lengths` where rows are packed.
 
     Args:
         row: with `input_ids`, or else `messages`, `prompt` and `completion`, or a column of text.
@@ -37,27 +37,27 @@ def tokenise(
         version: of this package. It is not read: `datasets` knows by it what another version has tokenised.
 
     Raises:
-        HeteroError: what is wrong with the row, and its number.
+        HeteroError: it says what is wrong with the row, and its number.
     """
     try:
         with explaining("it cannot be tokenised, so mend it, or leave it out"):
             if "input_ids" in row:
-                found = _from_tokens(row)
+                columns = _from_tokens(row)
             elif "messages" in row:
-                found = _from_chat(row, tokenizer, assistant_only)
+                columns = _from_chat(row, tokenizer, assistant_only)
             elif all(name in row for name in PAIR):
-                found = _from_pair(row, tokenizer, assistant_only)
+                columns = _from_pair(row, tokenizer, assistant_only)
             else:
-                found = {"input_ids": _encode(tokenizer, _as_text(row, text_column), ends=True)}
-            if not found["input_ids"]:
+                columns = {"input_ids": _encode(tokenizer, _as_text(row, text_column), ends=True)}
+            if not columns["input_ids"]:
                 raise HeteroError("it has no tokens. Filter empty samples out of the dataset.")
     except HeteroError as error:
         raise HeteroError(f"Row {number}: {error}") from error
-    return {**found, "length": len(found["input_ids"])}
+    return {**columns, "length": len(columns["input_ids"])}
 
 
 def _from_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Tokens and labels as they are, less their padding, and the documents of a row that was packed."""
+    """Take tokens and labels as they are, less their padding, and find the documents of a row that was packed."""
     columns = {name: row[name] for name in TOKEN_COLUMNS if name in row}
     for name, values in columns.items():
         if not isinstance(values, list) or not all(type(value) in (int, bool) for value in values):
@@ -65,76 +65,84 @@ def _from_tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         if len(values) != len(columns["input_ids"]):
             raise HeteroError(f"it has {len(columns['input_ids'])} input_ids, but {len(values)} {name}.")
     numbers = columns.get("attention_mask", [1] * len(columns["input_ids"]))
-    at = [place for place, number in enumerate(numbers) if number]
-    kept = {name: [values[place] for place in at] for name, values in columns.items()}
-    found = {"input_ids": kept["input_ids"]}
-    masks = [kept[name] for name in MASKS if name in kept]
-    if "labels" in kept or masks:
-        found["labels"] = kept["labels"] if "labels" in kept else _learned(kept["input_ids"], masks)
+    places = [place for place, number in enumerate(numbers) if number]
+    unpadded = {name: [values[place] for place in places] for name, values in columns.items()}
+    tokens = {"input_ids": unpadded["input_ids"]}
+    masks = [unpadded[name] for name in MASKS if name in unpadded]
+    if "labels" in unpadded or masks:
+        tokens["labels"] = unpadded["labels"] if "labels" in unpadded else _learned(unpadded["input_ids"], masks)
+    # by the row's columns, not its numbers: all rows of a table must come out with the same columns
     if any(name in row for name in (PACKED_COLUMN, "position_ids", "attention_mask")):
-        found[PACKED_COLUMN] = _documents(at, kept, row.get(PACKED_COLUMN))
-    return found
+        tokens[PACKED_COLUMN] = _documents(places, unpadded, row.get(PACKED_COLUMN))
+    return tokens
 
 
-def _documents(at: list[int], kept: Mapping[str, list[int]], stated: list[int] | None) -> list[int]:
-    """Tokens of each document of a row: as stated, or else between the marks that other packers leave.
+def _documents(places: list[int], columns: Mapping[str, list[int]], stated: list[int] | None) -> list[int]:
+    """Count the tokens of each document of a row: as stated, or else between the marks that other packers leave.
 
     A document starts where `position_ids` begin anew, or where `attention_mask` goes on with another number.
 
     Args:
-        at: places of the row that are no padding.
-        kept: what the columns hold there.
+        places: of the row, those that are no padding.
+        columns: what they hold there.
         stated: `seq_lengths`, if there are any.
     """
-    positions, numbers = kept.get("position_ids"), kept.get("attention_mask", [1] * len(at))
+    positions, numbers = columns.get("position_ids"), columns.get("attention_mask", [1] * len(places))
     starts: list[int] = []
-    for i in range(len(at)):
+    for i in range(len(places)):
         if not i or numbers[i] != numbers[i - 1] or (positions and positions[i] != positions[i - 1] + 1):
             starts.append(i)
             if positions and positions[i] != 0:
-                raise HeteroError(f"position_ids of token {at[i]} is {positions[i]}; a document's count 0, 1, 2, ...")
-        elif at[i] != at[i - 1] + 1:
-            raise HeteroError(f"its attention_mask leaves out token {at[i] - 1}, amid others.")
-    marked = [end - start for start, end in zip(starts, [*starts[1:], len(at)], strict=True)]
+                raise HeteroError(
+                    f"position_ids of token {places[i]} is {positions[i]}; a document's count 0, 1, 2, ..."
+                )
+        elif places[i] != places[i - 1] + 1:
+            # inside a document: attention in here could not leave the token out
+            raise HeteroError(f"its attention_mask leaves out token {places[i] - 1}, amid others.")
+    marked = [end - start for start, end in zip(starts, [*starts[1:], len(places)], strict=True)]
     if stated is None:
         return marked
-    if sum(stated) != len(at) or min(stated) < 1 or (len(marked) > 1 and marked != stated):
+    if sum(stated) != len(places) or min(stated) < 1 or (len(marked) > 1 and marked != stated):
         raise HeteroError(f"its seq_lengths are {stated!s:.60}, and its documents have {marked!s:.60} tokens.")
     return stated
 
 
 def _from_chat(row: Mapping[str, Any], tokenizer: Any, assistant_only: bool) -> dict[str, Any]:
-    """`messages` under the chat template; of them, on request, only what the assistant says is learned."""
+    """Put `messages` through the chat template; on request, only what the assistant says is learned."""
     chat = _as_chat(row, "messages")
     encoded = _under_template(row, chat, tokenizer, return_assistant_tokens_mask=assistant_only)
-    found = {"input_ids": encoded["input_ids"]}
-    return {**found, "labels": _said_by_assistant(chat, encoded)} if assistant_only else found
+    columns = {"input_ids": encoded["input_ids"]}
+    return {**columns, "labels": _said_by_assistant(chat, encoded)} if assistant_only else columns
 
 
 def _from_pair(row: Mapping[str, Any], tokenizer: Any, assistant_only: bool) -> dict[str, Any]:
-    """`prompt` and `completion`, texts or chats: only what does not begin as the prompt alone does is learned."""
+    """Join `prompt` and `completion`, texts or chats; only what follows the prompt is learned.
+
+    That is what does not begin as the prompt alone does: a tokenizer may join the prompt's last letters with the first
+    of the completion, so that no count of the prompt's tokens tells where it ends.
+    """
     if list in (type(row["prompt"]), type(row["completion"])):
         asked, answered = _as_chat(row, "prompt"), _as_chat(row, "completion")
         prompt = _under_template(row, asked, tokenizer, add_generation_prompt=True)["input_ids"]
-        found = _from_chat({**row, "messages": asked + answered}, tokenizer, assistant_only)
+        columns = _from_chat({**row, "messages": asked + answered}, tokenizer, assistant_only)
     else:
         asked, answered = _as_text(row, "prompt"), _as_text(row, "completion")
         prompt = _encode(tokenizer, asked)
-        found = {"input_ids": _encode(tokenizer, asked + answered, ends=True)}
-    ids = found["input_ids"]
+        columns = {"input_ids": _encode(tokenizer, asked + answered, ends=True)}
+    ids = columns["input_ids"]
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
-    return {**found, "labels": [IGNORE_INDEX] * same + found.get("labels", ids)[same:]}
+    return {**columns, "labels": [IGNORE_INDEX] * same + columns.get("labels", ids)[same:]}
 
 
 def _encode(tokenizer: Any, text: str, ends: bool = False) -> list[int]:
-    """Tokens of a text, with one end token if it is to end."""
+    """Tokenise a text, with one end token if it is to end."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]  # its length is checked later, in words
     end: int | None = tokenizer.eos_token_id
     return [*ids, end] if ends and end is not None and ids[-1:] != [end] else ids
 
 
 def _under_template(row: Mapping[str, Any], chat: list[Any], tokenizer: Any, **options: Any) -> Any:
-    """A chat as the template makes it, with the `tools` and `chat_template_kwargs` of its row, as in TRL."""
+    """Put a chat through the template, with the `tools` and `chat_template_kwargs` of its row, as TRL does."""
     tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
     # a table fills up with None what other rows set
     settings = {name: value for name, value in (row.get("chat_template_kwargs") or {}).items() if value is not None}
@@ -142,7 +150,7 @@ def _under_template(row: Mapping[str, Any], chat: list[Any], tokenizer: Any, **o
 
 
 def _said_by_assistant(chat: list[Any], encoded: Mapping[str, list[int]]) -> list[int]:
-    """Labels of what the template marks as the assistant's."""
+    """Label what the template marks as the assistant's."""
     if not any(encoded["assistant_masks"]) and any(m["role"] == "assistant" and m.get("content") for m in chat):
         raise HeteroError(
             "the chat template does not mark what the assistant says, so assistant_only_loss would learn nothing. Put "
@@ -152,19 +160,19 @@ def _said_by_assistant(chat: list[Any], encoded: Mapping[str, list[int]]) -> lis
 
 
 def _learned(ids: list[int], masks: list[list[int]]) -> list[int]:
-    """Labels: the tokens that every mask lets through."""
+    """Label the tokens that every mask lets through."""
     return [token if all(let) else IGNORE_INDEX for token, *let in zip(ids, *masks, strict=True)]
 
 
 def _as_text(row: Mapping[str, Any], column: str) -> str:
-    """The text of a column."""
+    """Return the text of a column, or refuse what is none."""
     if not isinstance(row[column], str):
         raise HeteroError(f"{column} is {row[column]!r:.60}; it must be text.")
     return row[column]
 
 
 def _as_chat(row: Mapping[str, Any], column: str) -> list[Any]:
-    """The messages of a column."""
+    """Return the messages of a column, or refuse what are none."""
     chat = row[column]
     if not isinstance(chat, list) or not chat:
         raise HeteroError(f"{column} is {chat!r:.60}; it must be a list of messages.")

@@ -1,4 +1,4 @@
-"""A tokenizer made of one's own texts, for models that are trained from scratch."""
+"""This module makes a tokenizer of one's own texts, for models that are trained from scratch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ def make_tokenizer(texts: Iterable[str], num_entries: int, folder: Path) -> None
         num_entries: of the vocabulary, with the 256 bytes and the end token.
         folder: where to save it; `AutoTokenizer.from_pretrained` reads it there.
     """
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=num_entries, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    made.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
     with tempfile.TemporaryDirectory(dir=folder.parent) as new, suppress(OSError):
-        PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END, pad_token=END).save_pretrained(f"{new}/whole")
+        fast.save_pretrained(f"{new}/whole")
         os.rename(f"{new}/whole", folder)  # fails if another run was faster, which is as good

@@ -1,4 +1,4 @@
-"""The planner's room. `Planner` is its door, `PlannerProcess` the same elsewhere; nothing here imports torch."""
+"""The planner's room. `Planner` is its door, `PlannerProcess` the same in another process; none of it needs torch."""
 
 from hf_hetero.config import Backend, Solver
 from hf_hetero.planner.planner import Planner

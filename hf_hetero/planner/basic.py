@@ -36,8 +36,8 @@ class Search:
 def plan(problem: Problem, search: Search) -> Plan:
     """Find a good plan whose groups exchange heads, no slower than any with one degree, and a bound for all of them."""
     draft, solver = draft_and_solver(problem)
-    fast = to_plan(problem, draft, solver, lower_bound(problem))
-    return improve(problem, fast, search) if search.solver == "mip" else fast
+    quick = to_plan(problem, draft, solver, lower_bound(problem))
+    return improve(problem, quick, search) if search.solver == "mip" else quick
 
 
 def static(problem: Problem, degree: int | None = None) -> Plan:
@@ -67,6 +67,7 @@ def improve(problem: Problem, plan: Plan, search: Search) -> Plan:
 def draft_and_solver(problem: Problem) -> tuple[Draft, str]:
     """Choose between the fast search's draft and the best one with one degree; say who drew it, too."""
     mixed = fast_draft(problem)
+    # one degree is searched second, so that degrees which cannot beat the mixed draft are left aside
     below_s = draft_seconds(problem, mixed) if mixed is not None else float("inf")
     one_degree = best_homogeneous(problem, below_s)
     if one_degree is not None:

@@ -1,4 +1,4 @@
-"""Certified lower bounds: no plan of a batch is faster.
+"""This module computes certified lower bounds: no plan of a batch is faster.
 
 All of them add up rank-seconds. With `M` micro-batches, `N` ranks and fixed seconds `b`, a step takes at least
 `M * b + work / N`, where the work of a sample depends on the smallest degree that can hold it.
@@ -21,26 +21,26 @@ Floats = NDArray[np.float64]
 
 
 def lower_bound(problem: Problem) -> float:
-    """Seconds below which no plan of this batch can be."""
+    """Return the seconds below which no plan of this batch can be: the best of three bounds."""
     if not problem.lengths:
         return 0.0
     return max(area_bound(problem), longest_bound(problem), duration_bound(problem)) * ROUNDING
 
 
 def area_bound(problem: Problem) -> float:
-    """Every sample at its cheapest degree, spread evenly, with as few micro-batches as memory allows; in seconds."""
+    """Bound a step, in seconds, by all samples at their cheapest degrees, spread evenly, in fewest micro-batches."""
     work = _least_work(problem, float("inf"))
     return problem.fewest_micro_batches * min(problem.fixed_s) + float(work.sum()) / problem.num_ranks
 
 
 def longest_bound(problem: Problem) -> float:
-    """The longest sample alone, at its fastest degree; in seconds."""
+    """Bound a step, in seconds, by its longest sample alone, at its fastest degree."""
     longest = problem.lengths[0]
     return min(problem.cost.seconds([longest], d) for d in problem.degrees if longest <= problem.capacity * d)
 
 
 def duration_bound(problem: Problem) -> float:
-    """The area bound, given how long the longest micro-batch lasts, at the best such duration; in seconds.
+    """Bound a step, in seconds, by its area, given how long the longest micro-batch lasts, at the best such duration.
 
     Let it last `t`. It holds the longest sample, and tokens for at most the memory of all ranks; the work of the others
     is done elsewhere. And no sample can be at a degree at which it alone takes longer than `t`, so that all the work is
@@ -57,12 +57,15 @@ def duration_bound(problem: Problem) -> float:
         spread_s = others_s + fixed_s + float(work.sum()) / problem.num_ranks
         bounds.append(max(shortest_s + others_s + elsewhere / problem.num_ranks, spread_s))
         if bounds[-1] <= area_s:
-            break
+            break  # the least of them is no better than the area bound, whatever the others are
     return min(bounds)
 
 
 def _durations(problem: Problem) -> list[float]:
-    """Where the choice of degrees changes, ascending: what long samples take alone; few of them, if there are many."""
+    """List where the choice of degrees changes, ascending: what long samples take alone; a few of them, if many.
+
+    Any but the first may be left out: `duration_bound` rounds down between those that stay, and is only weaker.
+    """
     fastest_s = longest_bound(problem)
     alone = {fastest_s}
     for length in problem.lengths:
@@ -76,23 +79,24 @@ def _durations(problem: Problem) -> list[float]:
 
 
 def _least_work(problem: Problem, below_s: float) -> Floats:
-    """Rank-seconds of each sample at the cheapest degree that holds it in less time than this, or that holds it."""
+    """Return the rank-seconds of each sample at the cheapest degree that holds it in less time than this, or inf."""
     lengths = np.array(problem.lengths, dtype=np.float64)
     attention = problem.cost.attention_s_per_token2
     cheapest = np.full(len(lengths), np.inf)
     for degree, linear_s, fixed_s in zip(problem.degrees, problem.linear_s, problem.fixed_s, strict=True):
         work = (attention * lengths + linear_s) * lengths
+        # a hair more time than asked for: rounding may let in a degree, which lowers the bound, but never shut one out
         usable = (lengths <= problem.capacity * degree) & (fixed_s + work / degree < below_s * (1 + 1e-9))
         cheapest[usable] = np.minimum(cheapest[usable], work[usable])
     return cheapest
 
 
 def _without_longest_tokens(problem: Problem, work: Floats) -> float:
-    """Rank-seconds of what is left when one micro-batch is filled with the samples that cost most a token.
+    """Return the rank-seconds that are left when one micro-batch is filled with the samples that cost most a token.
 
     These are the longest: a shorter sample has at least the same degrees, so that none of its tokens costs more.
     """
     tokens = np.array(problem.tokens_before, dtype=np.float64)
     filled = min(float(problem.num_ranks * problem.capacity), float(tokens[-1]))
-    taken = np.concatenate([[0.0], np.cumsum(work)])
-    return max(0.0, float(taken[-1] - np.interp(filled, tokens, taken)))
+    work_before = np.concatenate([[0.0], np.cumsum(work)])
+    return max(0.0, float(work_before[-1] - np.interp(filled, tokens, work_before)))

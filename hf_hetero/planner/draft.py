@@ -1,4 +1,4 @@
-"""A plan in the making: which degree each group has and which samples it holds, before ranks are named."""
+"""A draft is a plan in the making: each group has its degree and its samples, but no ranks yet."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ Draft = list[DraftMicroBatch]
 
 
 def micro_batch_seconds(problem: Problem, groups: DraftMicroBatch) -> float:
-    """Seconds of the slowest group; ranks without a group count as groups of degree 1 without samples."""
+    """Return the seconds of the slowest group; ranks without one count as groups of degree 1 without samples."""
     return max((problem.group_seconds(degree, samples) for degree, samples in groups), default=problem.fixed_s[0])
 
 
 def draft_seconds(problem: Problem, draft: Draft) -> float:
-    """Seconds of a step."""
+    """Return the seconds of a step."""
     return sum(micro_batch_seconds(problem, groups) for groups in draft)
 
 
 def to_plan(problem: Problem, draft: Draft, solver: str, lower_bound_s: float) -> Plan:
-    """Name the ranks. Slow micro-batches first, large groups first; ranks left over form groups of degree 1.
+    """Name the ranks: slow micro-batches first, large groups first; ranks left over form groups of degree 1.
+
+    Samples of a group, and groups of a degree, come out sorted, in whatever order a search left them.
 
     Raises:
         HeteroError: the draft breaks a law of `Plan`.
@@ -37,7 +39,7 @@ def to_plan(problem: Problem, draft: Draft, solver: str, lower_bound_s: float) -
 
 
 def from_plan(problem: Problem, plan: Plan) -> Draft:
-    """Inverse of `to_plan`: the groups that hold samples."""
+    """Invert `to_plan`: keep the groups that hold samples, and name them by their position."""
     position = {sample: position for position, sample in enumerate(problem.order)}
     draft = [
         [(group.degree, sorted(position[s] for s in group.samples)) for group in micro_batch.groups if group.samples]
@@ -47,8 +49,10 @@ def from_plan(problem: Problem, plan: Plan) -> Draft:
 
 
 def _named(problem: Problem, groups: DraftMicroBatch) -> MicroBatch:
+    """Give groups their ranks, and samples their place in the caller's batch."""
     named: list[Group] = []
     start = 0
+    # largest first: a group then starts at a sum of larger degrees, so at a multiple of its own (`usable_degrees`)
     for degree, samples in sorted(groups, key=lambda group: (-group[0], sorted(group[1]))):
         ranks = tuple(range(start, start + degree))
         named.append(Group(ranks, tuple(problem.order[sample] for sample in sorted(samples))))
@@ -58,7 +62,7 @@ def _named(problem: Problem, groups: DraftMicroBatch) -> MicroBatch:
 
 
 def tiling(num_ranks: int, degree: int, degrees: Sequence[int]) -> list[int]:
-    """Degrees of a micro-batch of groups of one degree; what is left over is filled with the largest smaller ones."""
+    """List the degrees of a micro-batch of groups of one degree; ranks left over get the largest smaller ones."""
     tiles: list[int] = []
     for smaller in sorted((d for d in degrees if d <= degree), reverse=True):
         tiles += [smaller] * ((num_ranks - sum(tiles)) // smaller)

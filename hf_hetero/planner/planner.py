@@ -1,4 +1,4 @@
-"""The planner: a batch of lengths in, a plan out.
+"""The planner takes a batch of lengths, and returns a plan.
 
 It checks the batch, once, and hands it to the top layer, `policies`; each layer calls only those below.
 """
@@ -20,12 +20,12 @@ from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
 
 MOST_RANKS = 1 << 20
-"""A plan names every rank."""
+"""Ranks, at most: a plan names every one of them, so that a mistyped number would fill the memory."""
 
 
 @dataclass(frozen=True)
 class Planner:
-    """Splits each global batch into micro-batches, ranks into groups, and samples among them.
+    """A `Planner` splits each global batch into micro-batches, ranks into groups, and samples among them.
 
     Args:
         cost_model: seconds and memory of a group.
@@ -70,7 +70,7 @@ class Planner:
             raise ConfigError(f"Planner.mip_time_limit_s is {self.mip_time_limit_s!r}: it must be above 0.")
 
     def plan(self, lengths: Sequence[int]) -> Plan:
-        """The plan of one step.
+        """Plan one step.
 
         Args:
             lengths: tokens of each sample of the global batch.
@@ -88,16 +88,16 @@ class Planner:
 
     @property
     def has_choice(self) -> bool:
-        """Whether methods have their say: groups may exchange something else, or heads that do not divide."""
+        """Tell whether methods have their say: groups may exchange something else, or heads that do not divide."""
         return methods.has_choice(self.cost_model, self.methods)
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Degrees that plans may use, ascending."""
+        """List the degrees that plans may use, ascending."""
         return usable_degrees(self.cost_model, self.num_ranks, self.max_degree)
 
     def static(self, lengths: Sequence[int], degree: int | None = None) -> Plan:
-        """The plan of a run with one degree: this one, or the best for these samples.
+        """Plan a step as a run with one degree does: this one, or the best for these samples.
 
         Raises:
             BadSample: as `plan`.
@@ -117,7 +117,7 @@ class Planner:
         return replace(plan, planning_s=time.perf_counter() - started)
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """What integer programs make of a plan of these lengths within their limit: never slower, never a lower bound.
+        """Improve a plan of these lengths by integer programs, within their limit; neither plan nor bound gets worse.
 
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
@@ -130,6 +130,7 @@ class Planner:
                 f"The plan is for {plan.num_samples} samples on {plan.num_ranks} ranks; "
                 f"it cannot be improved for {len(problem.lengths)} samples on {self.num_ranks}."
             )
+        # the plan's seconds and bound are carried on, so they must be of these lengths and this cost model
         seconds = self.cost_model.plan_seconds(plan, problem.batch)
         if not math.isclose(seconds, plan.seconds, rel_tol=1e-9):
             raise ConfigError(
@@ -143,11 +144,14 @@ class Planner:
 
     @property
     def _search(self) -> Search:
+        """Return the settings that the layers below read."""
         return Search(self.solver, self.mip_time_limit_s, self.mip_backend)
 
     def _checked(self, lengths: Sequence[int]) -> Problem:
+        """Return a batch as a problem, or refuse it."""
         return make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
 
 
 def _positive_integer(value: object) -> bool:
+    """Tell whether a value is a whole number above 0, which True is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,4 +1,4 @@
-"""One global batch, ready to be planned: checked lengths in descending order, and the cost model as small tables."""
+"""A problem is one global batch, ready to be planned: checked lengths, descending, and costs as small tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_TOKENS = 1 << 40
 
 @dataclass(frozen=True)
 class Problem:
-    """What every search of this room reads.
+    """A `Problem` is what every search of this room reads.
 
     Samples are named by their position in `lengths`, which descends: 0 is the longest. Degrees are named by their
     index in `degrees`.
@@ -40,13 +40,14 @@ class Problem:
     fixed_s: tuple[float, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__  # the documented way to derive a field of a frozen dataclass
+        # tables, because searches ask millions of times; `object.__setattr__` is how frozen dataclasses set a field
+        set_field = object.__setattr__
         set_field(self, "capacity", self.cost.capacity_tokens)
         set_field(self, "linear_s", tuple(self.cost.linear_s(d) for d in self.degrees))
         set_field(self, "fixed_s", tuple(self.cost.fixed_s(d) for d in self.degrees))
 
     def priced_by(self, cost: CostModel) -> Problem:
-        """The same batch on a machine with another cost model, which offers the same degrees or fewer of them.
+        """Return the same batch on a machine with another cost model, which offers the same degrees or fewer of them.
 
         Whether they hold the samples is for the caller to see (`holds_longest`).
         """
@@ -54,7 +55,7 @@ class Problem:
         return Problem(cost, self.num_ranks, tuple(d for d in self.degrees if d in offered), self.lengths, self.order)
 
     def of(self, samples: Sequence[int]) -> Problem:
-        """A part of the batch, as a batch of its own: its sample `i` is the caller's `samples[i]`.
+        """Return a part of the batch as a batch of its own: its sample `i` is the caller's `samples[i]`.
 
         Args:
             samples: positions in the caller's batch, ascending.
@@ -66,48 +67,48 @@ class Problem:
 
     @property
     def holds_longest(self) -> bool:
-        """Whether some degree holds the longest sample."""
+        """Tell whether some degree holds the longest sample."""
         return self.lengths[0] <= self.capacity * self.degrees[-1]
 
     @cached_property
     def batch(self) -> tuple[int, ...]:
-        """Tokens of each sample, in the order of the caller's batch."""
+        """List the tokens of each sample, in the order of the caller's batch."""
         position = {sample: position for position, sample in enumerate(self.order)}
         return tuple(self.lengths[position[sample]] for sample in range(len(self.order)))
 
     @cached_property
     def tokens_before(self) -> tuple[int, ...]:
-        """Tokens of the longest 0, 1, 2, ... samples."""
+        """Sum the tokens of the longest 0, 1, 2, ... samples."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the batch."""
+        """Count the tokens of the batch."""
         return self.tokens_before[-1]
 
     @cached_property
     def least_work(self) -> float:
-        """Rank-seconds of the batch if every token were as cheap as at the cheapest degree."""
+        """Return the rank-seconds of the batch if every token were as cheap as at the cheapest degree."""
         squares = sum(length * length for length in self.lengths)
         return self.cost.attention_s_per_token2 * squares + min(self.linear_s) * self.num_tokens
 
     @cached_property
     def cheap_exchange_s(self) -> float:
-        """Rank-seconds of a token below which a degree above 1 counts as cheap: about the cheapest of them."""
+        """Return the rank-seconds of a token up to which a degree above 1 counts as cheap: about the cheapest's."""
         return 1.05 * min(self.linear_s[1:], default=0.0)
 
     @property
     def fewest_micro_batches(self) -> int:
-        """Micro-batches that memory asks for at least."""
+        """Count the micro-batches that memory asks for at least."""
         return -(-self.num_tokens // (self.num_ranks * self.capacity))
 
     def group_seconds(self, degree: int, samples: Sequence[int]) -> float:
-        """Seconds of a group of this degree (not index) that holds these samples."""
+        """Return the seconds of a group of this degree (not index) that holds these samples."""
         return self.cost.seconds((self.lengths[sample] for sample in samples), degree)
 
 
 def usable_degrees(cost: CostModel, num_ranks: int, max_degree: int | None = None) -> tuple[int, ...]:
-    """Degrees of the cost model that tile the ranks when placed largest first: powers of two, and all ranks together.
+    """List the degrees that tile the ranks when placed largest first: powers of two, and all ranks together.
 
     A group then starts at a sum of larger powers of two, so at a multiple of its own degree.
     """
@@ -135,7 +136,7 @@ def refuse_too_long(problem: Problem) -> None:
     """Refuse a batch whose longest sample no degree holds.
 
     Raises:
-        InfeasibleBatch: it is so.
+        InfeasibleBatch: the batch has such a sample.
     """
     if not problem.holds_longest:
         capacity, degree = problem.capacity, problem.degrees[-1]
@@ -148,10 +149,10 @@ def refuse_too_long(problem: Problem) -> None:
 
 
 def checked_length(sample: int, length: object) -> int:
-    """The length as a Python int, so that its square cannot overflow.
+    """Return a length as a Python int, so that its square cannot overflow, and refuse what is none.
 
     Raises:
-        BadSample: not an integer of at least 1 and at most 2**40.
+        BadSample: the length is not an integer of at least 1 and at most 2**40.
     """
     try:
         tokens = -1 if isinstance(length, bool) else operator.index(length)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A planner in a process of its own, so that planning takes no time from the interpreter that trains.
+"""This module plans in a process of its own, so that planning takes no time from the interpreter that trains.
 
 The process is started by name, not by `multiprocessing`, which would run the user's script again. It talks in lines of
 JSON, ignores Ctrl+C, and ends when its input does: with its owner, however that ends.
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,11 +40,11 @@ ENDING_S = 5.0
 
 
 class PlannerLost(RuntimeError):
-    """The planner's process ended, or gave no answer in time."""
+    """`PlannerLost` says that the planner's process ended, or gave no answer in time."""
 
 
 class PlannerProcess:
-    """Plans as a `Planner` does, elsewhere. Calls wait for each other; the process starts with the first.
+    """`PlannerProcess` plans as a `Planner` does, elsewhere. Calls wait for each other; the first starts the process.
 
     Args:
         planner: asked anew for each call, because its cost model may have been refitted.
@@ -60,7 +61,7 @@ class PlannerProcess:
         self._closed = False
 
     def plan(self, lengths: Sequence[int]) -> Plan:
-        """As `Planner.plan`.
+        """Plan a batch as `Planner.plan` does.
 
         Raises:
             HeteroError: what the planner raised.
@@ -69,7 +70,7 @@ class PlannerProcess:
         return self._ask({"verb": "plan", "lengths": list(lengths)})
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """As `Planner.improve`.
+        """Improve a plan as `Planner.improve` does.
 
         Raises:
             HeteroError, PlannerLost: as `plan`.
@@ -91,26 +92,27 @@ class PlannerProcess:
                 self._end()
 
     def _ask(self, question: dict[str, Any]) -> Plan:
+        """Put a question to the process; return its plan, or raise its error as the same kind of error."""
         asked = {**question, "planner": _settings(self._planner())}
-        with self._turn:
+        with self._turn:  # one question at a time, so that the next line read is its answer
             process = self._running()
             self._number += 1
             line = json.dumps({**asked, "number": self._number}, default=operator.index) + "\n"
-            found = self._answer(process, line.encode())
-        if "plan" in found:
-            return Plan.from_dict(found["plan"])
-        kind = getattr(errors, found["error"], None)
+            answer = self._answer(process, line.encode())
+        if "plan" in answer:
+            return Plan.from_dict(answer["plan"])
+        kind = getattr(errors, answer["error"], None)
         if isinstance(kind, type) and issubclass(kind, HeteroError):
-            raise kind(found["text"])
-        raise RuntimeError(f"{found['error']} in the planner's process: {found['text']}")
+            raise kind(answer["text"])
+        raise RuntimeError(f"{answer['error']} in the planner's process: {answer['text']}")
 
     def _answer(self, process: subprocess.Popen[bytes], line: bytes) -> dict[str, Any]:
-        """What the process says to a line; whatever else happens, the process is not used again."""
+        """Return what the process says to a line; whatever else happens, the process is not used again."""
         try:
-            found = json.loads(self._exchanged(process, line))
-            if found["number"] == self._number:
-                return found
-            reason = f"it answered question {found['number']} instead of {self._number}"
+            answer = json.loads(self._exchanged(process, line))
+            if answer["number"] == self._number:
+                return answer
+            reason = f"it answered question {answer['number']} instead of {self._number}"
         except TimeoutError:
             reason = f"it gave no answer within {self._limit_s:g} s (HeteroConfig.planning_timeout_s)"
         except (OSError, EOFError):
@@ -145,6 +147,7 @@ class PlannerProcess:
         return bytes(answer)
 
     def _running(self) -> subprocess.Popen[bytes]:
+        """Return the process, a new one where there is none or it has ended."""
         if self._closed:
             raise PlannerLost("The planner's process was closed.")
         if self._process is not None and self._process.poll() is not None:
@@ -163,6 +166,7 @@ class PlannerProcess:
                     env={
                         **os.environ,
                         "PYTHONPATH": os.pathsep.join(paths),
+                        # planning shall not compete with the data loader and the trainer for cores
                         "OMP_NUM_THREADS": "1",
                         "OPENBLAS_NUM_THREADS": "1",
                     },
@@ -171,7 +175,7 @@ class PlannerProcess:
                 os.close(outgoing)
                 raise
             finally:
-                os.close(incoming)
+                os.close(incoming)  # else its copy here would keep the pipe open after the process has ended
             self._answers = os.fdopen(outgoing, "rb", buffering=0)
             assert self._process.stdin is not None
             os.set_blocking(self._process.stdin.fileno(), False)
@@ -194,19 +198,13 @@ class PlannerProcess:
 
 
 def _settings(planner: Planner) -> dict[str, Any]:
-    return {
-        "cost_model": planner.cost_model.to_dict(),
-        "num_ranks": planner.num_ranks,
-        "max_degree": planner.max_degree,
-        "solver": planner.solver,
-        "mip_time_limit_s": planner.mip_time_limit_s,
-        "mip_backend": planner.mip_backend,
-        "methods": list(planner.methods),
-    }
+    """Return all fields of a planner, ready for JSON."""
+    settings = {item.name: getattr(planner, item.name) for item in fields(planner)}
+    return {**settings, "cost_model": planner.cost_model.to_dict(), "methods": list(planner.methods)}
 
 
 def answered(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one line: a plan, or the name and text of an error."""
+    """Answer one line: a plan, or the name and text of an error."""
     try:
         settings = dict(question["planner"])
         planner = Planner(CostModel.from_dict(settings.pop("cost_model")), **settings)
@@ -231,11 +229,12 @@ def _end_with_owner(owner: int) -> None:
     """End this process once its owner has gone: while a plan is improved, nobody looks whether input has ended."""
     while os.getppid() == owner:
         time.sleep(LOOK_S)
-    os._exit(1)
+    os._exit(1)  # not `sys.exit`, which would end this thread only
 
 
 def main() -> None:
-    """The process itself; its arguments are its niceness, and the file descriptor for its answers."""
+    """Run the process itself; its arguments are its niceness, and the file descriptor for its answers."""
+    # Ctrl+C reaches every process of a terminal; the owner decides how a run ends, and may still need a plan
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_owner, args=(os.getppid(),), daemon=True).start()
     os.nice(int(sys.argv[1]))

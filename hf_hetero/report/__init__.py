@@ -1,4 +1,4 @@
-"""Pictures and tables of plans, runs and simulations. Neither torch nor, until something is drawn, matplotlib."""
+"""The room of pictures and tables: of plans, runs and simulations. It needs no torch, and matplotlib only to draw."""
 
 from hf_hetero.report.plan_picture import draw_plan
 from hf_hetero.report.records import read_records

@@ -1,6 +1,6 @@
-"""What all pictures share: colours, figures, files. Needs matplotlib (`pip install hf-hetero[report]`).
+"""This module holds what all pictures share: colours, figures, files. It needs matplotlib (`hf-hetero[report]`).
 
-It is imported when the first picture is drawn.
+That is imported when the first picture is drawn, so that tables and the command line do without it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ STYLE: dict[Any, Any] = {"font.size": 9, "axes.edgecolor": "#9a9a98", "legend.fr
 
 
 def short(tokens: int) -> str:
-    """1536 -> 1.5K: thousands of 1024."""
+    """Write 1536 as 1.5K: in thousands of 1024."""
     return f"{tokens / 1024:.3g}K" if tokens >= 1024 else str(tokens)
 
 
 def new_figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **options: Any) -> tuple[Figure, Axes]:
-    """A figure of this many inches, and the first of its axes.
+    """Make a figure of this many inches; return it and the first of its axes.
 
     Args:
         width, height: in inches.
@@ -39,6 +39,7 @@ def new_figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **op
     """
     from matplotlib.figure import Figure
 
+    # not pyplot: that would choose a window system, and keep every figure of a long run
     figure = Figure((width, height), layout="constrained")
     for axes in figure.subplots(*grid, squeeze=False, **options).flat:
         axes.spines[["top", "right"]].set_visible(False)
@@ -46,7 +47,7 @@ def new_figure(width: float, height: float, grid: tuple[int, int] = (1, 1), **op
 
 
 def picture_format(path: str | Path) -> str:
-    """What a file's name asks for: "png" or "svg". To be asked before long work, so that none is lost.
+    """Read off a file's name what it asks for, "png" or "svg". Call it before long work, so that none is lost.
 
     Raises:
         HeteroError: another kind of file, or no such folder.
@@ -74,7 +75,7 @@ def written(content: bytes, path: str | Path) -> None:
     """Write a file that is for people.
 
     Raises:
-        HeteroError: it cannot be written.
+        HeteroError: the file cannot be written.
     """
     try:
         Path(path).write_bytes(content)
@@ -83,12 +84,12 @@ def written(content: bytes, path: str | Path) -> None:
 
 
 def printable(text: str) -> str:
-    """A name from somewhere else, as a picture can show it."""
+    """Make a name from somewhere else one that a picture can show."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def rendered(make: Callable[[], Figure], file_format: str) -> bytes:
-    """A figure as the bytes of a png or svg file.
+    """Draw a figure as the bytes of a png or svg file.
 
     Raises:
         HeteroError: no matplotlib.
@@ -98,6 +99,6 @@ def rendered(make: Callable[[], Figure], file_format: str) -> bytes:
     except ImportError as error:
         raise HeteroError("Pictures need matplotlib: pip install hf-hetero[report]") from error
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # `make` runs inside it: a style counts when things are created
         make().savefig(buffer, format=file_format, dpi=160, metadata={"Date": None} if file_format == "svg" else None)
     return buffer.getvalue()

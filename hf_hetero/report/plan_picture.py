@@ -1,4 +1,4 @@
-"""One step as a picture, PNG or SVG: ranks as rows, samples as bars, waiting in grey. Needs matplotlib (`drawing`)."""
+"""This module draws one step, as PNG or SVG: ranks as rows, samples as bars, waiting in grey (`drawing`)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_plan(
     path: str | Path,
     busy_s: Busy | None = None,
 ) -> None:
-    """One step: ranks as rows, time from left to right, a bar for each sample, light grey where a rank waits.
+    """Draw one step: ranks as rows, time from left to right, a bar for each sample, light grey where a rank waits.
 
     Args:
         plan, lengths: of the step, and the tokens of each of its samples.
@@ -45,8 +45,9 @@ def draw_plan(
 def plan_figure(
     plan: Plan, lengths: Sequence[int], cost: CostModel | None, busy_s: Busy | None = None, is_lockstep: bool = False
 ) -> Figure:
-    """The picture that `draw_plan` writes; under `is_lockstep` without the idle share, which was not measured."""
+    """Draw the picture that `draw_plan` writes; under `is_lockstep` without the idle share, which nobody measured."""
     if busy_s is not None:
+        # measured seconds have no fixed part, and no bound that was made for them
         cost, words = None, ["measured {:.3g} s", *([] if is_lockstep else ["idle {:.0%}"])]
     else:
         assert cost is not None
@@ -63,6 +64,7 @@ def plan_figure(
     for micro_batch, seconds in zip(plan.micro_batches, busy_s, strict=True):
         axes.broken_barh([(start, max(seconds))], (-0.5, plan.num_ranks), facecolors=IDLE)
         for group in micro_batch.groups:
+            # ranks of a group wait for each other inside every layer, so that the slowest one's seconds are the group's
             parts = _parts(group, lengths, cost, max(seconds[rank] for rank in group.ranks))
             _draw_group(axes, group, parts, lengths, start, total, colours)
         start += max(seconds)
@@ -77,7 +79,7 @@ def plan_figure(
 
 
 def _parts(group: Group, lengths: Sequence[int], cost_model: CostModel | None, seconds: float) -> list[float]:
-    """Seconds before the first sample, then of each sample, of a group that takes `seconds`."""
+    """Return the seconds before the first sample, then of each sample, of a group that takes `seconds`."""
     tokens = [lengths[sample] for sample in group.samples]
     if cost_model is None:
         return [0.0, *(seconds * length / sum(tokens) for length in tokens)]
@@ -87,6 +89,7 @@ def _parts(group: Group, lengths: Sequence[int], cost_model: CostModel | None, s
 def _draw_group(
     axes: Axes, group: Group, parts: list[float], lengths: Sequence[int], start: float, total: float, colours: Any
 ) -> None:
+    """Draw a group from `start` seconds on: its fixed part, a bar for each sample, a frame, and its degree."""
     first, degree, left = group.ranks[0] - 0.5, group.degree, start + parts[0]
     axes.broken_barh([(start, parts[0])], (first, degree), facecolors=FIXED)
     # the longest first, where the eye begins
@@ -94,8 +97,8 @@ def _draw_group(
         face = colours.to_rgba(lengths[sample])
         bar = axes.barh(first + degree / 2, seconds, degree, left, color=face, edgecolor="white", linewidth=0.6)[0]
         bar.set_gid(f"sample-{sample}")
-        if seconds > 0.06 * total:
-            ink = "white" if sum(face[:3]) < 1.7 else INK
+        if seconds > 0.06 * total:  # in a narrower bar the words would overlap
+            ink = "white" if sum(face[:3]) < 1.7 else INK  # what can be read on this colour
             middle = (left + seconds / 2, first + degree / 2)
             axes.text(*middle, short(lengths[sample]), color=ink, ha="center", va="center")
         left += seconds
@@ -105,6 +108,7 @@ def _draw_group(
 
 
 def _length_colours(figure: Figure, axes: Axes, lengths: Sequence[int]) -> Any:
+    """Return the colours of lengths, on a logarithmic scale, and draw the scale beside the axes."""
     from matplotlib import cm, colors
 
     least, most = min(lengths, default=1), max(lengths, default=1)

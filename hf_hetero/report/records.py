@@ -1,4 +1,4 @@
-"""Steps of a run, as `PlanMetricsCallback(record=True)` leaves them in `plans.jsonl`: read, and checked.
+"""This module reads, and checks, the steps of a run as `PlanMetricsCallback(record=True)` leaves them in `plans.jsonl`.
 
 The file may have been cut short by a full disk or the end of a job, and it may come from anywhere.
 """
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Steps of a run, in order, from its `plans.jsonl` or the folder that holds it.
+    """Read the steps of a run, in order, from its `plans.jsonl` or the folder that holds it.
 
     A run resumed from a checkpoint may have trained a step twice; the last one counts. A line that was cut short costs
     its step, and that is said.
@@ -34,6 +34,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     file = Path(path)
     try:
         file = file / "plans.jsonl" if file.is_dir() else file
+        # a line cut inside a letter is no text, and shall cost that line only
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise ConfigError(f"Cannot read {str(file)!r}: {getattr(error, 'strerror', None) or error}.") from error
@@ -43,11 +44,11 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            found = json.loads(line)
+            entry = json.loads(line)
         except (ValueError, RecursionError):
             cut.append(number)
             continue
-        record = _checked(found, f"{file}, line {number}")
+        record = _checked(entry, f"{file}, line {number}")
         steps[record["step"]] = record
     if not steps:
         where = f", only line {cut[0]}, which is not a step's record" if cut else ""
@@ -58,49 +59,52 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _checked(record: object, place: str) -> dict[str, Any]:
-    """A record whose fields are what they must be.
+    """Return a record whose fields are what they must be, and no others.
 
     Raises:
-        ConfigError: with the field that is not.
+        ConfigError: a field is missing, or is not what it must be.
     """
     if not isinstance(record, dict):
         raise ConfigError(f"{place} is not a step's record: it holds {record!r:.60}.")
     if missing := [name for name in COLUMNS if name not in record]:
         raise ConfigError(f"{place} is not a step's record: it lacks {', '.join(missing)}.")
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         **{name: record[name] for name in COLUMNS},
-        "is_lockstep": record.get("is_lockstep", False),
+        "is_lockstep": record.get("is_lockstep", False),  # older records are without
     }
     try:
-        plan = Plan.from_dict(found["plan"])
+        plan = Plan.from_dict(values["plan"])
     except HeteroError as error:
         raise ConfigError(f"{place}: {error}") from error
-    lengths, busy_s = found["lengths"], found["busy_s"]
+    lengths, busy_s = values["lengths"], values["busy_s"]
     rules = {
-        "step": _is_whole(found["step"], MOST_STEPS, least=0),
+        "step": _is_whole(values["step"], MOST_STEPS, least=0),
         "lengths": _is_list(lengths, plan.num_samples) and all(_is_whole(n, MOST_TOKENS, least=1) for n in lengths),
-        "seconds": _is_seconds(found["seconds"]),
-        "wait_s": _is_seconds(found["wait_s"]),
+        "seconds": _is_seconds(values["seconds"]),
+        "wait_s": _is_seconds(values["wait_s"]),
         "busy_s": _is_list(busy_s, len(plan.micro_batches))
         and all(_is_list(ranks, plan.num_ranks) and all(map(_is_seconds, ranks)) for ranks in busy_s),
-        "is_lockstep": isinstance(found["is_lockstep"], bool),
+        "is_lockstep": isinstance(values["is_lockstep"], bool),
     }
     if wrong := next((name for name, is_right in rules.items() if not is_right), None):
-        raise ConfigError(f"{place}: {wrong} is {found[wrong]!r:.60}, which the plan's step cannot have.")
+        raise ConfigError(f"{place}: {wrong} is {values[wrong]!r:.60}, which the plan's step cannot have.")
     if not lengths or not all(map(_is_seconds, (plan.seconds, plan.lower_bound_s, plan.planning_s))):
         raise ConfigError(f"{place}: its plan is of no samples, or takes {plan.seconds} seconds.")
-    return found
+    return values
 
 
 def _is_list(value: object, size: int) -> bool:
+    """Tell whether a value from JSON is a list of this size."""
     return isinstance(value, list) and len(value) == size
 
 
 def _is_whole(value: object, most: int, least: int) -> bool:
+    """Tell whether a value from JSON is a whole number in these limits."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_seconds(value: object) -> bool:
+    """Tell whether a value from JSON is a duration."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return 0 <= value <= MOST_SECONDS  # which NaN is not

@@ -1,4 +1,4 @@
-"""A run, from its records: its numbers, and one self-contained HTML page with pictures.
+"""This module shows a run from its records: its numbers, and one self-contained HTML page with pictures.
 
 The page needs matplotlib (`drawing`).
 """
@@ -32,7 +32,7 @@ td + td { text-align: right; }
 
 
 def most_mixed(records: Sequence[Record]) -> Record:
-    """The step that shows most: most different degrees, then most samples outside the commonest one."""
+    """Choose the step that shows most: most different degrees, then most samples outside the commonest one."""
 
     def variety(record: Record) -> tuple[int, int]:
         counts = [len(lengths) for lengths in _lengths_by_degree([record]).values()]
@@ -42,7 +42,7 @@ def most_mixed(records: Sequence[Record]) -> Record:
 
 
 def summarise(records: Sequence[Record]) -> dict[str, str]:
-    """A run in numbers, each under its name: sums and means over the steps."""
+    """Sum a run up in numbers, each under its name: sums and means over the steps."""
     steps, plans, degrees = len(records), [Plan.from_dict(r["plan"]) for r in records], _lengths_by_degree(records)
     samples, tokens = sum(len(r["lengths"]) for r in records), sum(sum(r["lengths"]) for r in records)
     seconds = sum(r["seconds"] + r["wait_s"] for r in records)
@@ -52,7 +52,7 @@ def summarise(records: Sequence[Record]) -> dict[str, str]:
         "tokens": f"{tokens:,}",
         "seconds, waits included": f"{seconds:,.1f}",
         "tokens a second": f"{tokens / seconds if seconds > 0 else 0:,.0f}",
-        **{f"samples at degree {degree}": f"{len(found) / samples:.0%}" for degree, found in degrees.items()},
+        **{f"samples at degree {degree}": f"{len(lengths) / samples:.0%}" for degree, lengths in degrees.items()},
         "micro-batches a step": f"{sum(len(plan.micro_batches) for plan in plans) / steps:.1f}",
         "idle share of the rank-seconds": _idle(records),
         "measured over planned seconds, median": f"{_measured_to_planned(records):.2f}",
@@ -62,26 +62,29 @@ def summarise(records: Sequence[Record]) -> dict[str, str]:
 
 
 def _idle(records: Sequence[Record]) -> str:
+    """Say the mean idle share of the steps, if it was measured."""
     if any(record.get("is_lockstep") for record in records):
         return "not measured: sharded weights keep all ranks in step"
     return f"{sum(idle_share(record['busy_s']) for record in records) / len(records):.0%}"
 
 
 def _measured_to_planned(records: Sequence[Record]) -> float:
+    """Return the median of measured by planned seconds: a step that hung for once does not move it."""
     return median([r["seconds"] / r["plan"]["seconds"] for r in records if r["plan"]["seconds"] > 0] or [0.0])
 
 
 def _lengths_by_degree(records: Sequence[Record]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    """Collect the lengths of all samples by the degree that trained them, ascending."""
+    by_degree: dict[int, list[int]] = {}
     for record in records:
         for group in Plan.from_dict(record["plan"]).groups:
             if group.samples:
-                found.setdefault(group.degree, []).extend(record["lengths"][sample] for sample in group.samples)
-    return dict(sorted(found.items()))
+                by_degree.setdefault(group.degree, []).extend(record["lengths"][sample] for sample in group.samples)
+    return dict(sorted(by_degree.items()))
 
 
 def write_report(records: Sequence[Record], path: str | Path, cost_model: CostModel | None = None) -> None:
-    """A run, from `read_records`, as one HTML page that loads nothing from elsewhere.
+    """Write a run, from `read_records`, as one HTML page that loads nothing from elsewhere.
 
     One step is drawn as it was measured and, with a cost model, as it was predicted.
 
@@ -102,14 +105,14 @@ def write_report(records: Sequence[Record], path: str | Path, cost_model: CostMo
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>\n" for name, value in summarise(records).items()
     )
     page = PAGE + f"<table>\n{rows}</table>\n"
-    for title, make in pictures.items():
+    for title, make in pictures.items():  # inside the page, as SVG: one file to send, sharp at any size
         data, words = base64.b64encode(rendered(make, "svg")).decode(), escape(title)
         page += f'<h2>{words}</h2>\n<img alt="{words}" src="data:image/svg+xml;base64,{data}">\n'
     written((page + "</body></html>\n").encode(), path)
 
 
 def _seconds_figure(records: Sequence[Record]) -> Figure:
-    """Planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
+    """Draw planned and measured seconds over steps; one against the other shows whether plans are ranked well."""
     from matplotlib.ticker import MaxNLocator
 
     figure, over = new_figure(10, 2.8, (1, 2), width_ratios=(2, 1))
@@ -130,6 +133,7 @@ def _seconds_figure(records: Sequence[Record]) -> Figure:
 
 
 def _lengths_figure(records: Sequence[Record]) -> Figure:
+    """Draw how many samples of each length were trained at each degree."""
     figure, axes = new_figure(10, 2.6)
     by_degree = _lengths_by_degree(records)
     least, most = min(map(min, by_degree.values())), max(map(max, by_degree.values()))

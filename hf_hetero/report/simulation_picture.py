@@ -1,4 +1,4 @@
-"""A simulation's picture: seconds of a step in each way beside the bound, and where samples and tokens are."""
+"""This module draws a simulation: seconds of a step in each way beside the bound, and where samples and tokens are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def draw_simulation(simulation: Simulation, path: str | Path, title: str = "") -> None:
-    """Draw it into a .png or .svg file, under this title.
+    """Draw a simulation into a .png or .svg file, under this title.
 
     Raises:
         HeteroError: another kind of file, or no matplotlib.
@@ -33,7 +33,7 @@ def draw_simulation(simulation: Simulation, path: str | Path, title: str = "") -
 
 
 def simulation_figure(simulation: Simulation, title: str = "") -> Figure:
-    """Two panels. In an SVG a way's bar has the id `way-<name>`, and the bound's line `bound`."""
+    """Draw two panels. In an SVG a way's bar has the id `way-<name>`, and the bound's line `bound`."""
     figure, ways = new_figure(10, 1.5 + 0.42 * len(simulation.ways), (1, 2), width_ratios=(3, 2))
     _draw_ways(ways, simulation)
     _draw_lengths(figure.axes[1], simulation)
@@ -44,7 +44,7 @@ def simulation_figure(simulation: Simulation, title: str = "") -> Figure:
 
 
 def _draw_ways(axes: Axes, simulation: Simulation) -> None:
-    """A bar for each way, its idle part in light grey."""
+    """Draw a bar for each way, its idle part in light grey."""
     steps = simulation.num_steps
     adaptive = sum(simulation.ways["adaptive"].seconds)
     gap = ratio(adaptive, sum(simulation.bound_s)) - 1
@@ -71,14 +71,14 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
 
 
 def _draw_lengths(axes: Axes, simulation: Simulation) -> None:
-    """Shares of samples and of tokens by length, in powers of two."""
+    """Draw the shares of samples and of tokens by length, in powers of two."""
     places = range(len(simulation.bins))
-    samples = [100 * found.num_samples / simulation.num_samples for found in simulation.bins]
-    tokens = [100 * found.num_tokens / simulation.num_tokens for found in simulation.bins]
+    samples = [100 * length_bin.num_samples / simulation.num_samples for length_bin in simulation.bins]
+    tokens = [100 * length_bin.num_tokens / simulation.num_tokens for length_bin in simulation.bins]
     axes.bar([place - 0.2 for place in places], samples, 0.4, color=LENGTH_COLOURS[1], label="samples")
     axes.bar([place + 0.2 for place in places], tokens, 0.4, color=LENGTH_COLOURS[3], label="tokens")
-    names = [short(found.most_tokens) for found in simulation.bins]
-    every = -(-len(names) // 9)
+    names = [short(length_bin.most_tokens) for length_bin in simulation.bins]
+    every = -(-len(names) // 9)  # more names than nine would overlap
     axes.set_xticks(places[::every], names[::every])
     axes.set(xlabel="tokens of a sample, at most", ylabel="% of all", ylim=(0, 1.2 * max(*samples, *tokens)))
     axes.legend(loc="upper left", ncols=2)

@@ -1,4 +1,4 @@
-"""Plans, simulations, cost models and checks as tables of text, for people; JSON says the same to programs."""
+"""This module writes plans, simulations, cost models and checks as tables of text, for people; programs read JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_hetero.plan import METHODS, Plan, describe_groups
 
 
 def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
-    """A plan for people: a line a micro-batch, then what it comes to."""
+    """Write a plan for people: a line a micro-batch, then what it comes to."""
     rows: list[str] = []
     for number, micro_batch in enumerate(plan.micro_batches):
         seconds = [cost.group_seconds(group, lengths) for group in micro_batch.groups]
@@ -29,7 +29,7 @@ def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:
 
 
 def simulation_table(result: Mapping[str, Any]) -> str:
-    """A simulation for people: a line a way, then what it comes to."""
+    """Write a simulation for people: a line a way, then what it comes to."""
     steps: int = result["num_steps"]
     head = f"{'way':<13}{'s a step':>10}{'adaptive is':>13}{'above bound':>13}{'micro-batches':>15}{'idle':>7}"
     rows: list[str] = []
@@ -55,7 +55,7 @@ def simulation_table(result: Mapping[str, Any]) -> str:
 
 
 def costs_table() -> str:
-    """Shipped cost models for people: name, tokens a rank holds, degrees, and where the numbers come from."""
+    """List shipped cost models for people: name, tokens a rank holds, degrees, and where the numbers come from."""
     rows: list[str] = []
     for name in shipped_names():
         cost = CostModel.load(name)
@@ -65,11 +65,11 @@ def costs_table() -> str:
     return "\n".join(rows)
 
 
-def check_table(found: Mapping[str, Any], card: str) -> str:
-    """What is known of a model, for people; the verdict last."""
-    probe = found["probe"]
-    tested = "compared with plain training in this version's tests" if found["tested"] else "not compared in tests yet"
-    heads = f"{found['num_heads']} of queries, {found['num_kv_heads']} of keys and values"
+def check_table(result: Mapping[str, Any], card: str) -> str:
+    """Write what is known of a model, for people; the verdict last."""
+    probe = result["probe"]
+    tested = "compared with plain training in this version's tests" if result["tested"] else "not compared in tests yet"
+    heads = f"{result['num_heads']} of queries, {result['num_kv_heads']} of keys and values"
     if probe["num_layers"]:
         tried = (
             f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance; differs "
@@ -78,30 +78,30 @@ def check_table(found: Mapping[str, Any], card: str) -> str:
     else:
         tried = "not tried" if probe["failure"] else "a tiny instance did not finish"
     lines = [
-        f"model     {found['name']} ({found['model_type']}), {tested}",
-        "versions  " + ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"kernel    on a GPU in bf16: {found['kernel']}",
-        f"heads     {heads if found['num_heads'] else 'none'}",
-        *_methods_table(found["methods"]),
-        *_tokens_table(found["tokens_a_rank"], card),
+        f"model     {result['name']} ({result['model_type']}), {tested}",
+        "versions  " + ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
+        f"kernel    on a GPU in bf16: {result['kernel']}",
+        f"heads     {heads if result['num_heads'] else 'none'}",
+        *_methods_table(result["methods"]),
+        *_tokens_table(result["tokens_a_rank"], card),
         f"probe     {tried}",
-        *textwrap.wrap(found["verdict"], 110, initial_indent="verdict   ", subsequent_indent=" " * 10),
+        *textwrap.wrap(result["verdict"], 110, initial_indent="verdict   ", subsequent_indent=" " * 10),
     ]
     return "\n".join(lines)
 
 
 def _tokens_table(tokens: Mapping[str, int], card: str) -> list[str]:
-    """How long a sample one rank holds: a line for each way to save memory."""
+    """Say how long a sample one rank holds: a line for each way to save memory."""
     if not tokens:
         return []
     lines = [f"memory    tokens of the longest sample that one rank holds by estimate ({card})"]
-    for number, (lever, held) in enumerate(tokens.items()):
-        lines.append(f"{'' if number == 0 else '+ '}{lever}".rjust(28) + f"{held:>12,}")
+    for number, (lever, most_tokens) in enumerate(tokens.items()):
+        lines.append(f"{'' if number == 0 else '+ '}{lever}".rjust(28) + f"{most_tokens:>12,}")
     return lines
 
 
 def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
-    """How heads fit: a line a degree, a column a method."""
+    """Say how heads fit: a line a degree, a column a method."""
     rows = [(str(degree), *(ways[method] for method in METHODS)) for degree, ways in methods.items() if ways]
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""Data sets from wherever a user has them, and the tokens of their texts, for the command line."""
+"""This module opens datasets from wherever a user has them, and counts the tokens of their texts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from typing import Any
 
 import datasets
 import numpy as np
-from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample, ConfigError
-
-Lengths = NDArray[np.int64]
+from hf_hetero.what_if.mixes import Lengths
 
 ROWS_AT_ONCE = 1000
 
 
 def open_table(where: str, file_format: str | None, split: str, config: str | None = None) -> datasets.Dataset:
-    """The dataset that a file, a folder of `save_to_disk`, or a hub name holds.
+    """Open the dataset that a file, a folder of `save_to_disk`, or a hub name holds.
 
     Args:
         where: path or name.
@@ -34,18 +32,18 @@ def open_table(where: str, file_format: str | None, split: str, config: str | No
             return datasets.load_dataset(file_format, data_files=where, split=split)
         if not Path(where).is_dir():
             return datasets.load_dataset(where, config, split=split)
-        found = datasets.load_from_disk(where)
+        on_disk = datasets.load_from_disk(where)
     except Exception as error:  # `datasets`, pyarrow and the hub's client raise errors of a dozen kinds
         raise ConfigError(f"Cannot load the dataset {where!r}, split {split!r}: {said_in_a_line(error)}") from error
-    if isinstance(found, datasets.Dataset):
-        return found
-    if split not in found:
-        raise ConfigError(f"The dataset {where!r} has no split {split!r}, only {', '.join(map(str, found))}.")
-    return found[split]
+    if isinstance(on_disk, datasets.Dataset):  # saved without splits
+        return on_disk
+    if split not in on_disk:
+        raise ConfigError(f"The dataset {where!r} has no split {split!r}, only {', '.join(map(str, on_disk))}.")
+    return on_disk[split]
 
 
 def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) -> Lengths:
-    """Tokens of each row's text, special tokens included, counted under a progress bar. int64, shape (num_rows,).
+    """Count the tokens of each row's text, special tokens included, under a progress bar. int64, shape (num_rows,).
 
     Args:
         dataset: with that column.
@@ -93,5 +91,5 @@ def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) ->
 
 
 def said_in_a_line(error: Exception) -> str:
-    """The first line of what a library said, or the kind of its error."""
+    """Return the first line of what a library said, or the kind of its error."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

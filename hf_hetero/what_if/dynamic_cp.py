@@ -1,4 +1,4 @@
-"""Megatron-Core's dynamic context parallelism, as its scheduler describes itself (Megatron-LM, PRs 2282 and 5679).
+"""This module plans as Megatron-Core's dynamic context parallelism describes itself (Megatron-LM, PRs 2282 and 5679).
 
 Each sample gets the smallest power of two of ranks that holds it. Longest first, the samples are cut into micro-batches
 of equal work; in each, the next sample goes to free ranks, or to the lightest group of its degree with room, else it
@@ -6,8 +6,7 @@ waits for the next micro-batch. Ranks that stay free are given to the smallest g
 
 Megatron counts work as s^2 / degree; here it is the cost model's seconds, which balances better. Its limit of tokens a
 rank (`max_seqlen_per_rank`) is a setting; here it is all that memory holds, or less where that is faster, chosen for
-each batch, as is the number of micro-batches. So it is at least as good as theirs. A baseline of
-`simulate`.
+each batch, as is the number of micro-batches. So this baseline of `simulate` is at least as good as theirs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Open = list[tuple[int, list[int]]]  # degree and samples of each group
 
 
 def dynamic_cp(lengths: Sequence[int], cost: CostModel, num_ranks: int, degrees: Sequence[int]) -> Plan:
-    """The fastest of a few such plans.
+    """Plan a batch in a few such ways, and return the fastest plan.
 
     Args:
         lengths: tokens of each sample of the global batch; the largest degree holds each of them.
@@ -53,7 +52,7 @@ def _planned(
     degrees: Sequence[int],
     parts: int,
 ) -> Plan:
-    """A plan of at least this many micro-batches, of as nearly equal work as memory lets them have."""
+    """Make a plan of at least this many micro-batches, of as nearly equal work as memory lets them have."""
     waiting = sorted(range(len(lengths)), key=lambda sample: (-lengths[sample], sample))
     work_of = {sample: cost.work(lengths[sample], degree_of[sample]) for sample in waiting}
     share = sum(work_of.values()) / parts
@@ -73,37 +72,37 @@ def _filled(
     num_ranks: int,
     capacity: int,
 ) -> tuple[Open, list[int]]:
-    """Groups of one micro-batch, which holds about a share of the work, and the samples that wait for the next."""
+    """Fill one micro-batch with about a share of the work; return its groups, and the samples left for the next."""
     groups: Open = []
     shelves: dict[int, _Shelf] = {}
     left: list[int] = []
     free, work = num_ranks, 0.0
     for position, sample in enumerate(waiting):
-        if work >= share * (1 - 1e-9):
+        if work >= share * (1 - 1e-9):  # equal parts reach it up to rounding
             return groups, left + waiting[position:]
         degree, length = degree_of[sample], lengths[sample]
         shelf = shelves.setdefault(degree, _Shelf(degree * capacity))
         if degree <= free:
             groups.append((degree, []))
-            chosen, load, room = len(groups) - 1, 0.0, degree * capacity
+            number, load, room = len(groups) - 1, 0.0, degree * capacity
             free -= degree
-        elif (found := shelf.lightest(length)) is not None:
-            load, chosen, room = found
+        elif (lightest := shelf.lightest(length)) is not None:
+            load, number, room = lightest
         else:
             left.append(sample)
             continue
-        groups[chosen][1].append(sample)
-        heappush(shelf.groups, (load + work_of[sample] / degree, chosen, room - length))
+        groups[number][1].append(sample)
+        heappush(shelf.groups, (load + work_of[sample] / degree, number, room - length))
         work += work_of[sample]
     return groups, left
 
 
 @dataclass
 class _Shelf:
-    """The groups of one degree: a heap of their seconds, their numbers and their room in tokens.
+    """A shelf holds the groups of one degree: a heap of their seconds, their numbers and their room in tokens.
 
     Args:
-        most_room: no group has more.
+        most_room: no group has more, so that most calls in vain end at once.
     """
 
     most_room: int
@@ -114,18 +113,18 @@ class _Shelf:
         if length > self.most_room:
             return None
         passed: list[tuple[float, int, int]] = []
-        found = None
-        while self.groups and found is None:
+        lightest = None
+        while self.groups and lightest is None:
             group = heappop(self.groups)
             if group[2] >= length:
-                found = group
+                lightest = group
             else:
                 passed.append(group)
-        if found is None:  # all were looked at, and room only shrinks
+        if lightest is None:  # all were looked at, and room only shrinks
             self.most_room = max((room for _, _, room in passed), default=0)
         for group in passed:
             heappush(self.groups, group)
-        return found
+        return lightest
 
 
 def _doubled(groups: Open, num_ranks: int, degrees: Sequence[int]) -> Open:
@@ -133,17 +132,17 @@ def _doubled(groups: Open, num_ranks: int, degrees: Sequence[int]) -> Open:
     groups, free = list(groups), num_ranks - sum(degree for degree, _ in groups)
     while doubling := [i for i, (degree, _) in enumerate(groups) if degree <= free and 2 * degree in degrees]:
         smallest = min(doubling, key=lambda i: (groups[i][0], i))
-        degree, held = groups[smallest]
-        groups[smallest] = (2 * degree, held)
+        degree, samples = groups[smallest]
+        groups[smallest] = (2 * degree, samples)
         free -= degree
     return groups
 
 
 def _named(groups: Open, num_ranks: int) -> MicroBatch:
-    """Ranks for the groups, largest first, so that each is aligned."""
+    """Give the groups ranks, largest first, so that each is aligned."""
     named: list[Group] = []
     start = 0
-    for degree, held in sorted(groups, key=lambda group: -group[0]):
-        named.append(Group(tuple(range(start, start + degree)), tuple(held)))
+    for degree, samples in sorted(groups, key=lambda group: -group[0]):
+        named.append(Group(tuple(range(start, start + degree)), tuple(samples)))
         start += degree
     return MicroBatch((*named, *(Group((rank,), ()) for rank in range(start, num_ranks))))

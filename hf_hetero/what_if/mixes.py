@@ -1,4 +1,4 @@
-"""Named synthetic mixes: lengths to plan with where no data is at hand. The same seed gives the same lengths.
+"""Mixes are named synthetic lengths to plan with where no data is at hand. The same seed gives the same lengths.
 
 Each is a distribution of the tokens of a sample, drawn by inverse transform or as a mixture. What it follows, and how
 closely, stands in its `about`; `tests/what_if/test_mixes.py` compares it with the real lengths where there are any.
@@ -25,7 +25,7 @@ LEAST_KEPT = 1e-3  # share of the samples that a limit must leave
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """A distribution of lengths.
+    """A `Mix` is a distribution of lengths.
 
     Args:
         name: what a user types.
@@ -41,7 +41,7 @@ class Mix:
 
 
 def draw_lengths(mix: Mix, num_samples: int, seed: int, max_tokens: int | None = None) -> tuple[Lengths, int]:
-    """This many lengths, int64, and how many more were drawn and left out because they were above `max_tokens`.
+    """Draw this many lengths, int64; say how many more were left out because they were above `max_tokens`.
 
     Samples above the mix's own limit do not belong to it and are not counted.
 
@@ -50,44 +50,45 @@ def draw_lengths(mix: Mix, num_samples: int, seed: int, max_tokens: int | None =
     """
     generator = np.random.default_rng(seed)
     limit = min(mix.limit_tokens, max_tokens or mix.limit_tokens)
-    kept: list[Lengths] = []
-    num_kept = num_drawn = 0
-    while num_kept < num_samples:
+    fitting: list[Lengths] = []
+    num_fitting = num_drawn = 0
+    while num_fitting < num_samples:
+        # always so many at once, so that the first lengths of a seed do not depend on how many are asked for
         drawn = np.maximum(np.rint(mix.draw(generator, DRAWN_AT_ONCE)), 1).astype(np.int64)
         drawn = drawn[drawn <= mix.limit_tokens]
-        fitting = np.flatnonzero(drawn <= limit)[: num_samples - num_kept]
+        places = np.flatnonzero(drawn <= limit)[: num_samples - num_fitting]
         # those drawn after the last one that is needed were never part of it
-        last = fitting[-1] + 1 if num_kept + fitting.size == num_samples else drawn.size
-        kept.append(drawn[fitting])
-        num_kept, num_drawn = num_kept + fitting.size, num_drawn + int(last)
-        if num_kept < LEAST_KEPT * num_drawn:
+        last = places[-1] + 1 if num_fitting + places.size == num_samples else drawn.size
+        fitting.append(drawn[places])
+        num_fitting, num_drawn = num_fitting + places.size, num_drawn + int(last)
+        if num_fitting < LEAST_KEPT * num_drawn:
             raise BadSample(f"Hardly any sample of the mix {mix.name!r} has {limit} tokens or fewer. Raise the limit.")
-    return np.concatenate([*kept, np.zeros(0, dtype=np.int64)]), num_drawn - num_kept
+    return np.concatenate([*fitting, np.zeros(0, dtype=np.int64)]), num_drawn - num_fitting
 
 
 def quantiles(points: Mapping[float, float]) -> Draw:
-    """Share of samples at most this long -> tokens; log-uniform in between."""
+    """Draw by a table, share of samples -> tokens that they have at most; log-uniform in between."""
     shares, tokens = list(points), np.log(list(points.values()))
     return lambda generator, count: np.exp(np.interp(generator.random(count), shares, tokens))
 
 
 def log_normal(median: float, sigma: float) -> Draw:
-    """ln(tokens) is normal."""
+    """Draw tokens whose logarithm is normal."""
     return lambda generator, count: generator.lognormal(math.log(median), sigma, count)
 
 
 def pareto_above(least: float, alpha: float) -> Draw:
-    """Above `least`, the share of samples longer than s falls as s^-alpha."""
+    """Draw from a tail: above `least`, the share of samples longer than s falls as s^-alpha."""
     return lambda generator, count: least * (1 - generator.random(count)) ** (-1 / alpha)
 
 
 def uniform(least: float, most: float) -> Draw:
-    """Every length between is as likely."""
+    """Draw every length in between as often."""
     return lambda generator, count: generator.uniform(least, most, count)
 
 
 def mixture(rare_share: float, rare: Draw, common: Draw) -> Draw:
-    """A share of the samples from one distribution, the others from another."""
+    """Draw a share of the samples from one distribution, and the others from another."""
 
     def draw(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
         is_rare = generator.random(count) < rare_share
@@ -97,12 +98,12 @@ def mixture(rare_share: float, rare: Draw, common: Draw) -> Draw:
 
 
 def cut_off(most: float, draw: Draw) -> Draw:
-    """Longer samples end at `most`."""
+    """Cut longer samples off at `most`, where they pile up."""
     return lambda generator, count: np.minimum(draw(generator, count), most)
 
 
 def at_most(most: float, draw: Draw) -> Draw:
-    """The same distribution below `most`: longer samples are drawn again."""
+    """Draw longer samples again, so that the distribution stays the same below `most`."""
 
     def redrawn(generator: np.random.Generator, count: int) -> NDArray[np.float64]:
         drawn = draw(generator, count)

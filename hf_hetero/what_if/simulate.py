@@ -1,4 +1,4 @@
-"""What if: predicted seconds of the same batches under different ways to share them. No GPU, no model, no torch.
+"""A simulation predicts the seconds of the same batches under different ways to share them. No GPU, model or torch.
 
 adaptive       this package: degrees chosen for every group of every step
 by-heads       the same, if attention could cross ranks by exchanging heads only ("ulysses"); where there is a choice
@@ -40,7 +40,7 @@ WAYS = {
 
 @dataclass
 class WayTotals:
-    """One way's totals over the steps.
+    """`WayTotals` sum up one way to share batches over the steps.
 
     Args:
         seconds: of each step.
@@ -57,7 +57,7 @@ class WayTotals:
 
     @property
     def idle_share(self) -> float:
-        """Share of the rank-seconds spent waiting."""
+        """Return the share of the rank-seconds spent waiting."""
         return max(self.idle_s / self.rank_s, 0.0)  # rounding may leave it a hair below
 
     def add(self, plan: Plan, lengths: Sequence[int], cost: CostModel) -> None:
@@ -72,7 +72,7 @@ class WayTotals:
 
 @dataclass(frozen=True, slots=True)
 class LengthBin:
-    """Samples of more than half of `most_tokens`, a power of two, and at most that many; and the tokens they have."""
+    """A bin counts samples, and their tokens, that are longer than half of `most_tokens` and at most that long."""
 
     most_tokens: int
     num_samples: int
@@ -81,7 +81,7 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class Simulation:
-    """Totals of each way over the same steps.
+    """A `Simulation` holds the totals of each way over the same steps.
 
     Args:
         num_ranks, num_steps: what was simulated.
@@ -104,16 +104,16 @@ class Simulation:
 
     @property
     def num_samples(self) -> int:
-        """Samples of all steps."""
-        return sum(found.num_samples for found in self.bins)
+        """Count the samples of all steps."""
+        return sum(length_bin.num_samples for length_bin in self.bins)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all steps."""
-        return sum(found.num_tokens for found in self.bins)
+        """Count the tokens of all steps."""
+        return sum(length_bin.num_tokens for length_bin in self.bins)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """Return the JSON-ready form (format hf-hetero-simulation/1)."""
         adaptive = sum(self.ways["adaptive"].seconds)
         return {
             "format": SIMULATION_FORMAT,
@@ -122,7 +122,7 @@ class Simulation:
             "num_samples": self.num_samples,
             "num_tokens": self.num_tokens,
             "context_tokens": self.context_tokens,
-            "bins": [asdict(found) for found in self.bins],
+            "bins": [asdict(length_bin) for length_bin in self.bins],
             "lower_bound_s": sum(self.bound_s),
             "planning_s": self.planning_s,
             "static_s": {str(degree): seconds for degree, seconds in self.static_s.items()},
@@ -173,7 +173,8 @@ def simulate(
     if not planner.has_choice:
         del ways["by-heads"]
     by_heads = replace(planner, methods=("ulysses",))
-    # where groups may do something to hold more tokens, these do as little as holds the context, everywhere
+    # dynamic-cp and padded do not decide for each group: where groups may do something to hold more tokens, theirs do
+    # the least that holds the context, everywhere, as a user would set it for a whole run
     shared = next(under for under in cost.by_activations.values() if _holds(under, max(by_degree), context))
     alone = next((under for under in cost.by_activations.values() if _holds(under, 1, context)), cost)
     adaptive: list[Plan] = []
@@ -202,12 +203,12 @@ def simulate(
 
 
 def ratio(seconds: float, to_s: float) -> float:
-    """How many times as long; 1 where nothing takes time."""
+    """Return how many times as long; 1 where nothing takes time."""
     return seconds / to_s if to_s > 0 else 1.0
 
 
 def busy_seconds(plan: Plan, lengths: Sequence[int], cost: CostModel) -> list[list[float]]:
-    """Predicted seconds of each micro-batch (outer) on each rank (inner)."""
+    """Predict the seconds of each micro-batch (outer) on each rank (inner)."""
     return [
         [seconds for group in m.groups for seconds in [cost.group_seconds(group, lengths)] * group.degree]
         for m in plan.micro_batches
@@ -215,23 +216,24 @@ def busy_seconds(plan: Plan, lengths: Sequence[int], cost: CostModel) -> list[li
 
 
 def _bins(batches: Sequence[Sequence[int]]) -> tuple[LengthBin, ...]:
-    """All samples, by the next power of two; bins between the shortest and the longest may be empty."""
-    found: dict[int, list[int]] = {}
+    """Sort all samples by the next power of two; bins between the shortest and the longest may be empty."""
+    by_power: dict[int, list[int]] = {}
     for length in (length for lengths in batches for length in lengths):
-        found.setdefault((length - 1).bit_length(), []).append(length)
-    powers = range(min(found), max(found) + 1)
-    return tuple(LengthBin(1 << power, len(held := found.get(power, [])), sum(held)) for power in powers)
+        by_power.setdefault((length - 1).bit_length(), []).append(length)
+    lengths_of = {power: by_power.get(power, []) for power in range(min(by_power), max(by_power) + 1)}
+    return tuple(LengthBin(1 << power, len(lengths), sum(lengths)) for power, lengths in lengths_of.items())
 
 
 def _holds(cost: CostModel, degree: int, tokens: int) -> bool:
+    """Tell whether groups of this degree hold a sample of so many tokens."""
     return tokens <= degree * cost.capacity_tokens
 
 
 def _degrees_that_hold(planner: Planner, context: int) -> list[int]:
-    """Degrees that a run may have all the time.
+    """List the degrees that a run may have all the time.
 
     Raises:
-        InfeasibleBatch: none holds the context.
+        InfeasibleBatch: no degree holds the context.
     """
     leanest = planner.cost_model.leanest
     if degrees := [degree for degree in planner.degrees if _holds(leanest, degree, context)]:
@@ -246,7 +248,7 @@ def _degrees_that_hold(planner: Planner, context: int) -> list[int]:
 def _add_static(
     by_degree: Mapping[int, WayTotals], batch_static: WayTotals, planner: Planner, lengths: Sequence[int]
 ) -> None:
-    """One step at each degree that holds the context; and at the best of those that hold this batch."""
+    """Count one step at each degree that holds the context; and at the best of those that hold this batch."""
     cost = planner.cost_model
     fixed = {d: planner.static(lengths, d) for d in planner.degrees if _holds(cost.leanest, d, max(lengths))}
     for degree, totals in by_degree.items():
@@ -255,11 +257,12 @@ def _add_static(
 
 
 def _add_padded(totals: WayTotals, lengths: Sequence[int], cost: CostModel, num_ranks: int) -> None:
-    """Samples sorted by length, as `group_by_length` does, dealt to the ranks in blocks that fit when padded."""
+    """Deal samples to the ranks, sorted as `group_by_length` does, in blocks that fit when padded; count the step."""
     ordered = sorted(lengths, reverse=True)
     position, step_s = 0, 0.0
     while position < len(ordered):
         longest = ordered[position]
+        # no more rows than an even share of what is left, else the last block would leave ranks idle
         rows = max(1, min(cost.capacity_tokens // longest, math.ceil((len(ordered) - position) / num_ranks)))
         block = ordered[position : position + rows * num_ranks]
         busy = [cost.seconds([longest] * len(block[rank::num_ranks]), 1) for rank in range(num_ranks)]

@@ -1,4 +1,4 @@
-"""Where the lengths of a what-if come from: a text file, a dataset, or a named mix. No torch for files and mixes."""
+"""Sources give the lengths of a what-if: a text file, a dataset, or a named mix. Files and mixes need no torch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.planner import MAX_TOKENS
-from hf_hetero.what_if.mixes import MIXES, Mix, draw_lengths
-
-Lengths = NDArray[np.int64]
+from hf_hetero.what_if.mixes import MIXES, Lengths, Mix, draw_lengths
 
 MOST_DRAWN = 10_000_000
 TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -21,7 +18,7 @@ TABLE_SUFFIXES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".cs
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a dataset is read.
+    """A `Reading` says how a dataset is read.
 
     Args:
         split, config: of a dataset that has several.
@@ -39,7 +36,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Lengths to plan with.
+    """A `Source` holds lengths to plan with.
 
     Args:
         name: for people.
@@ -59,7 +56,7 @@ class Source:
 def read_source(
     where: str, num_samples: int, seed: int = 0, max_tokens: int | None = None, reading: Reading | None = None
 ) -> Source:
-    """The lengths that `where` names; a mix's name means the mix, `./web` a file of that name.
+    """Read the lengths that `where` names; a mix's name means the mix, `./web` a file of that name.
 
     Args:
         where: a mix; a text file with a length a line; a json, jsonl, parquet, csv or arrow file; a folder saved by
@@ -80,15 +77,15 @@ def read_source(
     if (mix := MIXES.get(where)) is not None:
         return _of_mix(mix, num_samples, seed, max_tokens)
     lengths = _of_table(where, reading or Reading()) if _is_table(where) else _of_text(where)
-    kept = lengths if max_tokens is None else lengths[lengths <= max_tokens]
-    if not kept.size:
+    fitting = lengths if max_tokens is None else lengths[lengths <= max_tokens]
+    if not fitting.size:
         longer = f": all {lengths.size} are longer than {max_tokens} tokens" if lengths.size else ""
         raise BadSample(f"{where!r} has no samples{longer}.")
-    return Source(where, kept, int(kept.max()), lengths.size - kept.size)
+    return Source(where, fitting, int(fitting.max()), lengths.size - fitting.size)
 
 
 def global_batches(source: Source, batch_size: int, num_steps: int, seed: int = 0) -> list[list[int]]:
-    """Lengths of the samples of each step, no sample twice; the first batch does not depend on how many follow.
+    """Deal out the lengths of each step, no sample twice; the first batch does not depend on how many follow.
 
     Raises:
         ConfigError: a number below 1, or more samples than the source has.
@@ -102,12 +99,14 @@ def global_batches(source: Source, batch_size: int, num_steps: int, seed: int = 
             f"{num_steps:,} batches of {batch_size:,} samples need {batch_size * num_steps:,}; {source.name!r} "
             f"has {available:,}, enough for {available // batch_size:,}. Take fewer steps, or a smaller batch."
         )
+    # all are shuffled, not only those that are needed: the first batch must not depend on how many follow
     order = np.arange(available) if source.is_drawn else np.random.default_rng(seed).permutation(available)
     chosen = source.lengths[order[: batch_size * num_steps]]
     return chosen.reshape(num_steps, batch_size).tolist()
 
 
 def _of_mix(mix: Mix, num_samples: int, seed: int, max_tokens: int | None) -> Source:
+    """Draw a source from a mix."""
     if num_samples > MOST_DRAWN:
         raise ConfigError(f"{num_samples:,} samples of {mix.name!r}: a mix is drawn from {MOST_DRAWN:,} times at most.")
     lengths, num_dropped = draw_lengths(mix, num_samples, seed, max_tokens)
@@ -115,7 +114,7 @@ def _of_mix(mix: Mix, num_samples: int, seed: int, max_tokens: int | None) -> So
 
 
 def _is_table(where: str) -> bool:
-    """Whether `datasets` reads it. A name that is no file, and does not look like one, may be on the hub."""
+    """Tell whether `datasets` reads this. A name that is no file, and does not look like one, may be on the hub."""
     path = Path(where)
     if path.suffix in TABLE_SUFFIXES or os.path.isdir(path):
         return True
@@ -124,6 +123,7 @@ def _is_table(where: str) -> bool:
 
 
 def _of_text(where: str) -> Lengths:
+    """Read a text file with a length a line; empty lines are passed over."""
     try:
         lines = Path(where).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -138,6 +138,7 @@ def _of_text(where: str) -> Lengths:
 
 
 def _whole(text: str, place: str) -> int:
+    """Read a whole number of tokens; `place` says where it stands."""
     try:
         tokens = int(text)
     except ValueError:
@@ -148,20 +149,21 @@ def _whole(text: str, place: str) -> int:
 
 
 def _of_table(where: str, reading: Reading) -> Lengths:
+    """Read the lengths of a dataset: tokenise its texts if a tokenizer is named, else count what it has."""
     from hf_hetero.data.lengths import read_lengths  # only here: `datasets` takes a while to import
     from hf_hetero.what_if import corpora
 
     table = corpora.open_table(where, TABLE_SUFFIXES.get(Path(where).suffix), reading.split, reading.config)
     texts = [name for name in (reading.text_column, "messages") if name in table.column_names]
     if texts and reading.tokenizer is not None:
-        found = corpora.tokenised_lengths(table, texts[0], reading.tokenizer)
+        lengths = corpora.tokenised_lengths(table, texts[0], reading.tokenizer)
     elif texts and not {reading.length_column, "input_ids"} & set(table.column_names):
         raise ConfigError(
             f"{where!r} has text in {texts[0]!r} but neither {reading.length_column!r} nor 'input_ids'. "
             "Name a tokenizer (--tokenizer) to count its tokens."
         )
     else:
-        found = read_lengths(table, reading.length_column)
-    if found.size and found.max() > MAX_TOKENS:
-        raise BadSample(f"{where}, row {found.argmax()}: {found.max()} tokens; it must have 1 to {MAX_TOKENS:,}.")
-    return found
+        lengths = read_lengths(table, reading.length_column)
+    if lengths.size and lengths.max() > MAX_TOKENS:
+        raise BadSample(f"{where}, row {lengths.argmax()}: {lengths.max()} tokens; it must have 1 to {MAX_TOKENS:,}.")
+    return lengths

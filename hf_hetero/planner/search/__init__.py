@@ -1,1 +1,1 @@
-"""Drafts of plans, found in a fixed number of tries: `fast` for groups of many degrees, `homogeneous` for one."""
+"""The room of searches, which find drafts in a fixed number of tries: `fast` of many degrees, `homogeneous` of one."""

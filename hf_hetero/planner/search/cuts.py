@@ -1,4 +1,4 @@
-"""First guesses: how many micro-batches, and how long each of them lasts, as if samples were a fluid.
+"""Cuts give first guesses: how many micro-batches, and how long each of them lasts, as if samples were a fluid.
 
 Sorted samples are cut into consecutive runs, one a micro-batch (FlexSP's "blaster", arXiv:2412.01523, section 4.2), but
 the cuts minimise the sum of the durations, not the largest number of tokens, and all numbers of micro-batches are
@@ -45,7 +45,7 @@ Positions = NDArray[np.intp]
 
 @dataclass(frozen=True)
 class Guess:
-    """Durations of the micro-batches of a plan that may exist.
+    """A `Guess` is the durations of the micro-batches of a plan that may exist.
 
     Args:
         seconds: of the step.
@@ -57,7 +57,7 @@ class Guess:
 
 
 def guesses(problem: Problem) -> list[Guess]:
-    """A few guesses that are worth trying, the most likely first.
+    """Return a few guesses that are worth trying, the most likely first.
 
     The careful ones expect that ranks which a long sample needs but does not fill are lost as far as short samples are
     dearer there; the bold one, for the fewest micro-batches that memory allows, expects that nothing is lost.
@@ -73,13 +73,13 @@ def guesses(problem: Problem) -> list[Guess]:
 
 
 def slowest_full_group(problem: Problem) -> float:
-    """No group that memory allows takes longer than this, in seconds."""
+    """Return seconds that no group which memory allows exceeds."""
     slope = max(problem.linear_s) + problem.cost.attention_s_per_token2 * problem.lengths[0]
     return max(problem.fixed_s) + slope * min(problem.capacity, problem.num_tokens) * 1.02 + 1e-9
 
 
 def _durations(problem: Problem) -> Floats:
-    """Durations to choose among, ascending: a ladder, and what the longest samples take alone at each degree.
+    """List durations to choose among, ascending: a ladder, and what the longest samples take alone at each degree.
 
     The ladder goes from a fraction of the fastest run of the longest sample to the slowest group that fills its memory.
     """
@@ -98,7 +98,11 @@ def _durations(problem: Problem) -> Floats:
 
 
 def _demand(problem: Problem, durations: Floats) -> tuple[Positions, Floats]:
-    """For each duration (outer) and sample: index of the smallest degree that holds it, and the ranks it fills."""
+    """For each duration (outer) and sample, find the index of the smallest degree that holds it, and the ranks filled.
+
+    A group of degree d lasts as long as a duration where `attention * s**2 + linear * s = d * time`; the longest sample
+    is the root of that, in the form that stays exact where attention costs next to nothing.
+    """
     attention, lengths = problem.cost.attention_s_per_token2, np.array(problem.lengths, dtype=np.float64)
     degrees, linear_s = np.array(problem.degrees, dtype=np.float64), np.array(problem.linear_s)
     time = np.maximum(durations[:, None] - np.array(problem.fixed_s), 0.0)
@@ -116,7 +120,7 @@ def _demand(problem: Problem, durations: Floats) -> tuple[Positions, Floats]:
 
 
 def _reach(problem: Problem, ranks: Floats, impossible: Positions) -> Positions:
-    """For each duration (outer) and each possible end of a micro-batch, the first cut where it may start."""
+    """For each duration (outer) and each possible end of a micro-batch, find the first cut where it may start."""
     cuts = _possible_cuts(problem)
     reach = np.empty((len(ranks), len(cuts)), dtype=np.intp)
     for row in range(len(ranks)):
@@ -131,7 +135,7 @@ def _reach(problem: Problem, ranks: Floats, impossible: Positions) -> Positions:
 
 
 def _possible_cuts(problem: Problem) -> Positions:
-    """Where a run of samples may end: everywhere in a small batch, else about every so many tokens."""
+    """List where a run of samples may end: everywhere in a small batch, else about every so many tokens."""
     num = len(problem.lengths)
     if num <= MOST_CUTS:
         return np.arange(num + 1, dtype=np.intp)
@@ -142,7 +146,7 @@ def _possible_cuts(problem: Problem) -> Positions:
 
 
 def _shortest_paths(problem: Problem, durations: Floats, reach: Positions, patience: int) -> list[Guess]:
-    """The best guess for each number of micro-batches, fastest first; stops when more of them do not help.
+    """Return the best guess for each number of micro-batches, fastest first; stop when more of them do not help.
 
     `seconds[end]` is the least sum of durations of so many runs that together hold the samples before `end`; with one
     run more it follows from the last one, as in Bellman's and Ford's shortest paths.
@@ -171,7 +175,7 @@ def _shortest_paths(problem: Problem, durations: Floats, reach: Positions, patie
 
 
 def _walk_back(durations: Floats, reach: Positions, choices: list[Positions]) -> Guess:
-    """The durations that were chosen, from the shortest sample to the longest."""
+    """Follow the choices back, from the shortest sample to the longest, and return their durations as a guess."""
     position = reach.shape[1] - 1
     chosen: list[float] = []
     for choice in reversed(choices):

@@ -1,4 +1,4 @@
-"""Make micro-batches shorter, one at a time, as long as all samples still fit.
+"""The descent makes micro-batches shorter, one at a time, as long as all samples still fit.
 
 The only thing that is searched are the durations: which sample goes where is for `packing.pack` to find, again and
 again. A count of tries ends the search, never a clock, so that every machine finds the same plan.
@@ -31,7 +31,7 @@ to +0.9), CPU +0 %; double: ±0.0 % (-0.4 to +1.0), CPU +1 % (all)."""
 
 @dataclass(frozen=True)
 class Trial:
-    """A packing that worked.
+    """A `Trial` is a packing that worked.
 
     Args:
         seconds: of the step.
@@ -46,7 +46,7 @@ class Trial:
 
 @dataclass(slots=True)
 class Tries:
-    """How many packings may still be tried for one batch."""
+    """`Tries` count down how many packings may still be tried for one batch."""
 
     problem: Problem
     left: int
@@ -62,7 +62,7 @@ class Tries:
 
 
 def stretched(problem: Problem, durations: Sequence[float], factor: float) -> list[float]:
-    """Durations whose part beyond the fixed cost of a micro-batch is scaled."""
+    """Scale the part of durations beyond the fixed cost of a micro-batch."""
     fixed_s = problem.fixed_s[0]
     return [fixed_s + (seconds - fixed_s) * factor for seconds in durations]
 
@@ -89,6 +89,7 @@ def scale(tries: Tries, durations: Sequence[float], limit_s: float, most: int) -
             best = trial
         if trial.seconds > limit_s:
             return best
+        # what the packing really takes fits, too, and may be far below the factor: the search goes on from there
         fits = min(factor, (trial.seconds - fixed_s * len(trial.durations)) / variable) if variable > 0 else 0.0
         if fits - fails < CLOSE:
             return best
@@ -112,6 +113,7 @@ def descend(tries: Tries, trial: Trial, first_step: float, most: int | None = No
         if shorter is None or shorter.seconds >= trial.seconds * (1 - 1e-9):
             steps[chosen] /= 3
             continue
+        # packing sorts micro-batches by the durations asked for, and drops empty ones: steps go where theirs went
         if len(shorter.durations) == len(steps):
             steps = [steps[i] for i in sorted(range(len(steps)), key=lambda i: -target[i])]
         else:

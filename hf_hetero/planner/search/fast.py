@@ -1,4 +1,4 @@
-"""The fast search: guess how long each micro-batch lasts, pack the samples into that, then squeeze."""
+"""The fast search guesses how long each micro-batch lasts, packs the samples into that, then squeezes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CPU +0 %; double: ±0.0 %, CPU +1 % (all)."""
 
 
 def fast_draft(problem: Problem) -> Draft | None:
-    """The best plan that a fixed number of packings finds, or None where none of them holds the samples."""
+    """Return the best draft that a fixed number of packings finds, or None where none of them holds the samples."""
     parts = num_parts(problem)
     return (plan_in_parts(problem, parts, _search) if parts > 1 else None) or _search(problem)
 
@@ -62,6 +62,7 @@ def _search(problem: Problem) -> Draft | None:
             by_number[len(trial.durations)] = trial
     if not by_number:
         return None
+    # descents bring the numbers of micro-batches closer, and may change their order: the second best has its chance
     best, *others = sorted(by_number.values(), key=lambda trial: trial.seconds)
     if others and others[0].seconds <= best.seconds * WORTH_SQUEEZING:
         rivals = [descend(tries, trial, FIRST_STEP, TRIES_A_RIVAL) for trial in (best, others[0])]
@@ -70,9 +71,10 @@ def _search(problem: Problem) -> Draft | None:
 
 
 def _first_trials(tries: Tries) -> Iterator[Trial]:
-    """Guesses made real, as far as they promise to be about as fast as the best before them."""
+    """Make guesses real, as far as they promise to be about as fast as the best before them."""
     guessed = guesses(tries.problem)
     limit_s = float("inf")
+    # first, because it needs no guess, and its seconds say which guesses are worth a try
     trial = _full(tries)
     if trial is not None:
         limit_s = trial.seconds * WORTH_TRYING
@@ -86,14 +88,14 @@ def _first_trials(tries: Tries) -> Iterator[Trial]:
 
 
 def _full(tries: Tries) -> Trial | None:
-    """As few micro-batches as memory allows, of any duration: too full for a fluid, they may still hold the samples."""
+    """Try as few micro-batches as memory allows, of any duration: too full for a fluid, they may still hold all."""
     problem = tries.problem
     trial = tries.pack([slowest_full_group(problem)] * problem.fewest_micro_batches)
     return trial and descend(tries, trial, FULL_STEP, TRIES_WHEN_FULL)
 
 
 def _levelled(guess: Guess) -> Guess:
-    """Micro-batches that are not much longer than most last equally long: short samples will fill the ends of all."""
+    """Level micro-batches that are not much longer than most: short samples will fill the ends of all alike."""
     limit_s = median(guess.durations) * MUCH_LONGER
     short = [seconds for seconds in guess.durations if seconds <= limit_s]
     level = sum(short) / len(short)

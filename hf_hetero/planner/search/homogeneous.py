@@ -1,4 +1,4 @@
-"""The best plan with one degree: what a run with a fixed degree would do, so that a plan is never worse than static."""
+"""This module finds the best plan with one degree, as a static run has it, so that no plan is worse than static."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_hetero.planner.problem import Problem
 
 
 def best_homogeneous(problem: Problem, below_s: float = float("inf")) -> Draft | None:
-    """The fastest plan whose groups all have one degree (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1).
+    """Find the fastest plan whose groups all have one degree (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1).
 
     Where the degree does not divide the ranks, the ranks left over form smaller groups.
 
@@ -29,17 +29,17 @@ def best_homogeneous(problem: Problem, below_s: float = float("inf")) -> Draft |
 
 
 def homogeneous(problem: Problem, degree: int) -> Draft | None:
-    """The faster of two packings with groups of this degree; None where it does not hold the longest sample."""
+    """Return the faster of two packings with groups of this degree; None where it does not hold the longest sample."""
     if degree not in problem.degrees or problem.capacity * degree < problem.lengths[0]:
         return None
     return min((_best_fit(problem, degree), _balanced(problem, degree)), key=lambda d: draft_seconds(problem, d))
 
 
 def _least_seconds(problem: Problem, index: int) -> float:
-    """No plan with groups of this degree, or smaller ones in the ranks left over, is faster; in seconds."""
+    """Return seconds that no plan with groups of this degree, or smaller ones in the ranks left over, undercuts."""
     linear_s = min(problem.linear_s[: index + 1])
     fixed_s = min(problem.fixed_s[: index + 1])
-    if problem.num_ranks % problem.degrees[index] == 0:
+    if problem.num_ranks % problem.degrees[index] == 0:  # then no ranks are left over for smaller groups
         linear_s, fixed_s = problem.linear_s[index], problem.fixed_s[index]
     squares = sum(length * length for length in problem.lengths)
     work = problem.cost.attention_s_per_token2 * squares + linear_s * problem.num_tokens
@@ -47,13 +47,13 @@ def _least_seconds(problem: Problem, index: int) -> float:
 
 
 def _best_fit(problem: Problem, degree: int) -> Draft:
-    """Best-fit decreasing into groups of this degree; the fullest groups run together."""
+    """Pack best-fit decreasing into groups of this degree; the slowest groups run together."""
     tiles = tiling(problem.num_ranks, degree, problem.degrees)
     groups: list[DraftGroup] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, group), ascending
     for sample, length in enumerate(problem.lengths):
         tightest = bisect_left(rooms, (length, -1))
-        while tightest == len(rooms):
+        while tightest == len(rooms):  # a group of the ranks left over may be too small: open the next
             opened = tiles[len(groups) % len(tiles)]
             insort(rooms, (problem.capacity * opened, len(groups)))
             groups.append((opened, []))
@@ -65,9 +65,9 @@ def _best_fit(problem: Problem, degree: int) -> Draft:
 
 
 def _balanced(problem: Problem, degree: int) -> Draft:
-    """Longest first onto the group that would end earliest, with as few micro-batches as hold the samples."""
+    """Put samples, longest first, onto the group that would end earliest, in as few micro-batches as hold them."""
     tiles = tiling(problem.num_ranks, degree, problem.degrees)
-    if len(set(tiles)) > 1:
+    if len(set(tiles)) > 1:  # groups of unlike degrees are not compared by their loads
         return _best_fit(problem, degree)
     num_micro_batches = problem.fewest_micro_batches
     while True:
@@ -75,11 +75,11 @@ def _balanced(problem: Problem, degree: int) -> Draft:
         groups = _longest_first(problem, degree, rooms)
         if groups is not None:
             return _stack(problem, groups)
-        num_micro_batches += 1 + num_micro_batches // 8
+        num_micro_batches += 1 + num_micro_batches // 8  # by more where there are many, so that tries stay few
 
 
 def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[DraftGroup] | None:
-    """Longest processing time first (Graham, 1969) with memory, or None where a sample finds no room."""
+    """Schedule longest processing time first (Graham, 1969), with memory; None where a sample finds no room."""
     loads: list[tuple[float, int]] = [(0.0, group) for group in range(len(rooms))]
     groups: list[DraftGroup] = [(degree, []) for _ in rooms]
     for sample, length in enumerate(problem.lengths):
@@ -94,16 +94,16 @@ def _longest_first(problem: Problem, degree: int, rooms: list[int]) -> list[Draf
 
 
 def _stack(problem: Problem, groups: list[DraftGroup]) -> Draft:
-    """Slow groups into the same micro-batches, each with as many groups of a degree as a tiling has."""
+    """Stack slow groups into the same micro-batches, each with as many groups of a degree as a tiling has."""
     largest = max(degree for degree, _ in groups)
     tiles = tiling(problem.num_ranks, largest, problem.degrees)
     draft: Draft = []
     for degree in sorted(set(tiles)):
-        held = [group for group in groups if group[0] == degree and group[1]]
-        held.sort(key=lambda group: -problem.group_seconds(degree, group[1]))
+        filled = [group for group in groups if group[0] == degree and group[1]]
+        filled.sort(key=lambda group: -problem.group_seconds(degree, group[1]))
         width = tiles.count(degree)
-        for number, start in enumerate(range(0, len(held), width)):
+        for number, start in enumerate(range(0, len(filled), width)):
             if number == len(draft):
                 draft.append([])
-            draft[number] += held[start : start + width]
+            draft[number] += filled[start : start + width]
     return draft

@@ -1,4 +1,4 @@
-"""Do these samples fit into micro-batches of given durations? Best-fit decreasing over memory and time at once.
+"""Packing asks whether samples fit into micro-batches of given durations: best-fit decreasing over memory and time.
 
 To find short schedules by packing into bins as long as the schedule may last is MULTIFIT (Coffman, Garey and Johnson,
 SIAM J. Comput. 7, 1978); best-fit decreasing is Johnson's (J. Comput. Syst. Sci. 8, 1974). Here a group's room is the
@@ -28,7 +28,7 @@ CPU +1 %; double, from 4 to 16: ±0.0 % (-0.1 to +0.4), CPU -1 % (all)."""
 
 @dataclass(slots=True)
 class Packing:
-    """Groups in the making. Lists are indexed by group; a group that was merged away has no samples.
+    """A `Packing` is groups in the making. Its lists are indexed by group; one that was merged away has no samples.
 
     Args:
         durations: seconds of each micro-batch.
@@ -57,11 +57,11 @@ class Packing:
     spare_work: float
 
     def draft(self, problem: Problem) -> Draft:
-        """The micro-batches that hold samples."""
+        """Return the micro-batches that hold samples."""
         return [groups for groups in self.listed(problem) if groups]
 
     def listed(self, problem: Problem) -> Draft:
-        """The groups that hold samples, by micro-batch, in the order of the durations."""
+        """List the groups that hold samples, by micro-batch, in the order of the durations."""
         draft: Draft = [[] for _ in self.durations]
         for group, samples in enumerate(self.samples):
             if samples:
@@ -69,7 +69,7 @@ class Packing:
         return draft
 
     def makespans(self, problem: Problem) -> tuple[float, ...]:
-        """Seconds that each micro-batch really takes; those without samples are left out."""
+        """Return the seconds that each micro-batch really takes; those without samples are left out."""
         spans = [-1.0] * len(self.durations)
         for group, samples in enumerate(self.samples):
             if samples:
@@ -80,7 +80,7 @@ class Packing:
 
 
 def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
-    """All samples, longest first, into the group that they fill best; None where one finds no room.
+    """Put all samples, longest first, into the group that they fill best; None where one finds no room.
 
     Args:
         durations: seconds of each micro-batch, descending: long samples go where they need few ranks.
@@ -91,6 +91,7 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
     rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
     degree, tokens, work, samples = packing.degree, packing.tokens, packing.work, packing.samples
     longest = [longest_samples(problem, seconds) for seconds in durations]
+    # this loop is most of what planning takes, so that the lines of `_room` stand here once more, without the call
     for sample, length in enumerate(problem.lengths):
         tightest = bisect_left(rooms, length << shift)
         if tightest < len(rooms):
@@ -122,7 +123,7 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
 
 
 def _empty(problem: Problem, durations: Sequence[float]) -> Packing:
-    """Micro-batches without groups."""
+    """Start with micro-batches without groups."""
     shift = (len(durations) * problem.num_ranks).bit_length()
     free = [problem.num_ranks] * len(durations)
     tokens = problem.capacity * sum(free) - problem.num_tokens
@@ -133,7 +134,7 @@ def _empty(problem: Problem, durations: Sequence[float]) -> Packing:
 
 
 def longest_samples(problem: Problem, duration_s: float) -> list[int]:
-    """Tokens of the longest sample that a group of each degree, or of a smaller one, holds within this duration.
+    """Return the tokens of the longest sample that a group of each degree, or a smaller one, holds within a duration.
 
     Ascending, so that the smallest degree that holds a sample is found by bisection; -1 where none is held.
     """
@@ -147,7 +148,7 @@ def longest_samples(problem: Problem, duration_s: float) -> list[int]:
 
 
 def _room(problem: Problem, index: int, memory: int, time: float) -> int:
-    """Longest sample that fits into this many tokens and rank-seconds; -1 where none does."""
+    """Return the longest sample that fits into this many tokens and rank-seconds; -1 where none does."""
     attention, linear = problem.cost.attention_s_per_token2, problem.linear_s[index]
     if (attention * memory + linear) * memory <= time:
         return memory
@@ -157,7 +158,7 @@ def _room(problem: Problem, index: int, memory: int, time: float) -> int:
 
 
 def _open(problem: Problem, packing: Packing, longest: list[list[int]], length: int) -> int:
-    """A new group in the first micro-batch with enough free ranks, which is where it needs fewest; -1 without one."""
+    """Open a group in the first micro-batch with enough free ranks, where it needs fewest; -1 where there is none."""
     degrees = problem.degrees
     for micro_batch, free in enumerate(packing.free):
         if free:
@@ -202,6 +203,7 @@ def _merge(problem: Problem, packing: Packing, length: int) -> int:
     _, large, work, keys = best
     for key in keys:
         del rooms[bisect_left(rooms, key)]
+    # the number of a group stays its own, and none is used again: the others stay as empty entries
     joined, *gone = (key & mask for key in keys)
     for group in gone:
         packing.samples[joined] += packing.samples[group]
@@ -212,7 +214,7 @@ def _merge(problem: Problem, packing: Packing, length: int) -> int:
 
 
 def _join(problem: Problem, packing: Packing, groups: list[int], length: int) -> tuple[float, int, float] | None:
-    """Rank-seconds lost, degree index and rank-seconds left of these groups joined; None where the sample stays out."""
+    """Join groups: rank-seconds lost, degree index, rank-seconds left; None where the sample stays out."""
     small, tokens = packing.degree[groups[0]], sum(packing.tokens[group] for group in groups)
     degree = problem.degrees[small] * len(groups)
     if tokens < length or degree not in problem.degrees:

@@ -1,7 +1,7 @@
-"""Very large runs: plan a part of the ranks for a like part of the samples, then let the other parts follow.
+"""Parts make very large runs plannable: one part of the ranks is searched, for a like part of the samples.
 
-Sorted samples are dealt out to the parts like cards, so that all parts look alike. One of them is searched; the others
-are packed into the durations found there, a little stretched where they must be.
+Sorted samples are dealt out to the parts like cards, so that all parts look alike. The others are packed into the
+durations found in the first one, a little stretched where they must be.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CPU +2 %; double: ±0.0 %, CPU +8 % (large)."""
 
 
 def num_parts(problem: Problem) -> int:
-    """How many equal parts the ranks are planned in; 1 unless there are very many and every degree fits a part."""
+    """Choose in how many equal parts to plan the ranks; 1 unless there are very many and every degree fits a part."""
     parts = -(-problem.num_ranks // MOST_RANKS_A_PART)
     while problem.num_ranks % parts:
         parts += 1
@@ -30,25 +30,26 @@ def num_parts(problem: Problem) -> int:
 
 
 def plan_in_parts(problem: Problem, parts: int, search: Callable[[Problem], Draft | None]) -> Draft | None:
-    """A plan made of plans for parts of the ranks, or None where a part does not hold its samples."""
+    """Make a draft of drafts for parts of the ranks; None where a part does not hold its samples."""
     first, *others = (_part(problem, parts, part) for part in range(parts))
     draft = search(first)
     if draft is None:
         return None
+    # in one order, slowest first: micro-batch i of every part becomes part of micro-batch i of the run
     durations = sorted((micro_batch_seconds(first, groups) for groups in draft), reverse=True)
     draft = sorted(draft, key=lambda groups: -micro_batch_seconds(first, groups))
     together = [[(degree, [first.order[s] for s in samples]) for degree, samples in groups] for groups in draft]
     for part in others:
-        followed = _follow(part, durations)
-        if followed is None:
+        part_draft = _follow(part, durations)
+        if part_draft is None:
             return None
-        for groups, more in zip(together, followed, strict=True):
+        for groups, more in zip(together, part_draft, strict=True):
             groups += [(degree, [part.order[s] for s in samples]) for degree, samples in more]
     return together
 
 
 def _part(problem: Problem, parts: int, part: int) -> Problem:
-    """Every so many-th sample and its share of the ranks; `order` names the samples of the whole problem."""
+    """Take every so many-th sample and its share of the ranks; `order` names the samples of the whole problem."""
     turns = (part, 2 * parts - 1 - part)  # there and back, so that no part always gets the longer sample
     order = [sample for sample in range(len(problem.lengths)) if sample % (2 * parts) in turns]
     lengths = tuple(problem.lengths[sample] for sample in order)
@@ -56,7 +57,7 @@ def _part(problem: Problem, parts: int, part: int) -> Problem:
 
 
 def _follow(part: Problem, durations: list[float]) -> Draft | None:
-    """The part's samples in micro-batches of about these durations, all of them listed, even without samples."""
+    """Pack the part's samples into micro-batches of about these durations, all of them listed, even without samples."""
     fixed_s = part.fixed_s[0]
     for stretch in STRETCHES:
         packing = pack(part, [fixed_s + (seconds - fixed_s) * stretch for seconds in durations])
