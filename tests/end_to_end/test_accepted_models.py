@@ -24,7 +24,7 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import Trainer
 
 from hf_hetero import HeteroTrainer
-from hf_hetero.attention.kernels.choice import choose_kernel
+from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.trainer.fitting import compute_dtype
 
 pytestmark = pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_hetero.attention.kernels.choice import choose_kernel
+from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
 from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
 from hf_hetero.attention.kernels.flash import flash_kernels

@@ -1,1 +1,5 @@
-"""This folder computes attention on one device: the kernels' contract, the kernels, and the choice of one."""
+"""Attention on one device: what a kernel is given and gives back, the kernels, and the choice between them."""
+
+from hf_hetero.attention.kernels.choice import choose_kernel
+
+__all__ = ["choose_kernel"]
