@@ -76,10 +76,9 @@ class HeteroTrainerMixin(Trainer):
         exactness.check_arguments(self.args)  # which a subclass may have made of them
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
-        if self.data_collator is default_data_collator:
-            # transformers' takes rows of one length only
+        if self.data_collator is default_data_collator:  # which takes rows of one length only
             self.data_collator = PackedCollator(makes_labels=False, says_so=True)
-        choose_kernel(base_model(self.model), self.args.device.type, compute_dtype(self))
+        choose_kernel(base_model(self.model), self.args.device.type, self._compute_dtype())
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
@@ -89,6 +88,8 @@ class HeteroTrainerMixin(Trainer):
         self._stop = StopWhenAsked()
         self.add_callback(self._stop)
         self._decision = OneDecision(lambda: self._run.control if self.is_in_train and self._training else None)
+
+    _compute_dtype = compute_dtype
 
     @property
     def cost_model(self) -> CostModel | None:
