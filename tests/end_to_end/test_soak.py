@@ -111,6 +111,7 @@ def soak(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1260)
 def test_soak(tmp_path: Path) -> None:
     """All steps are trained, ranks agree to the last bit, each mismatch ends in a resumed run, memory stays flat."""
     ranks = run_ranks(soak, 4, str(tmp_path), timeout_s=1200)
