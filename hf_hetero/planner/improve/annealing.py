@@ -3,7 +3,7 @@
 The fast search decides how long micro-batches last, and one rule puts the samples into them. What the rule leaves is
 mended here: groups of a full micro-batch that end at different times, and samples of different lengths that would do
 better in one group (simulated annealing, Kirkpatrick, Gelatt and Vecchi, Science 220, 1983). `energy` says what a move
-gains. Moves end by count, so that the same time limit gives the same plan wherever the clock does not cut it short.
+gains. Moves end by count, so that the plan does not depend on the clock while there is time for all of them.
 """
 
 from __future__ import annotations
@@ -34,28 +34,27 @@ def annealed(problem: Problem, draft: Draft, num_moves: int, time_limit_s: float
     """The draft, or the fastest one met on a walk of so many moves; the same for the same arguments.
 
     Args:
-        num_moves: moves to try.
-        time_limit_s: wall seconds after which the walk ends although moves are left.
+        num_moves: moves to try; at least one temperature's.
+        time_limit_s: wall seconds for them. Where a busy machine would not try them all, it cools down by the clock: a
+            walk that ends warm has found little.
         seed: of the random numbers.
     """
-    deadline = time.perf_counter() + time_limit_s
+    started = time.perf_counter()
     state, chance = DraftState(problem, draft, POWERS[0]), random.Random(seed).random
     moves, log = Moves(state, chance).often(), math.log
     step_s = best_s = state.step_seconds()
-    best = draft
-    num_rounds = max(1, num_moves // (len(POWERS) * MOVES_A_TEMPERATURE))
-    for stage, power in enumerate(POWERS):
-        state.sharpen(power)
-        for number in range(num_rounds):
-            if time.perf_counter() >= deadline:
-                break
-            past = (stage + number / num_rounds) / len(POWERS)
-            temperature = step_s * WARMEST * (COLDEST / WARMEST) ** past
-            for _ in range(MOVES_A_TEMPERATURE):
-                state.allowed = -temperature * log(1.0 - chance())
-                moves[int(chance() * len(moves))]()
-            if state.step_seconds() < best_s * (1 - 1e-9):
-                best_s, best = state.step_seconds(), state.draft()
+    best, num_tried, past = draft, 0, 0.0
+    while past < 1:
+        if (power := POWERS[int(past * len(POWERS))]) != state.power:
+            state.sharpen(power)
+        temperature = step_s * WARMEST * (COLDEST / WARMEST) ** past
+        for _ in range(MOVES_A_TEMPERATURE):
+            state.allowed = -temperature * log(1.0 - chance())
+            moves[int(chance() * len(moves))]()
+        if state.step_seconds() < best_s * (1 - 1e-9):
+            best_s, best = state.step_seconds(), state.draft()
+        num_tried += MOVES_A_TEMPERATURE
+        past = max(num_tried / num_moves, (time.perf_counter() - started) / time_limit_s)
     return best if draft_seconds(problem, best) < draft_seconds(problem, draft) else draft
 
 

@@ -80,8 +80,8 @@ def search_draft(problem: Problem, draft: Draft, bound: float, time_limit_s: flo
         return _better(problem, best, Improved(found, "mip", max(bound, proven)))
     started = time.perf_counter()
     walked = _walk(problem, draft, time_limit_s * SHARES[0] / sum(SHARES[:2]))
-    left_s = max(0.0, started + time_limit_s - time.perf_counter())
-    num_moves = min(MOST_MOVES, int(MOVES_A_SECOND * time_limit_s * SHARES[1] / sum(SHARES[:2])))
+    left_s = max(1e-3, started + time_limit_s - time.perf_counter())
+    num_moves = min(MOST_MOVES, 1 + int(MOVES_A_SECOND * time_limit_s * SHARES[1] / sum(SHARES[:2])))
     return _better(problem, best, Improved(annealed(problem, walked, num_moves, left_s), "annealing", bound))
 
 
