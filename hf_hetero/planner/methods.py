@@ -32,13 +32,15 @@ def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
     Args:
         allowed: methods to choose from.
     """
-    by_heads = basic.plan(problem, search)
     if not has_choice(problem.cost, allowed):
-        return by_heads
-    unhindered = basic.plan(problem.priced_by(problem.cost.with_free_exchange()), search)
+        return basic.plan(problem, search)
+    quick = replace(search, solver="fast")  # one improvement of the best, rather than one of each
+    by_heads = basic.plan(problem, quick)
+    unhindered = basic.plan(problem.priced_by(problem.cost.with_free_exchange()), quick)
     candidates = [by_heads, unhindered, *_with_even_heads(problem), *_with_one_degree(problem)]
     crossing = [with_methods(problem.cost, candidate, problem.batch, allowed) for candidate in candidates]
-    return replace(min(crossing, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
+    best = replace(min(crossing, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
+    return improve(problem, best, search, allowed) if search.solver == "mip" else best
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str], proves: bool = True) -> Plan:

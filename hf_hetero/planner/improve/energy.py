@@ -16,6 +16,8 @@ from hf_hetero.planner.problem import Problem
 
 LARGEST_JUMP = 2.0
 """No group becomes longer than this many times its micro-batch: that is never accepted, and its power overflows."""
+UNIT_DRIFT = 0.03
+"""Powers are taken of seconds in another unit where the slowest group is this share off: sums of them stay exact."""
 SECONDS = attrgetter("seconds")
 
 
@@ -27,7 +29,7 @@ class MicroBatchState:
         num_free: ranks without a group.
         groups: those that hold samples.
         slowest: the one of them that takes longest; None where there is none.
-        scale: its seconds; powers are taken of seconds in this unit.
+        scale: about its seconds; powers are taken of seconds in this unit.
         weight: sum of the groups' weights.
         energy: power mean of the groups' seconds.
     """
@@ -154,12 +156,13 @@ class DraftState:
             self.holders[sample] = taker
             for other in back:
                 self.holders[other] = giver
-            if not left:
-                self._replace((giver,), ())
+            giver.weight, taker.weight = giver.weight + lighter, taker.weight + heavier
+            if source is not target:
+                self._settle(target, heavier)
+            if left:
+                self._settle(source, lighter if source is not target else lighter + heavier)
             else:
-                self._weigh(source)
-            if target is not source:
-                self._weigh(target)
+                self._replace((giver,), ())
 
     def attempt(self, old: tuple[GroupState, ...], new: tuple[GroupState, ...]) -> None:
         """Groups are replaced by others of the same samples, if ranks, memory and energy allow it."""
@@ -198,8 +201,17 @@ class DraftState:
         for micro_batch in dict.fromkeys(group.micro_batch for group in (*old, *new)):
             self._weigh(micro_batch)
 
+    def _settle(self, micro_batch: MicroBatchState, more_weight: float) -> None:
+        """Add to a micro-batch's weight what its groups' weights have changed by."""
+        micro_batch.slowest = slowest = max(micro_batch.groups, key=SECONDS)
+        if abs(slowest.seconds - micro_batch.scale) > UNIT_DRIFT * micro_batch.scale:
+            self._weigh(micro_batch)
+        else:
+            micro_batch.weight += more_weight
+            micro_batch.energy = micro_batch.scale * micro_batch.weight ** (1 / self.power)
+
     def _weigh(self, micro_batch: MicroBatchState) -> None:
-        """Weigh a micro-batch's groups anew: a difference of large powers would lose the small ones."""
+        """Weigh a micro-batch's groups anew, in the seconds of the slowest of them."""
         groups, power = micro_batch.groups, self.power
         micro_batch.slowest = max(groups, key=SECONDS, default=None)
         micro_batch.weight = 0.0

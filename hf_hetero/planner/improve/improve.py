@@ -20,13 +20,13 @@ from hf_hetero.planner.improve.relaxation import relaxed_bound
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.descent import Trial, Tries, descend, stretched
 
-SHARES = (0.25, 0.5, 0.25)
+SHARES = (0.2, 0.6, 0.2)
 """Of the limit, for the walk, the annealing and the relaxation; what one leaves is the next one's. They add up to 1,
 and are not measured by half and double."""
 MOST_WALKS = 400
 """Steps of the walk, at most."""
-MOVES_A_SECOND = 300_000
-"""Moves of the annealing for each second that it may take. A core without other work does half as many again."""
+MOVES_A_SECOND = 400_000
+"""Moves of the annealing for each second that it may take. A core without other work does more."""
 MOST_MOVES = 2_000_000
 """Moves of the annealing, at most."""
 TRIES_A_STEP = 40
