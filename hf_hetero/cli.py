@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -143,6 +144,10 @@ def _planner(args: argparse.Namespace) -> Planner:
         mip_backend=args.mip_backend,
         methods=args.methods,
     )
+    if args.prove is not None:
+        if not 0 < args.prove < math.inf:
+            raise ConfigError(f"--prove {args.prove}: say how many seconds a batch may take, above 0.")
+        planner = replace(planner, solver="mip", mip_time_limit_s=args.prove)
     if args.max_degree is None:
         return planner
     if args.max_degree not in planner.degrees:
@@ -256,6 +261,12 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
         choices=METHODS,
         metavar="METHOD",
         help=f"how attention may cross the ranks of a group, where the cost model knows: {', '.join(METHODS)}",
+    )
+    verb.add_argument(
+        "--prove",
+        type=float,
+        metavar="SECONDS",
+        help="take so long for each batch, to improve its plan and to prove how far from optimal that is at most",
     )
     verb.add_argument("--mip-backend", default="highs", choices=MIP_BACKENDS, help="solves the integer programs")
 

@@ -52,6 +52,33 @@ def test_plan_as_picture(files: list[str], tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "plan.svg").read_text()
 
 
+def test_prove(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """--prove improves the plan, or what is proven of it, and the last line says how far from optimal it is at most."""
+    pytest.importorskip("mip")
+    words = ["prolong", "--cost", "gpt-7b_64xa100_192k", "--ranks", "8", "--batch-size", "24", "--max-length", "60000"]
+
+    def planned(*more: str) -> dict[str, Any]:
+        assert main(["plan", *words, *more, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    quick, proven = planned(), planned("--prove", "2")
+    assert proven["seconds"] <= quick["seconds"]
+    assert quick["lower_bound_s"] <= proven["lower_bound_s"] <= proven["seconds"]
+    assert main(["plan", *files, "--prove", "1"]) == 0
+    assert "within 0.0% of optimal" in capsys.readouterr().out.splitlines()[-1]
+    steps = ["--batch-size", "3", "--steps", "2"]
+    assert (
+        simulated(capsys, *files, *steps, "--prove", "1")["lower_bound_s"]
+        >= simulated(capsys, *files, *steps)["lower_bound_s"]
+    )
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_a_time_to_prove_that_cannot_be(files: list[str], seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is above 0, and finite."""
+    assert "--prove" in refused(capsys, "plan", *files, f"--prove={seconds}")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

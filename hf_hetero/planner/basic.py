@@ -12,7 +12,7 @@ from hf_hetero.errors import InfeasibleBatch
 from hf_hetero.plan import Plan
 from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import Draft, draft_seconds, from_plan, to_plan
-from hf_hetero.planner.improve.improve import improve_draft
+from hf_hetero.planner.improve.improve import improve_draft, search_draft
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.fast import fast_draft
 from hf_hetero.planner.search.homogeneous import best_homogeneous, homogeneous
@@ -55,10 +55,14 @@ def static(problem: Problem, degree: int | None = None) -> Plan:
     return to_plan(problem, draft, "homogeneous", lower_bound(problem))
 
 
-def improve(problem: Problem, plan: Plan, search: Search) -> Plan:
-    """Make a plan faster, or its bound higher, within the limit; neither gets worse."""
-    draft = from_plan(problem, plan)
-    improved = improve_draft(problem, draft, plan.lower_bound_s, search.mip_time_limit_s, search.mip_backend)
+def improve(problem: Problem, plan: Plan, search: Search, proves: bool = True) -> Plan:
+    """Make a plan faster, or its bound higher, within the limit; neither gets worse.
+
+    Args:
+        proves: whether a part of the time is for the bound.
+    """
+    spend, draft = improve_draft if proves else search_draft, from_plan(problem, plan)
+    improved = spend(problem, draft, plan.lower_bound_s, search.mip_time_limit_s, search.mip_backend)
     if improved.solver is not None:
         return to_plan(problem, improved.draft, improved.solver, improved.bound)
     return replace(plan, lower_bound_s=improved.bound)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from planner.reference import optimal_seconds
+from planner.reference import problems as faults
 
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
-from hf_hetero.plan import METHODS
+from hf_hetero.plan import METHODS, Group, MicroBatch, Plan
 from hf_hetero.planner import Planner, basic, methods, policies
 from hf_hetero.planner import problem as problems
 from hf_hetero.planner.basic import Search
@@ -87,6 +89,56 @@ def test_policies_are_no_slower_than_methods(lengths: list[int], num_ranks: int,
     for way in map(problem.priced_by, problem.cost.by_activations.values()):
         if way.holds_longest:
             assert plan.seconds <= methods.plan(way, FAST, METHODS).seconds * NO_SLOWER
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@given(batches, st.sampled_from([2, 4, 8]), st.sampled_from(list(COSTS)), st.sampled_from([("ulysses",), METHODS]))
+def test_improving_is_never_slower_nor_proves_too_much(
+    lengths: list[int], num_ranks: int, cost_name: str, allowed: tuple[str, ...]
+) -> None:
+    """Whatever freedom groups have: valid, no slower, the bound no lower and below every plan that is known."""
+    pytest.importorskip("mip")
+    cost = COSTS[cost_name]
+    planner = Planner(cost, num_ranks, mip_time_limit_s=0.1, methods=allowed)
+    if max(lengths) > cost.leanest.capacity_tokens * planner.degrees[-1]:
+        return
+    plan = planner.plan(lengths)
+    better = planner.improve(plan, lengths)
+    assert faults(better, lengths, num_ranks, cost) == []
+    assert better.seconds == pytest.approx(cost.plan_seconds(better, lengths))
+    assert better.seconds <= plan.seconds * NO_SLOWER
+    assert plan.lower_bound_s <= better.lower_bound_s * NO_SLOWER
+    known = [better.seconds, planner.static(lengths).seconds, planner.plan(lengths[::-1]).seconds]
+    assert better.lower_bound_s <= min(known) * NO_SLOWER
+
+
+@settings(deadline=None, max_examples=10, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.integers(1, 12_000), min_size=1, max_size=5), st.sampled_from([2, 4]))
+def test_what_is_proven_holds_for_every_policy(lengths: list[int], num_ranks: int) -> None:
+    """An improved plan is not below the best of all plans, nor is its bound above that."""
+    pytest.importorskip("mip")
+    planner = Planner(COSTS["policies"], num_ranks, mip_time_limit_s=0.3)
+    if max(lengths) > planner.cost_model.leanest.capacity_tokens * planner.degrees[-1]:
+        return
+    better = planner.improve(planner.plan(lengths), lengths)
+    optimum = optimal_seconds(lengths, num_ranks, COSTS["policies"])
+    assert better.lower_bound_s <= optimum * NO_SLOWER <= better.seconds * NO_SLOWER**2
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_a_poor_plan_is_improved_with_every_freedom(name: str) -> None:
+    """One sample after the other is slow, whatever groups do; side by side is found, and more is proven."""
+    pytest.importorskip("mip")
+    cost, lengths = COSTS[name], LENGTHS if name in ("basic", "methods") else [40_000, *LENGTHS]
+    planner = Planner(cost, 8, mip_time_limit_s=1.0)
+    ranks = tuple(range(8))
+    alone = Plan(8, tuple(MicroBatch((Group(ranks, (sample,)),)) for sample in range(len(lengths))))
+    poor = methods.with_methods(cost, alone, lengths, METHODS)
+    assert any(group.activations for group in poor.groups) == (len(lengths) > len(LENGTHS))
+    better = planner.improve(poor, lengths)
+    assert better.seconds < 0.97 * poor.seconds
+    assert 0 < better.lower_bound_s <= better.seconds
+    assert faults(better, lengths, 8, cost) == []
 
 
 def test_a_layer_without_its_freedom_hands_down() -> None:

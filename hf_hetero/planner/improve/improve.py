@@ -1,7 +1,8 @@
-"""Better plans and bounds, given time: a walk over durations, then the integer program, then the relaxation.
+"""Better plans and bounds, given time: a walk over durations, then whole plans annealed, then the relaxation.
 
 The walk changes a few durations at random and squeezes again (iterated local search, Lourenço, Martin and Stützle,
-2003). Its random numbers are always the same; how far it gets is the clock's.
+2003). Its random numbers are always the same; how far it gets is the clock's. Batches small enough to be solved whole
+are the integer program's instead, which proves that no plan is faster.
 """
 
 from __future__ import annotations
@@ -12,15 +13,22 @@ from dataclasses import dataclass, replace
 
 from hf_hetero.planner.bound import ROUNDING
 from hf_hetero.planner.draft import Draft, draft_seconds, micro_batch_seconds
-from hf_hetero.planner.improve.milp import improved, solved_whole
+from hf_hetero.planner.improve.annealing import annealed
+from hf_hetero.planner.improve.milp import solved, solved_whole
 from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.improve.relaxation import relaxed_bound
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.descent import Trial, Tries, descend, stretched
 
-SHARES = (0.3, 0.3, 0.4)
-"""Of the limit, for the walk, the integer program and the relaxation; what one leaves is the next one's. They add up
-to 1, and are not measured by half and double."""
+SHARES = (0.2, 0.6, 0.2)
+"""Of the limit, for the walk, the annealing and the relaxation; what one leaves is the next one's. They add up to 1,
+and are not measured by half and double."""
+MOST_WALKS = 400
+"""Steps of the walk, at most."""
+MOVES_A_SECOND = 400_000
+"""Moves of the annealing for each second that it may take. A core without other work does more."""
+MOST_MOVES = 2_000_000
+"""Moves of the annealing, at most."""
 TRIES_A_STEP = 40
 """Packings of one step of the walk. Half: ±0.0 %; double: ±0.0 % (improved)."""
 STEP = 0.05
@@ -47,28 +55,34 @@ class Improved:
 
 
 def improve_draft(problem: Problem, draft: Draft, bound: float, time_limit_s: float, backend: Backend) -> Improved:
-    """Spend at most about so many wall seconds on a draft.
+    """Spend at most about so many wall seconds on a draft and its bound.
 
     Args:
         bound: seconds below which no plan is known to be; reaching it ends the search.
     """
     started = time.perf_counter()
-
-    def until(share: float) -> float:
-        return max(0.0, started + share * time_limit_s - time.perf_counter())
-
-    best = Improved(draft, None, bound)
-    small = solved_whole(problem, draft)
-    if not small and not _proven(problem, best):
-        walked = _walk(problem, best.draft, until(SHARES[0]))
-        best = _better(problem, best, Improved(walked, "fast", bound))
+    limit_s = time_limit_s if solved_whole(problem, draft) else time_limit_s * sum(SHARES[:2])
+    best = search_draft(problem, draft, bound, limit_s, backend)
     if not _proven(problem, best):
-        solved, proven = improved(problem, best.draft, until(1.0 if small else sum(SHARES[:2])), backend)
-        best = _better(problem, best, Improved(solved, "mip", max(best.bound, proven)))
-    if not _proven(problem, best):
-        proven = relaxed_bound(problem, draft_seconds(problem, best.draft), until(1.0), backend)
+        left_s = max(0.0, started + time_limit_s - time.perf_counter())
+        proven = relaxed_bound(problem, draft_seconds(problem, best.draft), left_s, backend)
         best = replace(best, bound=max(best.bound, proven))
     return best
+
+
+def search_draft(problem: Problem, draft: Draft, bound: float, time_limit_s: float, backend: Backend) -> Improved:
+    """The same without the relaxation: all time is spent on the draft."""
+    best = Improved(draft, None, bound)
+    if _proven(problem, best):
+        return best
+    if solved_whole(problem, draft):
+        found, proven = solved(problem, draft, time_limit_s, backend)
+        return _better(problem, best, Improved(found, "mip", max(bound, proven)))
+    started = time.perf_counter()
+    walked = _walk(problem, draft, time_limit_s * SHARES[0] / sum(SHARES[:2]))
+    left_s = max(1e-3, started + time_limit_s - time.perf_counter())
+    num_moves = min(MOST_MOVES, 1 + int(MOVES_A_SECOND * time_limit_s * SHARES[1] / sum(SHARES[:2])))
+    return _better(problem, best, Improved(annealed(problem, walked, num_moves, left_s), "annealing", bound))
 
 
 def _better(problem: Problem, known: Improved, found: Improved) -> Improved:
@@ -91,7 +105,9 @@ def _walk(problem: Problem, draft: Draft, time_limit_s: float) -> Draft:
     here = best = Tries(problem, 1).pack([seconds * (1 + 1e-9) for seconds in durations])
     if here is None or best is None:
         return draft  # no packing has these durations: another search made the draft
-    while time.perf_counter() < deadline:
+    for _ in range(MOST_WALKS):
+        if time.perf_counter() >= deadline:
+            break
         start = best if chance.random() < 0.7 else here
         tries = Tries(problem, TRIES_A_STEP)
         trial = tries.pack(_changed(problem, start, chance))

@@ -33,13 +33,12 @@ class Program:
 
     Args:
         backend: "highs" or "cbc".
-        claims: whether the answer's bound is relied on, rather than its values alone.
 
     Raises:
         HeteroError: the solver is not installed.
     """
 
-    def __init__(self, backend: Backend = "highs", claims: bool = True) -> None:
+    def __init__(self, backend: Backend = "highs") -> None:
         import mip as untyped  # here, so that the planner works where the solver is not installed
 
         self._mip = cast("Any", untyped)  # its hints ask for `Real`, which int and float are not to a type checker
@@ -51,7 +50,7 @@ class Program:
                 f"{'highsbox' if backend == 'highs' else 'cbcbox'}, or plan with solver='fast'."
             ) from error
         self._model.verbose, self._model.threads, self._model.seed = 0, 1, 0
-        if backend == "highs" and claims:
+        if backend == "highs":
             # The presolve of HiGHS 1.15 removes optimal solutions now and then (as 1.7 and 1.14 did, its issues 1725
             # and 2995), and calls the next best one optimal. `mip` has no public switch for it.
             self._model.solver._set_string_option_value("presolve", "off")

@@ -24,6 +24,10 @@ from hf_hetero.planner.problem import Problem
 NUM_CLASSES = 8
 """Classes of durations in the first program of a branch; those in use are halved later. Half: ±0.0 %, bound +0.6 %;
 double: -0.1 % (-0.3 to 0) (improved)."""
+NUM_CLASSES_GIVEN_TIME = 18
+"""The same where there is `LONG_S` or more: the first program takes longer, and its bound is closer."""
+LONG_S = 15.0
+"""Wall seconds from which on there are more classes of durations."""
 NUM_KINDS = (30, 45, 60)
 """Kinds of samples in the first program of a branch, in the second, and in the later ones. Half: +0.1 % (0 to +0.3),
 bound +0.6 %; double: +0.1 % (0 to +0.3) (improved)."""
@@ -68,7 +72,7 @@ def relaxed_bound(problem: Problem, upper_s: float, time_limit_s: float, backend
         time_limit_s: wall seconds for all programs together.
     """
     deadline = time.perf_counter() + time_limit_s
-    branches = _branches(problem, upper_s)
+    branches = _branches(problem, upper_s, NUM_CLASSES if time_limit_s < LONG_S else NUM_CLASSES_GIVEN_TIME)
     while branches:
         branch = min(branches, key=lambda branch: branch.bound)
         left_s = deadline - time.perf_counter()
@@ -79,14 +83,14 @@ def relaxed_bound(problem: Problem, upper_s: float, time_limit_s: float, backend
     return min([upper_s, *(branch.bound for branch in branches)]) * TOLERANCE
 
 
-def _branches(problem: Problem, upper_s: float) -> list[Branch]:
+def _branches(problem: Problem, upper_s: float, num_classes: int) -> list[Branch]:
     """All branches that may hold a plan as fast as this."""
     branches: list[Branch] = []
     for exact in (True, False):
         shortest_s, longest_s = _ends(problem, upper_s, exact)
         if shortest_s < longest_s:
             bound = area_bound(problem) + (0.0 if exact else min(problem.fixed_s))
-            branches.append(Branch(exact, _edges(problem, shortest_s, longest_s), bound))
+            branches.append(Branch(exact, _edges(problem, shortest_s, longest_s, num_classes), bound))
     return branches
 
 
@@ -169,9 +173,9 @@ def _ends(problem: Problem, below_s: float, exact: bool) -> tuple[float, float]:
     return shortest_s, below_s - others * shortest_s
 
 
-def _edges(problem: Problem, shortest_s: float, longest_s: float) -> list[float]:
+def _edges(problem: Problem, shortest_s: float, longest_s: float, num_classes: int) -> list[float]:
     """Ends of the classes of durations, ascending: a ladder, and what the longest sample takes at best."""
-    ladder = np.geomspace(max(shortest_s, longest_s / LONGEST_LADDER), longest_s, NUM_CLASSES + 1)[1:-1].tolist()
+    ladder = np.geomspace(max(shortest_s, longest_s / LONGEST_LADDER), longest_s, num_classes + 1)[1:-1].tolist()
     alone_s = longest_bound(problem)
     inner = {*ladder, alone_s} if shortest_s < alone_s < longest_s else set(ladder)
     return [shortest_s, *sorted(inner), longest_s]

@@ -14,10 +14,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import Planner
-from hf_hetero.planner.draft import draft_seconds
-from hf_hetero.planner.improve import milp
 from hf_hetero.planner.improve.program import Backend
-from hf_hetero.planner.problem import make_problem
 
 pytest.importorskip("mip")
 
@@ -78,19 +75,6 @@ def test_both_solvers_find_the_optimum(backend: Backend) -> None:
     cost, lengths = small_cost(), [60, 50, 50, 40, 30, 20, 10]
     plan = Planner(cost, 2, solver="mip", mip_time_limit_s=20.0, mip_backend=backend).plan(lengths)
     assert plan.seconds == pytest.approx(optimal_seconds(lengths, 2, cost))
-
-
-def test_a_micro_batch_may_be_emptied() -> None:
-    """Two micro-batches that become one leave the others to be improved as before."""
-    cost, chance = replace(small_cost(5500), micro_batch_s=1e-3), random.Random(0)
-    lengths = sorted([*(chance.randint(2000, 5500) for _ in range(44)), 150], reverse=True)
-    full = [[(1, [sample]) for sample in range(start, min(start + 16, 44))] for start in range(0, 44, 16)]
-    problem = make_problem(cost, 16, None, lengths)
-    draft = [full[0], [(1, [44])], *full[1:]]
-    found, _ = milp.improved(problem, draft, 5.0)
-    assert len(found) < len(draft)
-    assert sorted(sample for groups in found for _, samples in groups for sample in samples) == list(range(45))
-    assert draft_seconds(problem, found) < draft_seconds(problem, draft)
 
 
 def test_no_time_at_all_still_gives_a_plan() -> None:
