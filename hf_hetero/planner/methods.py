@@ -13,6 +13,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic
 from hf_hetero.planner.basic import Search
+from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.draft import from_plan, to_plan
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.homogeneous import homogeneous
@@ -21,6 +22,13 @@ from hf_hetero.planner.search.homogeneous import homogeneous
 def has_choice(cost: CostModel, allowed: Collection[str]) -> bool:
     """Tell whether this layer has a say: groups may exchange something else, or heads that do not divide."""
     return cost.kv_bytes_per_token is not None and (set(allowed) != {"ulysses"} or cost.num_heads is not None)
+
+
+def bound(problem: Problem, allowed: Collection[str]) -> float:
+    """Return seconds below which no plan is, whichever of these methods its groups choose."""
+    if has_choice(problem.cost, allowed):
+        problem = problem.priced_by(problem.cost.with_free_exchange())
+    return lower_bound(problem)
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:

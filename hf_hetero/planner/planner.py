@@ -113,7 +113,7 @@ class Planner:
         problem = self._checked(lengths)
         if not problem.lengths:
             return Plan(self.num_ranks, ())
-        plan = policies.static(problem, degree)
+        plan = policies.static(problem, degree, self.methods)
         return replace(plan, planning_s=time.perf_counter() - started)
 
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:

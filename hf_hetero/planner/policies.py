@@ -14,7 +14,6 @@ from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic, methods
 from hf_hetero.planner.basic import Search
-from hf_hetero.planner.bound import lower_bound
 from hf_hetero.planner.problem import Problem, refuse_too_long
 
 MOST_SPLITS = 3
@@ -44,15 +43,19 @@ def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
     return improve(problem, best, search, allowed) if search.solver == "mip" else best
 
 
-def static(problem: Problem, degree: int | None = None) -> Plan:
+def static(problem: Problem, degree: int | None = None, allowed: Collection[str] = ("ulysses",)) -> Plan:
     """Find the best plan in which all groups have one degree, exchange heads, and do the same to hold their tokens.
+
+    Args:
+        degree: of all groups; None: whichever is fastest.
+        allowed: methods that other plans may choose from; the bound holds for all of them.
 
     Raises:
         InfeasibleBatch: a sample that groups of this degree cannot hold, whatever they do.
     """
     cost = problem.cost
     if len(cost.by_activations) == 1:
-        return basic.static(problem, degree)
+        return replace(basic.static(problem, degree), lower_bound_s=methods.bound(problem, allowed))
     ways = {activations: problem.priced_by(under) for activations, under in cost.by_activations.items()}
     most = problem.degrees[-1] if degree is None else degree
     holding = {activations: way for activations, way in ways.items() if problem.lengths[0] <= way.capacity * most}
@@ -60,7 +63,7 @@ def static(problem: Problem, degree: int | None = None) -> Plan:
         return basic.static(problem.priced_by(cost.leanest), degree)  # which says what it holds, and refuses
     alike = [_doing(basic.static(way, degree), activations) for activations, way in holding.items()]
     unhindered = problem.priced_by(cost.with_free_memory())
-    return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=lower_bound(unhindered))
+    return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=methods.bound(unhindered, allowed))
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:

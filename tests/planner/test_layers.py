@@ -20,6 +20,7 @@ from hf_hetero.planner import Planner, basic, methods, policies
 from hf_hetero.planner import problem as problems
 from hf_hetero.planner.basic import Search
 from hf_hetero.planner.problem import make_problem
+from hf_hetero.what_if.mixes import MIXES, draw_lengths
 
 COST = CostModel(
     attention_s_per_token2=1e-9,
@@ -139,6 +140,20 @@ def test_a_poor_plan_is_improved_with_every_freedom(name: str) -> None:
     assert better.seconds < 0.97 * poor.seconds
     assert 0 < better.lower_bound_s <= better.seconds
     assert faults(better, lengths, 8, cost) == []
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4])
+def test_what_a_run_with_one_degree_proves_holds_for_every_method(seed: int) -> None:
+    """Its groups exchange heads, its bound is below plans with other methods; so it stays when it is improved."""
+    pytest.importorskip("mip")
+    lengths = draw_lengths(MIXES["github"], 48, seed, max_tokens=60_000)[0].tolist()
+    planner = Planner(CostModel.load("llama-8b_8xh100_pcie"), 8, mip_time_limit_s=0.1)
+    best = planner.plan(lengths)
+    longest = max(lengths)
+    for degree in (d for d in planner.degrees if longest <= d * planner.cost_model.capacity_tokens):
+        static = planner.static(lengths, degree)
+        assert static.lower_bound_s <= best.seconds * NO_SLOWER
+        assert planner.improve(static, lengths).lower_bound_s <= best.seconds * NO_SLOWER
 
 
 def test_a_layer_without_its_freedom_hands_down() -> None:
