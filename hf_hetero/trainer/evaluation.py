@@ -166,9 +166,8 @@ def evaluate(
     Raises:
         HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
     """
-    # what training learns where rows have no labels is what they are evaluated by; outputs need none
-    dataset, packer = request.dataset, run.packer if request.is_prediction else run.unlabelled_packer
-    has_labels = is_stream(dataset) or _has_labels(dataset, packer)
+    dataset = request.dataset
+    packer, has_labels = _packer_and_labels(run, request)
     results = Results(
         trainer.args,
         trainer.preprocess_logits_for_metrics,
@@ -210,6 +209,16 @@ def evaluate(
         metrics = cast("dict[str, Any]", output.metrics)
         metrics[f"{prefix}_model_preparation_time"] = trainer.model_preparation_time
     return output
+
+
+def _packer_and_labels(run: PlannedRun, request: Request) -> tuple[PackedCollator, bool]:
+    """Return what packs the rows, and whether there is a loss to take."""
+    if is_stream(request.dataset) or _has_labels(request.dataset, run.packer):
+        return run.packer, True
+    if request.is_prediction:
+        return run.packer, False
+    # what training learns where rows have no labels is what they are evaluated by; outputs need none
+    return run.unlabelled_packer, _has_labels(request.dataset, run.unlabelled_packer)
 
 
 def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
