@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from planner.reference import optimal_seconds
 from planner.reference import problems as faults
+from planner.test_methods import COST as WITH_KEYS
+from planner.test_methods import LENGTHS
 
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.errors import ConfigError, InfeasibleBatch
@@ -22,17 +24,8 @@ from hf_hetero.planner.basic import Search
 from hf_hetero.planner.problem import make_problem
 from hf_hetero.what_if.mixes import MIXES, draw_lengths
 
-COST = CostModel(
-    attention_s_per_token2=1e-9,
-    linear_s_per_token=2e-6,
-    micro_batch_s=1e-3,
-    all_to_all_bytes_per_token=4e4,
-    all_to_all_bytes_per_s={2: 2e10, 4: 5e9, 8: 4e9},
-    all_to_all_latency_s={2: 1e-4, 4: 2e-4, 8: 4e-4},
-    activation_bytes_per_token=1e5,
-    model_state_bytes_per_rank=0,
-    memory_bytes_per_rank=4e8,
-)
+COST = replace(WITH_KEYS, kv_bytes_per_token=None, num_kv_heads=None, ring_overlap=0.0)
+"""Groups exchange heads, and nothing else is known."""
 KNOWS_KEYS: dict[str, Any] = {"kv_bytes_per_token": 5e3, "num_heads": 6, "num_kv_heads": 2, "ring_overlap": 0.3}
 POLICIES = {
     "recompute": ActivationPolicy(3e4, 1.3e-9, 2.7e-6),
@@ -44,7 +37,6 @@ COSTS = {
     "policies": replace(COST, activation_policies=POLICIES),
     "both": replace(COST, activation_policies=POLICIES, **KNOWS_KEYS),
 }
-LENGTHS = [9000, 3, 170, 1100, 4000, 64, 2100, 33, 700, 4, 1300, 500]
 FAST = Search("fast", 1.0, "highs")
 NO_SLOWER = 1 + 1e-9
 
