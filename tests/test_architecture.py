@@ -38,6 +38,7 @@ PLANNER_FLOORS = [  # inside the planner's room, bottom to top
     {"basic"},
     {"methods"},
     {"policies"},
+    {"items"},
     {"planner"},
     {"process"},
 ]
