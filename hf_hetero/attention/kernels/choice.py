@@ -91,11 +91,19 @@ def _flash(wanted: str | None) -> list[Offer]:
             offer = hub_kernel(name)
         if isinstance(offer, Kernel):
             return [offer]
-        return [*([offer] if offer else []), through_transformers(wanted)]
+        try:
+            return [*([offer] if offer else []), through_transformers(wanted)]
+        except UnsupportedModel as error:
+            raise UnsupportedModel(f"{offer}. {error}" if offer else str(error)) from error
     offers = flash_kernels()
     if any(isinstance(offer, Kernel) for offer in offers):
         return offers
-    return [*offers, *(through_transformers(name) for name in _known_to_transformers())]
+    for name in _known_to_transformers():
+        try:
+            offers.append(through_transformers(name))
+        except UnsupportedModel as error:  # nobody asked for it
+            offers.append(str(error).rstrip("."))
+    return offers
 
 
 def _known_to_transformers() -> list[str]:

@@ -1,13 +1,14 @@
 """This file makes pairs of flash-attn's own kernels, which give and take a log-sum-exp: of versions 2, 3 and 4.
 
 Transformers reaches their differentiable functions only, and a ring needs the pair behind them. Signatures were read
-in the sources of August 2026 (Dao-AILab/flash-attention, 0251105a, and huggingface/kernels-community, 40d4194f, whose
-wheels from the hub have the same functions); a version with others is passed over, in words.
+in the sources of August 2026: Dao-AILab/flash-attention at 0251105a, and huggingface/kernels-community at 40d4194f,
+whose wheels on the hub have the same functions. A version with others is passed over, in words.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -50,8 +51,10 @@ class Flash:
         """Return the pair of what is installed, or why it is not one; None if nothing is."""
         try:
             module = importlib.import_module(self.module)
-        except (ImportError, OSError):  # OSError: built for another CUDA
-            return None
+        except Exception as error:  # of whatever kind: built for another torch or CUDA, or a part is missing
+            if isinstance(error, ModuleNotFoundError) and error.name and self.module.startswith(error.name):
+                return None
+            return self._refusal(f"{self.distribution} {self._version_found()}", f"it cannot be imported ({error})")
         found = self._version_found()
         if self.oldest is not None and _parsed(found) < self.oldest:
             return self._refusal(f"{self.distribution} {found}", "it is too old for rings")
@@ -77,11 +80,10 @@ class Flash:
         return f"{what} is passed over: {reason}; {self.wanted} is wanted"
 
     def _version_found(self) -> str:
-        # FA2 and FA4 share the package's name: only FA2 has its version there
-        if self.name == "fa2":
-            return str(getattr(importlib.import_module("flash_attn"), "__version__", "of no version"))
+        # FA4 has a package of the same name, in which only FA2's own file says a version
+        said = getattr(sys.modules.get("flash_attn"), "__version__", None) if self.name == "fa2" else None
         try:
-            return version_of(self.distribution)
+            return str(said or version_of(self.distribution))
         except PackageNotFoundError:
             return "of no version"
 

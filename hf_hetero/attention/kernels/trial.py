@@ -1,9 +1,9 @@
 """A trial: a kernel computes tiny packs on the device, before the first step, and is held to attention's definition.
 
 A signature says how a function is called, and not what it gives back. Versions differ in the layout of the log-sum-exp
-((H, Tq), or padded to (R, H, longest run)), in how a causal run with more keys than queries is aligned, and in what a
-backward makes of a log-sum-exp over more keys than its own. Each of these would train on in silence, wrongly. The packs
-have grouped heads, runs of unequal lengths, runs of one query, and the window or softcap that the model uses.
+(of the pack, or of each run, padded to the longest), in how a causal run with more keys than queries is aligned, and in
+what a backward makes of a log-sum-exp over more keys than its own. Each of these would train on in silence, wrongly.
+The packs have grouped heads, runs of unequal lengths, runs of one query, and the window or softcap of the model.
 """
 
 from __future__ import annotations

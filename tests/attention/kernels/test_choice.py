@@ -78,6 +78,22 @@ def test_an_unknown_torch_is_an_error_in_words(monkeypatch: pytest.MonkeyPatch) 
     assert choose_kernel("cuda", torch.bfloat16).name == "able"
 
 
+def test_what_nobody_asked_for_does_no_harm(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A flash-attn that is installed and broken is said, and torch's own kernel is taken; asked for, it is an error."""
+
+    def broken(name: str) -> Kernel:
+        raise UnsupportedModel(f"{name} cannot be loaded: undefined symbol")
+
+    monkeypatch.setattr(choice, "through_transformers", broken)
+    monkeypatch.setattr(choice, "_known_to_transformers", lambda: ["flash_attention_2"])
+    assert choose_kernel("cuda", torch.bfloat16) is TORCH_VARLEN
+    assert "flash_attention_2 cannot be loaded: undefined symbol" in caplog.text
+    for offer, words in ((None, "^flash_attention_2"), ("flash-attn 2.6 is too old", "^flash-attn 2.6 is too old. fl")):
+        monkeypatch.setattr(choice, "named_flash_kernel", {"flash_attention_2": offer}.get)
+        with pytest.raises(UnsupportedModel, match=f"{words}.*undefined symbol"):
+            choose_kernel("cuda", torch.bfloat16, wanted="flash_attention_2")
+
+
 def test_features_of_configs() -> None:
     """What layers will ask for is read from the config."""
     from transformers import Gemma2Config, LlamaConfig, MistralConfig, Qwen3Config

@@ -6,6 +6,7 @@ the real ones compute is tested on a GPU (tests/gpu).
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -182,6 +183,33 @@ def test_old_fa2(install: Callable[..., None], version: str) -> None:
     """Before 2.7 the log-sum-exp has another shape: not used, and said, with the version found and the one wanted."""
     install("fa2", fa2_version=version)
     assert offer_of("fa2") == f"flash-attn {version} is passed over: it is too old for rings; 2.7 or later is wanted"
+
+
+@pytest.mark.parametrize(
+    ("version", "error"),
+    [
+        ("fa2", ImportError("undefined symbol: _ZN3c105ErrorC2E")),
+        ("fa2", ModuleNotFoundError("No module named 'flash_attn_2_cuda'", name="flash_attn_2_cuda")),
+        ("fa3", OSError("libcudart.so.12: cannot open shared object file")),
+        ("fa4", RuntimeError("no driver")),
+    ],
+)
+def test_what_is_broken_is_passed_over_in_words(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, version: str, error: Exception
+) -> None:
+    """A library that is there but cannot be imported is not taken for one that is not there."""
+    install(version)
+    real = importlib.import_module
+
+    def import_module(name: str) -> ModuleType:
+        if name == MODULES[version]:
+            raise error
+        return real(name)
+
+    monkeypatch.setattr(flash.importlib, "import_module", import_module)
+    offer = offer_of(version)
+    assert isinstance(offer, str)
+    assert f"it cannot be imported ({error})" in offer
 
 
 def changed(function: Callable[..., Any], remove: str = "", add: str = "") -> Callable[..., Any]:
