@@ -90,7 +90,7 @@ def call(cum_seq_q: Any, cum_seq_k: Any, max_q: int, max_k: int, causal: bool, *
     """What the operators' arguments mean, as flash-attn's; and what they would not take."""
     assert options["dropout_p"] == 0
     left, right = options["window_size_left"], options["window_size_right"]
-    assert not causal or (left, right) == (-1, 0)
+    assert causal == ((left, right) == (-1, 0))  # as torch itself calls them
     is_causal = right == 0
     window = (left, right) if left >= 0 else (-1, -1)
     return cum_seq_q, cum_seq_k, max_q, max_k, options["scale"], is_causal, window, 0.0
