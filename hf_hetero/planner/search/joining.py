@@ -102,7 +102,7 @@ class Joins:
         about as cheap as any is taken; where none is, the one that loses least.
         """
         for kind in self._changed:
-            joins = self._joins[kind] = self._of(kind)
+            joins = self._joins[kind] = self._of(kind, length)
             self._longest[kind] = max([join[1] for join in joins], default=-1)
         self._changed.clear()
         joins = [
@@ -133,12 +133,16 @@ class Joins:
         self._changed.add(join.kind)
         return taken[::-1]
 
-    def _of(self, kind: int) -> list[Join]:
-        """List the joins of a kind's largest rooms: 2, 4 and 8 of them, where there are as many."""
+    def _of(self, kind: int, length: int) -> list[Join]:
+        """List the joins of a kind's largest rooms: 2, 4 and 8 of them, where there are as many.
+
+        Those of more rooms are left out where fewer hold a sample of this length, and `_larger` says that this is the
+        last to be looked at: samples only get shorter, so that the others would never be chosen.
+        """
         keys, mask, attention = self._rooms[kind], self._mask, self._problem.cost.attention_s_per_token2
         joins: list[Join] = []
         tokens, work, counted = 0, 0.0, 0
-        for count, large, all_tokens, linear, dearer, fixed in self._larger[kind % self._num_degrees]:
+        for count, large, all_tokens, linear, dearer, fixed, is_last in self._larger[kind % self._num_degrees]:
             if count > len(keys):
                 break
             for key in keys[~counted:~count:-1]:
@@ -158,7 +162,10 @@ class Joins:
                 continue
             smallest = keys[-count]
             most = (smallest >> self._shift) * JOINS[-1]
-            joins.append(Join(smallest, longest if longest < most else most, lost, large, left, kind, count))
+            longest = longest if longest < most else most
+            joins.append(Join(smallest, longest, lost, large, left, kind, count))
+            if is_last and longest >= length:
+                break
         return joins
 
 
@@ -167,19 +174,23 @@ def least_useful_room(problem: Problem) -> int:
     return -(-problem.lengths[-1] // JOINS[-1])
 
 
-def _larger(problem: Problem, small: int) -> list[tuple[int, int, int, float, float, float]]:
+def _larger(problem: Problem, small: int) -> list[tuple[int, int, int, float, float, float, bool]]:
     """List what groups of a degree can become.
 
     Returns:
         How many are joined; index of their degree then, and the tokens that it holds; rank-seconds of a token then, how
-        many more that is than before, and how many more the group takes before its first token.
+        many more that is than before, and how many more the group takes before its first token; and whether this join,
+        where it holds a sample, is taken rather than those of more groups, which lose as much for more tokens.
     """
-    larger: list[tuple[int, int, int, float, float, float]] = []
+    larger: list[tuple[int, int, int, float, float, float, bool]] = []
     for count in JOINS:
         ranks = problem.degrees[small] * count
         if ranks in problem.degrees:
             large = problem.degrees.index(ranks)
             linear, dearer = problem.linear_s[large], problem.linear_s[large] - problem.linear_s[small]
             fixed = (problem.fixed_s[large] - problem.fixed_s[small]) * ranks
-            larger.append((count, large, problem.capacity * ranks, linear, dearer, fixed))
+            more = [problem.degrees[small] * number for number in JOINS if number > count]
+            lose_more = all(problem.linear_s[problem.degrees.index(d)] >= linear for d in more if d in problem.degrees)
+            is_last = dearer >= 0 and lose_more
+            larger.append((count, large, problem.capacity * ranks, linear, dearer, fixed, is_last))
     return larger

@@ -44,16 +44,19 @@ class Groups:
         return sorted(self.key(group) for group in range(len(self.tokens)) if self.key(group) >= 0)
 
 
-def priced(exchange: bool) -> CostModel:
-    """8 ranks; an exchange of 2 or 4 of them costs next to nothing, one of 8 as much as the token itself."""
-    speeds = {2: 100.0, 4: 99.0, 8: 1.0} if exchange else {2: 1e9, 4: 1e9, 8: 1e9}
-    latency = {2: 10.0, 4: 20.0, 8: 30.0}
-    return replace(small_cost(CAPACITY), all_to_all_bytes_per_s=speeds, all_to_all_latency_s=latency)
+SPEEDS = ((100.0, 99.0, 1.0), (1e9, 1e9, 1e9), (100.0, 1.0, 101.0), (1.0, 100.0, 2.0))
+"""Of exchanges at degrees 2, 4 and 8: at 1, they take as long as the token itself, at 100 next to nothing."""
+
+
+def priced(speeds: tuple[float, ...] = SPEEDS[0]) -> CostModel:
+    """8 ranks, whose exchanges have a latency that grows with the degree."""
+    bandwidths, latency = dict(zip((2, 4, 8), speeds, strict=True)), {2: 10.0, 4: 20.0, 8: 30.0}
+    return replace(small_cost(CAPACITY), all_to_all_bytes_per_s=bandwidths, all_to_all_latency_s=latency)
 
 
 def drawn(chance: random.Random) -> Groups:
     """Groups that are partly full, many of them of one kind; some have memory and no time, or time and no memory."""
-    problem = make_problem(priced(chance.random() < 0.5), 8, None, [60, 5])
+    problem = make_problem(priced(chance.choice(SPEEDS)), 8, None, [60, 5])
     made = Groups(problem)
     for _ in range(chance.randrange(40)):
         made.open(chance)
@@ -125,7 +128,7 @@ def test_the_rule_holds_after_changes() -> None:
 
 def test_a_change_that_is_not_told_is_noticed() -> None:
     """Negative control: without `remove` and `add`, a room that is gone is still joined."""
-    made = Groups(make_problem(priced(True), 8, None, [60, 5]), [0] * 3, [0] * 3, [40, 35, 30], [1e3] * 3)
+    made = Groups(make_problem(priced(), 8, None, [60, 5]), [0] * 3, [0] * 3, [40, 35, 30], [1e3] * 3)
     joins = made.joins()
     assert taken(made.joins(), 60) == chosen(made, 60) == [0, 1]
     assert joins.best(60) is not None
