@@ -432,13 +432,16 @@ def test_check_of_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_estimate(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a rank holds and the seconds of samples, for people; the file is one to plan with."""
-    file = str(tmp_path / "cost.json")
+    file, config = str(tmp_path / "cost.json"), Path(model) / "config.json"
+    larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **larger}))
     assert main(["estimate", model, "--gpus", "2x4xH100", "--offload", "--network", "400", "-o", file]) == 0
     printed = capsys.readouterr().out.splitlines()
     cost = CostModel.load(file)
     assert printed[0].startswith(f"model     {model}, ")
     assert printed[1].startswith("GPUs      2x4xH100: ")
     held = [int(line.split()[-1].replace(",", "")) for line in printed[3:6]]
+    assert len(set(held)) == 3
     assert held == [way.capacity_tokens for way in cost.by_activations.values()]
     assert printed[7].split() == ["tokens", "1", "2", "4", "8"]
     length, *seconds = printed[8].split()

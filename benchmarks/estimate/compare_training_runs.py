@@ -84,7 +84,7 @@ class Compared:
 def shape_of_run(row: Mapping[str, str]) -> tuple[ModelShape, bool]:
     """Return the model of a run, as it was trained there, and whether it is a dense one."""
     rank = int(row["lora_rank"]) * NUM_ADAPTERS
-    name = row["model"].split("/")[1]
+    name = row["model"].split("/")[-1]
     if (dense := next((model for start, model in DENSE.items() if name.startswith(start)), None)) is not None:
         shape = replace(dense, adapter_rank=rank or None).shape()
     else:
@@ -148,7 +148,7 @@ def compared(row: Mapping[str, str]) -> Compared:
         step_s = num_ranks * length * micro_batches / degree / float(row["tokens_per_s"])
     trained = f"LoRA {row['lora_rank']}" if shape.has_adapters else "all"
     name = (
-        f"{num_ranks} {card.name}, {row['model'].split('/')[1][:15]}, {row['loss']}, {trained}, {length}, {row['ac']}"
+        f"{num_ranks} {card.name}, {row['model'].split('/')[-1][:15]}, {row['loss']}, {trained}, {length}, {row['ac']}"
     )
     peaks = (float(row["peak_gib"]), peak_of(shape, num_ranks, length // degree) / GIB)
     peak_judged = is_dense and row["date"] < HEAD_CHANGED
@@ -156,9 +156,11 @@ def compared(row: Mapping[str, str]) -> Compared:
 
 
 def read_runs(path: Path) -> list[Compared]:
-    """Read a table of runs, and estimate each."""
+    """Read a table of runs, and estimate each whose model is known here."""
+    known = (*DENSE, *EXPERTS)
     with path.open(encoding="utf-8", newline="") as file:
-        return [compared(row) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [compared(row) for row in rows if row["model"].split("/")[-1].startswith(known)]
 
 
 def off(ratios: Sequence[float]) -> tuple[float, float]:
