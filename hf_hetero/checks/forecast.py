@@ -26,7 +26,10 @@ from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 from hf_hetero.topology import Topology
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
+}
 MOST_GPUS, MOST_PER_NODE = 65_536, 8
 MOST_RANK = 4096
 TRAINED_BYTES = 4
