@@ -69,6 +69,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.step_report",
         "checks.check",
         "checks.exactness",
+        "checks.outline",
         "fine_tuning.settings",
         "fine_tuning.vocabulary",
         "data.loader",
