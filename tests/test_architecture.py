@@ -80,6 +80,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.fitting",
         "trainer.machine",
         "trainer.predictions",
+        "trainer.reporting",
         "trainer.run",
         "trainer.stopping",
         "trainer.trainer",
