@@ -4,6 +4,7 @@ hf-hetero plan SOURCE --cost COST --ranks N                    plan one global b
 hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    compare ways to share many
 hf-hetero costs [NAME]                                         cost models that come with the package
 hf-hetero check MODEL                                          can this model be trained under changing plans?
+hf-hetero profile MODEL -o cost.json                           measure a cost model on this machine
 hf-hetero report plans.jsonl                                   picture of a finished run
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
@@ -26,6 +27,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
+from hf_hetero.profile.command import add_profile
 from hf_hetero.report.drawing import picture_format
 from hf_hetero.report.tables import check_table, costs_table, plan_table, simulation_table
 from hf_hetero.what_if.mixes import MIXES
@@ -216,6 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--memory-gib", type=float, default=80.0, help="memory of a card, in GiB; default: 80")
     checked.add_argument("--json", action="store_true", help="print it as JSON (hf-hetero-check/1)")
     checked.set_defaults(run=_check)
+
+    add_profile(verbs)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")

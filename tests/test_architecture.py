@@ -21,7 +21,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},
-    {"report"},
+    {"profile", "report"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -71,6 +71,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.evaluation_loader",
         "model.activations",
         "model.wrapped",
+        "profile.models",
+        "profile.timing",
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -45,8 +46,18 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(data: Mapping[str, Any], path: str | Path) -> None:
-    """Write a JSON file that `read_json` reads."""
-    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    """Write a JSON file that `read_json` reads; whoever interrupts it leaves the file as it was."""
+    file = Path(path).resolve()  # what a link names is written, not the link
+    text = json.dumps(data, indent=1) + "\n"
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+        file.write_text(text, encoding="utf-8")
+        return
+    written = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        written.write_text(text, encoding="utf-8")
+        written.replace(file)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

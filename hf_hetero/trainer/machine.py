@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,31 @@ KEPT_COST_MODEL = "hetero_cost_model.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Ground:
+    """A `Ground` is what an estimate stands on.
+
+    Args:
+        shape: of the model, and of how it is trained.
+        speed: of one rank's device, by this rank.
+        topology: how the ranks stand on nodes, and what memory each of them has.
+        spread: how model states are sharded over all ranks; None: each rank holds them all.
+        policies: what groups may do to hold more tokens, and gain by it.
+    """
+
+    shape: ModelShape
+    speed: estimate.Device
+    topology: Topology
+    spread: memory.Shards | None
+    policies: Sequence[str]
+
+    def estimated(self) -> CostModel:
+        """Estimate the cost model."""
+        degrees = self.topology.degrees
+        cost = estimate.estimate_cost_model(self.shape, self.speed, self.topology, degrees, self.spread, self.policies)
+        return replace(cost, provenance="estimated")
+
+
+@dataclass(frozen=True, slots=True)
 class Machine:
     """A `Machine` is what planning and attention stand on.
 
@@ -45,10 +70,12 @@ class Machine:
         given: digest of the user's cost model; None: there is none.
         is_estimate: the cost model is an estimate, or was one before it was refitted.
         is_kept: the cost model is the one that the checkpoint's run went by.
+        ground: what an estimate stands on.
     """
 
     cost_model: CostModel
     groups: GroupPool
+    ground: Ground
     checkpoint: str | None = None
     given: str | None = None
     is_estimate: bool = False
@@ -77,12 +104,17 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    topology = _topology(args.device, world)
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     shape = _shape(model, args, hetero, dtype, sharding.checkpointing, activations.chunked_mlps)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
+    spread = None
+    if sharding.is_sharded:
+        spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+    # without a GPU offloading copies from host memory to host memory: there is none to gain
+    gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
     speed = _speed(shape, args.device, dtype)  # timed on all ranks at once, as training will run
+    ground = Ground(shape, speed, _topology(args.device, world), spread, gained)
 
     def find() -> Found:
         kept = kept_cost_model(checkpoint, world)
@@ -90,13 +122,7 @@ def set_up(
             return _of_file(CostModel.load(hetero.cost_model), kept)
         if kept is not None:
             return Found(kept.cost_model, None, is_estimate=True, is_kept=True)
-        spread = None
-        if sharding.is_sharded:
-            spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
-        # without a GPU offloading copies from host memory to host memory: there is none to gain
-        gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
-        cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
-        return Found(replace(cost, provenance="estimated", model=subject), None, is_estimate=True)
+        return Found(replace(ground.estimated(), model=subject), None, is_estimate=True)
 
     def make() -> Found:
         found = find()
@@ -111,7 +137,7 @@ def set_up(
     if args.process_index == 0:
         _log_cost_model(cost, world, heads, subject)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
-    return Machine(cost, groups, checkpoint, found.given, found.is_estimate, found.is_kept)
+    return Machine(cost, groups, ground, checkpoint, found.given, found.is_estimate, found.is_kept)
 
 
 def _shape(
