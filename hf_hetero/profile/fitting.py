@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_hetero.costs import CostModel
-from hf_hetero.costs.least_squares import robust_nonnegative_least_squares
+from hf_hetero.costs.least_squares import nonnegative_least_squares
 from hf_hetero.profile.trials import Trial
 
 Floats = NDArray[np.float64]
@@ -72,9 +72,9 @@ class _Columns:
 
     def solved(self, seconds: Floats) -> tuple[dict[str, float], Floats]:
         """Return the unknowns, none below 0, for which relative errors are least, and these errors."""
-        # each group counts alike, not the longest most
+        # each group counts alike, not the longest most; what disturbed the machine, medians have left out
         relative = np.stack(list(self.by_name.values()), axis=1) / seconds[:, None]
-        found = robust_nonnegative_least_squares(relative, np.ones(len(seconds)))
+        found = nonnegative_least_squares(relative, np.ones(len(seconds)))
         return dict(zip(self.by_name, found.tolist(), strict=True)), np.abs(relative @ found - 1)
 
 
@@ -90,12 +90,20 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
     """
     seconds = np.array([one.seconds for one in measured])
     x, errors = _Columns(measured, estimate).solved(seconds)
-    plain = [one for one in measured if one.trial.activations is None and one.trial.degree == 1]
-    slower = [one.seconds / (estimate.seconds(one.trial.lengths, 1) * one.num_layers / num_layers) for one in plain]
-    least = LEAST_SHARE * float(np.median(slower))
-    attention = max(num_layers * x["attention"], least * estimate.attention_s_per_token2)
+    attention = num_layers * x["attention"]
     linear = num_layers * x["linear"] + x.get("linear outside", 0.0)
-    linear = max(linear, least * estimate.linear_s_per_token)
+    fixed_s = num_layers * x["fixed"] + x.get("fixed outside", 0.0)
+    alone = replace(
+        estimate,
+        attention_s_per_token2=attention,
+        linear_s_per_token=linear,
+        micro_batch_s=fixed_s,
+        activation_policies={},
+    )
+    lengths = [one.trial.lengths for one in measured if one.trial.activations is None and one.trial.degree == 1]
+    slower = float(np.median([alone.seconds(some, 1) / estimate.seconds(some, 1) for some in lengths]))
+    attention = max(attention, LEAST_SHARE * slower * estimate.attention_s_per_token2)
+    linear = max(linear, LEAST_SHARE * slower * estimate.linear_s_per_token)
     bandwidths, latencies = _exchanges(x, estimate, num_layers)
     policies = {
         name: replace(
@@ -115,7 +123,7 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
         estimate,
         attention_s_per_token2=attention,
         linear_s_per_token=linear,
-        micro_batch_s=num_layers * x["fixed"] + x.get("fixed outside", 0.0),
+        micro_batch_s=fixed_s,
         all_to_all_bytes_per_s=bandwidths,
         all_to_all_latency_s=latencies,
         activation_policies=policies,

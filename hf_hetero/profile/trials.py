@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from hf_hetero.plan import Group, MicroBatch, Plan
 
 LEAST_TOKENS = 32
-"""Of a sample that is timed; shorter ones fill up steps."""
-NUM_LENGTHS = 6
-PACKS = (4, 16)
+"""Of a sample in a pack that is timed; shorter ones fill up steps."""
+PACKS = (1, 4, 16)
 """Samples of the packs that are timed."""
 
 
@@ -48,19 +47,20 @@ def trials(degrees: Iterable[int], tokens: int, longest: int, policies: Iterable
 
 
 def _mixtures(tokens: int, longest: int) -> list[tuple[int, ...]]:
-    """Return lengths of samples that at most so many tokens hold: one sample, packs of equal ones, a mixed pack."""
-    most = min(tokens, longest)
-    least = min(LEAST_TOKENS, most)
-    steps = range(NUM_LENGTHS)
-    single = {round(least * (most / least) ** (step / (NUM_LENGTHS - 1))) for step in steps}
-    found: list[tuple[int, ...]] = [(length,) for length in sorted(single)]
+    """Return lengths of samples that at most so many tokens hold: alone, in packs of equal ones, in a mixed pack.
+
+    Most of the packs are full, as those of a plan are: where the formula cannot follow the machine everywhere, it had
+    better follow it there.
+    """
+    found: dict[tuple[int, ...], None] = {}
     for total in (tokens, tokens // 4):
         for number in PACKS:
-            if least <= (length := total // number) <= longest:
-                found.append((length,) * number)
-    if (short := tokens // 16) >= least:
-        found.append((most // 2, *(short,) * 4))
-    return found
+            if (length := min(total // number, longest)) >= LEAST_TOKENS:
+                found[(length,) * number] = None
+        if (short := total // 8) >= LEAST_TOKENS:
+            found[(min(total // 2, longest), *(min(short, longest),) * 4)] = None
+    found[(min(2 * LEAST_TOKENS, tokens, longest),)] = None
+    return list(found)
 
 
 # ------------------------------------------------------------------------------------------------------------- in steps
