@@ -84,6 +84,7 @@ def trained(file: str, calibrate: bool, num_steps: int) -> list[tuple[float, flo
             logging_strategy="no",
             disable_tqdm=True,
             dataloader_pin_memory=False,
+            ddp_find_unused_parameters=False,
         )
         trainer = HeteroTrainer(
             subject.build(subject.num_layers),
@@ -115,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=50, help="of each run that are compared")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of the profile")
+    parser.add_argument("--seconds", type=float, default=75.0, help="of the profile")
     parser.add_argument("--cost", help="take this cost model for the profile")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -39,7 +39,7 @@ def add_profile(verbs: Any) -> None:
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32")
     verb.add_argument("--bf16", action="store_true", help="compute in bf16, as `bf16: true` of a run does")
     verb.add_argument("--cpu", action="store_true", help="on the CPU, although there is a GPU")
-    verb.add_argument("--seconds", type=float, default=60.0, help="to time for, after warming up; default: 60")
+    verb.add_argument("--seconds", type=float, default=75.0, help="to time for, after warming up; default: 75")
     verb.add_argument("--ranks", type=int, default=8, help="of the run to come, if this is not one of many; default: 8")
     verb.set_defaults(run=_profile)
 

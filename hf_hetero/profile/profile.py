@@ -28,7 +28,7 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens of the longest sample that is timed, by kind of device, unless the user says otherwise."""
 GLANCE = ((256,), (1024,))
 """Samples that a first glance at the machine is taken with."""
-ROUNDS = 5
+ROUNDS = 3
 """Rounds that the time allowed must suffice for; where it would not, groups are smaller."""
 LEAST_ROOM = 256
 """Tokens of a rank below which groups are not made smaller."""
@@ -73,7 +73,7 @@ class _Glance:
 
 
 def profile(
-    subject: Subject, seconds: float = 60.0, num_ranks: int = 8, command: str = "hf-hetero profile", shows: bool = True
+    subject: Subject, seconds: float = 75.0, num_ranks: int = 8, command: str = "hf-hetero profile", shows: bool = True
 ) -> Profile:
     """Measure the cost model of a model on this machine. A collective of all ranks.
 
