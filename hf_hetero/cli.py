@@ -5,6 +5,7 @@ hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    comp
 hf-hetero costs [NAME]                                         cost models that come with the package
 hf-hetero check MODEL                                          can this model be trained under changing plans?
 hf-hetero estimate MODEL --gpus 8xH100                         what it would cost on GPUs that one does not have
+hf-hetero profile MODEL -o cost.json                           measure a cost model on this machine
 hf-hetero report plans.jsonl                                   picture of a finished run
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
@@ -21,12 +22,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hf_hetero.config import MIP_BACKENDS, SOLVERS
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
+from hf_hetero.profile.command import add_profile
 from hf_hetero.report.drawing import picture_format
 from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
 from hf_hetero.what_if.mixes import MIXES
@@ -232,6 +235,18 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--json", action="store_true", help="print it as JSON (hf-hetero-check/1)")
     checked.set_defaults(run=_check)
 
+    _add_estimate(verbs)
+    add_profile(verbs)
+
+    report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
+    report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
+    report.add_argument("-o", "--output", help="default: report.html beside the records")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _add_estimate(verbs: Any) -> None:
+    """Add the verb `estimate`."""
     estimated = verbs.add_parser("estimate", help="what a model would cost on GPUs that one does not have")
     estimated.add_argument("model", help="name on the hub, folder, or config.json; no weights are loaded")
     estimated.add_argument("--gpus", required=True, help="such as 8xH100, or 2x8xH100 for two nodes of eight")
@@ -246,12 +261,6 @@ def _parser() -> argparse.ArgumentParser:
     estimated.add_argument("--attention", default="fa2", help="fa2 (torch's own kernel, too), fa3 or fa4; default: fa2")
     estimated.add_argument("-o", "--output", metavar="FILE", help="write the cost model (hf-hetero-cost/1)")
     estimated.set_defaults(run=_estimate)
-
-    report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
-    report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
-    report.add_argument("-o", "--output", help="default: report.html beside the records")
-    report.set_defaults(run=_report)
-    return parser
 
 
 def _add_source(verb: argparse.ArgumentParser) -> None:

@@ -43,6 +43,13 @@ class HeteroConfig:
         default=None,
         metadata={"help": "Path of a cost model (hf-hetero-cost/1). Without one, an analytic estimate is used."},
     )
+    calibrate: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Refit the cost model to measured steps (CalibrationCallback). Default: where it is an estimate, "
+            "and full_determinism does not ask that two runs be planned alike."
+        },
+    )
     max_degree: int | None = field(
         default=None, metadata={"help": "Most ranks that may share one sample. Default: all of them."}
     )

@@ -26,7 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan, __version__
-from hf_hetero.callbacks import CalibrationCallback, PlanMetricsCallback
+from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.fine_tuning import (
     check_columns,
@@ -67,7 +67,6 @@ class RecipeArguments:
     lora_r: int | None = field(default=None, metadata={"help": "Rank of LoRA adapters; without it, all weights train"})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters"})
     lora_target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers"})
-    calibrate: bool = field(default=False, metadata={"help": "Refit the cost model to measured steps on the way"})
     save_model: bool = field(default=True, metadata={"help": "Save the trained model under output_dir"})
 
     def __post_init__(self) -> None:
@@ -245,7 +244,6 @@ def main(argv: Sequence[str]) -> None:
         data = prepare_data(args, data, tokenizer, hetero.weight_column)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
-    watching = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]
     with explaining("Cannot make the model"):
         model = load_model(args, tokenizer)
     trainer = HeteroTrainer(
@@ -254,7 +252,7 @@ def main(argv: Sequence[str]) -> None:
         train_dataset=data,
         data_collator=PackedCollator(),  # rows without labels learn every token
         processing_class=tokenizer,
-        callbacks=watching,
+        callbacks=[PlanMetricsCallback(lines=True, record=True)],
         hetero=hetero,
     )
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)

@@ -21,7 +21,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},
-    {"report"},
+    {"profile", "report"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -76,6 +76,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.evaluation_loader",
         "model.activations",
         "model.wrapped",
+        "profile.models",
+        "profile.timing",
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",
@@ -85,6 +87,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.fitting",
         "trainer.machine",
         "trainer.predictions",
+        "trainer.reporting",
         "trainer.run",
         "trainer.stopping",
         "trainer.trainer",

@@ -24,9 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.costs.activation_policy import LEAST_NUMBER, MOST_NUMBER, ActivationPolicy
+from hf_hetero.costs.activation_policy import ActivationPolicy
 from hf_hetero.costs.crossings import Charges, Crossings
 from hf_hetero.costs.files import as_json, read_json, values_of, write_json
+from hf_hetero.costs.ranges import check_values
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import ACTIVATIONS, Group, Plan
 
@@ -55,6 +56,8 @@ class CostModel:
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         name, source: what was measured, where, and how.
+        provenance: where the seconds come from, one of `ranges.PROVENANCES`; None: whoever wrote the file knows.
+        model: which model it was made for, in words (`estimate.subject`); None: any.
 
     Raises:
         ConfigError: a number is negative or not finite, or the memory leaves room for no token.
@@ -79,32 +82,11 @@ class CostModel:
     host_memory_bytes_per_rank: float | None = None
     name: str = ""
     source: str = ""
+    provenance: str | None = None
+    model: str | None = None
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            for number in value.values() if isinstance(value, Mapping) else [value]:
-                if isinstance(number, int | float) and not 0 <= number <= MOST_NUMBER:
-                    raise ConfigError(
-                        f"Cost model {self.name!r:.60}: {item.name} is {value!r:.60}; it must be 0 or more, and "
-                        f"at most {MOST_NUMBER:.0e}."
-                    )
-        if any(degree < 1 for degree in self.all_to_all_bytes_per_s):
-            raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s has a degree below 1.")
-        if any(not bandwidth >= LEAST_NUMBER for bandwidth in self.all_to_all_bytes_per_s.values()):
-            raise ConfigError(f"Cost model {self.name!r}: all_to_all_bytes_per_s must be above 0 at every degree.")
-        network = self.network_bytes_per_s
-        if (network is not None and network < LEAST_NUMBER) or self.ring_overlap > 1:
-            raise ConfigError(
-                f"Cost model {self.name!r}: network_bytes_per_s is {network} and ring_overlap is "
-                f"{self.ring_overlap}; a bandwidth is above 0, and a share at most 1."
-            )
-        if not self.activation_bytes_per_token >= LEAST_NUMBER:
-            raise ConfigError(f"Cost model {self.name!r}: activation_bytes_per_token must be above 0.")
-        if unknown := sorted(set(self.activation_policies) - set(ACTIVATIONS)):
-            raise ConfigError(
-                f"Cost model {self.name!r}: activation_policies has {unknown}; there are {', '.join(ACTIVATIONS)}."
-            )
+        check_values({item.name: getattr(self, item.name) for item in fields(self)})
         for name, policy in self.activation_policies.items():
             attention, linear = policy.attention_s_per_token2, policy.linear_s_per_token
             if attention < self.attention_s_per_token2 or linear < self.linear_s_per_token or policy.exchanges < 1:

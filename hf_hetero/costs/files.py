@@ -51,13 +51,18 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         OSError: it cannot be written; what was there still is.
     """
+    file = Path(path).resolve()  # what a link names is written, not the link
+    text = json.dumps(data, indent=1) + "\n"
+    if file.exists() and not file.is_file():  # a pipe or a terminal, which nothing can take the place of
+        file.write_text(text, encoding="utf-8")
+        return
     # named by the process, beside the file: a rename within a folder is one operation
-    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    written = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, path)
+        written.write_text(text, encoding="utf-8")
+        written.replace(file)
     finally:
-        draft.unlink(missing_ok=True)
+        written.unlink(missing_ok=True)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,8 +196,10 @@ class PlanAhead:
         return broadcast(lambda: self._take(epoch, index), self._control)
 
     def forget(self) -> None:
-        """Drop the coming plans, because what they are for has changed."""
+        """Drop the coming plans, because what they are for has changed, or what they cost."""
         with self._lock:
+            for future in self._coming.values():
+                future.cancel()  # one that is underway ends, and is not taken
             self._coming.clear()
             self._improved.clear()
 

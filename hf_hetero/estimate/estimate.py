@@ -84,6 +84,7 @@ def estimate_cost_model(
     token_bytes, fixed_bytes = memory_of(shape, state_bytes, topology.memory_bytes)
     return CostModel(
         name="estimate",
+        provenance="estimated",
         source=(
             f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
             f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}; "

@@ -23,7 +23,6 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from hf_hetero.costs import CostModel
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.ranks.agreement import broadcast, raise_together
@@ -36,7 +35,6 @@ FORMAT = "hf-hetero-run/1"
 RUN_FILE = "hetero_run.json"
 INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
 STATE_FILE = "trainer_state.json"
-KEPT_COST_MODEL = "hetero_cost_model.json"
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".distcp")
 """Ends of the names of files with weights, as transformers, peft and torch write them."""
 WHOLE = 2
@@ -51,16 +49,19 @@ class Run:
         num_ranks: it ran on.
         order: what decides which samples make which step.
         stream: how far its stream was read; None: the dataset is no stream.
+        calibration: what the next refit of its cost model needs (`CalibrationCallback.state`); None: there is none.
     """
 
     num_ranks: int
     order: dict[str, Any] = field(default_factory=dict[str, Any])
     stream: Position | None = None
+    calibration: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that is ready for JSON."""
         stream = None if self.stream is None else self.stream.to_dict()
-        return {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
+        data = {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
+        return data if self.calibration is None else {**data, "calibration": self.calibration}
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,20 +242,6 @@ def chosen(requested: str | bool, output_dir: Path) -> tuple[Path, Run | None, l
     return folder, _run_of(folder), []
 
 
-def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int) -> None:
-    """Put a cost model into a checkpoint, with the number of ranks it is for."""
-    data = {**cost.to_dict(), "num_ranks": num_ranks}
-    (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def kept_cost_model(checkpoint: str | None, num_ranks: int) -> CostModel | None:
-    """Read the cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
-    if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
-        return None
-    data = json.loads(path.read_text(encoding="utf-8"))
-    return CostModel.from_dict(data, where=str(path)) if data.get("num_ranks") == num_ranks else None
-
-
 @dataclass(frozen=True, slots=True)
 class Resumed:
     """A `Resumed` is a checkpoint that a run goes on from.
@@ -300,7 +287,7 @@ def _run_of(folder: Path) -> Run | None:
         raise HeteroError(f"{folder / RUN_FILE} is of format {data.get('format')!r}; this version reads {FORMAT!r}.")
     order: Any = data.get("order", {})
     stream: Any = data.get("stream")
-    run = Run(data["num_ranks"], order, None if stream is None else Position(**stream))
+    run = Run(data["num_ranks"], order, None if stream is None else Position(**stream), data.get("calibration"))
     counts = [run.num_ranks, *([run.stream.epoch, run.stream.batches, run.stream.rows] if run.stream else [])]
     if not isinstance(order, dict) or not all(type(count) is int for count in counts):
         raise TypeError(f"{folder / RUN_FILE} does not say where its run was")

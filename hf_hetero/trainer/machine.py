@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,10 +18,12 @@ from transformers import TrainingArguments
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.estimate import memory
-from hf_hetero.estimate.devices import cpu_device
-from hf_hetero.estimate.first_estimate import first_estimate, restricted
+from hf_hetero.estimate.devices import Device, cpu_device
+from hf_hetero.estimate.estimate import estimate_cost_model
+from hf_hetero.estimate.first_estimate import restricted
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import cuda_device
+from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
@@ -25,9 +31,35 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.topology import Topology
-from hf_hetero.trainer.checkpoint import kept_cost_model
 
 logger = logging.getLogger(__name__)
+
+KEPT_COST_MODEL = "hetero_cost_model.json"
+"""The cost model that a checkpoint's plans were made by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """A `Ground` is what an estimate stands on.
+
+    Args:
+        shape: of the model, and of how it is trained.
+        speed: of one rank's device, by this rank.
+        topology: how the ranks stand on nodes, and what memory each of them has.
+        spread: how model states are sharded over all ranks; None: each rank holds them all.
+        policies: what groups may do to hold more tokens, and gain by it.
+    """
+
+    shape: ModelShape
+    speed: Device
+    topology: Topology
+    spread: memory.Shards | None
+    policies: Sequence[str]
+
+    def estimated(self) -> CostModel:
+        """Estimate the cost model."""
+        degrees = self.topology.degrees
+        return estimate_cost_model(self.shape, self.speed, self.topology, degrees, self.spread, self.policies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +70,19 @@ class Machine:
         cost_model: what groups cost, under the user's limits.
         groups: the process groups of every degree the cost model offers.
         checkpoint: where a cost model was looked for; None: nowhere.
+        given: digest of the user's cost model; None: there is none.
+        is_estimate: the cost model is an estimate, or was one before it was refitted.
+        is_kept: the cost model is the one that the checkpoint's run went by.
+        ground: what an estimate stands on.
     """
 
     cost_model: CostModel
     groups: GroupPool
+    ground: Ground
     checkpoint: str | None = None
+    given: str | None = None
+    is_estimate: bool = False
+    is_kept: bool = False
 
     def serves(self, checkpoint: str | None) -> bool:
         """Return whether a run that goes on from a checkpoint may keep it; None: a run that starts anew."""
@@ -61,8 +101,8 @@ def set_up(
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
 
-    The cost model is the user's file; without one, that of the checkpoint, if it was made on as many ranks; else an
-    estimate.
+    The cost model is the user's file, or what the checkpoint's run has made of that file; without one, that of the
+    checkpoint, if it was made on as many ranks; else an estimate.
 
     Args:
         model, args, hetero: what is trained, and how.
@@ -76,34 +116,39 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    topology = _topology(args.device, world)
     heads = getattr(base_model(model).config, "num_attention_heads", world)
     shape = _shape(model, args, hetero, dtype, sharding, activations)
+    subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
+    shards = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+    # without a GPU offloading copies from host memory to host memory: there is none to gain
+    gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
     # a CPU is timed on all ranks at once, as training will run
     speed = cuda_device(args.device, dtype, kernel) if args.device.type == "cuda" else cpu_device(shape, dtype)
+    ground = Ground(shape, speed, _topology(args.device, world), shards if sharding.is_sharded else None, gained)
 
-    def make() -> CostModel:
+    def find() -> Found:
+        kept = kept_cost_model(checkpoint, world)
         if hetero.cost_model:
-            return restricted(CostModel.load(hetero.cost_model), hetero, world, heads, policies)
-        if (resumed := kept_cost_model(checkpoint, world)) is not None:
-            return restricted(resumed, hetero, world, heads, policies)
-        spread = None
-        if sharding.is_sharded:
-            spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
-        # without a GPU offloading copies from host memory to host memory: there is none to gain
-        gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
-        return first_estimate(shape, speed, topology, spread, gained, hetero)
+            return _of_file(CostModel.load(hetero.cost_model), kept)
+        if kept is not None:
+            return Found(kept.cost_model, None, is_estimate=True, is_kept=True)
+        return Found(replace(ground.estimated(), model=subject), None, is_estimate=True)
+
+    def make() -> Found:
+        found = find()
+        return found._replace(cost_model=restricted(found.cost_model, hetero, world, heads, policies))
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)
     # of rank 0 for all: by its own times and memory each rank would estimate another, and offer other degrees
-    cost = broadcast(make, messengers.control)
+    found = broadcast(make, messengers.control)
     messengers.close()
+    cost = found.cost_model
     if args.process_index == 0:
-        _log_cost_model(cost, world, heads)
+        _log_cost_model(cost, world, heads, subject)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
-    return Machine(cost, groups, checkpoint)
+    return Machine(cost, groups, ground, checkpoint, found.given, found.is_estimate, found.is_kept)
 
 
 def _shape(
@@ -114,7 +159,7 @@ def _shape(
     sharding: Sharding,
     activations: Activations,
 ) -> ModelShape:
-    """Read from the model, and from how it is trained, what decides its cost."""
+    """Return what of a model, and of how it is trained, decides its cost."""
     return shape_of(
         model,
         _text_config(model),
@@ -126,8 +171,34 @@ def _shape(
     )
 
 
-def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int) -> None:
+class Found(NamedTuple):
+    """A `Found` is a cost model, and where it was found: its other fields are those of `Machine`."""
+
+    cost_model: CostModel
+    given: str | None
+    is_estimate: bool
+    is_kept: bool = False
+
+
+def _of_file(given: CostModel, kept: Kept | None) -> Found:
+    """Return the user's cost model, or what the checkpoint's run has made of it."""
+    digest, is_estimate = digest_of(given), given.provenance == "estimated"
+    if kept is None or kept.given != digest:
+        return Found(given, digest, is_estimate)
+    is_refit = kept.cost_model.provenance == "refitted"  # else the file itself, which no limits have changed
+    return Found(kept.cost_model if is_refit else given, digest, is_estimate, is_kept=True)
+
+
+def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: str) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
+    if cost.model not in (None, subject):
+        logger.warning(
+            "Cost model %r was made for another model: %s. This run trains: %s. Plans stay exact, but may be slow, or "
+            "too large for memory: make one with `hf-hetero profile`.",
+            cost.name,
+            cost.model,
+            subject,
+        )
     degrees = ", ".join(map(str, cost.degrees(num_ranks)))
     extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
     tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
@@ -152,3 +223,39 @@ def _topology(device: torch.device, num_ranks: int) -> Topology:
         memory.free_memory_bytes(device, ranks, num_communicators),
         memory.host_memory_bytes(device, ranks),
     )
+
+
+# ------------------------------------------------------------------------------------------------------ in a checkpoint
+
+
+class Kept(NamedTuple):
+    """A `Kept` is what a checkpoint says about its cost model.
+
+    Args:
+        cost_model: of its last step.
+        given: digest of the user's file that it was, or was refitted from; None: the user gave none.
+    """
+
+    cost_model: CostModel
+    given: str | None
+
+
+def digest_of(cost: CostModel) -> str:
+    """Return a fingerprint by which a cost model of the user is known again, whatever its file is called."""
+    return hashlib.sha256(json.dumps(cost.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int, given: str | None = None) -> None:
+    """Put a cost model into a checkpoint, with the number of ranks it is for, and the digest of the user's file."""
+    data = {**cost.to_dict(), "num_ranks": num_ranks, "given": given}
+    (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def kept_cost_model(checkpoint: str | None, num_ranks: int) -> Kept | None:
+    """Read the cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+    if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
+        return None
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("num_ranks") != num_ranks:
+        return None
+    return Kept(CostModel.from_dict(data, where=str(path)), data.get("given"))

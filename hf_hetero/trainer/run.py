@@ -221,6 +221,7 @@ class BetweenRuns:
         evaluated: the dataset of each loader for an evaluation.
         cost_model: what plans are made by; callbacks may refit it. None before the first planned step.
         has_learned: the first step had a target.
+        machine: what runs stand on. None before the first.
     """
 
     means: LoggedMeans
@@ -228,7 +229,7 @@ class BetweenRuns:
     evaluated: WeakKeyDictionary[Any, Any] = field(default_factory=WeakKeyDictionary[Any, Any])
     cost_model: CostModel | None = None
     has_learned: bool = False
-    _machine: Machine | None = None
+    machine: Machine | None = None
     _num_running: int = 0
     _tried_model: tuple[type, dict[str, Any]] | None = None
 
@@ -279,16 +280,15 @@ class BetweenRuns:
             checkpoint: folder that the run goes on from; None: it starts anew.
         """
         # all ranks go on from the same checkpoint, so all close their groups here, or none does
-        if self._machine is not None and not self._machine.serves(checkpoint):
-            self._machine.groups.close()
-            self._machine = None
-        if self._machine is None:
+        if self.machine is not None and not self.machine.serves(checkpoint):
+            self.machine.groups.close()
+            self.machine = None
+        if self.machine is None:
             model, dtype = cast("torch.nn.Module", trainer.model), compute_dtype(trainer)
-            spread, activations = fitted.sharding, fitted.activations
-            kernel = fitted.kernel.name
-            self._machine = set_up(model, trainer.args, hetero, dtype, spread, activations, checkpoint, kernel)
-            self.cost_model = self._machine.cost_model
-        groups = self._machine.groups
+            fits = fitted.sharding, fitted.activations, checkpoint, fitted.kernel.name
+            self.machine = set_up(model, trainer.args, hetero, dtype, *fits)
+            self.cost_model = self.machine.cost_model
+        groups = self.machine.groups
         groups.open()
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
@@ -316,5 +316,5 @@ class BetweenRuns:
             raise
         finally:
             self._num_running -= 1
-            if ends_everywhere and not self._num_running and self._machine is not None:
-                self._machine.groups.close()
+            if ends_everywhere and not self._num_running and self.machine is not None:
+                self.machine.groups.close()

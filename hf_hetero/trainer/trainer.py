@@ -31,7 +31,7 @@ from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
-from hf_hetero.trainer import training
+from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoint import chosen_together
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
 from hf_hetero.trainer.fitting import Fitted, choose_kernel, compute_dtype
@@ -167,6 +167,7 @@ class HeteroTrainerMixin(Trainer):
         loader = super().get_train_dataloader()
         if self._training is not None and self._training.data is None:
             run = self._run_on(self._training.opened.enter_context(self._fitted()))
+            reporting.begin_calibrating(self, self.hetero, self._between_runs, self._training.resumed)
             training.open_data(self, run, self._training, self._plan_source(), loader)
         return loader
 
@@ -221,7 +222,7 @@ class HeteroTrainerMixin(Trainer):
 
         loss = training.train_part(self, self._run, self._training, model, part, forward_backward)
         if part.is_last:
-            training.report(self, self._run, self._training, self._between_runs)
+            reporting.report(self, self._run, self._training, self._between_runs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -229,7 +230,7 @@ class HeteroTrainerMixin(Trainer):
         assert self.model is not None
         self._between_runs.means.weigh("train" if self.model.training else "eval")
         if "loss" in logs:
-            for callback in training.step_callbacks(self):
+            for callback in reporting.step_callbacks(self):
                 logs.update(callback.metrics())
         super().log(logs, start_time)
         if start_time is not None:  # from the loop of training, on all ranks; a script may log on one
@@ -249,8 +250,8 @@ class HeteroTrainerMixin(Trainer):
         def save() -> None:
             super(HeteroTrainerMixin, self)._save_checkpoint(model, trial)
 
-        cost = self._between_runs.cost_model_of_now()
-        training.save_whole(self, self._run, self._training, cost, save, folder)
+        kept = reporting.kept_calibration(self)
+        training.save_whole(self, self._run, self._training, self._between_runs, save, folder, kept)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others."""
@@ -281,8 +282,7 @@ class HeteroTrainerMixin(Trainer):
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Return Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset if it can."""
-        loader = super().get_test_dataloader(watched(test_dataset))
-        return self._between_runs.noted(loader, test_dataset)
+        return self._between_runs.noted(super().get_test_dataloader(watched(test_dataset)), test_dataset)
 
     def evaluation_loop(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,22 +16,19 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.callbacks import StepReportCallback
-from hf_hetero.costs import CostModel
 from hf_hetero.data.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
 from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
-from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.model.timing import StepClock
-from hf_hetero.plan import StepReport
 from hf_hetero.ranks import sharding
-from hf_hetero.ranks.agreement import broadcast, gather
+from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepPart
-from hf_hetero.trainer.checkpoint import Resumed, Run, Saving, keep_cost_model
+from hf_hetero.trainer.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.fitting import Fitted
+from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
 from hf_hetero.trainer.safekeeping import claim
 
@@ -240,64 +237,26 @@ def _check_reached(fitted: Fitted, context: AttentionContext) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------------------- the report
-
-
-def report(trainer: Trainer, run: PlannedRun, training: Training, between: BetweenRuns) -> None:
-    """Tell the callbacks how a step went; they may know a better cost model for plans to come. A collective."""
-    step = _report_of(run, training, between.means, trainer.state.global_step + 1)
-    for callback in step_callbacks(trainer):
-        callback.on_step_report(trainer.args, trainer.state, step)
-        if (cost := callback.recalibrated(between.cost_model_of_now())) is not None:
-            between.cost_model = cost
-
-
-def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: int) -> StepReport:
-    """Report how a step went, on all ranks, after its last micro-batch."""
-    assert training.step is not None
-    assert training.step.batch is not None
-    assert training.clock is not None
-    batch, step = training.step.batch, training.step.batch.share.step
-    busy_s, peak_bytes = training.clock.read(), training.clock.peak_bytes()
-    counts = [m.num_targets for m in batch.micro_batches] if means else []
-    # ranks exchange integers only, so seconds travel as nanoseconds
-    rows = gather([peak_bytes, *(round(1e9 * s) for s in busy_s), *counts], run.control)
-    means.add("train", [sum(row[1 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
-    experts = run.fitted.experts
-    seconds, training.step_s = training.step_s, 0.0
-    return StepReport(
-        step=number,
-        plan=step.plan,
-        lengths=step.lengths,
-        num_targets=training.step.num_targets,
-        seconds=seconds,
-        busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
-        wait_s=training.step.fetch_s,
-        plan_wait_s=step.wait_s,
-        peak_bytes=max(row[0] for row in rows),
-        is_lockstep=run.fitted.sharding.is_sharded,
-        expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
-    )
-
-
-def step_callbacks(trainer: Trainer) -> Sequence[StepReportCallback]:
-    """Return the trainer's callbacks that are told of each step."""
-    return [c for c in trainer.callback_handler.callbacks if isinstance(c, StepReportCallback)]
-
-
 # ------------------------------------------------------------------------------------------------------ the checkpoint
 
 
 def save_whole(
-    trainer: Trainer, run: PlannedRun, training: Training, cost: CostModel, save: Callable[[], None], folder: Path
+    trainer: Trainer,
+    run: PlannedRun,
+    training: Training,
+    between: BetweenRuns,
+    save: Callable[[], None],
+    folder: Path,
+    calibration: dict[str, Any] | None,
 ) -> None:
     """Save a checkpoint, with its cost model and its place in the data, that is known to be whole, or removed.
 
     Args:
         trainer, run, training: whose it is.
-        cost: the model of now.
+        between: with the cost model of now.
         save: writes Trainer's files.
         folder: of the checkpoint.
+        calibration: what the next refit of the cost model needs; None: there is none.
 
     Raises:
         HeteroError: what went wrong on any rank.
@@ -309,11 +268,12 @@ def save_whole(
     def save_with_cost_model() -> None:
         save()
         if args.should_save:
-            keep_cost_model(folder, cost, args.world_size)
+            given = between.machine.given if between.machine is not None else None
+            keep_cost_model(folder, between.cost_model_of_now(), args.world_size, given)
 
     # `save_model`, which Trainer calls on the way, asks for it
     training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
-    place = Run(args.world_size, training.data.order, position)
+    place = Run(args.world_size, training.data.order, position, calibration)
     try:
         saving.write(save_with_cost_model, folder, place, best=lambda: trainer.state.best_model_checkpoint)
     finally:

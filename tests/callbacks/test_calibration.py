@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from costs.test_cost_model import a_cost_model
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero import CostModel, Group, MicroBatch, Plan
 from hf_hetero.callbacks import CalibrationCallback
-from hf_hetero.callbacks.calibration import scaled
+from hf_hetero.callbacks.refitting import scaled
 from hf_hetero.plan import StepReport
 
+ARGS = TrainingArguments(use_cpu=True)
 SHAPES = [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0, 1), (2,), (3,)], [(0,), (1,), (2,), (3,)]]
 
 
@@ -32,18 +37,19 @@ def measured_by(truth: CostModel, rng: random.Random, is_lockstep: bool = False)
 
 
 def calibrated(cost: CostModel, truth: CostModel, num_steps: int = 60, is_lockstep: bool = False) -> CostModel | None:
-    callback, rng = CalibrationCallback(skip_steps=3, every_steps=num_steps, pull=0.1), random.Random(0)
+    callback = CalibrationCallback(skip_steps=3, every_steps=num_steps, pull=0.1, first_steps=num_steps)
+    rng = random.Random(0)
     for _ in range(num_steps + 3):
         assert callback.recalibrated(cost) is None
-        callback.on_step_report(None, None, measured_by(truth, rng, is_lockstep))  # pyright: ignore
+        callback.on_step_report(ARGS, TrainerState(), measured_by(truth, rng, is_lockstep))
     return callback.recalibrated(cost)
 
 
-@pytest.mark.parametrize("factors", [(1, 1, 1, 1), (3, 3, 3, 3), (2, 0.5, 4, 1.5)])
+@pytest.mark.parametrize("factors", [(3, 3, 3, 3), (0.3, 0.3, 0.3, 0.3), (2, 0.5, 4, 1.5)])
 def test_recovers_the_truth(factors: tuple[float, ...]) -> None:
     """From steps timed by another machine, predictions for that machine come within a few percent."""
     cost = a_cost_model(all_to_all_latency_s={2: 0.2, 4: 0.25})
-    truth = scaled(cost, factors)  # pyright: ignore
+    truth = scaled(cost, np.array(factors))
     found = calibrated(cost, truth)
     assert found is not None
     for degree in (1, 2, 4):
@@ -54,7 +60,7 @@ def test_recovers_the_truth(factors: tuple[float, ...]) -> None:
 def test_ranks_in_step_tell_of_the_slowest_group() -> None:
     """Where sharded weights make all ranks wait for the slowest group, only that group is learnt from."""
     cost = a_cost_model(all_to_all_latency_s={2: 0.2, 4: 0.25})
-    truth = scaled(cost, (3, 3, 3, 3))  # pyright: ignore
+    truth = scaled(cost, np.full(4, 3.0))
     found = calibrated(cost, truth, is_lockstep=True)
     assert found is not None
     for degree in (1, 2, 4):
@@ -64,15 +70,89 @@ def test_ranks_in_step_tell_of_the_slowest_group() -> None:
 def test_memory_is_left_alone() -> None:
     """What a rank can hold is not a matter of time."""
     cost = a_cost_model()
-    found: Any = calibrated(cost, scaled(cost, (2, 2, 2, 2)))  # pyright: ignore
+    found: Any = calibrated(cost, scaled(cost, np.full(4, 2.0)))
     assert found.capacity_tokens == cost.capacity_tokens
     assert found.degrees(8) == cost.degrees(8)
 
 
 def test_waits_for_enough_steps() -> None:
-    """Nothing is refitted before the first steps are over and enough were seen."""
-    callback = CalibrationCallback(skip_steps=2, every_steps=2)
-    cost, rng = a_cost_model(), random.Random(1)
-    for expected in (None, None, None, "fit", None):
-        callback.on_step_report(None, None, measured_by(cost, rng))  # pyright: ignore
-        assert (callback.recalibrated(cost) is not None) == (expected is not None)
+    """Nothing is refitted before the first steps are over and enough were seen; the first refit comes sooner."""
+    callback = CalibrationCallback(skip_steps=2, every_steps=3, first_steps=1)
+    cost, rng, slower = a_cost_model(), random.Random(1), 1.0
+    for expected in (None, None, "fit", None, None, "fit", None, None, "fit"):
+        slower *= 2 if expected else 1  # else a refit would find nothing to change
+        truth = scaled(a_cost_model(), np.full(4, slower))
+        callback.on_step_report(ARGS, TrainerState(), measured_by(truth, rng))
+        found = callback.recalibrated(cost)
+        assert (found is not None) == (expected is not None)
+        cost = found or cost
+
+
+def test_what_is_right_stays() -> None:
+    """A cost model that predicts well is not changed, however many steps are reported."""
+    callback, cost, rng = CalibrationCallback(skip_steps=0, every_steps=2), a_cost_model(), random.Random(2)
+    for _ in range(12):
+        callback.on_step_report(ARGS, TrainerState(), measured_by(cost, rng))
+        assert callback.recalibrated(cost) is None
+
+
+def test_a_disturbed_step_moves_little() -> None:
+    """With one step in ten ten times as long, the truth is found as without."""
+    cost = a_cost_model(all_to_all_latency_s={2: 0.2, 4: 0.25})
+    truth = scaled(cost, np.array([3.0, 2.0, 4.0, 2.0]))
+    callback, rng = CalibrationCallback(skip_steps=0, every_steps=60, pull=0.1, first_steps=60), random.Random(0)
+    for number in range(60):
+        report = measured_by(truth, rng)
+        if not number % 10:
+            report = replace(report, busy_s=tuple(tuple(10 * s for s in ranks) for ranks in report.busy_s))
+        callback.on_step_report(ARGS, TrainerState(), report)
+    found = callback.recalibrated(cost)
+    assert found is not None
+    for degree in (1, 2, 4):
+        assert found.seconds([800, 50, 2000], degree) == pytest.approx(truth.seconds([800, 50, 2000], degree), rel=0.05)
+
+
+@pytest.mark.parametrize("cut", [4, 7, 13])
+def test_goes_on_where_it_was(cut: int) -> None:
+    """Cut at any step and restored from JSON, it refits after the same steps to the same bits."""
+
+    def refits(cut: int | None) -> list[dict[str, Any] | None]:
+        callback, cost, rng = (
+            CalibrationCallback(skip_steps=2, every_steps=4, first_steps=3),
+            a_cost_model(),
+            random.Random(3),
+        )
+        found: list[dict[str, Any] | None] = []
+        for number in range(20):
+            if number == cut:
+                kept = json.loads(json.dumps(callback.state()))
+                callback = CalibrationCallback(skip_steps=2, every_steps=4, first_steps=3)
+                callback.restore(kept)
+            truth = scaled(a_cost_model(), np.array([1.0 + number, 2.0, 3.0, 1.0]))
+            callback.on_step_report(ARGS, TrainerState(), measured_by(truth, rng))
+            refitted = callback.recalibrated(cost)
+            cost = refitted or cost
+            found.append(refitted and refitted.to_dict())
+        return found
+
+    assert sum(entry is not None for entry in refits(None)) > 2
+    assert refits(cut) == refits(None)
+
+
+def test_says_how_far_plans_were_off(caplog: pytest.LogCaptureFixture) -> None:
+    """A line for each refit, and one when training ends; none on other ranks."""
+    cost, rng = a_cost_model(), random.Random(4)
+    truth = scaled(cost, np.full(4, 3.0))
+    for is_first, lines in ((True, 2), (False, 0)):
+        caplog.clear()
+        state = TrainerState(is_world_process_zero=is_first)
+        callback = CalibrationCallback(skip_steps=0, every_steps=2, first_steps=2)
+        for _ in range(3):
+            callback.on_step_report(ARGS, state, measured_by(truth, rng))
+            callback.recalibrated(cost)
+        callback.on_train_end(ARGS, state, TrainerControl())
+        assert len(caplog.messages) == lines
+        if is_first:
+            assert "measured 3.00 x predicted, 67% apart" in caplog.messages[0]
+            assert "refitted to within 0%: attention x 3.00" in caplog.messages[0]
+            assert caplog.messages[1].startswith("The last 1 steps: ")

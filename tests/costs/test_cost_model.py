@@ -120,3 +120,12 @@ def test_agrees_with_the_independent_judge() -> None:
         groups = (Group((0, 1), (0, 2)), Group((2,), (1, 3)), Group((3,), (4,)))
         plan = Plan(4, (MicroBatch(groups),))
         assert ours.plan_seconds(plan, lengths) == pytest.approx(judge.plan_seconds(plan.to_dict(), lengths, theirs))
+
+
+def test_where_it_comes_from() -> None:
+    """Provenance and model survive JSON; a file without them is read, and written, as before; others are refused."""
+    known = a_cost_model(provenance="measured", model="llama of 2 layers")
+    assert CostModel.from_dict(json.loads(json.dumps(known.to_dict()))) == known
+    assert not {"provenance", "model"} & set(a_cost_model().to_dict())
+    with pytest.raises(ConfigError, match="provenance is 'guessed'; choose one of estimated, measured, refitted"):
+        a_cost_model(provenance="guessed")

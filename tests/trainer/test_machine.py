@@ -14,8 +14,8 @@ from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding
-from hf_hetero.trainer.checkpoint import KEPT_COST_MODEL, RUN_FILE, keep_cost_model, kept_cost_model
-from hf_hetero.trainer.machine import set_up
+from hf_hetero.trainer.checkpoint import RUN_FILE
+from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, keep_cost_model, kept_cost_model, set_up
 
 
 def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_keeping(tmp_path: Path) -> None:
     checkpoint = Path(checkpoint_of(tmp_path, 2, a_cost_model()))
     data = json.loads((checkpoint / KEPT_COST_MODEL).read_text())
     assert (data["format"], data["num_ranks"]) == ("hf-hetero-cost/1", 2)
-    assert kept_cost_model(str(checkpoint), 2) == a_cost_model()
+    assert kept_cost_model(str(checkpoint), 2) == Kept(a_cost_model(), None)
     assert kept_cost_model(None, 2) is None
 
 

@@ -1,0 +1,1 @@
+"""This room measures a cost model."""

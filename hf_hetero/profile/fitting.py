@@ -1,0 +1,148 @@
+"""This module finds the cost model that measured groups follow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_hetero.costs import CostModel
+from hf_hetero.costs.least_squares import nonnegative_least_squares
+from hf_hetero.profile.trials import Trial
+
+Floats = NDArray[np.float64]
+
+LEAST_SHARE = 0.1
+"""Least of a measured part, by its estimate, if all of that is scaled alike: nothing that computes is free."""
+FREE_BYTES_PER_S = 1e15
+"""Bandwidth of an exchange that was too short to be noticed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A `Measured` is a trial with its seconds.
+
+    Args:
+        trial: the group.
+        num_layers: of the model that was timed.
+        seconds: of a forward and backward pass.
+    """
+
+    trial: Trial
+    num_layers: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A `Fitted` is a cost model, and how far each measured group is from it.
+
+    Args:
+        cost_model: of the whole model.
+        errors: |predicted / measured - 1| of each group.
+    """
+
+    cost_model: CostModel
+    errors: Floats
+
+
+class _Columns:
+    """`_Columns` are the unknowns of a fit, by name: what each measured group holds of them, shape (num_groups,)."""
+
+    def __init__(self, measured: Sequence[Measured], estimate: CostModel) -> None:
+        def column(entries: Sequence[float]) -> Floats:
+            return np.array(entries, dtype=np.float64)
+
+        trials = [one.trial for one in measured]
+        layers = column([one.num_layers for one in measured])
+        tokens = column([sum(trial.lengths) / trial.degree for trial in trials])
+        squares = [sum(s * s for s in t.lengths) / t.degree * estimate.head_imbalance(t.degree) for t in trials]
+        pairs = column(squares)
+        self.by_name = {"attention": layers * pairs, "linear": layers * tokens, "fixed": layers}
+        if len(set(layers.tolist())) > 1:  # else what stands outside of the layers cannot be told from them
+            self.by_name |= {"linear outside": tokens, "fixed outside": np.ones(len(trials))}
+        for degree in sorted({trial.degree for trial in trials} - {1}):
+            here = column([float(trial.degree == degree) for trial in trials])
+            self.by_name |= {f"exchange {degree}": here * layers * tokens, f"latency {degree}": here * layers}
+        for policy in sorted({trial.activations for trial in trials if trial.activations is not None}):
+            here = column([float(trial.activations == policy) for trial in trials])
+            self.by_name |= {f"attention {policy}": here * layers * pairs, f"linear {policy}": here * layers * tokens}
+
+    def solved(self, seconds: Floats) -> tuple[dict[str, float], Floats]:
+        """Return the unknowns, none below 0, for which relative errors are least, and these errors."""
+        # each group counts alike, not the longest most; what disturbed the machine, medians have left out
+        relative = np.stack(list(self.by_name.values()), axis=1) / seconds[:, None]
+        found = nonnegative_least_squares(relative, np.ones(len(seconds)))
+        return dict(zip(self.by_name, found.tolist(), strict=True)), np.abs(relative @ found - 1)
+
+
+def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -> Fitted:
+    """Return the estimate with the seconds that were measured in the place of its own.
+
+    What was not measured, such as the exchange of more ranks than there were, is scaled as the nearest that was.
+
+    Args:
+        measured: groups of models of some layers, of one number or of several.
+        estimate: of the whole model.
+        num_layers: of the whole model.
+    """
+    seconds = np.array([one.seconds for one in measured])
+    x, errors = _Columns(measured, estimate).solved(seconds)
+    attention = num_layers * x["attention"]
+    linear = num_layers * x["linear"] + x.get("linear outside", 0.0)
+    fixed_s = num_layers * x["fixed"] + x.get("fixed outside", 0.0)
+    alone = replace(
+        estimate,
+        attention_s_per_token2=attention,
+        linear_s_per_token=linear,
+        micro_batch_s=fixed_s,
+        activation_policies={},
+    )
+    lengths = [one.trial.lengths for one in measured if one.trial.activations is None and one.trial.degree == 1]
+    slower = float(np.median([alone.seconds(some, 1) / estimate.seconds(some, 1) for some in lengths]))
+    attention = max(attention, LEAST_SHARE * slower * estimate.attention_s_per_token2)
+    linear = max(linear, LEAST_SHARE * slower * estimate.linear_s_per_token)
+    bandwidths, latencies = _exchanges(x, estimate, num_layers)
+    policies = {
+        name: replace(
+            policy,
+            attention_s_per_token2=attention + num_layers * x[f"attention {name}"],
+            linear_s_per_token=linear + num_layers * x[f"linear {name}"],
+        )
+        if f"attention {name}" in x
+        else replace(
+            policy,
+            attention_s_per_token2=policy.attention_s_per_token2 * attention / estimate.attention_s_per_token2,
+            linear_s_per_token=policy.linear_s_per_token * linear / estimate.linear_s_per_token,
+        )
+        for name, policy in estimate.activation_policies.items()
+    }
+    cost = replace(
+        estimate,
+        attention_s_per_token2=attention,
+        linear_s_per_token=linear,
+        micro_batch_s=fixed_s,
+        all_to_all_bytes_per_s=bandwidths,
+        all_to_all_latency_s=latencies,
+        activation_policies=policies,
+        provenance="measured",
+    )
+    return Fitted(cost, errors)
+
+
+def _exchanges(x: dict[str, float], estimate: CostModel, num_layers: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Return bandwidths and latencies by degree."""
+    bandwidths, latencies = dict(estimate.all_to_all_bytes_per_s), dict(estimate.all_to_all_latency_s)
+    known = [degree for degree in bandwidths if f"exchange {degree}" in x]
+    for degree in bandwidths:
+        if degree in known:
+            token_s = num_layers * x[f"exchange {degree}"]
+            bandwidths[degree] = min(FREE_BYTES_PER_S, estimate.all_to_all_bytes_per_token / max(token_s, 1e-30))
+            latencies[degree] = num_layers * x[f"latency {degree}"]
+    for degree in set(bandwidths) - set(known):
+        if known:
+            near = min(known, key=lambda other: abs(other - degree))
+            bandwidths[degree] *= bandwidths[near] / estimate.all_to_all_bytes_per_s[near]
+    return bandwidths, latencies
