@@ -63,6 +63,10 @@ class StepClock:
         self._spans = []
         return seconds
 
+    def forget(self) -> None:
+        """Forget the micro-batches since the last reading: the step begins again."""
+        self._spans = []
+
     def peak_bytes(self) -> int:
         """Return the most bytes allocated at a time since the step began; 0 where they are not counted."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0

@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
+from hf_hetero.costs.out_of_memory import no_more_than
 from hf_hetero.estimate import estimate, memory
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.model.activations import Activations
@@ -82,10 +83,11 @@ def set_up(
     speed = _speed(shape, args.device, dtype)
 
     def make() -> CostModel:
-        if hetero.cost_model:
-            return restricted(CostModel.load(hetero.cost_model), hetero, world, heads, policies)
-        if (resumed := kept_cost_model(checkpoint, world)) is not None:
-            return restricted(resumed, hetero, world, heads, policies)
+        resumed = kept_cost_model(checkpoint, world)
+        if (given := CostModel.load(hetero.cost_model) if hetero.cost_model else resumed) is not None:
+            cost = restricted(given, hetero, world, heads, policies)
+            # what has proven too much stays so, whatever a file or a setting says
+            return no_more_than(cost, resumed) if resumed is not None and resumed.ran_out else cost
         spread = None
         if sharding.is_sharded:
             spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
