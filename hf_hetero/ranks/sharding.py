@@ -189,7 +189,7 @@ def can_begin_anew(model: torch.nn.Module) -> bool:
 
 
 def leave_step(model: torch.nn.Module) -> None:
-    """Have a wrapper forget a forward or backward pass that came to no end; DDP does the rest as exchanges are moved."""
+    """Have a wrapper forget a pass that came to no end; DDP does the rest as its exchanges are moved."""
     model = _inside(model)
     if isinstance(model, DistributedDataParallel):
         # as after a whole step: ranks that left in different micro-batches would not agree to share buffers in the next

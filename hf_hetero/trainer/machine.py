@@ -102,17 +102,19 @@ def set_up(
     cost = broadcast(make, messengers.control)
     messengers.close()
     if args.process_index == 0:
-        _log_cost_model(cost, world, heads)
+        _log_cost_model(cost, world, heads, args.device)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, checkpoint)
 
 
-def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int) -> None:
+def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, device: torch.device) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
     degrees = ", ".join(map(str, cost.degrees(num_ranks)))
     extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
     tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
     logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
+    if advice := memory.allocator_advice(device):
+        logger.warning("%s", advice)
     if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:
         logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", num_heads, uneven)
 

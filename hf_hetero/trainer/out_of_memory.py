@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from transformers import Trainer
 from hf_hetero.costs.out_of_memory import fits, room_left, with_room
 from hf_hetero.data.training_steps import TrainingData
 from hf_hetero.errors import ConfigError, HeteroError, InfeasibleBatch
+from hf_hetero.estimate.memory import allocator_advice
 from hf_hetero.model.rewind import Before
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import gather, gather_objects
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 MOST_REPEATS = 20
 """After so many a step is given up; by then ranks would hold an eighth of what they did."""
-ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Variables that torch's allocator reads, the new name and the old one."""
-
 Compute = Callable[[StepBatch, range, Callable[[int], None]], torch.Tensor]
 """Micro-batches of a step, and what is told the number of each before it begins -> this rank's part of the loss."""
 
@@ -198,11 +195,10 @@ class Attempt:
         if self.trainer.args.process_index == 0:
             logger.warning(
                 "%s. A rank now holds %s tokens at most, %s before; the step is planned anew and repeated, and so are "
-                "all after it. %s%s",
+                "all after it. To start with that: HeteroConfig.max_tokens_per_rank. %s",
                 held,
                 f"{self.between.cost_model.capacity_tokens:,}",
                 f"{cost.capacity_tokens:,}",
-                "To start with that: HeteroConfig.max_tokens_per_rank.",
                 allocator_advice(self.trainer.args.device),
             )
 
@@ -276,14 +272,6 @@ def move_exchanges(exchanges: Sequence[Exchange], model: torch.nn.Module, run: P
     for exchange in exchanges:
         exchange.set(run.groups.carried[exchange.ranks])
     run.groups.include([*sharding.groups_of(model), *run.groups.carried.values()])
-
-
-def allocator_advice(device: torch.device) -> str:
-    """Return what would lose less memory between tensors, for a message; nothing where it is done, or has no use."""
-    told = any("expandable_segments" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
-    if device.type != "cuda" or told:
-        return ""
-    return f" {ALLOCATOR_SETTINGS[0]}=expandable_segments:True in the environment lets torch lose less between tensors."
 
 
 def _known_to_all(error: HeteroError) -> HeteroError:

@@ -37,7 +37,7 @@ from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_a
 from hf_hetero.trainer.fitting import Fitted, choose_kernel, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
-from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words
+from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
 class HeteroTrainerMixin(Trainer):
@@ -263,12 +263,12 @@ class HeteroTrainerMixin(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; several datasets share the groups."""
-        with self._between_runs.running():
+        with self._between_runs.running(), evaluating_in_words():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict as `Trainer.predict` does."""
-        with self._between_runs.running():
+        with self._between_runs.running(), evaluating_in_words():
             return super().predict(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
