@@ -154,9 +154,7 @@ def allocator_advice(device: torch.device) -> str:
     told = any("expandable_segments" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
     if device.type != "cuda" or told:
         return ""
-    return (
-        f"Set {ALLOCATOR_SETTINGS[0]}=expandable_segments:True before the start: less memory lies between tensors."
-    )
+    return f"Set {ALLOCATOR_SETTINGS[0]}=expandable_segments:True before the start: less memory lies between tensors."
 
 
 def host_memory_bytes(device: torch.device, ranks_on_node: int) -> int | None:

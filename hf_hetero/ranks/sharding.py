@@ -198,8 +198,10 @@ def leave_step(model: torch.nn.Module) -> None:
         return
     for group in _param_groups(model):
         group._all_gather_result = None  # it would wait for an exchange that has failed
-        for param in group.fsdp_params:
+        for param in group.fsdp_params:  # what adds up until gradients are synchronised
             param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
     if _states(model)[0]._is_root is not None:  # its first forward pass has begun
         model.reset_iter_state()
 

@@ -92,9 +92,7 @@ class Streamed(IterableDataset[Any]):
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Train with a memory that ends; what it learned, its reports, and the capacity at its end."""
     case = dict(case)
-    import faulthandler
 
-    faulthandler.dump_traceback_later(60, exit=False)
     world = dist.get_world_size() if dist.is_initialized() else 1
     model = tiny_model(dtype=torch.float64, num_hidden_layers=3)
     limit_memory(
@@ -116,7 +114,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
 
     accumulation = case.get("gradient_accumulation_steps", 1)
     options: dict[str, Any] = {"per_device_train_batch_size": BATCH // world // accumulation, **case}
-    hetero = HeteroConfig(**{"max_tokens_per_rank": 90, "group_timeout_s": 40.0, **options.pop("hetero", {})})
+    hetero = HeteroConfig(**{"max_tokens_per_rank": 90, "group_timeout_s": 100.0, **options.pop("hetero", {})})
     data: Any = Streamed() if options.pop("stream", False) else samples(LENGTHS)
     found = trained(model, data, Trainer, hetero, callbacks=[reports], **options)
     return {**found, "reports": reports.found, "capacity": kept[0].cost_model.capacity_tokens}
