@@ -79,6 +79,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.evaluation",
         "trainer.fitting",
         "trainer.machine",
+        "trainer.out_of_memory",
         "trainer.predictions",
         "trainer.run",
         "trainer.stopping",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +27,15 @@ from helpers import (
 )
 from torch.utils.data import IterableDataset
 
-from hf_hetero import HeteroConfig, HeteroTrainer
+from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, InfeasibleBatch
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.plan import StepReport
+from hf_hetero.trainer import out_of_memory
 
 NUM_STEPS = 4
 BATCH = 12
+WIDE = {"intermediate_size": 2048}
+"""Weights of a layer take more than a bucket of gradients."""
 STEPS = trainer_order(len(LENGTHS), BATCH, 7, NUM_STEPS)
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 
@@ -55,7 +59,7 @@ def limit_memory(model: Any, rank: int, tokens: int, where: str, layer: int = 1)
         model: of transformers.
         rank: whose memory it is; -1: no rank's.
         tokens: that fit.
-        where: forward | backward.
+        where: forward | backward | host, which is a forward pass on a CPU.
         layer: which one.
     """
     if rank != (dist.get_rank() if dist.is_initialized() else 0):
@@ -66,6 +70,8 @@ def limit_memory(model: Any, rank: int, tokens: int, where: str, layer: int = 1)
             return output
         if where == "backward":
             return RunsOut.apply(output)
+        if where == "host":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     model.model.layers[layer].register_forward_hook(full)
@@ -94,7 +100,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
 
     world = dist.get_world_size() if dist.is_initialized() else 1
-    model = tiny_model(dtype=torch.float64, num_hidden_layers=3)
+    model = model_of(case.pop("model", {}))
     limit_memory(
         model,
         case.pop("rank"),
@@ -105,24 +111,30 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if case.pop("fsdp2", False):
         shard_on_cpu()
         case |= FSDP
-    reports, kept = Reports(), list[Any]()
+    reports, kept, also = Reports(), list[Any](), case.pop("also", [])
 
     class Trainer(HeteroTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             kept.append(self)
+            for callback in also:
+                callback.trainer = self
             return super().train(*args, **kwargs)
 
     accumulation = case.get("gradient_accumulation_steps", 1)
     options: dict[str, Any] = {"per_device_train_batch_size": BATCH // world // accumulation, **case}
     hetero = HeteroConfig(**{"max_tokens_per_rank": 90, "group_timeout_s": 100.0, **options.pop("hetero", {})})
     data: Any = Streamed() if options.pop("stream", False) else samples(LENGTHS)
-    found = trained(model, data, Trainer, hetero, callbacks=[reports], **options)
+    found = trained(model, data, Trainer, hetero, callbacks=[reports, *also], **options)
     return {**found, "reports": reports.found, "capacity": kept[0].cost_model.capacity_tokens}
 
 
-def check_learned(found: Sequence[dict[str, Any]], repeats: bool = True) -> None:
+def model_of(changes: dict[str, Any]) -> Any:
+    return tiny_model(dtype=torch.float64, **{"num_hidden_layers": 3, **changes})
+
+
+def check_learned(found: Sequence[dict[str, Any]], changes: dict[str, Any] = {}) -> None:  # noqa: B006
     """Each rank has the weights and the losses of plain training, and has seen each sample of each step once."""
-    expected = reference_steps(tiny_model(dtype=torch.float64, num_hidden_layers=3), samples(LENGTHS), STEPS)
+    expected = reference_steps(model_of(changes), samples(LENGTHS), STEPS)
     for rank in found:
         assert largest_difference(rank["weights"], expected["weights"]) < 1e-12
         losses = [entry["loss"] for entry in rank["logs"] if "loss" in entry]
@@ -131,7 +143,8 @@ def check_learned(found: Sequence[dict[str, Any]], repeats: bool = True) -> None
         for report, rows in zip(rank["reports"], STEPS, strict=True):
             assert sorted(report.lengths) == sorted(LENGTHS[row] for row in rows)
             assert report.plan.num_samples == len(rows)
-        assert (rank["capacity"] < 90) == repeats
+        assert rank["capacity"] < 90
+        assert any(report.repeats for report in rank["reports"])
         assert rank["capacity"] == found[0]["capacity"]
 
 
@@ -140,7 +153,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process, backward": (1, {"where": "backward"}),
     "forward": (2, {"rank": 1}),
     "backward": (2, {"rank": 1, "where": "backward"}),
-    "first layer": (2, {"layer": 0}),
+    "first layer, of the host": (2, {"layer": 0, "where": "host"}),
     "last layer's backward": (2, {"layer": 2, "where": "backward"}),
     "four ranks": (4, {"rank": 2, "where": "backward", "tokens": 20}),
     "accumulated": (2, {"rank": 1, "gradient_accumulation_steps": 3}),
@@ -165,3 +178,107 @@ def test_goes_on(name: str) -> None:
     """Weights, losses and samples are those of plain training, whoever ran out of memory, where, and how often."""
     num_ranks, case = CASES[name]
     check_learned(of_ranks(num_ranks, {"rank": 0, **case}))
+
+
+class RunsOutOnce(StepReportCallback):
+    """Memory runs out once on a rank, in the backward pass of a step's last micro-batch, after most of its gradients.
+
+    By then the exchange of gradients has begun.
+    """
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+        self.trainer: Any = None
+        self.num_seen = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step + 1 != self.step or args.process_index != self.rank:
+            return
+
+        num_micro_batches = len(self.trainer._training.step.batch.micro_batches)
+
+        def note(_: torch.Tensor) -> None:
+            self.num_seen += 1
+            if self.num_seen == num_micro_batches:
+                handle.remove()
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        handle = model.model.layers[0].mlp.down_proj.weight.register_post_accumulate_grad_hook(note)
+
+
+def run_once(failing: int) -> dict[str, Any]:
+    """Several micro-batches a step, and several buckets of gradients."""
+    callback = RunsOutOnce(failing, 2)
+    hetero = {"max_tokens_per_rank": 60}
+    found = run({"rank": -1, "hetero": hetero, "also": [callback], "ddp_bucket_cap_mb": 1, "model": WIDE})
+    return {**found, "seen": callback.num_seen}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_the_exchange_of_gradients_has_begun(failing: int) -> None:
+    """Some gradients of the step are exchanged already when a rank's memory runs out: they are forgotten, by all."""
+    found = run_ranks(run_once, 2, failing)
+    check_learned(found, WIDE)
+    for rank in found:
+        assert [report.repeats for report in rank["reports"]] == [0, 1, 0, 0]
+    assert found[failing]["seen"] > 1
+    assert found[1 - failing]["seen"] == 0
+
+
+def test_what_ran_out_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of weights and losses fails if gradients of the step that was left stay where they were."""
+    monkeypatch.setattr("hf_hetero.model.rewind.Before.restore", lambda self: None)
+    with pytest.raises(AssertionError):
+        check_learned([run({"rank": 0, "where": "backward", "layer": 0, "tokens": 66})])
+
+
+def test_resumed(tmp_path: Path) -> None:
+    """A run that goes on from a checkpoint holds what memory held before, whatever the settings say, and never less."""
+    folder = str(tmp_path)
+    stopped = {"output_dir": folder, "save_strategy": "steps", "save_steps": 2, "rank": 1}
+    check_learned(run_ranks(run, 2, stopped))
+    again = run_ranks(run, 2, {**stopped, "resume": f"{folder}/checkpoint-2", "tokens": 1000})
+    expected = reference_steps(model_of({}), samples(LENGTHS), STEPS)
+    for rank in again:
+        assert largest_difference(rank["weights"], expected["weights"]) < 1e-12
+        assert rank["capacity"] <= 39
+        assert [report.repeats for report in rank["reports"]] == [0, 0]
+
+
+def no_room(tokens: int) -> str:
+    try:
+        run({"rank": 1, "tokens": tokens})
+    except InfeasibleBatch as error:
+        return str(error)
+    return "trained"
+
+
+def test_no_plan_is_left() -> None:
+    """Where the longest sample has no room on all ranks together, each of them says so, with what could be done."""
+    for said in run_ranks(no_room, 2, 20):
+        assert "has no room in what memory held since it ran out" in said
+        assert "64 tokens" in said
+        assert "more ranks" in said
+
+
+def test_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was repeated too often ends the run in words; so does memory that holds no token."""
+    with monkeypatch.context() as patch:
+        patch.setattr(out_of_memory, "MOST_REPEATS", 2)
+        with pytest.raises(HeteroError, match=r"Step 1, .*: rank 0 ran out of memory with .*, after 2 repeats"):
+            run({"rank": 0, "tokens": 0})
+    with pytest.raises(InfeasibleBatch, match=r"has no room in what memory held|cannot hold fewer"):
+        run({"rank": 0, "tokens": 0})
+
+
+def test_gradients_of_before_are_not_repeated() -> None:
+    """A step that adds to gradients which are there already cannot begin again: torch's error stands, in words."""
+    model = tiny_model(dtype=torch.float64)
+    limit_memory(model, 0, 10, "forward")
+
+    class Adds(StepReportCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+
+    with pytest.raises(torch.OutOfMemoryError, match="Step 1: this rank ran out of memory"):
+        trained(model, samples(LENGTHS), HeteroTrainer, HeteroConfig(), callbacks=[Adds()])
