@@ -6,6 +6,9 @@ more than so many tokens: as real memory, it does so again for as long as a plan
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,3 +285,44 @@ def test_gradients_of_before_are_not_repeated() -> None:
 
     with pytest.raises(torch.OutOfMemoryError, match="Step 1: this rank ran out of memory"):
         trained(model, samples(LENGTHS), HeteroTrainer, HeteroConfig(), callbacks=[Adds()])
+
+
+LIMITED = """
+import resource, sys, tempfile
+import torch
+sys.path.insert(0, sys.argv[1])
+from helpers import arguments, samples, tiny_model
+from hf_hetero import HeteroConfig, HeteroTrainer
+
+torch.set_num_threads(1)
+size = dict(hidden_size=256, intermediate_size=1024, num_attention_heads=8, head_dim=32, max_position_embeddings=8192)
+model = tiny_model(vocab_size=97, num_hidden_layers=6, **size)
+lengths = [1500] * 24
+with tempfile.TemporaryDirectory() as folder:
+    args = arguments(folder, 1, global_batch=12, max_steps=2)
+    hetero = HeteroConfig(max_tokens_per_rank=18_000, solver="fast", activation_policies=[])
+    trainer = HeteroTrainer(model=model, args=args, train_dataset=samples(lengths), hetero=hetero)
+
+    class Limit(type(trainer.callback_handler.callbacks[0])):
+        def on_step_begin(self, *_, **__):
+            held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), resource.RLIM_INFINITY))
+
+    trainer.add_callback(Limit)
+    trainer.train()
+    print("CAPACITY", trainer.cost_model.capacity_tokens, trainer.state.global_step)
+"""
+
+
+@pytest.mark.slow
+def test_real_memory() -> None:
+    """A process whose address space ends gets the error of torch's own allocator, and trains on with fewer tokens."""
+    tests = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tests], capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [(capacity, steps)] = re.findall(r"CAPACITY (\d+) (\d+)", done.stdout)
+    assert int(steps) == 2
+    assert int(capacity) < 18_000, "memory did not run out"
+    assert "can't allocate memory" in done.stderr or "not enough memory" in done.stderr
