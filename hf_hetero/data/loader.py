@@ -82,14 +82,14 @@ def training_data(
         first=lambda: (global_step() // num_steps, 0 if args.ignore_data_skip else global_step() % num_steps),
         begin=partial(epochs.begin, forget=plans.forget),
     )
-    collate = with_column(collate, epochs.column)
-    loader = step_loader(rows, step_sampler, collate, args, is_training=True)
+    informed = with_column(collate, epochs.column)
+    loader = step_loader(rows, step_sampler, informed, args, is_training=True)
     order: dict[str, Any] = {**batches.to_dict(), **epochs.content}
     if not rows.changes_with_epochs:
         order["contents"] = broadcast(lambda: contents_of(dataset, len(rows)), planning.control)
 
     def read(step: Step) -> StepBatch:
-        return collate(rows.__getitems__(StepShare(step, rank)))
+        return informed(rows.__getitems__(StepShare(step, rank)))
 
     return TrainingData(loader, plans, order, read)
 

@@ -157,29 +157,40 @@ class Exchange:
 
     Args:
         ranks: of the group.
-        group: that it had at first.
         set: puts another one of the same ranks there. The wrapper then is in no step.
+        put_back: puts the first one back.
     """
 
     ranks: tuple[int, ...]
-    group: ProcessGroup
     set: Callable[[ProcessGroup], None]
-
-    def put_back(self) -> None:
-        """Put the first group back."""
-        self.set(self.group)
+    put_back: Callable[[], None]
 
 
 def exchanges_of(model: torch.nn.Module) -> list[Exchange]:
     """Return the exchanges of a wrapper, in a step."""
     model = _inside(model)
-    places: list[tuple[Any, Callable[[ProcessGroup], None]]] = []
+    places: list[tuple[Any, Callable[[ProcessGroup], None], Callable[[], None]]] = []
     if isinstance(model, DistributedDataParallel):
         # torch's own way to other groups; it also forgets a reduction that has begun
-        places.append((model.process_group, model._update_process_group))  # pyright: ignore[reportPrivateUsage]
+        move = model._update_process_group  # pyright: ignore[reportPrivateUsage]
+        places.append((model.process_group, move, partial(_put_back, model, model.process_group)))
     for mesh, name in _places(model):
-        places.append((getattr(mesh, name), partial(setattr, mesh, name)))
-    return [Exchange(tuple(dist.get_process_group_ranks(group)), group, move) for group, move in places]
+        group, move = getattr(mesh, name), partial(setattr, mesh, name)
+        places.append((group, move, partial(move, group)))
+    found = [Exchange(tuple(dist.get_process_group_ranks(group)), move, back) for group, move, back in places]
+    return [exchange for exchange in found if len(exchange.ranks) > 1]
+
+
+def _put_back(model: Any, group: Any) -> None:
+    """Give DDP its first group back, and nothing of another one left."""
+    model._update_process_group(group)
+    if model.find_unused_parameters:
+        # its reducer keeps the last exchange of which parameters were used, and with it that group's connections: make
+        # another, as DDP itself does when it comes out of a pickle
+        model.reducer._remove_autograd_hooks()
+        parameters, is_sparse = model._build_params_for_reducer()
+        names = model._build_debug_param_to_name_mapping(parameters)
+        model._ddp_init_helper(parameters, is_sparse, names, model.static_graph)
 
 
 def can_begin_anew(model: torch.nn.Module) -> bool:
