@@ -36,7 +36,7 @@ def test_a_late_plan_is_said() -> None:
 
 
 def test_memory_that_ran_out_is_said(tmp_path: Path) -> None:
-    """How often a step was planned anew, and the most memory that lay unused; nothing of either where there was none."""
+    """How often a step was planned anew, and the most memory that lay unused; nothing where there was none."""
     assert "memory" not in step_line(REPORT)
     assert "ran out of memory, planned anew 2x" in step_line(replace(REPORT, repeats=2))
     callback = PlanMetricsCallback()

@@ -35,11 +35,10 @@ def test_all_is_as_before() -> None:
     for _ in range(3):
         loss = model(torch.arange(2.0) + 1)
         loss.backward()
-        trainer._metrics["train"]["loss"].append(float(loss))
+        trainer._metrics["train"]["loss"].append(loss.item())
         assert model.weight.grad is not None
-        found.append(
-            (loss.tolist(), model.weight.grad.tolist(), trainer._metrics["train"]["loss"], model.calls.tolist())
-        )
+        counts = trainer._metrics["train"]["loss"], model.calls.tolist()
+        found.append((loss.item(), model.weight.grad.tolist(), *counts))
         before.restore()
         assert model.weight.grad is None
         assert (model.calls.tolist(), model.last.tolist()) == ([0.0], [0.0, 0.0])
