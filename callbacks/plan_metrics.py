@@ -94,6 +94,7 @@ def record_path(args: TrainingArguments) -> Path:
 def step_line(report: StepReport) -> str:
     """Say one step in one line, and whether its plan was late."""
     late = f"  waited {report.plan_wait_s:.2f} s for its plan" if report.plan_wait_s >= LATE_S else ""
+    late += f"  ran out of memory, planned anew {report.repeats}x" if report.repeats else ""
     idle = "" if report.idle_share is None else f"  idle {report.idle_share:4.0%}"
     return (
         f"step {report.step:>4}  {describe_degrees(report.plan):<28}  planned {report.plan.seconds:7.3f} s  "
@@ -121,6 +122,7 @@ class _Totals:
         self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
         self.load = self.worst_load = 0.0
+        self.num_repeats = self.unused_bytes = 0
         self.is_lockstep = False
         self.degrees: dict[int, int] = {}
 
@@ -139,6 +141,8 @@ class _Totals:
         self.load += sum(report.expert_load)
         self.worst_load = max((self.worst_load, *report.expert_load))
         self.is_lockstep = report.is_lockstep
+        self.num_repeats += report.repeats
+        self.unused_bytes = max(self.unused_bytes, report.unused_bytes)
         for group in report.plan.groups:
             self.degrees[group.degree] = self.degrees.get(group.degree, 0) + len(group.samples)
 
@@ -155,6 +159,10 @@ class _Totals:
             means["hetero/idle_share"] = self.idle_share / self.num_idle
         if self.num_loads:
             means |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        if self.unused_bytes:
+            means["hetero/unused_gib"] = self.unused_bytes / 2**30
+        if self.num_repeats:
+            means["hetero/repeats"] = float(self.num_repeats)
         return means
 
     def summary(self) -> str:

@@ -238,6 +238,9 @@ class StepReport:
             not measured.
         is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
         expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
+        unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
+            tensors; 0 where it is not measured.
+        repeats: how often the step was planned for less memory, and begun again, because memory had run out.
     """
 
     step: int
@@ -251,6 +254,8 @@ class StepReport:
     peak_bytes: int = 0
     is_lockstep: bool = False
     expert_load: tuple[float, ...] = ()
+    unused_bytes: int = 0
+    repeats: int = 0
 
     @property
     def num_tokens(self) -> int:

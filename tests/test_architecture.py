@@ -86,6 +86,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.evaluation",
         "trainer.fitting",
         "trainer.machine",
+        "trainer.out_of_memory",
         "trainer.predictions",
         "trainer.reporting",
         "trainer.run",

@@ -55,6 +55,7 @@ class CostModel:
         ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
+        ran_out: 1: its memory is what was tried next after a rank had run out of it; None: none has.
         name, source: what was measured, where, and how.
         provenance: where the seconds come from, one of `ranges.PROVENANCES`; None: whoever wrote the file knows.
         model: which model it was made for, in words (`estimate.subject`); None: any.
@@ -80,6 +81,7 @@ class CostModel:
     ring_overlap: float = 0.0
     activation_policies: Mapping[str, ActivationPolicy] = field(default_factory=dict[str, ActivationPolicy])
     host_memory_bytes_per_rank: float | None = None
+    ran_out: int | None = None
     name: str = ""
     source: str = ""
     provenance: str | None = None
@@ -266,9 +268,8 @@ class CostModel:
 
     def with_degrees(self, degrees: Iterable[int]) -> CostModel:
         """Return the same machine, offering only these degrees (and 1)."""
-        offered = set(degrees)
-        bandwidths = {d: v for d, v in self.all_to_all_bytes_per_s.items() if d in offered}
-        return replace(self, all_to_all_bytes_per_s=bandwidths)
+        speeds, offered = self.all_to_all_bytes_per_s, set(degrees)
+        return replace(self, all_to_all_bytes_per_s={d: v for d, v in speeds.items() if d in offered})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form (format hf-hetero-cost/1)."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,48 +26,17 @@ from hf_hetero.data.sampler import GlobalBatches, Order, StepDataset, StepSample
 from hf_hetero.data.streams.dealing import DealtDataset, StreamSampler
 from hf_hetero.data.streams.reading import Position, Reading
 from hf_hetero.data.streams.stream import Stream, check_whole, num_rows_of
+from hf_hetero.data.training_steps import TrainingData
 from hf_hetero.data.workers import end_with_this_process
 from hf_hetero.errors import ConfigError
 from hf_hetero.ranks.agreement import broadcast, gather
 from hf_hetero.samples.samples import Drawn, Samples
+from hf_hetero.step import Step, StepBatch, StepShare
 
 logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16
 """Rows among which two of different lengths are sought."""
-
-
-@dataclass(slots=True)
-class TrainingData:
-    """`TrainingData` is what a run trains on.
-
-    Args:
-        loader: its items are planned steps. Trainer never sees it, so accelerate does not deal them out among ranks.
-        plans: where they come from.
-        order: what decides which samples make which step, to be compared when a checkpoint is resumed.
-        stream: what reads a dataset that can only be iterated; on rank 0 only.
-        entered: where a stream goes on, on all ranks; None: at its start, or a checkpoint does not say.
-    """
-
-    loader: DataLoader[Any]
-    plans: PlanAhead
-    order: dict[str, Any]
-    stream: Stream | None = None
-    entered: Position | None = None
-    _epoch: Any = None
-    _steps: Iterator[Any] = field(default_factory=lambda: iter(()))
-
-    def steps_of(self, epoch: object) -> Iterator[Any]:
-        """Return the steps left of the epoch that an object stands for; another object begins the next epoch."""
-        if epoch is not self._epoch:
-            self._epoch, self._steps = epoch, iter(self.loader)
-        return self._steps
-
-    def close(self) -> None:
-        """End what works in the background."""
-        self.plans.close()
-        if self.stream is not None:
-            self.stream.close()
 
 
 def training_data(
@@ -106,18 +74,24 @@ def training_data(
     num_steps = max(len(batches), 1)
     plans = PlanAhead(planning.source, epochs.draws, planning.num_ahead, planning.control)
     # `first` counts as `Trainer` does when it resumes
+    rank = args.process_index if planning.control is not None else 0
     step_sampler = StepSampler(
         batches,
         plans.step,
-        args.process_index if planning.control is not None else 0,
+        rank,
         first=lambda: (global_step() // num_steps, 0 if args.ignore_data_skip else global_step() % num_steps),
         begin=partial(epochs.begin, forget=plans.forget),
     )
-    loader = step_loader(rows, step_sampler, with_column(collate, epochs.column), args, is_training=True)
+    informed = with_column(collate, epochs.column)
+    loader = step_loader(rows, step_sampler, informed, args, is_training=True)
     order: dict[str, Any] = {**batches.to_dict(), **epochs.content}
     if not rows.changes_with_epochs:
         order["contents"] = broadcast(lambda: contents_of(dataset, len(rows)), planning.control)
-    return TrainingData(loader, plans, order)
+
+    def read(step: Step) -> StepBatch:
+        return informed(rows.__getitems__(StepShare(step, rank)))
+
+    return TrainingData(loader, plans, order, read)
 
 
 def streamed_data(
@@ -164,9 +138,15 @@ def streamed_data(
         skips=not args.ignore_data_skip,
         num_rows=num_rows,
         batch_size=batch_size,
+        num_kept=1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2),  # torch's own factor is 2
     )
-    loader = step_loader(DealtDataset(num_rows), sampler, collate, args, is_training=True)
-    return TrainingData(loader, plans, {"batch_size": batch_size}, stream, kept)
+    dealt = DealtDataset(num_rows)
+
+    def read(step: Step) -> StepBatch:
+        return collate(dealt.__getitems__(sampler.deal_again(step)))
+
+    loader = step_loader(dealt, sampler, collate, args, is_training=True)
+    return TrainingData(loader, plans, {"batch_size": batch_size}, read, stream, kept)
 
 
 def draws_of_stream(stream: Stream | None) -> Draws:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
 
+from hf_hetero.data.plan_sources import Closeable, PlanSource
+from hf_hetero.data.plan_sources import planned_elsewhere as planned_elsewhere
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
-from hf_hetero.planner import Planner, PlannerLost, PlannerProcess
+from hf_hetero.planner import PlannerLost
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.samples import Drawn
 from hf_hetero.step import Step
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 Key = tuple[int, int]
 """Epoch, and step within it."""
 
-PLANNING_NICENESS = 5
-IMPROVING_NICENESS = 19
 WORTH_REPLACING = 0.99
 """An improved plan is taken if it needs at most this share of the time: for less, runs had better be alike."""
 
@@ -45,113 +43,6 @@ class Draws:
 
     draw: Callable[[int, int], Drawn | None]
     after: Callable[[Key], Key | None]
-
-
-class PlanSource(Protocol):
-    """A plan source gives a run its plans: a `Planner` is one, and so is whatever asks planners elsewhere.
-
-    `plan` and `static` are called in one thread, `improve` in another, maybe at the same time. A source that has a
-    method `close` is closed when no more plans are wanted.
-    """
-
-    def plan(self, lengths: Sequence[int], /) -> Plan:
-        """Return the plan of a global batch, from the tokens of each of its samples.
-
-        Raises:
-            HeteroError: the batch itself cannot be planned.
-        """
-        ...
-
-    def static(self, lengths: Sequence[int], /) -> Plan:
-        """Return a simple plan of the batch; asked for when `plan` fails for another reason than the batch."""
-        ...
-
-    def improve(self, plan: Plan, lengths: Sequence[int], /) -> Plan:
-        """Return a plan of these lengths that is no slower than `plan`, or `plan`; called while there is time."""
-        ...
-
-
-@runtime_checkable
-class _Closeable(Protocol):
-    """A `_Closeable` source holds what must be given back, such as processes."""
-
-    def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PlansOfThisProcess:
-    """`PlansOfThisProcess` is a source that plans in the thread that asks, and improves nothing.
-
-    Args:
-        planner: asked anew for each plan.
-    """
-
-    planner: Callable[[], Planner]
-
-    def plan(self, lengths: Sequence[int]) -> Plan:
-        """Plan as `Planner.plan`."""
-        return self.planner().plan(lengths)
-
-    def static(self, lengths: Sequence[int]) -> Plan:
-        """Plan as `Planner.static`."""
-        return self.planner().static(lengths)
-
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """Return the plan as it is."""
-        return plan
-
-
-@dataclass(frozen=True, slots=True)
-class PlansOfProcesses:
-    """`PlansOfProcesses` is a source of two processes: one plans, the other improves and yields to all else.
-
-    Args:
-        planner: asked anew for each plan.
-        planning: plans.
-        improving: improves plans; None: they stay as they are.
-    """
-
-    planner: Callable[[], Planner]
-    planning: PlannerProcess
-    improving: PlannerProcess | None
-
-    def plan(self, lengths: Sequence[int]) -> Plan:
-        """Plan as `PlannerProcess.plan`."""
-        return self.planning.plan(lengths)
-
-    def static(self, lengths: Sequence[int]) -> Plan:
-        """Plan as `Planner.static`, in this process: it is asked when the other one has failed."""
-        return self.planner().static(lengths)
-
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """Improve as `PlannerProcess.improve`; a plan that was made before times were refitted stays as it is."""
-        if self.improving is None:
-            return plan
-        # `Planner.improve` refuses a plan whose seconds are another cost model's; after a refit that is no failure
-        seconds = self.planner().cost_model.plan_seconds(plan, lengths)
-        is_of_this_model = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
-        return self.improving.improve(plan, lengths) if is_of_this_model else plan
-
-    def close(self) -> None:
-        """End both processes."""
-        self.planning.close()
-        if self.improving is not None:
-            self.improving.close()
-
-
-def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlansOfProcesses:
-    """Return a source of plans from two processes, which start when they are first asked.
-
-    Args:
-        planner: asked anew for each plan.
-        improves: whether plans are improved while there is time.
-        limit_s: seconds that a plan, or an improvement, may take.
-    """
-    return PlansOfProcesses(
-        planner,
-        planning=PlannerProcess(planner, PLANNING_NICENESS, limit_s),
-        improving=PlannerProcess(planner, IMPROVING_NICENESS, limit_s) if improves else None,
-    )
 
 
 class PlanAhead:
@@ -195,6 +86,21 @@ class PlanAhead:
         # what fails on rank 0 is handed to all, too: raised there alone, it would leave the others to wait for a plan
         return broadcast(lambda: self._take(epoch, index), self._control)
 
+    def again(self, step: Step) -> Step:
+        """Return a step with a new plan, of the same samples, because memory holds less than its plan was made for.
+
+        Those that are ready already stay as they are. A collective of all ranks.
+
+        Raises:
+            HeteroError: the batch cannot be planned any more; raised on every rank.
+        """
+
+        def planned() -> Step:
+            assert self._worker is not None
+            return self._worker.submit(self._planned, step.epoch, step.index, step.drawn).result()
+
+        return broadcast(planned, self._control)
+
     def forget(self) -> None:
         """Drop the coming plans, because what they are for has changed, or what they cost."""
         with self._lock:
@@ -209,7 +115,7 @@ class PlanAhead:
             self._closed = True
             self._coming.clear()
             self._improved.clear()
-        if isinstance(self._source, _Closeable):
+        if isinstance(self._source, Closeable):
             self._source.close()  # before the threads: it ends the calls that they wait in
         for pool in (self._worker, self._improver):
             if pool is not None:
@@ -248,8 +154,10 @@ class PlanAhead:
     def _solve(self, epoch: int, index: int) -> Step | None:
         """Draw a step's samples and plan them; in the planning thread."""
         drawn = self._draws.draw(epoch, index)
-        if drawn is None:
-            return None
+        return None if drawn is None else self._planned(epoch, index, drawn)
+
+    def _planned(self, epoch: int, index: int, drawn: Drawn) -> Step:
+        """Plan the samples of a step; in the planning thread."""
         try:
             plan = self._source.plan(drawn.lengths)
         except HeteroError as error:

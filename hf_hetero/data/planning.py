@@ -11,7 +11,7 @@ import torch.distributed as dist
 from hf_hetero.collators.limits import Limits
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.data.plan_ahead import PlansOfThisProcess, PlanSource, planned_elsewhere
+from hf_hetero.data.plan_sources import PlansOfThisProcess, PlanSource, planned_elsewhere
 from hf_hetero.planner import Backend, Planner, Solver
 
 

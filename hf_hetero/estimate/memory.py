@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 
 import psutil
@@ -21,6 +22,8 @@ LEVERS: dict[str, dict[str, bool]] = {
     "offloaded": {"offloads": True},
 }
 """Ways to hold more tokens, each added to those before it, and what it changes in a `ModelShape`."""
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that torch's allocator reads: the name of now, and the one before torch 2.9."""
 COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVIDIA/nccl issues 864 and 964)
 
 
@@ -192,6 +195,14 @@ def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicator
 def usable_bytes(card_bytes: float, num_communicators: int) -> float:
     """Return what CUDA's context, the allocator's losses and communicators leave of a card; half of it at least."""
     return max(0.5 * card_bytes, 0.95 * card_bytes - num_communicators * COMMUNICATOR_BYTES)
+
+
+def allocator_advice(device: torch.device) -> str:
+    """Say how torch's allocator loses less of a GPU between tensors; nothing where it was told, or on a CPU."""
+    told = any("expandable_segments" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS)
+    if device.type != "cuda" or told:
+        return ""
+    return f"Set {ALLOCATOR_SETTINGS[0]}=expandable_segments:True before the start: less memory lies between tensors."
 
 
 def host_memory_bytes(device: torch.device, ranks_on_node: int) -> int | None:

@@ -63,9 +63,19 @@ class StepClock:
         self._spans = []
         return seconds
 
+    def forget(self) -> None:
+        """Forget the micro-batches since the last reading: the step begins again."""
+        self._spans = []
+
     def peak_bytes(self) -> int:
         """Return the most bytes allocated at a time since the step began; 0 where they are not counted."""
         return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def unused_bytes(self) -> int:
+        """Return the bytes that torch's allocator held at its peak beyond those of its peak of tensors; 0 as above."""
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_reserved(self._device) - torch.cuda.max_memory_allocated(self._device)
 
     def close(self) -> None:
         """Stop watching; the model is as before."""

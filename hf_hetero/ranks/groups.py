@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +12,10 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
+from hf_hetero.ranks.breaking import Alarm, Connections, break_off, connections, forsake, opened_since
+from hf_hetero.ranks.last_words import forget_errors as forget_errors
+from hf_hetero.ranks.last_words import job_store, why_gone
+from hf_hetero.ranks.last_words import tell as tell
 from hf_hetero.ranks.waits import WORD_AFTER_S, Waits
 from hf_hetero.topology import aligned_blocks
 
@@ -28,9 +31,6 @@ IN_HASTE = f" (now {GROUP_LIMIT} counts)"
 """At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
 SPEAKERS = (0, 1)
 """Ranks that do; one of them may be who is late."""
-PATIENCE_S = 2.0
-"""How long those who miss a rank look for its last words."""
-MOST_WORDS = 2000
 
 
 class GroupPool:
@@ -42,6 +42,9 @@ class GroupPool:
 
     Each group's first message is one of all its ranks, sent here. NCCL joins the ranks of a group by the first message,
     and where that is one of two ranks only, as in a ring, torch calls the behaviour undefined (`batch_isend_irecv`).
+
+    What is waited for within a step can be broken off (see `breaking`), and made anew (`mend`). So a wrapper's
+    exchanges go over groups of the pool, too (`carry`).
 
     A pool can be closed and opened again: each group keeps threads and file descriptors, and a process may train with
     many trainers, one after the other.
@@ -72,6 +75,11 @@ class GroupPool:
         self.control: dist.ProcessGroup | None = None
         self.waits: Waits | None = None
         """Of this rank within groups, while they are open."""
+        self.alarm: Alarm | None = None
+        """By which a rank has all others leave a step, while groups are open."""
+        self.carried: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        """The groups of a wrapper, by their ranks."""
+        self._connections: dict[dist.ProcessGroup, Connections] = {}
         self._limit = timedelta(seconds=timeout_s)
         self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
         self._others: tuple[dist.ProcessGroup, ...] = ()
@@ -88,10 +96,52 @@ class GroupPool:
         # every rank makes every group, also those that it is not in: torch numbers groups by the order of their making
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
-                self._groups[ranks] = _new_group(list(ranks), self._timeout_s)
-                if dist.get_rank() in ranks:
-                    with named("The first exchange of a group", f"ranks {list(ranks)}"):
-                        dist.all_reduce(torch.zeros(1, device=self._device), group=self._groups[ranks])
+                self._groups[ranks] = self._made(ranks, self._timeout_s)
+
+    def _made(self, ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup:
+        """Make a group of some ranks for what they exchange within steps. A collective of all ranks."""
+        before = connections()
+        group = _new_group(list(ranks), timeout_s)
+        if dist.get_rank() in ranks:
+            with named("The first exchange of a group", f"ranks {list(ranks)}"):
+                dist.all_reduce(torch.zeros(1, device=self._device), group=group)
+            self._connections[group] = opened_since(before)
+        return group
+
+    def carry(self, wanted: Iterable[tuple[int, ...]]) -> Mapping[tuple[int, ...], dist.ProcessGroup]:
+        """Make groups for the exchanges of a wrapper, and return them by their ranks. A collective of all ranks.
+
+        Args:
+            wanted: the ranks of each group, the same on all ranks, in the same order.
+        """
+        if self.control is None:
+            return {}
+        if self.alarm is None:
+            self.alarm = Alarm(self.control.group_name, job_store(), self._break_off)
+        for ranks in wanted:
+            if ranks not in self.carried:
+                self.carried[ranks] = self._made(ranks, self._control_timeout_s)
+        return self.carried
+
+    def _break_off(self) -> None:
+        for group, opened in self._connections.items():
+            break_off(group, opened)
+
+    def mend(self) -> None:
+        """Make anew what is used within steps. A collective of all ranks, which have left a step.
+
+        What the wrapper's exchanges go over is another then, and relaxed.
+        """
+        self.relax()
+        if self.alarm is None:
+            return
+        with self.alarm.over():
+            self._break_off()  # on ranks that did not wait for anybody
+            for group in (*self._groups.values(), *self.carried.values()):
+                forsake(group)
+            self._connections.clear()
+            self._groups = {ranks: self._made(ranks, self._timeout_s) for ranks in self._groups}
+            self.carried = {ranks: self._made(ranks, self._control_timeout_s) for ranks in self.carried}
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """Return the process group of these ranks; None for a single rank, which needs none."""
@@ -139,11 +189,17 @@ class GroupPool:
     def close(self) -> None:
         """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
         self.relax()
-        if self.waits is not None:
-            self.waits.close()
-        self.waits, self._others = None, ()
-        members = [*self._groups.values(), *([self.control] if self.control is not None else [])]
-        self._groups, self.control = {}, None
+        for thread in (self.waits, self.alarm):
+            if thread is not None:
+                thread.close()
+        self.waits, self.alarm, self._others = None, None, ()
+        members = [
+            *self._groups.values(),
+            *self.carried.values(),
+            *([self.control] if self.control is not None else []),
+        ]
+        self._groups, self.carried, self.control = {}, {}, None
+        self._connections.clear()
         for group in members:
             if dist.is_initialized():  # a script may have ended torch.distributed before
                 dist.destroy_process_group(group)
@@ -229,7 +285,7 @@ def named(
             limit = limit if isinstance(limit, str) else limit()
             why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
         else:
-            why = _why_gone()
+            why = why_gone()
         raise CollectiveFailed(
             f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}"
         ) from error
@@ -238,42 +294,3 @@ def named(
 def is_of_ranks(error: RuntimeError) -> bool:
     """Return whether an error says that another rank has gone, or is late."""
     return any(word in str(error) for word in LOST_PEER) and not isinstance(error, torch.OutOfMemoryError)
-
-
-def tell(error: BaseException) -> None:
-    """Leave word of why this rank ends, for those that will miss it."""
-    is_known = isinstance(error, CollectiveFailed) or getattr(error, "is_known_to_all", False)
-    if dist.is_initialized() and not is_known:
-        with suppress(Exception):  # the store lives on a rank that may have gone
-            words = f"{type(error).__name__}: {error}"[:MOST_WORDS]
-            _store().set(_key(dist.get_rank()), words)
-
-
-def forget_errors() -> None:
-    """Take back what this rank left word of, in a run before."""
-    if dist.is_initialized():
-        with suppress(Exception):
-            _store().delete_key(_key(dist.get_rank()))
-
-
-def _why_gone() -> str:
-    """Return what the rank that has gone left word of; it may still be about to."""
-    until = time.monotonic() + PATIENCE_S
-    with suppress(Exception):
-        store = _store()
-        while time.monotonic() < until:
-            for rank in range(dist.get_world_size()):
-                if store.check([_key(rank)]):
-                    return f"Rank {rank} had ended with {store.get(_key(rank)).decode(errors='replace')}"
-            time.sleep(0.05)
-    return "A rank has gone: look for its first error, or for what killed it (out of host memory, for one)."
-
-
-def _store() -> Any:
-    """Return the store in which the ranks of a job have found each other."""
-    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-
-
-def _key(rank: int) -> str:
-    """Return the key under which a rank leaves word of why it ends."""
-    return f"hf_hetero/why-rank-{rank}-ended"

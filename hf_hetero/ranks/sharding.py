@@ -8,12 +8,14 @@ training is handed.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
@@ -26,6 +28,8 @@ FSDP2_LINES = (
     "`distributed_type: FSDP` with `fsdp_config: {fsdp_version: 2}` in the accelerate config, or "
     "TrainingArguments(fsdp=True)"
 )
+FSDP_GROUPS = ("shard_process_group", "replicate_process_group", "reduce_scatter_process_group")
+"""Attributes in which FSDP2 keeps the process groups of a mesh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,94 @@ def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
     return list(dict.fromkeys(group for mesh in meshes for group in mesh.get_all_groups()))
 
 
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """An `Exchange` is a place where a wrapper keeps the group over which it exchanges gradients, or weights.
+
+    Args:
+        ranks: of the group.
+        set: puts another one of the same ranks there. The wrapper then is in no step.
+        put_back: puts the first one back.
+    """
+
+    ranks: tuple[int, ...]
+    set: Callable[[ProcessGroup], None]
+    put_back: Callable[[], None]
+
+
+def exchanges_of(model: torch.nn.Module) -> list[Exchange]:
+    """Return the exchanges of a wrapper, in a step."""
+    model = _inside(model)
+    places: list[tuple[Any, Callable[[ProcessGroup], None], Callable[[], None]]] = []
+    if isinstance(model, DistributedDataParallel):
+        # torch's own way to other groups; it also forgets a reduction that has begun
+        move = model._update_process_group  # pyright: ignore[reportPrivateUsage]
+        places.append((model.process_group, move, partial(_put_back, model, model.process_group)))
+    for mesh, name in _places(model):
+        group, move = getattr(mesh, name), partial(setattr, mesh, name)
+        places.append((group, move, partial(move, group)))
+    found = [Exchange(tuple(dist.get_process_group_ranks(group)), move, back) for group, move, back in places]
+    return [exchange for exchange in found if len(exchange.ranks) > 1]
+
+
+def _put_back(model: Any, group: Any) -> None:
+    """Give DDP its first group back, and nothing of another one left."""
+    model._update_process_group(group)
+    if model.find_unused_parameters:
+        # its reducer keeps the last exchange of which parameters were used, and with it that group's connections: make
+        # another, as DDP itself does when it comes out of a pickle
+        model.reducer._remove_autograd_hooks()
+        parameters, is_sparse = model._build_params_for_reducer()
+        names = model._build_debug_param_to_name_mapping(parameters)
+        model._ddp_init_helper(parameters, is_sparse, names, model.static_graph)
+
+
+def can_begin_anew(model: torch.nn.Module) -> bool:
+    """Return whether a step can be left in its middle: FSDP2 learned how with torch 2.13."""
+    model = _inside(model)
+    return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
+
+
+def leave_step(model: torch.nn.Module) -> None:
+    """Have a wrapper forget a pass that came to no end; DDP does the rest as its exchanges are moved."""
+    model = _inside(model)
+    if isinstance(model, DistributedDataParallel):
+        # as after a whole step: ranks that left in different micro-batches would not agree to share buffers in the next
+        model.require_forward_param_sync = True
+    if not isinstance(model, FSDPModule):
+        return
+    for group in _param_groups(model):
+        group._all_gather_result = None  # it would wait for an exchange that has failed
+        for param in group.fsdp_params:  # what adds up until gradients are synchronised
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+    if _states(model)[0]._is_root is not None:  # its first forward pass has begun
+        model.reset_iter_state()
+
+
+def _inside(model: torch.nn.Module) -> Any:
+    """Return a wrapped model out of what torch.compile puts around it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _states(model: torch.nn.Module) -> list[Any]:
+    """Return what FSDP2 keeps of a model's modules, the outermost first."""
+    return [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]  # pyright: ignore[reportPrivateUsage]
+
+
+def _param_groups(model: torch.nn.Module) -> list[Any]:
+    """Return the groups of parameters that FSDP2 gathers together."""
+    return [group for state in _states(model) for group in state._fsdp_param_groups]
+
+
+def _places(model: torch.nn.Module) -> list[tuple[Any, str]]:
+    """Return where FSDP2 keeps the process groups of its exchanges: objects, and names of their attributes."""
+    meshes = [mesh for group in _param_groups(model) for mesh in (group.mesh_info, group.post_forward_mesh_info)]
+    known = {id(mesh): mesh for mesh in meshes if mesh is not None}.values()
+    return [(mesh, name) for mesh in known for name in FSDP_GROUPS if getattr(mesh, name, None) is not None]
+
+
 @contextmanager
 def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterator[None]:
     """Return a context in which backward synchronises gradients, or only adds them up, whatever Trainer asks for."""
@@ -157,8 +249,10 @@ def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterat
     elif isinstance(inside, DistributedDataParallel):
         # Trainer's loop accumulates over its own batches, and has turned this off for all but the last of them
         before, inside.require_backward_grad_sync = inside.require_backward_grad_sync, True
-        yield
-        inside.require_backward_grad_sync = before
+        try:
+            yield
+        finally:
+            inside.require_backward_grad_sync = before
     else:
         if hasattr(inside, "set_requires_gradient_sync"):
             inside.set_requires_gradient_sync(True)

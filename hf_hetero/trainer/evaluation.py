@@ -27,7 +27,7 @@ from hf_hetero.data.evaluation_loader import (
     evaluation_loader,
     streamed_evaluation_loader,
 )
-from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.ranks.agreement import broadcast

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
+from hf_hetero.costs.out_of_memory import no_more_than
 from hf_hetero.estimate import memory
 from hf_hetero.estimate.devices import Device, cpu_device
 from hf_hetero.estimate.estimate import estimate_cost_model
@@ -127,8 +128,7 @@ def set_up(
     speed = cuda_device(args.device, dtype, kernel) if args.device.type == "cuda" else cpu_device(shape, dtype)
     ground = Ground(shape, speed, _topology(args.device, world), shards if sharding.is_sharded else None, gained)
 
-    def find() -> Found:
-        kept = kept_cost_model(checkpoint, world)
+    def find(kept: Kept | None) -> Found:
         if hetero.cost_model:
             return _of_file(CostModel.load(hetero.cost_model), kept)
         if kept is not None:
@@ -136,8 +136,12 @@ def set_up(
         return Found(replace(ground.estimated(), model=subject), None, is_estimate=True)
 
     def make() -> Found:
-        found = find()
-        return found._replace(cost_model=restricted(found.cost_model, hetero, world, heads, policies))
+        found = find(kept := kept_cost_model(checkpoint, world))
+        cost = restricted(found.cost_model, hetero, world, heads, policies)
+        # what has proven too much stays so, whatever a file or a setting says
+        if kept is not None and kept.cost_model.ran_out:
+            cost = no_more_than(cost, kept.cost_model)
+        return found._replace(cost_model=cost)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)
@@ -146,7 +150,7 @@ def set_up(
     messengers.close()
     cost = found.cost_model
     if args.process_index == 0:
-        _log_cost_model(cost, world, heads, subject)
+        _log_cost_model(cost, world, heads, subject, args.device)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, ground, checkpoint, found.given, found.is_estimate, found.is_kept)
 
@@ -189,7 +193,7 @@ def _of_file(given: CostModel, kept: Kept | None) -> Found:
     return Found(kept.cost_model if is_refit else given, digest, is_estimate, is_kept=True)
 
 
-def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: str) -> None:
+def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: str, device: torch.device) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
     if cost.model not in (None, subject):
         logger.warning(
@@ -203,6 +207,8 @@ def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: st
     extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
     tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
     logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
+    if advice := memory.allocator_advice(device):
+        logger.warning("%s", advice)
     if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:
         logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", num_heads, uneven)
 

@@ -38,11 +38,11 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
     assert training.step.batch is not None
     assert training.clock is not None
     batch, step = training.step.batch, training.step.batch.share.step
-    busy_s, peak_bytes = training.clock.read(), training.clock.peak_bytes()
+    busy_s, peaks = training.clock.read(), [training.clock.peak_bytes(), training.clock.unused_bytes()]
     counts = [m.num_targets for m in batch.micro_batches] if means else []
     # ranks exchange integers only, so seconds travel as nanoseconds
-    rows = gather([peak_bytes, *(round(1e9 * s) for s in busy_s), *counts], run.control)
-    means.add("train", [sum(row[1 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
+    rows = gather([*peaks, *(round(1e9 * s) for s in busy_s), *counts], run.control)
+    means.add("train", [sum(row[2 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
     experts = run.fitted.experts
     seconds, training.step_s = training.step_s, 0.0
     return StepReport(
@@ -51,10 +51,12 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
         lengths=step.lengths,
         num_targets=training.step.num_targets,
         seconds=seconds,
-        busy_s=tuple(tuple(row[1 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
+        busy_s=tuple(tuple(row[2 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
         wait_s=training.step.fetch_s,
         plan_wait_s=step.wait_s,
         peak_bytes=max(row[0] for row in rows),
+        unused_bytes=max(row[1] for row in rows),
+        repeats=training.repeats.number,
         is_lockstep=run.fitted.sharding.is_sharded,
         expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
     )

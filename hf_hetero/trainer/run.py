@@ -27,7 +27,7 @@ from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.data.epochs import KeptCounts
-from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError

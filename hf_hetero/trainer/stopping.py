@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 FLAGS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 """Words of torch's allocators."""
+EVALUATION = "Within an evaluation"
 
 
 class StopWhenAsked(TrainerCallback):
@@ -123,14 +125,38 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
     except BaseException as error:
         if isinstance(error, CollectiveFailed) and f"step {step()}" not in str(error).lower():
             error.args = (f"At step {step()}: {error}",)
-        if is_out_of_memory(error):
-            error.args = (  # whoever catches torch's error finds it
-                f"Step {step()}: this rank ran out of memory. Let ranks hold fewer tokens at a time: lower "
-                "HeteroConfig.max_tokens_per_rank, or give activation_policies=['recompute', 'offload'] to choose "
-                f"from. {error}",
-            )
+        # what was said where it was raised is not said again
+        if is_out_of_memory(error) and EVALUATION not in str(error):
+            _say_remedy(error, f"Step {step()}")
         tell(error)
         raise
+
+
+@contextmanager
+def evaluating_in_words() -> Iterator[None]:
+    """Say what can be done where memory runs out in an evaluation, which is not repeated."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) and EVALUATION not in str(error):
+            _say_remedy(error, EVALUATION)
+        raise
+
+
+def _say_remedy(error: BaseException, where: str) -> None:
+    """Put into an error of torch's, so that whoever catches it still does, where it was and what can be done."""
+    is_of_optimizer = any(
+        isinstance(frame.f_locals.get("self"), torch.optim.Optimizer)
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    remedy = (
+        "It was in the optimizer's step, where no tokens are held: weights, gradients and the optimizer's state are "
+        "too much by themselves. Shard them (FSDP2), or take an optimizer that keeps less."
+        if is_of_optimizer
+        else "Let ranks hold fewer tokens at a time: lower HeteroConfig.max_tokens_per_rank, or give "
+        "activation_policies=['recompute', 'offload'] to choose from."
+    )
+    error.args = (f"{where}: this rank ran out of memory. {remedy} {error}",)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

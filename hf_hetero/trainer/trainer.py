@@ -25,7 +25,7 @@ from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners
 from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
@@ -35,9 +35,9 @@ from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoint import chosen_together
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
 from hf_hetero.trainer.fitting import Fitted, choose_kernel, compute_dtype
+from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
-from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words
-from hf_hetero.trainer.training import Training
+from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
 class HeteroTrainerMixin(Trainer):
@@ -69,7 +69,7 @@ class HeteroTrainerMixin(Trainer):
         overrides.check(type(self))
         self.hetero = hetero or HeteroConfig()
         self._planned_run: PlannedRun | None = None
-        self._training: Training | None = None
+        self._training: training.Training | None = None
         if args is not None:  # before Trainer does what they say
             exactness.check_arguments(args)
         super().__init__(model, args, *others, **kwargs)
@@ -145,7 +145,7 @@ class HeteroTrainerMixin(Trainer):
         self.add_callback(self._decision)  # after all that were added meanwhile, whose wishes it joins
         with self._between_runs.running(), ExitStack() as opened:
             opened.callback(setattr, self, "_training", None)
-            self._training = Training(opened)
+            self._training = training.Training(opened)
             if resume_from_checkpoint:
                 resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)
                 self._training.resumed, resume_from_checkpoint = resumed, str(resumed.folder)
@@ -193,9 +193,9 @@ class HeteroTrainerMixin(Trainer):
             HeteroError: a bad sample, or another plan, on any rank; raised on all.
         """
         assert self._training is not None
-        assert self._training.data is not None
         number = self.state.global_step + 1
-        self._training.step = step = self._run.confirmed(self._training.data.steps_of(epoch_iterator), number)
+        run, between, data = self._run, self._between_runs, self._training.data
+        self._training.step = step = next_step(run, between, data, epoch_iterator, number)
         if step.batch is None:
             return [], None
         if not self._between_runs.has_learned:
@@ -220,7 +220,7 @@ class HeteroTrainerMixin(Trainer):
         def forward_backward(inputs: dict[str, Any]) -> torch.Tensor:
             return super(HeteroTrainerMixin, self).training_step(model, inputs, num_items_in_batch)
 
-        loss = training.train_part(self, self._run, self._training, model, part, forward_backward)
+        loss = training.train_part(self, self._run, self._training, self._between_runs, model, part, forward_backward)
         if part.is_last:
             reporting.report(self, self._run, self._training, self._between_runs)
         return loss
@@ -264,12 +264,12 @@ class HeteroTrainerMixin(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; several datasets share the groups."""
-        with self._between_runs.running():
+        with self._between_runs.running(), evaluating_in_words():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Predict as `Trainer.predict` does."""
-        with self._between_runs.running():
+        with self._between_runs.running(), evaluating_in_words():
             return super().predict(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,27 +16,23 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.data.loader import LOOKED_AT, TrainingData, sampler_of, streamed_data, training_data
-from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.data.loader import LOOKED_AT, sampler_of, streamed_data, training_data
+from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
-from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
+from hf_hetero.data.training_steps import TrainingData, check_order
+from hf_hetero.errors import BadSample, UnsupportedModel
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.model.timing import StepClock
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import limit_of, named
-from hf_hetero.step import RankMicroBatch, StepPart
+from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
+from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
 from hf_hetero.trainer.safekeeping import claim
-
-REMEDIES = {
-    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
-    "rows": "go back to the dataset it was trained on",
-    "lengths": "go back to the dataset, and to the tokenizer, it was trained on",
-}
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
@@ -54,6 +50,7 @@ class Training:
         saving: how a checkpoint is written, while one is.
         step: which all ranks hold; its micro-batches are being trained on.
         step_s: seconds that they took so far.
+        repeats: what is known of it, should memory run out.
     """
 
     opened: ExitStack
@@ -63,6 +60,7 @@ class Training:
     saving: Saving | None = None
     step: ConfirmedStep | None = None
     step_s: float = 0.0
+    repeats: Repeats = field(default_factory=Repeats)
 
     @property
     def checkpoint(self) -> str | None:
@@ -124,28 +122,6 @@ def open_data(
     training.data = data
 
 
-def check_order(current: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Refuse to go on with other data: what is left of an epoch would not be what was not trained yet.
-
-    Raises:
-        ConfigError: what differs, and what to do.
-    """
-    for name in saved:
-        if name in current and name != "contents" and current[name] != saved[name]:
-            remedy = REMEDIES.get(name, f"set it to {saved[name]}")
-            raise ConfigError(
-                f"The data's {name} was {saved[name]} when the checkpoint was written and is {current[name]} now, so "
-                f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
-            )
-    rows: dict[str, int] = saved.get("contents", {})
-    if changed := sorted(int(row) for row in rows if current.get("contents", {}).get(row, rows[row]) != rows[row]):
-        raise ConfigError(
-            f"Row {changed[0]} of the data holds other tokens or labels than when the checkpoint was written "
-            f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
-            "anew with ignore_data_skip=True."
-        )
-
-
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
@@ -181,6 +157,7 @@ def train_part(
     trainer: Trainer,
     run: PlannedRun,
     training: Training,
+    between: BetweenRuns,
     model: torch.nn.Module,
     part: StepPart,
     forward_backward: ForwardBackward,
@@ -195,24 +172,37 @@ def train_part(
     clock = training.clock or _start_clock(trainer, run, training, model)
     run.groups.hurry()  # what takes its time once, before the first step, is over
     start = time.perf_counter()
-    total = torch.zeros((), device=trainer.args.device)
     number = trainer.state.global_step + 1
-    last = len(part.batch.micro_batches) - 1
-    with named("The exchange of gradients", f"step {number}", limit=limit_of):
-        for index, micro_batch in zip(part.numbers, part.micro_batches, strict=True):
-            context = run.context(micro_batch, index, number)
-            syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
-            with _as_planned(run.fitted, micro_batch, context), syncs, clock.micro_batch():
-                total += forward_backward({**micro_batch.inputs, "hetero": context})
-            _check_reached(run.fitted, context)
+
+    def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
+        total = torch.zeros((), device=trainer.args.device)
+        last = len(batch.micro_batches) - 1
+        with named("The exchange of gradients", f"step {number}", limit=limit_of):
+            for index in numbers:
+                note(index)
+                micro_batch = batch.micro_batches[index]
+                context = run.context(micro_batch, index, number)
+                syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
+                with _as_planned(run.fitted, micro_batch, context), syncs, clock.micro_batch():
+                    total += forward_backward({**micro_batch.inputs, "hetero": context})
+                _check_reached(run.fitted, context)
+        return total
+
+    assert training.step is not None
+    assert training.data is not None
+    attempt = Attempt(trainer, run, between, training.data, model, compute, clock.forget, training.repeats)
+    loss = attempt.part(training.step, part)
+    training.step = training.repeats.step
     training.step_s += time.perf_counter() - start
-    return total
+    return loss
 
 
 def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
     """Start the clock, and adopt the wrapper's groups, in the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
-    run.groups.include(sharding.groups_of(model))
+    training.repeats.exchanges = adopt_exchanges(model, run)
+    for exchange in training.repeats.exchanges:
+        training.opened.callback(exchange.put_back)
     # transformers' own count of memory needs the peak of the run
     clock = StepClock(trainer.model, trainer.args.device, trainer.args.skip_memory_metrics)  # pyright: ignore[reportArgumentType]
     training.opened.callback(clock.close)

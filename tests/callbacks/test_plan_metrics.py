@@ -35,6 +35,20 @@ def test_a_late_plan_is_said() -> None:
     assert "waited 1.25 s for its plan" in step_line(replace(REPORT, wait_s=1.5, plan_wait_s=1.25))
 
 
+def test_memory_that_ran_out_is_said(tmp_path: Path) -> None:
+    """How often a step was planned anew, and the most memory that lay unused; nothing where there was none."""
+    assert "memory" not in step_line(REPORT)
+    assert "ran out of memory, planned anew 2x" in step_line(replace(REPORT, repeats=2))
+    callback = PlanMetricsCallback()
+    args: Any = SimpleNamespace(output_dir=str(tmp_path))
+    callback.on_step_report(args, RANK_0, REPORT)
+    assert not {"hetero/repeats", "hetero/unused_gib"} & callback.metrics().keys()
+    for report in (replace(REPORT, repeats=2, unused_bytes=2**31), replace(REPORT, repeats=1, unused_bytes=2**30)):
+        callback.on_step_report(args, RANK_0, report)
+    logged = callback.metrics()
+    assert (logged["hetero/repeats"], logged["hetero/unused_gib"]) == (3, 2)
+
+
 def test_metrics_since_the_last_log(tmp_path: Path) -> None:
     """The trainer's log gets means over the steps since the last one, and nothing twice."""
     callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))

@@ -11,8 +11,10 @@ from estimate.test_operations import shape
 from helpers import kept_by_autograd, tiny_model, with_lora
 
 from hf_hetero.estimate.memory import (
+    ALLOCATOR_SETTINGS,
     LEVERS,
     activation_bytes,
+    allocator_advice,
     free_memory_bytes,
     gathered_bytes,
     host_memory_bytes,
@@ -148,3 +150,15 @@ def test_each_lever_adds_tokens() -> None:
     assert list(held.values()) == sorted(set(held.values()))
     assert held["offloaded"] > 5 * held["MLPs in chunks"] > 25 * held["chunked loss"]
     assert set(tokens_by_lever(large, 1, 24 * 2.0**30).values()) == {0}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_advice_on_the_allocator(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It is given on a GPU, unless it has been followed under either of the two names; other settings do not matter."""
+    for variable in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(variable, raising=False)
+    assert allocator_advice(torch.device("cpu")) == ""
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    assert "expandable_segments:True" in allocator_advice(torch.device("cuda"))
+    monkeypatch.setenv(name, "max_split_size_mb:128,expandable_segments:True")
+    assert allocator_advice(torch.device("cuda")) == ""

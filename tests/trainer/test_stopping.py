@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerControl
 
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.trainer.stopping import FLAGS, OneDecision, ending_in_words
+from hf_hetero.trainer.stopping import FLAGS, OneDecision, ending_in_words, evaluating_in_words
 
 
 def test_a_single_process_decides_alone() -> None:
@@ -35,6 +35,29 @@ def test_out_of_memory(error: Exception) -> None:
     assert caught.value is error
     for words in ("Step 7: ", "max_tokens_per_rank", "activation_policies", said):
         assert words in str(error), str(error)
+
+
+def test_out_of_memory_in_the_optimizer() -> None:
+    """Where its state finds no room, fewer tokens are no remedy, and are not said to be one."""
+
+    class Full(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    with pytest.raises(torch.OutOfMemoryError) as caught, ending_in_words(lambda: 7):
+        Full([torch.zeros(1, requires_grad=True)], lr=0.1).step()
+    assert "Step 7: " in str(caught.value)
+    assert "optimizer's step" in str(caught.value)
+    assert "max_tokens_per_rank" not in str(caught.value)
+
+
+def test_out_of_memory_in_an_evaluation() -> None:
+    """It says what can be done, once, also where the evaluation is within a training."""
+    with pytest.raises(torch.OutOfMemoryError) as caught, ending_in_words(lambda: 7), evaluating_in_words():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    assert str(caught.value).count("max_tokens_per_rank") == 1
+    with pytest.raises(KeyError, match=r"^'x'$"), evaluating_in_words():
+        raise KeyError("x")
 
 
 @pytest.mark.parametrize("error", [ValueError("out of memory"), KeyError("x"), RuntimeError("shapes differ")])

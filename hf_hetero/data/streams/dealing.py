@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ class StreamSampler(Sampler[Dealt]):
         skips: whether what was trained of the first epoch is passed over.
         num_rows: examples of an epoch, where the stream knows.
         batch_size: examples of a step.
+        num_kept: steps whose examples are kept, for `deal_again`: those that may be dealt out and not yet trained.
     """
 
     def __init__(
@@ -56,11 +58,14 @@ class StreamSampler(Sampler[Dealt]):
         skips: bool = True,
         num_rows: int | None = None,
         batch_size: int = 1,
+        num_kept: int = 1,
     ) -> None:
         self._stream, self._plan_step, self._control = stream, plan_step, control
         self._num_trained, self._kept, self._skips = num_trained, kept, skips
         self._stays = control is None and not has_workers
         self._num_steps = None if num_rows is None else -(-num_rows // batch_size)
+        self._dealt: deque[tuple[Key, Examples]] = deque(maxlen=num_kept)
+        """Steps that were dealt out and may not be trained yet, with their examples; on rank 0."""
         self._next: Key | None = None
         self._has_ended = False
 
@@ -128,11 +133,23 @@ class StreamSampler(Sampler[Dealt]):
 
     def _deal(self, step: Step) -> Dealt:
         """Return this rank's examples, which rank 0 hands out. A collective of all ranks."""
-        parts: list[Examples | bytes | HeteroError] | None = None
+        examples: Examples | None = None
         if self._stream is not None:
             batch = self._stream.take(step.epoch, step.index, self._num_trained())
             assert batch is not None
             examples = {position: batch.examples[row] for position, row in enumerate(step.rows)}
+            self._dealt.append(((step.epoch, step.index), examples))
+        return self._hand_out(step, examples)
+
+    def deal_again(self, step: Step) -> Dealt:
+        """Return this rank's examples of a step that was dealt out by another plan. A collective of all ranks."""
+        return self._hand_out(step, dict(self._dealt).get((step.epoch, step.index)))
+
+    def _hand_out(self, step: Step, examples: Examples | None) -> Dealt:
+        """Return this rank's part of the examples of a step, which rank 0 has."""
+        parts: list[Examples | bytes | HeteroError] | None = None
+        if self._stream is not None:
+            assert examples is not None
             parts = [examples] if self._stays else [*pickled_parts(step, examples)]
         rank = dist.get_rank() if self._control is not None else 0
         own = scatter(parts, self._control)

@@ -1,0 +1,144 @@
+"""A step that one rank cannot finish is left by all: an alarm tells them, and what they wait in is broken off.
+
+A rank whose memory runs out in the middle of a step owes messages to others, which wait for them inside the model, in
+torch's code. So the exchanges themselves have to fail, on all ranks:
+
+    NCCL    `abort` ends a group's operations, those on the device, too. It has to be called on each rank.
+    gloo    has no such call. The connections that a group has opened are shut down; both ends of each see that at
+            once, and whoever waits there gets an error.
+
+Who gets an error looks whether there is an alarm, and breaks off what it has itself; so the news spreads from group to
+group. On a GPU a rank may also stand in a wait for its device, which raises nothing: a thread looks for the alarm.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+
+Connections = Mapping[int, int]
+"""File descriptor of a socket -> its inode, for a number may be another file's later."""
+
+LOOK_S = 1.0
+"""How often a rank looks for an alarm while it computes."""
+
+
+def connections() -> dict[int, int]:
+    """Return the sockets of this process that may be connected: all but those that listen."""
+    found: dict[int, int] = {}
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # closed meanwhile
+            status = os.stat(int(name))
+            if stat.S_ISSOCK(status.st_mode) and not _listens(int(name)):
+                found[int(name)] = status.st_ino
+    return found
+
+
+def opened_since(before: Connections) -> Connections:
+    """Return the sockets that were not there before."""
+    return {number: inode for number, inode in connections().items() if before.get(number) != inode}
+
+
+def break_off(group: dist.ProcessGroup, opened: Connections) -> None:
+    """Have whatever this rank and others wait for in a group fail, now and later.
+
+    Args:
+        group: that this rank is in.
+        opened: the connections that were opened when it was made.
+    """
+    for device in group._device_types:  # pyright: ignore[reportPrivateUsage]
+        backend: Any = group._get_backend(device)  # pyright: ignore[reportPrivateUsage]
+        if backend.name() != "gloo":
+            backend.abort()
+    for number, inode in opened.items():
+        with suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            # looked at through a number of our own, which nobody closes meanwhile: gloo may have closed its own
+            if os.fstat(connection.fileno()).st_ino == inode:
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+def forsake(group: Any) -> None:
+    """Drop a group that was broken off; unlike to destroy it, that asks nothing of its operations."""
+    if dist.is_initialized() and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        dist.distributed_c10d._abort_process_group(group)  # pyright: ignore[reportPrivateUsage]
+
+
+class Alarm:
+    """An `Alarm` is heard by all ranks, wherever they are in a step.
+
+    Args:
+        name: the same on all ranks, and no other alarm's.
+        store: which all ranks share.
+        leave: breaks off what this rank may wait in; called from a thread, too, and maybe several times.
+        look_s: how often the thread looks.
+    """
+
+    def __init__(self, name: str, store: Any, leave: Callable[[], None], look_s: float = LOOK_S) -> None:
+        self._name, self._store, self._leave, self._look_s = name, store, leave, look_s
+        self._number, self._is_in_step = 0, False
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="alarm", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Return a context of a step: an alarm breaks off what is waited for inside."""
+        self._is_in_step = True
+        try:
+            yield
+        finally:
+            self._is_in_step = False
+
+    def sound(self) -> None:
+        """Give the alarm, and leave."""
+        self._store.set(self._key, "1")
+        with self._lock:
+            self._leave()
+
+    def follow(self) -> bool:
+        """Return whether a rank has given the alarm; and leave, if so."""
+        if not self._sounds():
+            return False
+        with self._lock:
+            self._leave()
+        return True
+
+    @contextmanager
+    def over(self) -> Iterator[None]:
+        """Return a context in which what was broken off is made anew, on all ranks; then the alarm is ready again."""
+        with self._lock:  # a thread that looked before must not break off what is new
+            self._number += 1
+            yield
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        self._thread.join()
+
+    @property
+    def _key(self) -> str:
+        return f"hf_hetero/alarm-{self._name}-{self._number}"
+
+    def _sounds(self) -> bool:
+        with suppress(Exception):  # the store lives on a rank that may have gone
+            return bool(self._store.check([self._key]))
+        return False
+
+    def _look(self) -> None:
+        while not self._ended.wait(self._look_s):
+            with self._lock:
+                if self._is_in_step and self._sounds():
+                    self._leave()
+
+
+def _listens(number: int) -> bool:
+    with socket.socket(fileno=os.dup(number)) as own:
+        return bool(own.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))

@@ -1,0 +1,143 @@
+"""An alarm has all ranks leave what they wait in, wherever that is; what was broken off works again once mended."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import run_ranks
+
+from hf_hetero.ranks.agreement import gather
+from hf_hetero.ranks.breaking import Alarm, break_off, connections, opened_since
+from hf_hetero.ranks.groups import GroupPool
+
+SIZE = 1000
+
+
+def waits(pool: GroupPool, how: str) -> None:
+    """What rank 1 waits in for rank 2, which never comes; rank 0 waits for rank 1."""
+    rank = dist.get_rank()
+    everyone = pool.carried[0, 1, 2, 3]
+    if how == "chain" and rank in (1, 2):
+        dist.all_reduce(torch.zeros(SIZE), group=pool.get((0, 1) if rank < 2 else (2, 3)))
+    dist.all_reduce(torch.zeros(SIZE), group=everyone)
+
+
+def left(how: str) -> dict[str, Any]:
+    """Rank 3 gives the alarm while others wait for it, or for each other; what then came of their groups."""
+    pool = GroupPool((2, 4), timeout_s=60, control_timeout_s=60)
+    pool.carry([(0, 1, 2, 3)])
+    alarm, found, rank = pool.alarm, list[bool](), dist.get_rank()
+    assert alarm is not None
+    for _ in range(2):  # mended groups can be left again
+        start = time.monotonic()
+        try:
+            with alarm.heard():
+                if rank == 3:
+                    if how == "under way":
+                        dist.all_reduce(torch.zeros(SIZE), group=pool.get((0, 1, 2, 3)), async_op=True)
+                    time.sleep(0.3)
+                    alarm.sound()
+                else:
+                    waits(pool, how)
+        except RuntimeError:
+            found.append(alarm.follow())
+        assert gather([rank], pool.control) == [[0], [1], [2], [3]]  # the control group has not been broken off
+        assert time.monotonic() - start < 30
+        pool.mend()
+        for ranks in ((0, 1), (2, 3), (0, 1, 2, 3)):
+            if rank in ranks:
+                total = torch.full((SIZE,), float(rank))
+                dist.all_reduce(total, group=pool.get(ranks))
+                assert float(total[-1]) == sum(ranks)
+        total = torch.ones(SIZE)
+        dist.all_reduce(total, group=pool.carried[0, 1, 2, 3])
+        assert float(total[0]) == 4
+        assert not alarm.follow()
+    pool.close()
+    return {"left": found}
+
+
+@pytest.mark.parametrize("how", ["for it", "chain", "under way"])
+def test_all_leave(how: str) -> None:
+    """Whoever waits for the rank, or for one that waits for it, is out at once, and knows why; twice in a row."""
+    for rank, found in enumerate(run_ranks(left, 4, how)):
+        assert found["left"] == ([] if rank == 3 else [True, True])
+
+
+class Store(dict[str, str]):
+    """A job's store, in one process."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+def test_a_rank_that_gets_no_error_hears_it_too() -> None:
+    """A thread looks for the alarm within a step, and only there; an alarm that is over is not heard again."""
+    store, heard = Store(), threading.Event()
+    with ExitStack() as closed:
+        mine = Alarm("one", store, heard.set, look_s=0.01)
+        closed.callback(mine.close)
+        theirs = Alarm("one", store, lambda: None, look_s=60)
+        closed.callback(theirs._ended.set)
+        theirs.sound()
+        assert not heard.wait(0.1)  # in no step
+        with mine.heard():
+            assert heard.wait(10)
+        for alarm in (mine, theirs):
+            with alarm.over():
+                heard.clear()
+        with mine.heard():
+            assert not heard.wait(0.1)
+        assert not mine.follow()
+        theirs.sound()
+        assert mine.follow()
+        assert heard.is_set()
+
+
+def test_a_store_that_is_gone_is_no_alarm() -> None:
+    """Who asks a store whose rank has gone gets no answer, which is no reason to leave; the thread stays quiet."""
+
+    class Gone(Store):
+        def check(self, keys: list[str]) -> bool:
+            raise RuntimeError("Broken pipe")
+
+    alarm = Alarm("one", Gone(), lambda: None, look_s=0.01)
+    with alarm.heard():
+        time.sleep(0.05)
+        assert not alarm.follow()
+    alarm.close()
+
+
+def test_only_what_a_group_has_opened_is_shut() -> None:
+    """Other connections of the process stay, and so does whatever has got the number of one that was closed."""
+    other, before = socket.socketpair(), connections()
+    mine, listening = socket.socketpair(), socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    opened = opened_since(before)
+    assert set(opened) == {mine[0].fileno(), mine[1].fileno()}
+
+    class Group:
+        _device_types = ()
+
+    number = mine[1].fileno()
+    mine[1].close()
+    again = socket.socketpair()  # one of these has the number now
+    assert number in (again[0].fileno(), again[1].fileno())
+    break_off(Group(), opened)  # type: ignore[arg-type]
+    for left_alone in (other, again):
+        left_alone[0].sendall(b"x")
+        assert left_alone[1].recv(1) == b"x"
+    assert mine[0].recv(1) == b""
+    for sock in (*other, mine[0], *again, listening):
+        sock.close()
