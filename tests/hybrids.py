@@ -100,9 +100,15 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 """Name -> name of the transformers classes, and what makes the family itself."""
 
 
+ALONE = ("mamba", "mamba2", "falcon_mamba")
+"""Models of layers with state alone, which have no heads of attention."""
+
+
 def hybrid_config(name: str, **changes: Any) -> Any:
     classes, special = HYBRIDS[name]
-    return getattr(transformers, f"{classes}Config")(**{**TINY, **special, **changes})
+    of_attention = {"num_attention_heads", "num_key_value_heads", "head_dim"} if name in ALONE else set[str]()
+    common = {field: value for field, value in TINY.items() if field not in of_attention}
+    return getattr(transformers, f"{classes}Config")(**{**common, **special, **changes})
 
 
 def hybrid_model(name: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

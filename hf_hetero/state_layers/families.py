@@ -20,20 +20,22 @@ class Family:
 
     Args:
         name: of the kind, for messages.
+        state: attributes of the mixer whose product is how many numbers its state holds.
         window: attribute of the mixer that counts the tokens an output sees, itself included; None: all before it.
     """
 
     name: str
+    state: tuple[str, ...]
     window: str | None = None
 
 
-GATED_DELTA = Family("gated delta net")  # arXiv:2412.06464
-KIMI_DELTA = Family("Kimi delta attention")  # arXiv:2510.26692
-MAMBA_1 = Family("Mamba")  # arXiv:2312.00752
-MAMBA_2 = Family("Mamba 2")  # arXiv:2405.21060
-SHORT_CONVOLUTION = Family("short convolution", window="conv_kernel_size")
-LIGHTNING = Family("lightning attention")  # arXiv:2501.08313
-GATED_RECURRENCE = Family("gated linear recurrence")  # arXiv:2402.19427
+GATED_DELTA = Family("gated delta net", ("num_v_heads", "head_k_dim", "head_v_dim"))  # arXiv:2412.06464
+KIMI_DELTA = Family("Kimi delta attention", ("num_heads", "head_dim", "head_dim"))  # arXiv:2510.26692
+MAMBA_1 = Family("Mamba", ("intermediate_size", "ssm_state_size"))  # arXiv:2312.00752
+MAMBA_2 = Family("Mamba 2", ("intermediate_size", "ssm_state_size"))  # arXiv:2405.21060
+SHORT_CONVOLUTION = Family("short convolution", (), window="conv_kernel_size")
+LIGHTNING = Family("lightning attention", ("num_attention_heads", "head_dim", "head_dim"))  # arXiv:2501.08313
+GATED_RECURRENCE = Family("gated linear recurrence", ("lru_width",))  # arXiv:2402.19427
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {

@@ -16,6 +16,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.estimate import estimate, memory
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
+from hf_hetero.estimate.state_layers import state_shape, with_state_layers
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
@@ -92,7 +93,8 @@ def set_up(
         # without a GPU offloading copies from host memory to host memory: there is none to gain
         gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
         cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
-        return restricted(cost, hetero, world, heads, policies)
+        states = state_shape(base_model(model), _text_config(model))
+        return restricted(with_state_layers(cost, states, shape), hetero, world, heads, policies)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)

@@ -1,0 +1,110 @@
+"""What layers that carry state change in an estimate: fewer layers attend, and tokens of other ranks cost time.
+
+An estimate takes every layer for one that attends. A layer with state has weights and no pairs of tokens; of a sample
+that is shared, a rank fetches the hidden states of tokens before its own and goes over them as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_hetero.costs import CostModel
+from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.state_layers.families import family_of, mixers_of, window_of
+
+WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mlp", "moe", "mamba"})
+WEIGHTS_A_STATE = 3
+"""A number of the state costs a token as much as so many weights: it decays, takes in, and is read, in 6 operations."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """A `StateShape` is what of a model's layers with state decides their cost.
+
+    Args:
+        num_mixers: layers that carry state further than a few tokens.
+        attending: share of all layers that attend.
+        weights: of these mixers.
+        numbers: that their states hold.
+    """
+
+    num_mixers: int
+    attending: float
+    weights: int
+    numbers: int
+
+
+def state_shape(model: torch.nn.Module, config: Any) -> StateShape | None:
+    """Read the shape of a model's layers with state; None for a model without.
+
+    Args:
+        model: of transformers.
+        config: of its text part.
+    """
+    mixers = list(mixers_of(model))
+    if not mixers:
+        return None
+    far = [mixer for mixer in mixers if window_of(mixer) is None]
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    attending = sum(kind not in WITHOUT_ATTENTION for kind in kinds) if kinds else config.num_hidden_layers
+    return StateShape(
+        num_mixers=len(far),
+        attending=attending / config.num_hidden_layers,
+        weights=sum(p.numel() for mixer in far for p in mixer.parameters()),
+        numbers=sum(_numbers(mixer) for mixer in far),
+    )
+
+
+def _numbers(mixer: torch.nn.Module) -> int:
+    family = family_of(mixer)
+    assert family is not None
+    return math.prod(int(getattr(mixer, name)) for name in family.state)
+
+
+def with_state_layers(cost: CostModel, states: StateShape | None, shape: ModelShape) -> CostModel:
+    """Correct an estimate for the layers that carry state.
+
+    Args:
+        cost: estimated as if all layers attended.
+        states: of the model; None: it has none.
+        shape: of the model.
+    """
+    if states is None:
+        return cost
+    share = states.attending
+    more = 1 + WEIGHTS_A_STATE * states.numbers / shape.active_params
+    policies = {
+        name: replace(
+            policy,
+            attention_s_per_token2=policy.attention_s_per_token2 * share,
+            linear_s_per_token=policy.linear_s_per_token * more,
+        )
+        for name, policy in cost.activation_policies.items()
+    }
+    # an exchange of hidden states forward and one back, where attention has two of each
+    messages = share + states.num_mixers / shape.num_layers / 2
+    return replace(
+        cost,
+        attention_s_per_token2=cost.attention_s_per_token2 * share,
+        linear_s_per_token=cost.linear_s_per_token * more,
+        all_to_all_bytes_per_token=cost.all_to_all_bytes_per_token * share,
+        kv_bytes_per_token=None if cost.kv_bytes_per_token is None else cost.kv_bytes_per_token * share,
+        all_to_all_latency_s={d: s * messages for d, s in cost.all_to_all_latency_s.items()},
+        state_s_per_token=_fetched_s(cost, states, shape),
+        activation_policies=policies,
+    )
+
+
+def _fetched_s(cost: CostModel, states: StateShape, shape: ModelShape) -> dict[int, float]:
+    """Return the seconds of a token that a rank fetches, by degree: its hidden states, and the mixers once more."""
+    if not states.num_mixers:
+        return {}
+    worth = states.weights + WEIGHTS_A_STATE * states.numbers
+    again_s = cost.linear_s_per_token * worth / shape.active_params
+    passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
+    num_bytes = passes * states.num_mixers * shape.hidden * shape.element_bytes
+    return {degree: again_s + num_bytes / speed for degree, speed in cost.all_to_all_bytes_per_s.items()}

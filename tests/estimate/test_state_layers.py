@@ -1,0 +1,81 @@
+"""An estimate knows the layers that carry state: what they compute, and what travels for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hybrids import HYBRIDS, hybrid_model
+
+from hf_hetero import Planner
+from hf_hetero.estimate.estimate import Device, estimate_cost_model
+from hf_hetero.estimate.model_shape import ModelShape, shape_of
+from hf_hetero.estimate.state_layers import state_shape, with_state_layers
+from hf_hetero.topology import Topology
+
+DEVICE = Device("test", 1e12, 1e9)
+DEGREES = (1, 2, 4, 8)
+
+
+def shapes_of(family: str, **changes: Any) -> tuple[ModelShape, Any]:
+    model = hybrid_model(family)
+    shape = shape_of(model, model.config, 2, checkpointing=False)
+    return replace(shape, **changes), state_shape(model, model.config)
+
+
+def test_what_a_model_has() -> None:
+    """One of two layers attends, and one carries state: its weights, and the numbers of its state."""
+    _, states = shapes_of("qwen3_5")
+    assert states is not None
+    assert (states.num_mixers, states.attending) == (1, 0.5)
+    in_proj, conv, out_proj, others = 32 * (2 * 32 + 64 + 64 + 8 + 8), 128 * 4, 64 * 32, 8 + 8 + 8
+    assert states.weights == in_proj + conv + out_proj + others
+    assert states.numbers == 8 * 8 * 8
+
+
+@pytest.mark.parametrize("family", list(HYBRIDS))
+def test_every_family_is_counted(family: str) -> None:
+    """Each of them has a share of layers that attend, and, but for short convolutions, a state."""
+    _, states = shapes_of(family)
+    assert states is not None
+    alone = family in ("mamba", "mamba2", "falcon_mamba")
+    assert states.attending == (0.0 if alone else 1.0 if family == "falcon_h1" else 0.5)
+    assert (states.numbers > 0) == (states.weights > 0) == (states.num_mixers > 0) == (family != "lfm2")
+
+
+def test_seconds_by_hand() -> None:
+    """Attention and its exchange are those of the layers that attend; a fetched token costs its bytes and its mixers."""
+    shape, states = shapes_of("qwen3_5")
+    before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**30), DEGREES)
+    cost = with_state_layers(before, states, shape)
+    assert cost.attention_s_per_token2 == before.attention_s_per_token2 / 2
+    assert cost.all_to_all_bytes_per_token == before.all_to_all_bytes_per_token / 2
+    assert cost.kv_bytes_per_token == before.kv_bytes_per_token / 2
+    a_weight_s = before.linear_s_per_token / shape.active_params
+    worth = states.weights + 3 * 512
+    assert cost.linear_s_per_token == pytest.approx(before.linear_s_per_token + a_weight_s * 3 * 512)
+    assert cost.state_s_per_token[4] == pytest.approx(a_weight_s * worth + 2 * 32 * 2 / cost.all_to_all_bytes_per_s[4])
+    ulysses = cost.seconds([100], 4) - replace(cost, state_s_per_token={}).seconds([100], 4)
+    assert ulysses == pytest.approx(75 * cost.state_s_per_token[4])  # of 100 tokens a rank holds 25
+
+
+def test_a_model_without_is_as_before() -> None:
+    """Where no layer carries state, nothing changes."""
+    shape, _ = shapes_of("qwen3_5")
+    before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**30), DEGREES)
+    assert with_state_layers(before, None, shape) is before
+
+
+def test_the_planner_chooses_smaller_degrees() -> None:
+    """What is not divided by the degree makes large groups dear."""
+    shape, states = shapes_of("qwen3_5", num_layers=32, hidden=1024, num_params=10**9, active_params=10**9)
+    dear = replace(states, num_mixers=24, weights=5 * 10**8)
+    before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**38), DEGREES)
+    lengths = [20_000, 9_000, 9_000, 4_000, 4_000, 3_000, 2_000, 1_000]
+
+    def mean_degree(cost: Any) -> float:
+        groups = [group for group in Planner(cost, 8).plan(lengths).groups if group.samples]
+        return sum(len(group.samples) * group.degree for group in groups) / len(lengths)
+
+    assert mean_degree(with_state_layers(before, dear, shape)) < mean_degree(before)
