@@ -39,7 +39,13 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bamba": ("Bamba", {**MAMBA_2, "attn_layer_indices": [1]}),
     "granitemoehybrid": (
         "GraniteMoeHybrid",
-        {**MAMBA_2, "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48},
+        {
+            **MAMBA_2,
+            "mamba_n_groups": 1,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+        },
     ),
     "falcon_h1": ("FalconH1", {**MAMBA_2, "mamba_d_ssm": 64}),
     "nemotron_h": (

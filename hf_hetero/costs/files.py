@@ -50,7 +50,7 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> None:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cost model's values ready for JSON: degrees as text, without what is None, a lack of policies or of state.
+    """Return a cost model's values ready for JSON: degrees as text, without what is None or says nothing.
 
     Args:
         values: of each field of `CostModel`, by name; policies as mappings of their own fields.

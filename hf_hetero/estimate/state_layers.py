@@ -1,7 +1,8 @@
 """What layers that carry state change in an estimate: fewer layers attend, and tokens of other ranks cost time.
 
 An estimate takes every layer for one that attends. A layer with state has weights and no pairs of tokens; of a sample
-that is shared, a rank fetches the hidden states of tokens before its own and goes over them as well.
+that is shared, a rank fetches hidden states of other ranks. Where ranks share its heads, as many outputs go back, and
+the work is divided; else the rank goes over these tokens as well as over its own.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 
 from hf_hetero.costs import CostModel
 from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.state_layers.cuts import cut_of
 from hf_hetero.state_layers.families import family_of, mixers_of, window_of
 
 WITHOUT_ATTENTION = frozenset({"linear_attention", "conv", "mlp", "moe", "mamba"})
+DEGREES = tuple(2**power for power in range(1, 11))
 WEIGHTS_A_STATE = 3
 """A number of the state costs a token as much as so many weights: it decays, takes in, and is read, in 6 operations."""
 
@@ -30,12 +33,14 @@ class StateShape:
         attending: share of all layers that attend.
         weights: of these mixers.
         numbers: that their states hold.
+        by_heads: degrees at which ranks share all of these mixers by heads.
     """
 
     num_mixers: int
     attending: float
     weights: int
     numbers: int
+    by_heads: tuple[int, ...] = ()
 
 
 def state_shape(model: torch.nn.Module, config: Any) -> StateShape | None:
@@ -56,6 +61,7 @@ def state_shape(model: torch.nn.Module, config: Any) -> StateShape | None:
         attending=attending / config.num_hidden_layers,
         weights=sum(p.numel() for mixer in far for p in mixer.parameters()),
         numbers=sum(_numbers(mixer) for mixer in far),
+        by_heads=tuple(degree for degree in DEGREES if all(cut_of(mixer, degree) is not None for mixer in far)),
     )
 
 
@@ -100,11 +106,14 @@ def with_state_layers(cost: CostModel, states: StateShape | None, shape: ModelSh
 
 
 def _fetched_s(cost: CostModel, states: StateShape, shape: ModelShape) -> dict[int, float]:
-    """Return the seconds of a token that a rank fetches, by degree: its hidden states, and the mixers once more."""
+    """Return the seconds of a token that a rank fetches, by degree: what travels, and mixers that run anew."""
     if not states.num_mixers:
         return {}
     worth = states.weights + WEIGHTS_A_STATE * states.numbers
     again_s = cost.linear_s_per_token * worth / shape.active_params
     passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
     num_bytes = passes * states.num_mixers * shape.hidden * shape.element_bytes
-    return {degree: again_s + num_bytes / speed for degree, speed in cost.all_to_all_bytes_per_s.items()}
+    return {
+        degree: 2 * num_bytes / speed if degree in states.by_heads else again_s + num_bytes / speed
+        for degree, speed in cost.all_to_all_bytes_per_s.items()
+    }

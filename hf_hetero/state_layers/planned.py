@@ -16,8 +16,9 @@ stay, and afterwards nothing is left of it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,13 @@ import torch
 from hf_hetero.attention.context import AttentionContext, Place
 from hf_hetero.attention.traffic import all_to_all
 from hf_hetero.model.activations import set_until
+from hf_hetero.state_layers.by_heads import HeadRuns, NormOverRanks, head_runs_of, mixed_by_heads
+from hf_hetero.state_layers.cuts import cut_of, has_one_group, part_of
 from hf_hetero.state_layers.families import mixers_of, window_of
 from hf_hetero.state_layers.runs import Runs, runs_of
 
+Over = Callable[[Callable[..., Any], torch.Tensor, Sequence[int]], torch.Tensor]
+"""A mixer's forward, rows of samples and the tokens of each -> outputs of these rows, sample by sample."""
 CACHES = ("cache_params", "past_key_values", "past_key_value")
 """What mixers call the state of an earlier call."""
 
@@ -61,25 +66,43 @@ class PlannedMixer(torch.nn.Module):
         layer = getattr(self, "layer_idx", None)
         if layer is not None:
             context.reached.add(layer)
+        others: list[tuple[Any, ...]] = []
+
+        def over(forward: Callable[..., Any], rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+            outputs: list[torch.Tensor] = []
+            for sample in rows.split(list(lengths)):
+                _call_for(call, name, sample.unsqueeze(0))
+                output = forward(*call.args, **call.kwargs)
+                first, *rest = output if isinstance(output, tuple) else (output,)
+                others[:] = [tuple(rest)]
+                outputs.append(first[0])
+            return torch.cat(outputs)
+
+        out = self._mixed(hidden[0], stand_ins, context.at(layer or 0), over).unsqueeze(0)
+        return (out, *others[0]) if others[0] else out
+
+    def _mixed(self, hidden: torch.Tensor, stand_ins: int, place: Place, over: Over) -> torch.Tensor:
+        """Return the outputs of this rank's rows, shape (n, hidden) in and out."""
+        context = place.context
+        layout, me = context.layout, context.group_rank
+        cut = cut_of(self, layout.degree) if layout.is_cut else None
+        if cut is not None:
+            head_runs: HeadRuns = context.shared(
+                ("state layer by heads", stand_ins), lambda: head_runs_of(layout, me, stand_ins, context.device)
+            )
+            part = part_of(self, type(self).__bases__[1], cut, me, layout.degree)
+            if has_one_group(self, cut):
+                part.norm = NormOverRanks(part.norm, place)
+                part.training = False  # while training, a kernel would compute the norm as well, of the part alone
+            return mixed_by_heads(hidden, head_runs, place, partial(over, super().forward), partial(over, part))
         window = window_of(self)
         runs: Runs = context.shared(
-            ("state layer", window, stand_ins),
-            lambda: runs_of(context.layout, context.group_rank, window, stand_ins, context.device),
+            ("state layer", window, stand_ins), lambda: runs_of(layout, me, window, stand_ins, context.device)
         )
-        rows = _fetched(hidden[0], runs, context.at(layer or 0))
+        rows = _fetched(hidden, runs, place)
         rows = rows if runs.order is None else rows[runs.order]
-        others: tuple[Any, ...] = ()
-        outputs: list[torch.Tensor] = []
-        for sample in rows.split(runs.lengths):
-            _call_for(call, name, sample.unsqueeze(0))
-            output = super().forward(*call.args, **call.kwargs)
-            if isinstance(output, tuple):
-                output, *rest = output
-                others = tuple(rest)
-            outputs.append(output[0])
-        out = torch.cat(outputs)
-        out = (out if runs.kept is None else out[runs.kept]).unsqueeze(0)
-        return (out, *others) if others else out
+        out = over(super().forward, rows, runs.lengths)
+        return out if runs.kept is None else out[runs.kept]
 
 
 def _fetched(hidden: torch.Tensor, runs: Runs, place: Place) -> torch.Tensor:

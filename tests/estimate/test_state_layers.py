@@ -45,7 +45,7 @@ def test_every_family_is_counted(family: str) -> None:
 
 
 def test_seconds_by_hand() -> None:
-    """Attention and its exchange are those of the layers that attend; a fetched token costs its bytes and its mixers."""
+    """Attention is that of the layers that attend; a fetched token costs its bytes and its mixers."""
     shape, states = shapes_of("qwen3_5")
     before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**30), DEGREES)
     cost = with_state_layers(before, states, shape)
@@ -55,7 +55,10 @@ def test_seconds_by_hand() -> None:
     a_weight_s = before.linear_s_per_token / shape.active_params
     worth = states.weights + 3 * 512
     assert cost.linear_s_per_token == pytest.approx(before.linear_s_per_token + a_weight_s * 3 * 512)
-    assert cost.state_s_per_token[4] == pytest.approx(a_weight_s * worth + 2 * 32 * 2 / cost.all_to_all_bytes_per_s[4])
+    speed = cost.all_to_all_bytes_per_s
+    assert states.by_heads == (2, 4)  # of 4 key heads
+    assert cost.state_s_per_token[4] == pytest.approx(2 * 2 * 32 * 2 / speed[4])
+    assert cost.state_s_per_token[8] == pytest.approx(a_weight_s * worth + 2 * 32 * 2 / speed[8])
     ulysses = cost.seconds([100], 4) - replace(cost, state_s_per_token={}).seconds([100], 4)
     assert ulysses == pytest.approx(75 * cost.state_s_per_token[4])  # of 100 tokens a rank holds 25
 
@@ -68,9 +71,9 @@ def test_a_model_without_is_as_before() -> None:
 
 
 def test_the_planner_chooses_smaller_degrees() -> None:
-    """What is not divided by the degree makes large groups dear."""
+    """What is not divided by the degree makes large groups dear; what is shared by heads, less so."""
     shape, states = shapes_of("qwen3_5", num_layers=32, hidden=1024, num_params=10**9, active_params=10**9)
-    dear = replace(states, num_mixers=24, weights=5 * 10**8)
+    dear = replace(states, num_mixers=24, weights=5 * 10**8, by_heads=())
     before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**38), DEGREES)
     lengths = [20_000, 9_000, 9_000, 4_000, 4_000, 3_000, 2_000, 1_000]
 
@@ -78,4 +81,6 @@ def test_the_planner_chooses_smaller_degrees() -> None:
         groups = [group for group in Planner(cost, 8).plan(lengths).groups if group.samples]
         return sum(len(group.samples) * group.degree for group in groups) / len(lengths)
 
-    assert mean_degree(with_state_layers(before, dear, shape)) < mean_degree(before)
+    whole = mean_degree(with_state_layers(before, dear, shape))
+    by_heads = mean_degree(with_state_layers(before, replace(dear, by_heads=DEGREES), shape))
+    assert whole < by_heads <= mean_degree(before)
