@@ -195,9 +195,10 @@ def _outline(module: torch.nn.Module, kind: type) -> Any:
     """Copy a module without its hooks; what it holds is shared, but for the tables of modules and weights."""
     copied: Any = object.__new__(kind)
     torch.nn.Module.__init__(copied)
-    own = {"_parameters": dict(module._parameters), "_buffers": dict(module._buffers), "training": module.training}
-    others = {name: value for name, value in vars(module).items() if name not in vars(copied)}
-    vars(copied).update({**others, **own})
+    own = vars(module)
+    others = {name: value for name, value in own.items() if name not in vars(copied)}
+    tables = {name: dict(own[name]) for name in ("_parameters", "_buffers")}
+    vars(copied).update({**others, **tables, "training": module.training})
     for name, child in module.named_children():
         copied._modules[name] = _outline(child, type(child))
     return copied
