@@ -3,6 +3,9 @@
 An estimate takes every layer for one that attends. A layer with state has weights and no pairs of tokens; of a sample
 that is shared, a rank fetches hidden states of other ranks. Where ranks share its heads, as many outputs go back, and
 the work is divided; else the rank goes over these tokens as well as over its own.
+
+What is kept of them grows with the degree, and a cost model has one number for the bytes of a token. So each token is
+counted with as many others as a rank of the largest group holds: `HeteroConfig.max_degree` makes room.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ class StateShape:
         attending: share of all layers that attend.
         weights: of these mixers.
         numbers: that their states hold.
+        widths: of what their linear layers give, all together.
         by_heads: degrees at which ranks share all of these mixers by heads.
     """
 
@@ -40,6 +44,7 @@ class StateShape:
     attending: float
     weights: int
     numbers: int
+    widths: int
     by_heads: tuple[int, ...] = ()
 
 
@@ -61,6 +66,7 @@ def state_shape(model: torch.nn.Module, config: Any) -> StateShape | None:
         attending=attending / config.num_hidden_layers,
         weights=sum(p.numel() for mixer in far for p in mixer.parameters()),
         numbers=sum(_numbers(mixer) for mixer in far),
+        widths=sum(m.out_features for mixer in far for m in mixer.modules() if isinstance(m, torch.nn.Linear)),
         by_heads=tuple(degree for degree in DEGREES if all(cut_of(mixer, degree) is not None for mixer in far)),
     )
 
@@ -88,6 +94,8 @@ def with_state_layers(cost: CostModel, states: StateShape | None, shape: ModelSh
             policy,
             attention_s_per_token2=policy.attention_s_per_token2 * share,
             linear_s_per_token=policy.linear_s_per_token * more,
+            activation_bytes_per_token=policy.activation_bytes_per_token
+            + most_fetched_bytes(cost, states, replace(shape, checkpointing=True)),
         )
         for name, policy in cost.activation_policies.items()
     }
@@ -101,6 +109,7 @@ def with_state_layers(cost: CostModel, states: StateShape | None, shape: ModelSh
         kv_bytes_per_token=None if cost.kv_bytes_per_token is None else cost.kv_bytes_per_token * share,
         all_to_all_latency_s={d: s * messages for d, s in cost.all_to_all_latency_s.items()},
         state_s_per_token=_fetched_s(cost, states, shape),
+        activation_bytes_per_token=cost.activation_bytes_per_token + most_fetched_bytes(cost, states, shape),
         activation_policies=policies,
     )
 
@@ -117,3 +126,25 @@ def _fetched_s(cost: CostModel, states: StateShape, shape: ModelShape) -> dict[i
         degree: 2 * num_bytes / speed if degree in states.by_heads else again_s + num_bytes / speed
         for degree, speed in cost.all_to_all_bytes_per_s.items()
     }
+
+
+def most_fetched_bytes(cost: CostModel, states: StateShape, shape: ModelShape) -> float:
+    """Count the bytes that a token brings with it in the offered degree whose ranks keep most of others' tokens."""
+    degrees = cost.all_to_all_bytes_per_s
+    return max(((degree - 1) * fetched_bytes(states, shape, degree) for degree in degrees), default=0.0)
+
+
+def fetched_bytes(states: StateShape, shape: ModelShape, degree: int) -> float:
+    """Count what all layers keep of a token that a rank fetches.
+
+    That is its hidden state, and, where the mixer is not shared by heads, what the mixer computes of it. With recompute
+    that is so in one layer at a time; the others keep what was exchanged, if it is kept.
+    """
+    if not states.num_mixers:
+        return 0.0
+    by_heads = degree in states.by_heads
+    kept = states.num_mixers * shape.hidden + (0 if by_heads else 2 * states.widths)
+    if shape.checkpointing:
+        exchanged = states.num_mixers * shape.hidden * (2 if by_heads else 1) if shape.keeps_exchanged else 0
+        kept = exchanged + kept / states.num_mixers
+    return kept * shape.element_bytes

@@ -11,7 +11,7 @@ from hybrids import HYBRIDS, hybrid_model
 from hf_hetero import Planner
 from hf_hetero.estimate.estimate import Device, estimate_cost_model
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
-from hf_hetero.estimate.state_layers import state_shape, with_state_layers
+from hf_hetero.estimate.state_layers import fetched_bytes, state_shape, with_state_layers
 from hf_hetero.topology import Topology
 
 DEVICE = Device("test", 1e12, 1e9)
@@ -61,6 +61,25 @@ def test_seconds_by_hand() -> None:
     assert cost.state_s_per_token[8] == pytest.approx(a_weight_s * worth + 2 * 32 * 2 / speed[8])
     ulysses = cost.seconds([100], 4) - replace(cost, state_s_per_token={}).seconds([100], 4)
     assert ulysses == pytest.approx(75 * cost.state_s_per_token[4])  # of 100 tokens a rank holds 25
+
+
+def test_bytes_by_hand() -> None:
+    """A rank keeps others' hidden states, and what mixers compute of them if they do so anew; with recompute once."""
+    shape, states = shapes_of("qwen3_5")
+    assert states.widths == 2 * 32 + 64 + 64 + 8 + 8 + 32
+    assert fetched_bytes(states, shape, 4) == 32 * 2
+    assert fetched_bytes(states, shape, 8) == (32 + 2 * states.widths) * 2
+    three = replace(states, num_mixers=3, widths=3 * states.widths)
+    recomputed = replace(shape, checkpointing=True)
+    assert fetched_bytes(three, shape, 4) == 3 * 32 * 2
+    assert fetched_bytes(three, recomputed, 4) == 32 * 2
+    assert fetched_bytes(three, replace(recomputed, keeps_exchanged=True), 4) == (3 * 2 * 32 + 32) * 2
+    before = estimate_cost_model(shape, DEVICE, Topology(8, None, 2**30), DEGREES, policies=("recompute",))
+    cost = with_state_layers(before, states, shape)
+    more = cost.activation_bytes_per_token - before.activation_bytes_per_token
+    assert more == 7 * fetched_bytes(states, shape, 8)  # the eighth rank's own is counted anyway
+    lean = with_state_layers(before.with_degrees((1, 2)), states, shape)
+    assert lean.activation_bytes_per_token == before.activation_bytes_per_token + 32 * 2
 
 
 def test_a_model_without_is_as_before() -> None:
