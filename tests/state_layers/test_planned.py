@@ -15,6 +15,7 @@ from helpers import run_ranks
 from hybrids import HYBRIDS, InFloat64, hybrid_model
 from torch.utils.checkpoint import checkpoint
 
+from hf_hetero.attention import traffic
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.layout import Layout, contiguous, two_level, zigzag
@@ -137,7 +138,7 @@ def on_ranks(families: list[str]) -> dict[tuple[str, str, bool], float]:
 @pytest.mark.parametrize(
     ("num_ranks", "families"),
     [
-        (2, ["qwen3_5", "bamba", "lfm2"]),
+        (2, ["qwen3_5", "lfm2"]),
         pytest.param(2, list(HYBRIDS), marks=pytest.mark.slow),
         pytest.param(4, list(HYBRIDS), marks=pytest.mark.slow),
     ],
@@ -194,3 +195,45 @@ def without_halo(family: str) -> float:
 def test_a_missing_halo_is_caught(family: str) -> None:
     """Tokens of other ranks that a convolution, or a state, sees are needed."""
     assert max(run_ranks(without_halo, 2, family)) > 1e-2
+
+
+def exchanges(family: str, layout: Layout, recompute: bool) -> list[tuple[str, int]]:
+    """What a rank exchanges, in order: the operation, and how many numbers it sends."""
+    seen: list[tuple[str, int]] = []
+    stock = traffic._exchange
+
+    def noted(buffer: torch.Tensor, in_splits: Any, out_splits: Any, peers: Any, name: str, place: Any) -> torch.Tensor:
+        seen.append((name, buffer.numel()))
+        return stock(buffer, in_splits, out_splits, peers, name, place)
+
+    traffic._exchange = noted
+    try:
+        shared(family, layout, dist.get_rank(), recompute)
+    finally:
+        traffic._exchange = stock
+    return seen
+
+
+def all_exchanges() -> dict[str, list[tuple[str, int]]]:
+    cut = contiguous([20], 2)
+    return {
+        "whole": exchanges("qwen3_5", zigzag([5, 5], 2), False),
+        "by heads": exchanges("qwen3_5", cut, False),
+        "by heads, recomputed": exchanges("qwen3_5", cut, True),
+        "prefix": exchanges("mamba", cut, False),
+        "halo": exchanges("lfm2", cut, False),
+    }
+
+
+def test_what_travels() -> None:
+    """Nothing of whole samples; by heads, all rows there and back, once more in backward; else what is seen alone."""
+    first, second = run_ranks(all_exchanges, 2)
+    there, back = "all-to-all of hidden states", "all-to-all of mixed states"
+    assert first["whole"] == second["whole"] == []
+    rows = 10 * 32
+    by_heads = [(there, rows), (back, rows), (f"{back} of gradients", rows), (f"{there} of gradients", rows)]
+    assert first["by heads"] == second["by heads"] == by_heads
+    assert first["by heads, recomputed"] == by_heads, "a recompute repeats no exchange"
+    assert first["prefix"] == [(there, rows), (f"{there} of gradients", 0)]
+    assert second["prefix"] == [(there, 0), (f"{there} of gradients", rows)]
+    assert first["halo"] == [(there, 2 * 32), (f"{there} of gradients", 0)]  # a kernel of 3 sees two tokens before
