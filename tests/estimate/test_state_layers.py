@@ -9,7 +9,8 @@ import pytest
 from hybrids import HYBRIDS, hybrid_model
 
 from hf_hetero import Planner
-from hf_hetero.estimate.estimate import Device, estimate_cost_model
+from hf_hetero.estimate.devices import Device
+from hf_hetero.estimate.estimate import estimate_cost_model
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.state_layers import fetched_bytes, state_shape, with_state_layers
 from hf_hetero.topology import Topology
