@@ -18,6 +18,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"plan", "samples", "topology"},
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
+    {"state_layers"},
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},

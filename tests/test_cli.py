@@ -401,7 +401,7 @@ def test_check(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ({"model_type": "mamba"}, "refused because"),
+        ({"model_type": "rwkv"}, "refused because"),
         ({"attention_dropout": 0.1}, "refused because attention_dropout=0.1 draws another mask"),
         ({"model_type": "deepseek_v2", "num_key_value_heads": 8}, "not tested: a tiny instance fails with stock"),
     ],

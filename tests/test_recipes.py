@@ -159,9 +159,13 @@ SHRUNK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 SHRUNK |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3_ROPE |= {"original_max_position_embeddings": 64, "rope_theta": 500000.0}
+GRANITE_HYBRID = {"layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48}
+GRANITE_HYBRID |= {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+GRANITE_HYBRID |= {"mamba_chunk_size": 16}
 ARCHITECTURES = {  # model of a recipe -> the same kind of model, small
     "meta-llama/Llama-3.1-8B-Instruct": ("LlamaConfig", {"rope_parameters": LLAMA3_ROPE}),
     "Qwen/Qwen3-8B": ("Qwen3Config", {}),
+    "ibm-granite/granite-4.0-h-1b": ("GraniteMoeHybridConfig", GRANITE_HYBRID),
     "Qwen/Qwen3-0.6B": ("Qwen3Config", {"tie_word_embeddings": True}),
 }
 

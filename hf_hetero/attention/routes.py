@@ -92,10 +92,10 @@ def gather_route(layout: Layout, me: int, window: int | None, device: torch.devi
     others = [rank for rank in range(layout.degree) if rank != me]
     sent = {rank: needed(layout, rank, me, window) for rank in others}
     received = {rank: needed(layout, me, rank, window) for rank in others}
-    mine = _Rows(layout.spans[me])
-    buffer = _Rows([*layout.spans[me], *(span for rank in others for span in received[rank])])
+    mine = Rows(layout.spans[me])
+    buffer = Rows([*layout.spans[me], *(span for rank in others for span in received[rank])])
     return GatherRoute(
-        send_rows=_index((rows for rank in others for rows in mine.of(sent[rank])), device),
+        send_rows=row_index((rows for rank in others for rows in mine.of(sent[rank])), device),
         num_sent=tuple(_num_tokens(sent.get(rank, ())) for rank in range(layout.degree)),
         num_received=tuple(_num_tokens(received.get(rank, ())) for rank in range(layout.degree)),
         meeting=_causal_meeting(layout.spans[me], buffer, window, device),
@@ -105,20 +105,20 @@ def gather_route(layout: Layout, me: int, window: int | None, device: torch.devi
 def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
     """Route keys in rounds, for a layer whose queries see all before them."""
     spans = layout.spans[me]
-    mine = _Rows(spans)
+    mine = Rows(spans)
     rounds: list[Round] = []
     for number in range(1, layout.degree):
         to, source = (me + number) % layout.degree, (me - number) % layout.degree
         sent, received = needed(layout, to, me), needed(layout, me, source)
-        rows = _index(mine.of(sent), device) if sent else None
+        rows = row_index(mine.of(sent), device) if sent else None
         meeting = _full_meeting(spans, received, device) if received else None
         rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
     # at first with one's own keys only: the others come in rounds
     return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
 
 
-class _Rows:
-    """`_Rows` know where the tokens of some spans lie in a buffer that holds the spans one after the other."""
+class Rows:
+    """`Rows` know where the tokens of some spans lie in a buffer that holds the spans one after the other."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self._by_sample: dict[int, list[tuple[int, int, int]]] = {}
@@ -143,7 +143,7 @@ class _Rows:
 
 
 def _causal_meeting(
-    spans: Sequence[Span], buffer: _Rows, window: int | None, device: torch.device, whole: bool = True
+    spans: Sequence[Span], buffer: Rows, window: int | None, device: torch.device, whole: bool = True
 ) -> Meeting:
     """Let each span of queries meet the keys before it that are in the buffer, and itself.
 
@@ -159,9 +159,9 @@ def _causal_meeting(
         keys.append(buffer.within(span.sample, first, span.end))
         assert not whole or sum(map(len, keys[-1])) == span.end - first, "a key that is needed has not been sent"
     flat = [rows for of_span in keys for rows in of_span]
-    is_in_order = _joined(flat) == [range(buffer.num_rows)]  # then no copy is made of the buffer, in any layer
+    is_in_order = joined(flat) == [range(buffer.num_rows)]  # then no copy is made of the buffer, in any layer
     segments = Segments.of([span.num_tokens for span in spans], [sum(map(len, of_span)) for of_span in keys], device)
-    return Meeting(None if is_in_order else _index(flat, device), segments)
+    return Meeting(None if is_in_order else row_index(flat, device), segments)
 
 
 def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch.device) -> Meeting:
@@ -169,7 +169,7 @@ def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch
 
     Spans do not overlap, so another rank's keys lie before all queries of a span or after all: no mask is needed.
     """
-    mine, theirs = _Rows(spans), _Rows(received)
+    mine, theirs = Rows(spans), Rows(received)
     candidates = [(span, theirs.within(span.sample, 0, span.start)) for span in spans]
     pairs = [(span, keys) for span, keys in candidates if keys]  # kernels want no empty runs
     q_rows, key_rows = mine.of(span for span, _ in pairs), [rows for _, keys in pairs for rows in keys]
@@ -177,9 +177,9 @@ def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch
         [span.num_tokens for span, _ in pairs], [sum(map(len, keys)) for _, keys in pairs], device, causal=False
     )
     return Meeting(
-        None if _joined(key_rows) == [range(theirs.num_rows)] else _index(key_rows, device),
+        None if joined(key_rows) == [range(theirs.num_rows)] else row_index(key_rows, device),
         segments,
-        None if _joined(q_rows) == [range(mine.num_rows)] else _index(q_rows, device),
+        None if joined(q_rows) == [range(mine.num_rows)] else row_index(q_rows, device),
     )
 
 
@@ -187,17 +187,18 @@ def _num_tokens(spans: Iterable[Span]) -> int:
     return sum(span.num_tokens for span in spans)
 
 
-def _joined(ranges: Iterable[range]) -> list[range]:
+def joined(ranges: Iterable[range]) -> list[range]:
     """Return the same rows in as few ranges as can be."""
-    joined: list[range] = []
+    found: list[range] = []
     for rows in ranges:
-        if joined and joined[-1].stop == rows.start:
-            joined[-1] = range(joined[-1].start, rows.stop)
+        if found and found[-1].stop == rows.start:
+            found[-1] = range(found[-1].start, rows.stop)
         else:
-            joined.append(rows)
-    return joined
+            found.append(rows)
+    return found
 
 
-def _index(ranges: Iterable[range], device: torch.device) -> torch.Tensor:
-    parts = [torch.arange(rows.start, rows.stop) for rows in _joined(ranges)]
+def row_index(ranges: Iterable[range], device: torch.device) -> torch.Tensor:
+    """Return the numbers of some rows, int64."""
+    parts = [torch.arange(rows.start, rows.stop) for rows in joined(ranges)]
     return torch.cat(parts or [torch.zeros(0, dtype=torch.int64)]).to(device)

@@ -17,6 +17,7 @@ from hf_hetero.attention import rotary
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
+from hf_hetero.state_layers.families import mixers_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,14 @@ logger = logging.getLogger(__name__)
 TESTED_MODEL_TYPES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt_oss", "qwen3_moe", "granite", "olmo2", "phi3"}
     | {"deepseek_v3"}
+    | {"qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "kimi_linear", "bamba", "granitemoehybrid"}
+    | {"falcon_h1", "nemotron_h", "zamba2", "mamba", "mamba2", "falcon_mamba", "jamba", "lfm2", "recurrent_gemma"}
+    | {"minimax"}
 )
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 STEPS_IN_BACKWARD = frozenset({"lomo", "adalomo"})
+TOKEN_LAYER_TYPES = frozenset({"mlp", "moe"})
+"""Layers that look at one token at a time."""
 EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
@@ -140,12 +146,15 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
         yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    if not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
+    num_mixers = sum(1 for _ in mixers_of(base))
+    if not num_mixers and not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
         yield "it does not use transformers' attention interface, so samples cannot be shared among ranks."
-    layer_types = set(getattr(config, "layer_types", None) or [])
-    if with_state := sorted(layer_types & STATE_LAYER_TYPES):
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    layer_types = set(kinds)
+    if num_mixers < sum(kind in STATE_LAYER_TYPES for kind in kinds):
+        with_state = sorted(layer_types & STATE_LAYER_TYPES)
         yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
-    if other := sorted(layer_types - EXACT_LAYER_TYPES - STATE_LAYER_TYPES):
+    if other := sorted(layer_types - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
         known = " and ".join(sorted(EXACT_LAYER_TYPES))
         yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
     # a model that another trainer has fitted computes this package's loss

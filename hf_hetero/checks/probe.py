@@ -27,6 +27,7 @@ from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.model.loss import shift_labels, token_loss
 from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.state_layers.planned import StateLayers
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +148,10 @@ def _probe(model: Any) -> Probe:
         interface.register()
         rotary.TablesBySample(model)
         model.set_attn_implementation(interface.ATTENTION_NAME)
-        planned = _pass(model, [batch])
-        with torch.no_grad():
-            model.train()(**batch, use_cache=False)
+        with StateLayers(model).planned(context):
+            planned = _pass(model, [batch])
+            with torch.no_grad():
+                model.train()(**batch, use_cache=False)
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:
@@ -168,6 +170,8 @@ def _judged(
 ) -> Probe:
     """Say in words what differs, the cause before its effects: layers, then missing gradients, then their values."""
     layers = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    layers -= {n for n, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
     loss_error, gradient_error = _errors(planned, expected)
     problem = ""
     if reached != layers:

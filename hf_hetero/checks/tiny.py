@@ -34,9 +34,21 @@ SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
     "sliding_window": 8,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "mamba_n_groups": 2,
+    "n_groups": 2,
+    "mamba_ngroups": 2,
+    "linear_num_heads": 4,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+STATE_HEADS = {  # heads of layers with state -> the width of one
+    "mamba_n_heads": "mamba_d_head",
+    "mamba_num_heads": "mamba_head_dim",
+    "n_mamba_heads": "mamba_headdim",
+    "num_heads": "head_dim",
 }
 KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists that say which kind each layer is
 
@@ -107,8 +119,27 @@ def _shrink(config: Any) -> None:
         _set(config, "num_attention_heads", NUM_HEADS)
         if hasattr(config, "num_key_value_heads"):
             _set(config, "num_key_value_heads", NUM_HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2)
+    _shrink_heads_of_state(config)
     _switch_rotary_tables_early(config)
     _keep_one_layer_of_each_kind(config)
+
+
+def _shrink_heads_of_state(config: Any) -> None:
+    """Let layers that carry state have a few heads, as wide as fits the hidden size, and the same grouping."""
+    if getattr(config, "num_attention_heads", None) is None:  # a model of such layers alone
+        _set(config, "hidden_size", min(config.hidden_size, 16 * NUM_HEADS))
+    inner = int(config.hidden_size * (getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1))
+    for heads, width in STATE_HEADS.items():
+        if isinstance(getattr(config, heads, None), int) and hasattr(config, width):
+            if hasattr(config, "mamba_d_ssm"):
+                _set(config, "mamba_d_ssm", inner)
+            _set(config, heads, NUM_HEADS)
+            _set(config, width, inner // NUM_HEADS)
+    if hasattr(config, "attention_hidden_size"):  # two hidden states, side by side
+        _set(config, "attention_hidden_size", 2 * config.hidden_size)
+    if keys := getattr(config, "linear_num_key_heads", None):
+        _set(config, "linear_num_value_heads", 2 * (config.linear_num_value_heads // keys))
+        _set(config, "linear_num_key_heads", 2)
 
 
 def _switch_rotary_tables_early(config: Any) -> None:

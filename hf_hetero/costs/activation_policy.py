@@ -7,9 +7,11 @@ need (arXiv:2502.21231), MEMO by how much a long sample's attention hides (arXiv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from hf_hetero.errors import ConfigError
+from hf_hetero.plan import ACTIVATIONS
 
 LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
 """Least of what is divided by, and most of all: with others, sums of seconds and bytes would overflow."""
@@ -41,3 +43,27 @@ class ActivationPolicy:
                 raise ConfigError(f"An activation policy's {name} is {value!r}; it must be 0 or more.")
         if not self.activation_bytes_per_token >= LEAST_NUMBER:
             raise ConfigError("An activation policy's activation_bytes_per_token must be above 0.")
+
+
+def check_policies(policies: Mapping[str, ActivationPolicy], attention_s: float, linear_s: float, name: str) -> None:
+    """Refuse policies that no group can follow, or that take less time than to follow none.
+
+    Args:
+        policies: of a cost model, by name.
+        attention_s, linear_s: of groups that follow none, as in `CostModel`.
+        name: of the cost model, for messages.
+
+    Raises:
+        ConfigError: with the policy's name.
+    """
+    if unknown := sorted(set(policies) - set(ACTIVATIONS)):
+        raise ConfigError(
+            f"Cost model {name!r}: activation_policies has {unknown}; there are {', '.join(ACTIVATIONS)}."
+        )
+    for policy_name, policy in policies.items():
+        attention, linear = policy.attention_s_per_token2, policy.linear_s_per_token
+        if attention < attention_s or linear < linear_s or policy.exchanges < 1:
+            raise ConfigError(
+                f"Cost model {name!r}: activation policy {policy_name!r} takes less time than none. "
+                "Make what it does the rule of the run, and measure that."
+            )

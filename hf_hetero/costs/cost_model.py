@@ -4,7 +4,7 @@ For a group of degree d that holds samples of s tokens (FlexSP, arXiv:2412.01523
 
     seconds = micro_batch_s + sum(attention_s_per_token2 * s**2 + linear_s_per_token * s) / d
               + [d > 1] * (sum(all_to_all_bytes_per_token * s) / d / all_to_all_bytes_per_s[d]
-                           + all_to_all_latency_s[d])
+                           + all_to_all_latency_s[d] + sum(s) * (1 - 1/d) * state_s_per_token[d])
     bytes   = model_state_bytes_per_rank + activation_bytes_per_token * sum(s) / d
 
 A micro-batch lasts as long as its slowest group; a step is its micro-batches, one after the other.
@@ -13,6 +13,9 @@ A group may also hold more tokens and take longer (`Group.activations`): each su
 
 That is a group whose ranks exchange heads ("ulysses"). With `kv_bytes_per_token` the model also knows the other methods
 (`crossings`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
+
+Layers that carry state (`state_s_per_token`) need, of a sample that is shared, the tokens of other ranks too: what that
+takes is not divided by the degree.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.costs.activation_policy import ActivationPolicy
+from hf_hetero.costs.activation_policy import ActivationPolicy, check_policies
 from hf_hetero.costs.crossings import Charges, Crossings
 from hf_hetero.costs.files import as_json, read_json, values_of, write_json
 from hf_hetero.costs.ranges import check_values
@@ -56,6 +59,8 @@ class CostModel:
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         ran_out: 1: its memory is what was tried next after a rank had run out of it; None: none has.
+        state_s_per_token: seconds that layers with state take for a token of another rank: its hidden states are
+            fetched, and what is not shared by heads is computed anew. By degree; 0 where absent.
         name, source: what was measured, where, and how.
         provenance: where the seconds come from, one of `ranges.PROVENANCES`; None: whoever wrote the file knows.
         model: which model it was made for, in words (`estimate.subject`); None: any.
@@ -82,6 +87,7 @@ class CostModel:
     activation_policies: Mapping[str, ActivationPolicy] = field(default_factory=dict[str, ActivationPolicy])
     host_memory_bytes_per_rank: float | None = None
     ran_out: int | None = None
+    state_s_per_token: Mapping[int, float] = field(default_factory=dict[int, float])
     name: str = ""
     source: str = ""
     provenance: str | None = None
@@ -89,13 +95,7 @@ class CostModel:
 
     def __post_init__(self) -> None:
         check_values({item.name: getattr(self, item.name) for item in fields(self)})
-        for name, policy in self.activation_policies.items():
-            attention, linear = policy.attention_s_per_token2, policy.linear_s_per_token
-            if attention < self.attention_s_per_token2 or linear < self.linear_s_per_token or policy.exchanges < 1:
-                raise ConfigError(
-                    f"Cost model {self.name!r}: activation policy {name!r} takes less time than none. "
-                    "Make what it does the rule of the run, and measure that."
-                )
+        check_policies(self.activation_policies, self.attention_s_per_token2, self.linear_s_per_token, self.name)
         if self.capacity_tokens < 1:
             free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
             raise ConfigError(
@@ -181,7 +181,8 @@ class CostModel:
     def linear_s(self, degree: int) -> float:
         """Return the rank-seconds of a token at this degree, its exchange included."""
         exchange = self.all_to_all_bytes_per_token / self.all_to_all_bytes_per_s[degree] if degree > 1 else 0.0
-        return self.linear_s_per_token + exchange
+        # without such layers nothing is added: plans keep the seconds that are on record, to the last bit
+        return self.linear_s_per_token + exchange + (degree - 1) * self.state_s_per_token.get(degree, 0.0)
 
     def fixed_s(self, degree: int) -> float:
         """Return the seconds that a group of this degree takes before its first token."""
@@ -255,6 +256,7 @@ class CostModel:
             all_to_all_latency_s=dict.fromkeys(self.all_to_all_latency_s, 0.0),
             kv_bytes_per_token=None,
             num_heads=None,
+            state_s_per_token={},
         )
 
     def plan_seconds(self, plan: Plan, lengths: Sequence[int]) -> float:

@@ -10,7 +10,8 @@ with `causal_pairs` and moves `travelling_tokens` (see `volume`), in seconds:
     messages  = RING_MESSAGES * all_to_all_latency_s[d] * (d / n - 1)
 
 Keys that are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
-messages of their own, and hides part of that behind attention. What a block exchanges within itself comes on top.
+messages of their own, and hides part of that behind attention. What a block exchanges within itself comes on top, and
+so do layers with state, for each token that travels over the whole group.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Crossings:
     num_kv_heads: int | None
     network_bytes_per_s: float | None
     ring_overlap: float
+    state_s_per_token: Mapping[int, float]
 
     def head_imbalance(self, degree: int) -> float:
         """Return the heads of the rank that has most, by the mean; 1 where they divide, or nobody knows."""
@@ -99,6 +101,8 @@ class Crossings:
         blocks = blocks_of(layout) if inner > 1 else layout
         attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner * self.head_imbalance(inner)
         exchange_s, fixed_s = 0.0, self.micro_batch_s
+        if state_s := self.state_s_per_token.get(degree):
+            exchange_s += state_s * travelling_tokens(layout)
         if inner > 1:
             exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
             fixed_s += self.all_to_all_latency_s.get(inner, 0.0)

@@ -66,16 +66,16 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> None:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cost model's values ready for JSON: degrees as text, without what is None or a lack of policies.
+    """Return a cost model's values ready for JSON: degrees as text, without what is None or says nothing.
 
     Args:
         values: of each field of `CostModel`, by name; policies as mappings of their own fields.
     """
     data: dict[str, Any] = {"format": COST_FORMAT}
     for name, value in values.items():
-        if value is None or (name == "activation_policies" and not value):
+        if value is None or (name in {"activation_policies", "state_s_per_token"} and not value):
             continue
-        by_degree = name in {"all_to_all_bytes_per_s", "all_to_all_latency_s"}
+        by_degree = name in {"all_to_all_bytes_per_s", "all_to_all_latency_s", "state_s_per_token"}
         data[name] = {str(degree): number for degree, number in value.items()} if by_degree else value
     return data
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from hf_hetero.costs.activation_policy import LEAST_NUMBER, MOST_NUMBER
 from hf_hetero.errors import ConfigError
-from hf_hetero.plan import ACTIVATIONS
 
 PROVENANCES = ("estimated", "measured", "refitted")
 """Where seconds come from: counted, timed by `hf-hetero profile`, or corrected by measured steps."""
@@ -43,10 +42,6 @@ def check_values(values: Mapping[str, Any]) -> None:
         )
     if not values["activation_bytes_per_token"] >= LEAST_NUMBER:
         raise ConfigError(f"Cost model {name!r}: activation_bytes_per_token must be above 0.")
-    if unknown := sorted(set(values["activation_policies"]) - set(ACTIVATIONS)):
-        raise ConfigError(
-            f"Cost model {name!r}: activation_policies has {unknown}; there are {', '.join(ACTIVATIONS)}."
-        )
     if (provenance := values["provenance"]) not in (None, *PROVENANCES):
         raise ConfigError(
             f"Cost model {name!r}: provenance is {provenance!r:.60}; choose one of {', '.join(PROVENANCES)}, or leave "

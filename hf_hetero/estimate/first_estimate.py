@@ -11,6 +11,7 @@ from hf_hetero.estimate.devices import Device
 from hf_hetero.estimate.estimate import estimate_cost_model
 from hf_hetero.estimate.memory import Shards
 from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.estimate.state_layers import StateShape, with_state_layers
 from hf_hetero.topology import Topology
 
 
@@ -21,6 +22,7 @@ def first_estimate(
     shards: Shards | None,
     policies: Collection[str],
     hetero: HeteroConfig,
+    states: StateShape | None = None,
 ) -> CostModel:
     """Estimate a cost model, under the user's limits.
 
@@ -29,11 +31,14 @@ def first_estimate(
         shards: how model states are sharded over all ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
         hetero: the user's limits.
+        states: layers of the model that carry state; None: it has none.
 
     Raises:
         ConfigError: the memory leaves room for no token.
     """
     cost = estimate_cost_model(shape, device, topology, topology.degrees, shards, policies)
+    most = hetero.max_degree or topology.num_ranks  # what layers with state keep is counted for the largest group
+    cost = with_state_layers(cost.with_degrees(d for d in topology.degrees if 1 < d <= most), states, shape)
     return restricted(cost, hetero, topology.num_ranks, shape.heads, policies)
 
 

@@ -78,7 +78,7 @@ def shape_of(
     chunked_mlp: bool = False,
 ) -> ModelShape:
     """Read a model's shape from its config and its weights."""
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1  # of layers with state alone: none is exchanged
     params = list(model.parameters())
     num_params = sum(p.numel() for p in params)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

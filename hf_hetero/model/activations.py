@@ -84,18 +84,18 @@ class Activations:
         with ExitStack() as undone:
             if policy in self.policies and not self._recomputes:
                 for layer in self._layers:
-                    _set(undone, layer, "gradient_checkpointing", True)
-                    _set(undone, layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+                    set_until(undone, layer, "gradient_checkpointing", True)
+                    set_until(undone, layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
             if self.recomputed(policy):
                 for mlp, kind in self._mlps:
-                    _set(undone, mlp, "__class__", kind)
+                    set_until(undone, mlp, "__class__", kind)
             if store is not None:
                 undone.enter_context(store.hooks())
             yield
 
 
-def _set(undone: ExitStack, thing: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack is undone; what a thing had from its class it then has from there again."""
+def set_until(undone: ExitStack, thing: Any, name: str, value: Any) -> None:
+    """Set an attribute until a stack is undone; what a thing had from its class it then has from there again."""
     # set anew where the thing has it itself, else removed: an attribute left on a layer would hide its class's for good
     if name in vars(thing) or name == "__class__":
         undone.callback(setattr, thing, name, getattr(thing, name))

@@ -271,7 +271,7 @@ def _forward_of(
             context = run.context(micro_batch, index, trainer.state.global_step + 1)
         planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
-        with torch.no_grad(), trainer.compute_loss_context_manager():
+        with torch.no_grad(), trainer.compute_loss_context_manager(), run.fitted.state_layers.planned(context):
             if not has_labels:
                 inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
                 return 0.0, _outputs_of(model(**inputs), left_out)

@@ -7,7 +7,8 @@ weights are, an output embedding that does without whole logits. None of it touc
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero.attention import interface
+from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
@@ -27,6 +29,8 @@ from hf_hetero.model.expert_load import ExpertLoad
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
+from hf_hetero.state_layers.planned import StateLayers
+from hf_hetero.step import RankMicroBatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,7 @@ class Fitted:
         experts: how evenly they are used; false where there are none.
         sharding: how its weights are spread over ranks.
         activations: what its layers can do to hold more tokens.
+        state_layers: those of its layers that carry state along a sample.
         undone: gives the model back.
     """
 
@@ -53,7 +58,16 @@ class Fitted:
     experts: ExpertLoad
     sharding: Sharding
     activations: Activations
+    state_layers: StateLayers
     undone: ExitStack
+
+    @contextmanager
+    def as_planned(self, micro_batch: RankMicroBatch, context: AttentionContext) -> Iterator[None]:
+        """Have forward and backward of a micro-batch as planned: a lazy head, layers that hold what a policy says."""
+        lazy = nullcontext() if self.head is None else self.head.lazy()
+        holding = self.activations.following(micro_batch.group.activations, context.store)
+        with lazy, holding, self.state_layers.planned(context), self.experts.micro_batch(context.num_tokens):
+            yield
 
     def close(self) -> None:
         """Give the model back as it was; a second call does nothing."""
@@ -88,7 +102,8 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         activations = Activations(
             base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile
         )
-        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, undone.pop_all())
+        states = StateLayers(base)
+        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, states, undone.pop_all())
 
 
 def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:

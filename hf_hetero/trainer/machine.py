@@ -20,10 +20,10 @@ from hf_hetero.costs import CostModel
 from hf_hetero.costs.out_of_memory import no_more_than
 from hf_hetero.estimate import memory
 from hf_hetero.estimate.devices import Device, cpu_device
-from hf_hetero.estimate.estimate import estimate_cost_model
-from hf_hetero.estimate.first_estimate import restricted
+from hf_hetero.estimate.first_estimate import first_estimate, restricted
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import cuda_device
+from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.lm_head import LeanHead
@@ -49,6 +49,8 @@ class Ground:
         topology: how the ranks stand on nodes, and what memory each of them has.
         spread: how model states are sharded over all ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, and gain by it.
+        hetero: the user's limits.
+        states: layers of the model that carry state; None: it has none.
     """
 
     shape: ModelShape
@@ -56,11 +58,13 @@ class Ground:
     topology: Topology
     spread: memory.Shards | None
     policies: Sequence[str]
+    hetero: HeteroConfig
+    states: StateShape | None
 
     def estimated(self) -> CostModel:
         """Estimate the cost model."""
-        degrees = self.topology.degrees
-        return estimate_cost_model(self.shape, self.speed, self.topology, degrees, self.spread, self.policies)
+        where = self.speed, self.topology, self.spread
+        return first_estimate(self.shape, *where, self.policies, self.hetero, self.states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,17 +130,11 @@ def set_up(
     gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
     # a CPU is timed on all ranks at once, as training will run
     speed = cuda_device(args.device, dtype, kernel) if args.device.type == "cuda" else cpu_device(shape, dtype)
-    ground = Ground(shape, speed, _topology(args.device, world), shards if sharding.is_sharded else None, gained)
-
-    def find(kept: Kept | None) -> Found:
-        if hetero.cost_model:
-            return _of_file(CostModel.load(hetero.cost_model), kept)
-        if kept is not None:
-            return Found(kept.cost_model, None, is_estimate=True, is_kept=True)
-        return Found(replace(ground.estimated(), model=subject), None, is_estimate=True)
+    spread, states = shards if sharding.is_sharded else None, state_shape(base_model(model), _text_config(model))
+    ground = Ground(shape, speed, _topology(args.device, world), spread, gained, hetero, states)
 
     def make() -> Found:
-        found = find(kept := kept_cost_model(checkpoint, world))
+        found = _found(hetero, ground, subject, kept := kept_cost_model(checkpoint, world))
         cost = restricted(found.cost_model, hetero, world, heads, policies)
         # what has proven too much stays so, whatever a file or a setting says
         if kept is not None and kept.cost_model.ran_out:
@@ -182,6 +180,15 @@ class Found(NamedTuple):
     given: str | None
     is_estimate: bool
     is_kept: bool = False
+
+
+def _found(hetero: HeteroConfig, ground: Ground, subject: str, kept: Kept | None) -> Found:
+    """Return the user's cost model, or that of a checkpoint, or else an estimate."""
+    if hetero.cost_model:
+        return _of_file(CostModel.load(hetero.cost_model), kept)
+    if kept is not None:
+        return Found(kept.cost_model, None, is_estimate=True, is_kept=True)
+    return Found(replace(ground.estimated(), model=subject), None, is_estimate=True)
 
 
 def _of_file(given: CostModel, kept: Kept | None) -> Found:

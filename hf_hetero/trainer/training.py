@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from hf_hetero.model.timing import StepClock
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import limit_of, named
-from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
+from hf_hetero.step import StepBatch, StepPart
 from hf_hetero.trainer.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
@@ -183,7 +183,7 @@ def train_part(
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
-                with _as_planned(run.fitted, micro_batch, context), syncs, clock.micro_batch():
+                with run.fitted.as_planned(micro_batch, context), syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
                 _check_reached(run.fitted, context)
         return total
@@ -208,15 +208,6 @@ def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: t
     training.opened.callback(clock.close)
     training.clock = clock
     return clock
-
-
-@contextmanager
-def _as_planned(fitted: Fitted, micro_batch: RankMicroBatch, context: AttentionContext) -> Iterator[None]:
-    """Have forward and backward of a micro-batch as planned: a lazy head, layers that hold what a policy says."""
-    lazy = nullcontext() if fitted.head is None else fitted.head.lazy()
-    holding = fitted.activations.following(micro_batch.group.activations, context.store)
-    with lazy, holding, fitted.experts.micro_batch(context.num_tokens):
-        yield
 
 
 def _check_reached(fitted: Fitted, context: AttentionContext) -> None:

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from checks.test_probe import own_forward
 from helpers import FAMILIES, TINY
+from hybrids import HYBRIDS, hybrid_config
 from transformers.loss.loss_utils import ForTokenClassification
 
 from hf_hetero.checks import check as room
@@ -44,28 +45,37 @@ def test_tested_families_pass(family: str, tmp_path: Path) -> None:
 
 def test_every_tested_type_is_a_family() -> None:
     """So that the test above is of all of them."""
-    assert {config_of(family).model_type for family in FAMILIES} == exactness.TESTED_MODEL_TYPES
+    attending, with_state = {config_of(family).model_type for family in FAMILIES}, set(map(hybrid_type, HYBRIDS))
+    assert attending | with_state == exactness.TESTED_MODEL_TYPES
+
+
+def hybrid_type(name: str) -> str:
+    return getattr(transformers, f"{HYBRIDS[name][0]}Config").model_type
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", *(pytest.param(n, marks=pytest.mark.slow) for n in [*HYBRIDS][1:])])
+def test_layers_with_state_pass(name: str, tmp_path: Path) -> None:
+    """Hybrids, and models of layers with state alone: every layer of the tiny instance is reached."""
+    found = checked(tmp_path, hybrid_config(name))
+    assert found.ok, found
+    assert found.tested
+    assert found.probe.reached == found.probe.num_layers > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "Bamba", "FalconH1", "GraniteMoeHybrid", "NemotronH", "Zamba2"])
+def test_layers_with_state_pass_at_full_size(name: str, tmp_path: Path) -> None:
+    """A model is shrunk before it is tried, the heads of its state, too."""
+    found = checked(tmp_path, getattr(transformers, f"{name}Config")())
+    assert found.ok, found
 
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-STATE = "linear_attention carry state along a sample"
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("Mamba", {}, STATE),
-        ("Mamba2", {}, STATE),
-        ("FalconMamba", {}, STATE),
-        ("Jamba", {}, STATE),
-        ("Bamba", {}, STATE),
-        ("Qwen3Next", {}, STATE),
-        ("Qwen3_5", {}, STATE),
-        ("MiniMax", {}, STATE),
-        ("RecurrentGemma", {}, STATE),
-        ("Zamba2", {}, "hybrid, linear_attention carry state"),
-        ("Lfm2", {"num_hidden_layers": 4, "full_attn_idxs": [1, 3]}, "conv carry state along a sample"),
-        ("NemotronH", {}, "moe are not known to be exact"),
         ("Llama4Text", {}, "chunked_attention are not known to be exact"),
         ("T5", {}, "it has an encoder and a decoder"),
         ("Bart", {}, "it has an encoder and a decoder"),
@@ -78,7 +88,7 @@ STATE = "linear_attention carry state along a sample"
     ],
 )
 def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    """State-space and linear-attention models, hybrids, encoders, encoder-decoders: the reason names what is wrong.
+    """Chunked attention, encoders, encoder-decoders, layers that drop keywords: the reason names what is wrong.
 
     At their full default sizes, of which nothing is allocated.
     """

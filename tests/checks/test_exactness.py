@@ -58,6 +58,16 @@ def test_less_than_one(tmp_path: Path, changes: dict[str, int]) -> None:
         make(tmp_path, **changes)
 
 
+class OwnMixer(torch.nn.Module):
+    """A mixer that nobody knows."""
+
+
+def with_own_mixers(model: Any) -> Any:
+    for block in model.backbone.layers:
+        block.mixer = OwnMixer()
+    return model
+
+
 def refused_models() -> dict[str, tuple[Any, str]]:
     gpt2 = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)
     t5 = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
@@ -74,7 +84,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
         "gpt2 dropout": (transformers.GPT2LMHeadModel(gpt2), "attn_pdrop=0.1"),
         "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "only decoder-only"),
         "encoder": (transformers.BertForMaskedLM(bert), "only decoder-only"),
-        "state space": (transformers.Mamba2ForCausalLM(mamba), "attention interface|carry state"),
+        "own state space": (with_own_mixers(transformers.Mamba2ForCausalLM(mamba)), "carry state along a sample"),
         "router loss": (transformers.Qwen3MoeForCausalLM(moe), "auxiliary loss"),
         "no transformer": (torch.nn.Linear(2, 2), "not a transformers model"),
     }

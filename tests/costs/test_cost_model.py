@@ -129,3 +129,24 @@ def test_where_it_comes_from() -> None:
     assert not {"provenance", "model"} & set(a_cost_model().to_dict())
     with pytest.raises(ConfigError, match="provenance is 'guessed'; choose one of estimated, measured, refitted"):
         a_cost_model(provenance="guessed")
+
+
+def test_layers_with_state() -> None:
+    """A token of another rank costs time of its own, by degree: what a rank holds itself does not."""
+    cost = a_cost_model(state_s_per_token={4: 0.01}, kv_bytes_per_token=8.0)
+    plain = a_cost_model(kv_bytes_per_token=8.0)
+    assert cost.seconds([100, 200], 4) == pytest.approx(plain.seconds([100, 200], 4) + 0.01 * 300 * 3 / 4)
+    assert cost.seconds([100, 200], 2) == plain.seconds([100, 200], 2)
+    assert cost.seconds([100, 200], 1) == plain.seconds([100, 200], 1)
+    whole = Group((0, 1, 2, 3), (0, 1, 2, 3), "gather")  # each sample stays on one rank
+    assert cost.group_seconds(whole, [10] * 4) == plain.group_seconds(whole, [10] * 4)
+    cut = Group((0, 1, 2, 3), (0,), "gather")  # of 40 tokens the first rank has 10, and needs all others
+    assert cost.group_seconds(cut, [40]) == pytest.approx(plain.group_seconds(cut, [40]) + 0.01 * 30)
+
+
+def test_files_say_nothing_of_state_where_there_is_none() -> None:
+    """A file without the field means what it always meant, and one is written only where there is something to say."""
+    assert "state_s_per_token" not in a_cost_model().to_dict()
+    with_state = a_cost_model(state_s_per_token={2: 1e-6})
+    assert with_state.to_dict()["state_s_per_token"] == {"2": 1e-6}
+    assert CostModel.from_dict(with_state.to_dict()) == with_state
