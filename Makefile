@@ -1,11 +1,15 @@
 # make demo    a fresh venv, everything installed, the CPU quickstart on 4 ranks, a report
 # make test    the tests (slow and GPU ones left out)
 # make check   lint, format, types
+# make gpu     all that one GPU can show (benchmarks/gpu/README.md); installs nothing, needs no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= outputs/gpu
+DEVICE ?= cuda
+STAGES ?=
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check gpu install clean
 
 install: $(VENV)/installed
 
@@ -29,6 +33,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# with the machine's own interpreter: one with a GPU may have no network to install anything from
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py --output "$(OUT)" --device $(DEVICE) $(if $(STAGES),--stages $(STAGES))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

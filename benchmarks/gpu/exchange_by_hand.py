@@ -26,7 +26,7 @@ from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group
 
 ROUNDS = 6
-"""The longest chain of messages has five: in `ulysses_ring` heads, keys, their gradients, gradients of heads, arrival."""
+"""One more than the longest chain of messages: heads, keys, their gradients, those of heads, and the last arrival."""
 
 Key = tuple[Any, ...]
 Tensors = tuple[torch.Tensor, ...]
@@ -129,9 +129,7 @@ class Pack:
     grad: torch.Tensor
 
     @classmethod
-    def random(
-        cls, lengths: list[int], heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype
-    ) -> Pack:
+    def random(cls, lengths: list[int], heads: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> Pack:
         """The same numbers for the same lengths and heads."""
         generator = torch.Generator(device).manual_seed(0)
         num_q, num_kv, size = heads

@@ -50,7 +50,8 @@ def speeds(stage: Stage) -> None:
     num_bytes = stage.pick(1 << 30, 1 << 22)
     x = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    stage.fact("copies on the device (GB/s read and written)", round(2e-9 * num_bytes / seconds(device, partial(y.copy_, x)), 1))
+    copied_s = seconds(device, partial(y.copy_, x))
+    stage.fact("copies on the device (GB/s read and written)", round(2e-9 * num_bytes / copied_s, 1))
     host = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     for name, target, source in (("to", host, x), ("from", x, host)):
         taken = seconds(device, partial(target.copy_, source, non_blocking=True))

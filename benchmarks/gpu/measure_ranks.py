@@ -73,9 +73,7 @@ def small_shards(stage: Stage, kernel: Kernel) -> None:
                     stage.row("Attention of small shards", **shard_row(stage, pack, degree, method, kernel, single_s))
 
 
-def shard_row(
-    stage: Stage, pack: Pack, degree: int, method: str, kernel: Kernel, single_s: float
-) -> dict[str, Any]:
+def shard_row(stage: Stage, pack: Pack, degree: int, method: str, kernel: Kernel, single_s: float) -> dict[str, Any]:
     """One group's row."""
     group = VirtualGroup(pack, degree, method, kernel)
     group.go_round()

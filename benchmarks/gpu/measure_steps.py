@@ -86,9 +86,7 @@ def largest(once: Callable[[int], Ran], device: torch.device) -> tuple[Ran, int]
         free_memory(device)  # here, where the error, which holds on to what filled it, is gone
 
 
-def as_row(
-    device: torch.device, ran: Ran, per_device: int | None, lengths: list[int], flops: float
-) -> dict[str, Any]:
+def as_row(device: torch.device, ran: Ran, per_device: int | None, lengths: list[int], flops: float) -> dict[str, Any]:
     """The numbers of a run."""
     peak = known_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return {

@@ -33,6 +33,10 @@ OPTIONAL = {
 }
 
 
+GRACE_S = 10
+"""A stage leaves out by itself what is too much; after its limit and these seconds it is ended."""
+
+
 @dataclass(frozen=True)
 class Kind:
     """A stage that can be run.
@@ -152,8 +156,7 @@ def run(name: str, device: str, keeper: Keeper) -> str:
             start_new_session=True,  # so that its own processes can be ended with it
         )
         try:
-            # it leaves out by itself what is too much; this is for what it cannot leave out
-            code = process.wait(limit_s + 10)
+            code = process.wait(limit_s + GRACE_S)
             state = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             state = f"out of time after {limit_s} s"

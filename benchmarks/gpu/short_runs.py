@@ -92,7 +92,9 @@ def run(
         peak = peak_gib(device)
     a_epoch = len(data) // (per_device * accumulation)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    ran = Ran(stamps.ends_s[-1] - stamps.ends_s[-1 - a_epoch], losses, peak)
+    # without a step before the epoch, its first one is left out
+    start_s = stamps.ends_s[max(0, len(stamps.ends_s) - 1 - a_epoch)]
+    ran = Ran(stamps.ends_s[-1] - start_s, losses, peak)
     trainer.model = trainer.model_wrapped = trainer.optimizer = None
     del trainer
     model.zero_grad(set_to_none=True)

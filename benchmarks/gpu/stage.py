@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Stage:
         self.device, self._output, self._limit_s, self._started = device, output, limit_s, time.monotonic()
         self._results: dict[str, Any] = {
             "state": "running",
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "device": device_name(device),
             "versions": versions(),
             "seconds": 0.0,
