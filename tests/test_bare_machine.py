@@ -16,9 +16,9 @@ ABSENT = ("datasets", "pyarrow", "peft", "trl", "mip", "highsbox", "matplotlib")
 SITE = f"""
 import importlib.machinery
 find = importlib.machinery.PathFinder.find_spec
-def find_spec(name, path=None, target=None):
+def find_spec(cls, name, path=None, target=None):
     return None if name.partition(".")[0] in {ABSENT} else find(name, path, target)
-importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+importlib.machinery.PathFinder.find_spec = classmethod(find_spec)
 """
 TRAINS = """
 import sys

@@ -19,6 +19,7 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.interface import hetero_attention
 from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
+from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
 from hf_hetero.attention.kernels.flash import flash_kernels
 from hf_hetero.layout import contiguous
 
@@ -38,12 +39,10 @@ def packs(stage: Stage) -> dict[str, list[int]]:
 def kernels(stage: Stage) -> list[Kernel]:
     """The one that a run would take first, then the others."""
     chosen = choose_kernel(stage.device.type, torch.bfloat16)
-    found = [chosen, *(flash_kernels() if stage.device.type == "cuda" else ())]
-    if stage.device.type == "cuda":
-        from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
-
-        found.append(TORCH_VARLEN)
-    return list({kernel.name: kernel for kernel in found if kernel.has_lse}.values())
+    others = [*flash_kernels(), TORCH_VARLEN] if stage.device.type == "cuda" else []
+    # what is installed and cannot be used is told in words instead
+    usable = [kernel for kernel in (chosen, *others) if isinstance(kernel, Kernel) and kernel.has_lse]
+    return list({kernel.name: kernel for kernel in usable}.values())
 
 
 def calls(pack: Pack, kernel: Kernel, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -34,7 +34,7 @@ def look(stage: Stage) -> None:
         stage.fact("CUDA of torch", torch.version.cuda)
         known = known_device(torch.cuda.get_device_name(device))
         stage.fact("known as", known.name if known else "no entry of KNOWN_DEVICES")
-    stage.fact("flash kernels", [kernel.name for kernel in flash_kernels()])
+    stage.fact("flash kernels", [getattr(offer, "name", str(offer)) for offer in flash_kernels()])
     for dtype in (torch.bfloat16, torch.float32):
         with stage.alone(f"Choosing a kernel for {dtype}"):
             stage.fact(f"kernel for {str(dtype).removeprefix('torch.')}", choose_kernel(device.type, dtype).name)

@@ -56,7 +56,7 @@ def small_shards(stage: Stage, kernel: Kernel) -> None:
     """Seconds of each rank with messages at hand."""
     packs = {
         "github, 64K": stage.pick(mix_pack("github", 65536, 32768), mix_pack("github", 192, 100)),
-        "one long": stage.pick([65536], [192]),
+        "one long": stage.pick([32768], [192]),
         "short, 16K": stage.pick(mix_pack("wiki-192k", 16384, 2048), mix_pack("wiki-192k", 128, 40)),
     }
     heads, repeats = stage.pick((32, 8, 128), (8, 4, 16)), stage.pick(5, 1)

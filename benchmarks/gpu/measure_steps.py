@@ -8,6 +8,7 @@ batch a device that fits. Tokens are those of samples, padding does not count; t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hf_hetero.estimate.estimate import known_device
 
 GLOBAL_BATCH = 16
 TABLE = "Tokens a second"
+FLEX = {"attention": "flex_attention"}
 
 
 def ways(stage: Stage) -> dict[str, dict[str, Any]]:
@@ -35,42 +37,59 @@ def ways(stage: Stage) -> dict[str, dict[str, Any]]:
         "Trainer, grouped by length": {**grouped, "attention": flash},
         "Trainer, flattened": {"collator": flat, "attention": flash},
     }
-    if flash is None and stage.device.type == "cuda":
-        # sdpa has a mask of all pairs for a flattened row; this kernel passes over what is masked
-        found["Trainer, flattened, flex_attention"] = {"collator": flat, "attention": "flex_attention"}
     return found
 
 
-def measure(stage: Stage, name: str, shape: Shape, num_samples: int, most: int) -> None:
-    """All ways with one model."""
-    device = stage.device
-    lengths = mix_lengths("github", num_samples, most)
-    data = samples(lengths, shape.sizes["vocab_size"])
-    hetero_losses: list[float] = []
-    for way, settings in ways(stage).items():
-        if stage.left_s < stage.pick(20, 3):
-            stage.note(f"No time left for {way} with {name}.")
-            continue
-        with stage.alone(f"{way} with {name}"):
-            settings = dict(settings)
-            attention = settings.pop("attention", None) or "sdpa"
-            made = make_model(shape, device, attention)
-            flops = model_flops(made, shape, lengths)
+def slow_to_start(stage: Stage) -> dict[str, dict[str, Any]]:
+    """A way that is compiled first, so that it is tried once all others are measured."""
+    if stage.is_miniature or is_flash_attn_2_available():
+        return {}
+    # sdpa has a mask of all pairs for a flattened row; this kernel passes over what is masked
+    return {"Trainer, flattened, flex_attention": {"collator": DataCollatorWithFlattening(), **FLEX}}
 
-            def once(per_device: int, made: Any = made, settings: dict[str, Any] = settings) -> Ran:
-                return run(made, device, data, per_device, GLOBAL_BATCH // per_device, **settings)
 
-            try:
-                ran, per_device = (once(GLOBAL_BATCH), None) if way == "HeteroTrainer" else largest(once, device)
-            finally:
-                made.to("meta")
-            hetero_losses = hetero_losses or ran.losses
-            row = as_row(device, ran, per_device, lengths, flops)
-            # samples grouped by length make other batches, whose losses are others
-            comparable = "grouped" not in way
-            difference = max(abs(a / b - 1) for a, b in zip(ran.losses, hetero_losses, strict=True))
-            row["loss differs by"] = f"{difference:.1e}" if comparable else "other batches"
-            stage.row(TABLE, model=name, way=way, **row)
+class Subject:
+    """A model and its samples.
+
+    Args:
+        name, shape: of the model.
+        num_samples: a whole number of global batches.
+        most: tokens of the longest sample.
+    """
+
+    def __init__(self, name: str, shape: Shape, num_samples: int, most: int) -> None:
+        self._name, self._shape = name, shape
+        self._lengths = mix_lengths("github", num_samples, most)
+        self._data = samples(self._lengths, shape.sizes["vocab_size"])
+        self._flops = model_flops(make_model(shape, torch.device("meta")), shape, self._lengths)
+        self._hetero_losses: list[float] = []
+
+    def measure(self, stage: Stage, ways: dict[str, dict[str, Any]], least_s: float) -> None:
+        """Some ways, as long as there are so many seconds left for each."""
+        for way, settings in ways.items():
+            if stage.left_s < least_s:
+                stage.note(f"No time left for {way} with {self._name}.")
+                continue
+            with stage.alone(f"{way} with {self._name}"):
+                once = partial(self._once, stage.device, **settings)
+                ran, per_device = (once(GLOBAL_BATCH), None) if "hetero" in settings else largest(once, stage.device)
+                row = as_row(stage.device, ran, per_device, self._lengths, self._flops)
+                stage.row(TABLE, model=self._name, way=way, **row, **{"loss differs by": self._difference(way, ran)})
+
+    def _once(self, device: torch.device, per_device: int, attention: str | None = None, **settings: Any) -> Ran:
+        # a new one each time, for a run that found no room may have made a step before
+        model = make_model(self._shape, device, attention or "sdpa")
+        try:
+            return run(model, device, self._data, per_device, GLOBAL_BATCH // per_device, **settings)
+        finally:
+            model.to("meta")
+
+    def _difference(self, way: str, ran: Ran) -> str:
+        """How far losses are from those of `HeteroTrainer`."""
+        if "grouped" in way:
+            return "other batches"
+        self._hetero_losses = self._hetero_losses or ran.losses
+        return f"{max(abs(a / b - 1) for a, b in zip(ran.losses, self._hetero_losses, strict=True)):.1e}"
 
 
 def largest(once: Callable[[int], Ran], device: torch.device) -> tuple[Ran, int]:
@@ -103,12 +122,15 @@ def main() -> None:
     stage = begin(__doc__)
     stage.note("MFU counts what a model needs: no padding, and nothing that is computed twice.")
     if stage.is_miniature:
-        for name, shape in MINIATURES.items():
-            measure(stage, name, shape, num_samples=16, most=100)
+        subjects = [Subject(name, shape, num_samples=16, most=100) for name, shape in MINIATURES.items()]
     else:
         # fewer samples where a token takes longer
-        for (name, shape), num_samples in zip(SHAPES.items(), (64, 32, 32), strict=True):
-            measure(stage, name, shape, num_samples, most=16384)
+        counts = zip(SHAPES.items(), (64, 32, 32), strict=True)
+        subjects = [Subject(name, shape, num_samples, most=16384) for (name, shape), num_samples in counts]
+    for subject in subjects:
+        subject.measure(stage, ways(stage), least_s=stage.pick(20, 3))
+    for subject in subjects:
+        subject.measure(stage, slow_to_start(stage), least_s=60)
     stage.done()
 
 

@@ -82,6 +82,7 @@ def run(
         hetero: settings of `HeteroTrainer`; None: `Trainer`.
     """
     stamps = Stamps(device)
+    model.zero_grad(set_to_none=True)
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, device, per_device, accumulation, **changes)
         common = {"model": model, "args": args, "train_dataset": list(data), "data_collator": collator}

@@ -110,7 +110,8 @@ def begin(description: str | None) -> Stage:
         parser.error("torch sees no GPU here; --device cpu runs in miniature")
     if options.device == "cpu":
         torch.set_num_threads(1)  # more would wait for each other where cores are shared
-    return Stage(torch.device(options.device), options.output, options.seconds)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    return Stage(device, options.output, options.seconds)
 
 
 def write_json(path: Path, data: Any) -> None:
