@@ -58,6 +58,14 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_make_installs_nothing() -> None:
+    """A machine with a GPU may have no network: the target is one command of the interpreter that is named."""
+    options = ["PYTHON=my-python", "OUT=some where", "STAGES=machine ranks"]
+    done = subprocess.run(["make", "--dry-run", "gpu", *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = 'my-python benchmarks/gpu/run.py --output "some where" --device cuda --stages machine ranks'
+    assert [line.strip() for line in done.stdout.splitlines() if "make" not in line] == [command]
+
+
 STAGE = """
 import json, subprocess, sys, time
 def note(**facts):

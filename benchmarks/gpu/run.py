@@ -142,6 +142,8 @@ def run(name: str, device: str, keeper: Keeper) -> str:
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    else:
+        environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, Trainer would use all
     print(f"{name}: {kind.title}, at most {limit_s} s ...", flush=True)
     start, state = time.monotonic(), "interrupted"
     with keeper.log.open("a", encoding="utf-8") as log:

@@ -81,7 +81,10 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Add the product to what the frozen layer gives."""
-        return self.base(x) + self.up(self.down(x.to(self.down.weight.dtype))).to(x.dtype)
+        out = self.base(x)
+        # autocast gives both the type that it computes in, without a copy of x in fp32
+        thin = x if torch.is_autocast_enabled(x.device.type) else x.to(self.down.weight.dtype)
+        return out + self.up(self.down(thin)).to(out.dtype)
 
 
 def make_model(shape: Shape, device: torch.device, attention: str = "sdpa", **changes: Any) -> Any:
