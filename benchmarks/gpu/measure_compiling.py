@@ -61,7 +61,7 @@ def measure(stage: Stage, num_steps: int, rows: int, most: int) -> None:
             if compiles:
                 # a CPU has no need of fast code here, and graphs are the same
                 changes |= {"torch_compile": True, "torch_compile_backend": stage.pick("inductor", "eager")}
-            model = make_model(shape, stage.device, num_hidden_layers=stage.pick(6, 2))
+            model = make_model(shape, stage.device, num_hidden_layers=stage.pick(28, 2))
             run(model, stage.device, data, rows, 1, HeteroConfig(), callbacks=[graphs], **changes)
             model.to("meta")
             stage.row("Compiled graphs", run=title, **as_row(graphs))
