@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.limits import Limits
-from hf_hetero.collators.sample import Example, Sample, has_rows, read_row
+from hf_hetero.collators.sample import LOSS_WEIGHTS, Example, Row, Sample, has_rows, read_row, weights_of
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
-from hf_hetero.model.loss import IGNORE_INDEX, num_targets
+from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
@@ -42,6 +42,7 @@ class PackedCollator:
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
         length_column: of the dataset, by which steps are planned; None: its tokens were counted.
+        weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -55,6 +56,7 @@ class PackedCollator:
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
     length_column: str | None = None
+    weight_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Return the tensors of a step, or of an ordinary batch.
@@ -105,11 +107,12 @@ class PackedCollator:
         if "input_ids" not in example:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
         is_packed = PACKED_COLUMN in example
-        if self.columns is not None:
-            example = {key: values for key, values in example.items() if key in self.columns}
+        loss_weights = None if self.weight_column is None else weights_of(example, self.weight_column, name)
+        example = self._looked_at(example)
         if self.example_collator is not None:
             batch = self.example_collator([dict(example)])
             example = {key: values[0] for key, values in batch.items() if has_rows(values)}
+        num_in_row = len(example["input_ids"])
         row = read_row(example, self.model_inputs, name)
         positions, others = row.positions(is_packed, name), dict(row.values)
         others.pop("position_ids", None)
@@ -128,7 +131,29 @@ class PackedCollator:
         weights = (
             {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
+        if loss_weights is not None:
+            weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
         return Sample(input_ids, labels, positions, inputs, weights)
+
+    def _looked_at(self, example: Example) -> dict[str, Any]:
+        """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
+        return {
+            key: values
+            for key, values in example.items()
+            if key != self.weight_column and (self.columns is None or key in self.columns)
+        }
+
+    def _of_each_token(self, weights: torch.Tensor, row: Row, num_in_row: int, name: str) -> torch.Tensor:
+        """Return the weight of each token of a row that is no padding, as it travels. Shape (num_tokens,)."""
+        num_tokens = len(row.values["input_ids"])
+        if weights.ndim == 0:
+            return carried_weights(weights.repeat(num_tokens))
+        if len(weights) != num_in_row:
+            raise BadSample(
+                f"{name} has {len(weights)} {self.weight_column} and {num_in_row} input_ids. Give each token a weight, "
+                "or the row one number."
+            )
+        return carried_weights(weights[row.unpadded])
 
     def _labels(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> torch.Tensor | None:
         """Return a row's labels, or make them of its tokens; None where it has none and needs none."""
@@ -171,9 +196,7 @@ class PackedCollator:
             return
         shorter = min(by_length)
         pair = [by_length[shorter], *(example for length, example in by_length.items() if length != shorter)]
-        if self.columns is not None:
-            pair = [{key: values for key, values in example.items() if key in self.columns} for example in pair]
-        batch = self.example_collator([dict(example) for example in pair])
+        batch = self.example_collator([self._looked_at(example) for example in pair])
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded

@@ -18,6 +18,8 @@ from hf_hetero.samples.rows import nested
 Example = Mapping[str, Any]
 NUMBERS = ("input_ids", "labels", "position_ids")
 """Columns that must hold whole numbers."""
+LOSS_WEIGHTS = "loss_weights"
+"""What the loss of each token is multiplied by, among the inputs of the model, which hands it to its loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Sample:
         labels: what each token is, where it is to be predicted; None where the sample has no labels.
         positions: given by the row; None: they count from 0.
         inputs: what else the model takes of each token.
-        weights: what else there is of each label, for a loss of one's own.
+        weights: what else there is of each label: `LOSS_WEIGHTS`, and more for a loss of one's own.
     """
 
     input_ids: torch.Tensor
@@ -157,6 +159,33 @@ def _check_carried(
                 f"{name}: {key} is an input of the model and does not have one value for each of the {num_tokens} "
                 "tokens, so it cannot be shared out with them. Remove it, or train with plain Trainer."
             )
+
+
+def weights_of(example: Example, column: str, name: str) -> torch.Tensor:
+    """Return the factors of a row's loss: a number for all of its tokens, shape (), or one for each, (num_tokens,).
+
+    Args:
+        example: a row of the dataset.
+        column: that has them.
+        name: of the row, for messages.
+
+    Raises:
+        BadSample: it has none, or they are no finite numbers.
+    """
+    if (values := example.get(column)) is None:
+        raise BadSample(
+            f"{name} has no {column}, only {sorted(example)}. Give each row its weight, or a weight for each of its "
+            "tokens, or remove HeteroConfig.weight_column."
+        )
+    try:
+        weights = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise BadSample(f"{name}: {column} is {values!r:.60}, and weights are numbers.") from error
+    if weights.ndim > 1 or not bool(weights.isfinite().all()):
+        raise BadSample(
+            f"{name}: {column} is {values!r:.60}. It must be a finite number, or one for each token of the row."
+        )
+    return weights
 
 
 def has_rows(values: Any) -> bool:

@@ -45,14 +45,16 @@ def pack_spans(
         return inputs
     # shifted in the whole sample, then cut: what a span's last token has to predict lies in another span
     targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
+    # of a label, so they are where the label is: beside the token that is to predict it
+    weights = {
+        name: _joined([_shifted(sample.weights[name])[at] for sample, at in parts], stands_in, 0)
+        for name in _names(sample.weights for sample, _ in parts)
+    }
     if not unshifted:
         labels = [sample.labels[at] for sample, at in parts if sample.labels is not None]
-        return {**inputs, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
-    inputs["labels"] = _one_later(targets, IGNORE_INDEX)
-    for name in _names(sample.weights for sample, _ in parts):
-        after = [_shifted(sample.weights[name])[at] for sample, at in parts]
-        inputs[name] = _one_later(_joined(after, stands_in, 0), 0)
-    return inputs
+        return {**inputs, **weights, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
+    weights = {name: _one_later(values, 0) for name, values in weights.items()}
+    return {**inputs, **weights, "labels": _one_later(targets, IGNORE_INDEX)}
 
 
 def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:

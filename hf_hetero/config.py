@@ -111,6 +111,13 @@ class HeteroConfig:
     length_column: str = field(
         default="length", metadata={"help": "Dataset column with each sample's tokens; counted once if absent."}
     )
+    weight_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column with what losses are multiplied by: a number for the row, or one for each of its "
+            "tokens, of any sign. The loss is still divided by the step's target tokens. Default: all weigh 1."
+        },
+    )
     group_timeout_s: float = field(
         default=600.0,
         metadata={

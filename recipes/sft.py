@@ -123,8 +123,10 @@ def stdlib_files(version: str) -> Iterator[dict[str, str]]:
             yield {"text": path.read_text(encoding="utf-8", errors="replace")}
 
 
-def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) -> datasets.Dataset:
-    """Tokenised samples of at most `max_length` tokens. What was done about longer ones is printed.
+def prepare_data(
+    args: RecipeArguments, data: datasets.Dataset, tokenizer: Any, weight_column: str | None = None
+) -> datasets.Dataset:
+    """Tokenised samples of at most `max_length` tokens, with their weights. What was done about longer ones is printed.
 
     Raises:
         HeteroError: nothing to train on, a row that cannot be tokenised, or samples longer than `max_length` under the
@@ -140,7 +142,7 @@ def prepare_data(args: RecipeArguments, data: datasets.Dataset, tokenizer: Any) 
         tokenise,
         with_indices=True,
         fn_kwargs=options,
-        remove_columns=data.column_names,
+        remove_columns=[name for name in data.column_names if name != weight_column],
         num_proc=args.num_proc,
         desc="Tokenising",
     )
@@ -240,7 +242,7 @@ def main(argv: Sequence[str]) -> None:
             data = load_data(args)
         with explaining(f"Cannot load tokenizer={args.tokenizer or args.model!r}"):
             tokenizer = load_tokenizer(args, data)
-        data = prepare_data(args, data, tokenizer)
+        data = prepare_data(args, data, tokenizer, hetero.weight_column)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     watching = [PlanMetricsCallback(lines=True, record=True), *([CalibrationCallback()] if args.calibrate else [])]

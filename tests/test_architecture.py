@@ -38,6 +38,7 @@ PLANNER_FLOORS = [  # inside the planner's room, bottom to top
     {"basic"},
     {"methods"},
     {"policies"},
+    {"items"},
     {"planner"},
     {"process"},
 ]
@@ -52,6 +53,7 @@ PACKAGES = {
 DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.kernels.flash"},
     "flash_attn_interface": {"attention.kernels.flash"},
+    "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
     "trl": {"trainer.sft"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
@@ -60,6 +62,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "attention.interface",
         "attention.kernels.cuda",
         "attention.kernels.choice",
+        "attention.kernels.hub",
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",

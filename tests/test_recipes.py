@@ -858,3 +858,11 @@ def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
         len(group["ranks"]) for record in records for m in record["plan"]["micro_batches"] for group in m["groups"]
     }
     assert 4 in degrees  # files of more than 5120 tokens need both nodes
+
+
+def test_weights_pass_the_tokenizer(sft: Any) -> None:
+    """The recipe keeps the weight of each row, and no other column that is not tokens."""
+    table = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "importance": -0.5, "source": "web"}])
+    [row] = sft.prepare_data(sft.RecipeArguments(), table, None, weight_column="importance")
+    assert row["importance"] == -0.5
+    assert "source" not in row

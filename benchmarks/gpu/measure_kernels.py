@@ -19,7 +19,7 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.interface import hetero_attention
 from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.attention.kernels.contract import Kernel, Scores, Segments
-from hf_hetero.attention.kernels.cuda import TORCH_VARLEN
+from hf_hetero.attention.kernels.cuda import torch_varlen
 from hf_hetero.attention.kernels.flash import flash_kernels
 from hf_hetero.layout import contiguous
 
@@ -39,7 +39,7 @@ def packs(stage: Stage) -> dict[str, list[int]]:
 def kernels(stage: Stage) -> list[Kernel]:
     """The one that a run would take first, then the others."""
     chosen = choose_kernel(stage.device.type, torch.bfloat16)
-    others = [*flash_kernels(), TORCH_VARLEN] if stage.device.type == "cuda" else []
+    others = [*flash_kernels(), torch_varlen()] if stage.device.type == "cuda" else []
     # what is installed and cannot be used is told in words instead
     usable = [kernel for kernel in (chosen, *others) if isinstance(kernel, Kernel) and kernel.has_lse]
     return list({kernel.name: kernel for kernel in usable}.values())

@@ -15,7 +15,9 @@ import psutil
 import torch
 from stage import Stage, begin, seconds
 
-from hf_hetero.attention.kernels import choose_kernel
+from hf_hetero.attention.kernels import choose_kernel, trial
+from hf_hetero.attention.kernels.contract import Kernel
+from hf_hetero.attention.kernels.cuda import torch_varlen
 from hf_hetero.attention.kernels.flash import flash_kernels
 from hf_hetero.estimate.estimate import known_device
 
@@ -34,7 +36,13 @@ def look(stage: Stage) -> None:
         stage.fact("CUDA of torch", torch.version.cuda)
         known = known_device(torch.cuda.get_device_name(device))
         stage.fact("known as", known.name if known else "no entry of KNOWN_DEVICES")
-    stage.fact("flash kernels", [getattr(offer, "name", str(offer)) for offer in flash_kernels()])
+    for offer in (*flash_kernels(), torch_varlen()):
+        if not isinstance(offer, Kernel):
+            stage.note(offer)  # installed, and why it cannot be called
+        elif device.type != "cuda":
+            stage.fact(f"kernel {offer.name}", "there")
+        else:
+            stage.fact(f"kernel {offer.name}", trial.failure(offer, device, torch.bfloat16, frozenset()) or "does it")
     for dtype in (torch.bfloat16, torch.float32):
         with stage.alone(f"Choosing a kernel for {dtype}"):
             stage.fact(f"kernel for {str(dtype).removeprefix('torch.')}", choose_kernel(device.type, dtype).name)

@@ -10,6 +10,7 @@ costs milliseconds and touches no weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +22,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.checks import overrides
-from hf_hetero.collators.sample import Sample
+from hf_hetero.collators.sample import LOSS_WEIGHTS, Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.model.logged_means import uncounted
-from hf_hetero.model.loss import IGNORE_INDEX, token_loss
+from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, token_loss
 from hf_hetero.model.wrapped import base_model
 
 TOKENS = 5
@@ -55,8 +56,7 @@ def check(compute_loss: ComputeLoss, pack: Pack, config: Any, device: torch.devi
         "compute_loss_func(outputs, labels, num_items_in_batch); or use plain Trainer."
     )
     rng = torch.random.get_rng_state()
-    generator = torch.Generator().manual_seed(0)
-    model = _Table(torch.randn(257, 64, generator=generator), config).to(device)
+    model = _table(config, device)
     total = torch.tensor(2 * TOKENS)
     losses: list[float] = []
     # `total` is the same for each: a sum over tokens, divided by it, adds up; a mean over what is given does not
@@ -101,30 +101,83 @@ def check_trainer(trainer: Trainer, kernel: Kernel) -> None:
     Raises:
         UnsupportedModel: with what the trial showed, and what to do.
     """
-    what, config = owners(trainer), base_model(trainer.model).config
+    what, base = owners(trainer), base_model(trainer.model)
     if not what:
         return
+
+    def pack(numbers: Sequence[int]) -> dict[str, Any]:
+        return _packed(_samples(base.config, numbers), kernel, trainer.args.device, unshifted=True)
+
+    with uncounted(trainer):
+        check(_loss_of(trainer), pack, base.config, trainer.args.device, what)
+
+
+def check_weights(trainer: Trainer, kernel: Kernel, column: str) -> None:
+    """Refuse a weight column whose weights the loss does not know: it would be learned as if there were none.
+
+    Args:
+        trainer: its loss, and that of its model.
+        kernel: what computes attention of its model.
+        column: of the dataset, for messages.
+
+    Raises:
+        UnsupportedModel: the loss of a sample whose weights are 0 is not 0, or the model has a loss of its own.
+    """
+    what, base = owners(trainer), base_model(trainer.model)
+    if base.loss_function is not token_loss or trainer.args.use_liger_kernel:
+        raise UnsupportedModel(
+            f"HeteroConfig.weight_column={column!r}: the loss of {type(base).__name__} is "
+            f"{'that of Liger' if trainer.args.use_liger_kernel else 'one of its own'}, which knows no weights. "
+            "Remove weight_column, or train with the plain loss of causal language models."
+        )
+    device = trainer.args.device
+    [sample] = _samples(base.config, [0])
+    weightless = replace(sample, weights={LOSS_WEIGHTS: carried_weights(torch.zeros(TOKENS))})
+    model = _table(base.config, device)
+    with uncounted(trainer), torch.random.fork_rng(devices=[]), torch.enable_grad():
+        inputs = _packed([weightless], kernel, device, unshifted=bool(what))
+        loss = _loss_of(trainer)(model, inputs, torch.tensor(TOKENS)).item()
+    if loss != 0:
+        raise UnsupportedModel(
+            f"HeteroConfig.weight_column={column!r}: {what or type(trainer).__name__} computes a loss of {loss:.3g} "
+            "for tokens that weigh 0, so it knows no weights. Take the loss from model(**inputs).loss, which does; or "
+            "remove weight_column, and let the loss read a column of its own."
+        )
+
+
+def _loss_of(trainer: Trainer) -> ComputeLoss:
+    """Return how a trainer comes from inputs of the model to its loss, through everything that is somebody's own."""
     has_methods = bool(overrides.own(trainer, overrides.LOSS))
 
     def compute(model: nn.Module, inputs: dict[str, Any], total: torch.Tensor) -> torch.Tensor:
         prepared: Any = trainer._prepare_inputs(inputs)  # pyright: ignore[reportPrivateUsage]
         # a compute_loss of somebody's own decides itself what becomes of compute_loss_func
-        if has_methods:
+        if has_methods or trainer.compute_loss_func is None:
             return trainer.compute_loss(model, prepared, num_items_in_batch=total)  # pyright: ignore
         labels = prepared.pop("labels")
-        assert trainer.compute_loss_func is not None
         return trainer.compute_loss_func(model(**prepared), labels, num_items_in_batch=total)
 
-    def pack(numbers: Sequence[int]) -> dict[str, Any]:
-        ids = [torch.arange(3, 3 + TOKENS), torch.arange(11, 11 + TOKENS)]
-        most = config.get_text_config().vocab_size
-        samples = [Sample(ids[number] % most, ids[number] % most) for number in numbers]
-        layout = contiguous([TOKENS] * len(samples), 1)
-        context = AttentionContext(layout, (0,), 0, None, "ulysses", kernel, trainer.args.device)
-        return {**pack_spans(layout.spans[0], samples, unshifted=True), "hetero": context}
+    return compute
 
-    with uncounted(trainer):
-        check(compute, pack, config, trainer.args.device, what)
+
+def _samples(config: Any, numbers: Sequence[int]) -> list[Sample]:
+    """Return some of two samples of `TOKENS` tokens, each of which is to be predicted."""
+    most = config.get_text_config().vocab_size
+    ids = [torch.arange(start, start + TOKENS) % most for start in (3, 11)]
+    return [Sample(ids[number], ids[number]) for number in numbers]
+
+
+def _packed(samples: Sequence[Sample], kernel: Kernel, device: torch.device, unshifted: bool) -> dict[str, Any]:
+    """Return the inputs of a model for samples in one pack, on one rank."""
+    layout = contiguous([TOKENS] * len(samples), 1)
+    context = AttentionContext(layout, (0,), 0, None, "ulysses", kernel, device)
+    return {**pack_spans(layout.spans[0], samples, unshifted), "hetero": context}
+
+
+def _table(config: Any, device: torch.device) -> _Table:
+    """Return what takes the place of the model."""
+    generator = torch.Generator().manual_seed(0)
+    return _Table(torch.randn(257, 64, generator=generator), config).to(device)
 
 
 class _Table(nn.Module):
@@ -157,7 +210,8 @@ class _Table(nn.Module):
             return _log_probs(logits, labels, inputs.get("shift_labels"))
         loss = None
         if labels is not None:
-            keywords = {name: inputs[name] for name in ("num_items_in_batch", "shift_labels") if name in inputs}
+            handed_on = ("num_items_in_batch", "shift_labels", LOSS_WEIGHTS)
+            keywords = {name: inputs[name] for name in handed_on if name in inputs}
             loss = token_loss(logits, labels, self.vocab_size, **keywords)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 

@@ -31,6 +31,7 @@ def chunked_loss(
     changes: tuple[Change, ...] = (),
     ignore_index: int = IGNORE_INDEX,
     chunk_bytes: int = CHUNK_BYTES,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum the cross-entropies of a linear head's logits, to a scalar in at least fp32. Differentiable once.
 
@@ -42,9 +43,13 @@ def chunked_loss(
         changes: made to the logits in this order before the softmax; each element by itself.
         ignore_index: the label of a token without a target.
         chunk_bytes: most bytes of a chunk's logits in fp32.
+        weights: factors of the terms, as many as targets; None: all are 1.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    loss: Any = _ChunkedLoss.apply(rows, weight, bias, targets.reshape(-1), changes, ignore_index, chunk_bytes)
+    of_terms = None if weights is None else weights.reshape(-1).to(hidden.device)
+    loss: Any = _ChunkedLoss.apply(
+        rows, weight, bias, targets.reshape(-1), of_terms, changes, ignore_index, chunk_bytes
+    )
     return loss
 
 
@@ -62,6 +67,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         targets: torch.Tensor,
+        weights: torch.Tensor | None,
         changes: tuple[Change, ...],
         ignore_index: int,
         chunk_bytes: int,
@@ -81,7 +87,8 @@ class _ChunkedLoss(torch.autograd.Function):
             of_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
             for chunk in positions.split(max(1, chunk_bytes // (4 * weight.shape[0]))):
                 h = hidden[chunk].to(dtype)
-                loss, gradient = _chunk(F.linear(h, w, b), targets[chunk], changes, exact)
+                of_chunk = None if weights is None else weights[chunk].to(exact)
+                loss, gradient = _chunk(F.linear(h, w, b), targets[chunk], of_chunk, changes, exact)
                 total += loss
                 if of_hidden is not None:
                     of_hidden[chunk] = (gradient @ w).to(hidden.dtype)
@@ -99,11 +106,15 @@ class _ChunkedLoss(torch.autograd.Function):
         # scaled in the loss's type, then rounded; let go of, because the graph may live longer than they are needed
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.to(scale.dtype).mul_(scale).to(dtype) for g, dtype in gradients)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _chunk(
-    logits: torch.Tensor, targets: torch.Tensor, changes: tuple[Change, ...], exact: torch.dtype
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    weights: torch.Tensor | None,
+    changes: tuple[Change, ...],
+    exact: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the loss of a chunk, and its gradient by the logits as the head gave them."""
     with torch.enable_grad():
@@ -113,9 +124,12 @@ def _chunk(
             changed = change(changed)
     log_softmax = F.log_softmax(changed.detach().to(exact), dim=-1)
     at_targets = targets.unsqueeze(1)
-    loss = -log_softmax.gather(1, at_targets).sum()
+    terms = -log_softmax.gather(1, at_targets)
+    loss = terms.sum() if weights is None else (terms.squeeze(1) * weights).sum()
     # of cross-entropy by its logits: softmax, less 1 at the target; in place, for a chunk is large
     gradient = log_softmax.exp_().scatter_add_(1, at_targets, -torch.ones_like(at_targets, dtype=exact))
+    if weights is not None:
+        gradient *= weights.unsqueeze(1)
     gradient = gradient.to(changed.dtype)
     if changes:
         [gradient] = torch.autograd.grad(changed, leaf, gradient)

@@ -4,6 +4,9 @@
 
 A plan only regroups the terms of that sum. Each rank adds its own terms, the data-parallel average divides by the
 number of ranks, and `Trainer.compute_loss` multiplies by it: the gradients are those of the sum above.
+
+Weights, where a dataset has some, are factors of the terms and leave `num_targets` alone: a weight of 0 takes a term
+away, and weights of 1 change nothing.
 """
 
 from __future__ import annotations
@@ -57,6 +60,14 @@ def num_targets(targets: torch.Tensor) -> int:
     return int((targets != IGNORE_INDEX).sum())
 
 
+def carried_weights(weights: torch.Tensor) -> torch.Tensor:
+    """Return weights as they travel through a model: the bits of fp64, in whole numbers.
+
+    Mixed precision casts each input of a model that is a floating-point number to half of its digits.
+    """
+    return weights.to(torch.float64).view(torch.int64)
+
+
 def token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -64,6 +75,7 @@ def token_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
     **_: Any,
 ) -> torch.Tensor:
     """Compute transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
@@ -75,21 +87,29 @@ def token_loss(
         num_items_in_batch: divides the sum; None means the mean over this call's targets.
         ignore_index: the label of a token without a target.
         shift_labels: shape (batch, num_tokens): the target of each position.
+        loss_weights: shape (batch, num_tokens): of each target, as `carried_weights` are, in the places of
+            `shift_labels`, or else of `labels`.
 
     Returns:
-        A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`.
+        A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`, each term times its weight.
     """
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        loss_weights = None if loss_weights is None else F.pad(loss_weights, (0, 1))[..., 1:]
+    weights = None if loss_weights is None else loss_weights.view(torch.float64)
     if isinstance(logits, LazyLogits):
         targets = shift_labels.to(logits.device)
         hidden, weight, bias, changes = logits.parts()
-        total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index)
+        total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index, weights=weights)
         return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(dtype).view(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(logits.device)
+    if weights is not None:
+        terms = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
+        total = (terms * weights.reshape(-1).to(terms)).sum()
+        return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch

@@ -9,14 +9,15 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import cast, get_args
 
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS, Plan
-from hf_hetero.planner import methods, policies
+from hf_hetero.planner import items, methods, policies
 from hf_hetero.planner.basic import Search, Solver
 from hf_hetero.planner.improve.program import Backend
+from hf_hetero.planner.items import Items, Lengths, has_items, make_items, sequences_of
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
 
 MOST_RANKS = 1 << 20
@@ -69,21 +70,24 @@ class Planner:
         if not self.mip_time_limit_s > 0:
             raise ConfigError(f"Planner.mip_time_limit_s is {self.mip_time_limit_s!r}: it must be above 0.")
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan one step.
 
         Args:
-            lengths: tokens of each sample of the global batch.
+            lengths: tokens of each sample of the global batch; a tuple has those of sequences that stay together, such
+                as a pair, in one group of one micro-batch. A sample of the plan is a position in `lengths`.
 
         Raises:
             BadSample: a length that is not a whole number of tokens from 1 to 2**40.
             InfeasibleBatch: a sample that no degree can hold.
         """
         started = time.perf_counter()
-        problem = self._checked(lengths)
-        if not problem.lengths:
+        if len(lengths) == 0:  # an array has no truth of its own
             return Plan(self.num_ranks, ())
-        plan = policies.plan(problem, self._search, self.methods)
+        if has_items(lengths):
+            plan = items.plan(self._items(lengths), self._search, self.methods)
+        else:
+            plan = policies.plan(self._checked(lengths), self._search, self.methods)
         return replace(plan, planning_s=time.perf_counter() - started)
 
     @property
@@ -96,8 +100,12 @@ class Planner:
         """List the degrees that plans may use, ascending."""
         return usable_degrees(self.cost_model, self.num_ranks, self.max_degree)
 
-    def static(self, lengths: Sequence[int], degree: int | None = None) -> Plan:
+    def static(self, lengths: Lengths, degree: int | None = None) -> Plan:
         """Plan a step as a run with one degree does: this one, or the best for these samples.
+
+        Args:
+            lengths: as `plan`.
+            degree: of all groups; None: the best.
 
         Raises:
             BadSample: as `plan`.
@@ -110,46 +118,64 @@ class Planner:
                 f"Degree {degree!r} is not offered on {self.num_ranks} ranks: choose one of "
                 f"{', '.join(map(str, self.degrees))}, or add its bandwidth to the cost model."
             )
-        problem = self._checked(lengths)
-        if not problem.lengths:
+        if len(lengths) == 0:  # an array has no truth of its own
             return Plan(self.num_ranks, ())
-        plan = policies.static(problem, degree, self.methods)
+        if has_items(lengths):
+            plan = items.static(self._items(lengths), degree, self.methods)
+        else:
+            plan = policies.static(self._checked(lengths), degree, self.methods)
         return replace(plan, planning_s=time.perf_counter() - started)
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
-        """Improve a plan of these lengths by integer programs, within their limit; neither plan nor bound gets worse.
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
+        """Improve a plan of these lengths, within the limit of its time; neither plan nor bound gets worse.
+
+        Args:
+            plan: of these lengths, by this planner.
+            lengths: as `plan`.
 
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
             ConfigError: the plan is for other samples or ranks.
         """
         started = time.perf_counter()
-        problem = self._checked(lengths)
-        if (plan.num_ranks, plan.num_samples) != (self.num_ranks, len(problem.lengths)):
+        if (plan.num_ranks, plan.num_samples) != (self.num_ranks, len(lengths)):
             raise ConfigError(
                 f"The plan is for {plan.num_samples} samples on {plan.num_ranks} ranks; "
-                f"it cannot be improved for {len(problem.lengths)} samples on {self.num_ranks}."
+                f"it cannot be improved for {len(lengths)} samples on {self.num_ranks}."
             )
-        # the plan's seconds and bound are carried on, so they must be of these lengths and this cost model
-        seconds = self.cost_model.plan_seconds(plan, problem.batch)
+        if len(lengths) == 0:  # an array has no truth of its own
+            return plan
+        if has_items(lengths):
+            together = self._items(lengths)
+            self._check_seconds(plan, sequences_of(plan, together.lengths), together.as_sequences.batch)
+            better = items.improve(together, plan, self._search, self.methods)
+        else:
+            problem = self._checked(lengths)
+            self._check_seconds(plan, plan, problem.batch)
+            better = policies.improve(problem, plan, self._search, self.methods)
+        return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
+
+    def _check_seconds(self, plan: Plan, by_sequence: Plan, lengths: Sequence[int]) -> None:
+        """Refuse a plan of other lengths or costs: its seconds and its bound would be carried on."""
+        seconds = self.cost_model.plan_seconds(by_sequence, lengths)
         if not math.isclose(seconds, plan.seconds, rel_tol=1e-9):
             raise ConfigError(
                 f"The plan takes {plan.seconds} s; with these lengths and this cost model it would take {seconds} s. "
                 "Improve a plan with the lengths and the cost model that it was made for."
             )
-        if not problem.lengths:
-            return plan
-        better = policies.improve(problem, plan, self._search, self.methods)
-        return replace(better, planning_s=plan.planning_s + time.perf_counter() - started)
 
     @property
     def _search(self) -> Search:
         """Return the settings that the layers below read."""
         return Search(self.solver, self.mip_time_limit_s, self.mip_backend)
 
-    def _checked(self, lengths: Sequence[int]) -> Problem:
-        """Return a batch as a problem, or refuse it."""
-        return make_problem(self.cost_model, self.num_ranks, self.max_degree, lengths)
+    def _checked(self, lengths: Lengths) -> Problem:
+        """Return a batch of samples as a problem, or refuse it."""
+        return make_problem(self.cost_model, self.num_ranks, self.max_degree, cast("Sequence[int]", lengths))
+
+    def _items(self, lengths: Lengths) -> Items:
+        """Return a batch of items, or refuse it."""
+        return make_items(self.cost_model, self.num_ranks, self.max_degree, lengths)
 
 
 def _positive_integer(value: object) -> bool:

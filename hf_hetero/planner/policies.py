@@ -43,6 +43,11 @@ def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
     return improve(problem, best, search, allowed) if search.solver == "mip" else best
 
 
+def bound(problem: Problem, allowed: Collection[str]) -> float:
+    """Return seconds below which no plan is, whatever its groups do, and whichever of these methods they choose."""
+    return methods.bound(problem.priced_by(problem.cost.with_free_memory()), allowed)
+
+
 def static(problem: Problem, degree: int | None = None, allowed: Collection[str] = ("ulysses",)) -> Plan:
     """Find the best plan in which all groups have one degree, exchange heads, and do the same to hold their tokens.
 
@@ -55,15 +60,14 @@ def static(problem: Problem, degree: int | None = None, allowed: Collection[str]
     """
     cost = problem.cost
     if len(cost.by_activations) == 1:
-        return replace(basic.static(problem, degree), lower_bound_s=methods.bound(problem, allowed))
+        return replace(basic.static(problem, degree), lower_bound_s=bound(problem, allowed))
     ways = {activations: problem.priced_by(under) for activations, under in cost.by_activations.items()}
     most = problem.degrees[-1] if degree is None else degree
     holding = {activations: way for activations, way in ways.items() if problem.lengths[0] <= way.capacity * most}
     if not holding:
         return basic.static(problem.priced_by(cost.leanest), degree)  # which says what it holds, and refuses
     alike = [_doing(basic.static(way, degree), activations) for activations, way in holding.items()]
-    unhindered = problem.priced_by(cost.with_free_memory())
-    return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=methods.bound(unhindered, allowed))
+    return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=bound(problem, allowed))
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:

@@ -82,6 +82,8 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         head = _lean_head(base, undone) if has_lazy_logits else None
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
+        if hetero.weight_column is not None:
+            own_loss.check_weights(trainer, kernel, hetero.weight_column)
         sharding = sharding_of(trainer, hetero.sync_each_micro_batch)
         activations = Activations(
             base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile

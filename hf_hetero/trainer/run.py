@@ -60,10 +60,13 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
     return PackedCollator(example_collator=collator, makes_labels=False)
 
 
-def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
+def _fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator) -> PackedCollator:
     """Return the same packer for this trainer's model, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
+    if hetero.weight_column is not None and hetero.weight_column not in signature:
+        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
+        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     return replace(
@@ -75,6 +78,7 @@ def _fitting_packer(trainer: Trainer, packer: PackedCollator) -> PackedCollator:
         limits=limits_of(base),
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
         counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
+        weight_column=hetero.weight_column,
     )
 
 
@@ -288,7 +292,7 @@ class BetweenRuns:
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, packer), planners)
+        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, hetero, packer), planners)
 
     def cost_model_of_now(self) -> CostModel:
         """Return the cost model, which is there once there is a run."""

@@ -9,28 +9,36 @@ from torch.nn import functional as F
 from hf_hetero.model.chunked_loss import chunked_loss
 
 
-def chunked(hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
+def chunked(
+    hidden: torch.Tensor,
+    head: torch.nn.Linear,
+    targets: torch.Tensor,
+    chunk_tokens: int,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     changes = (lambda x: torch.tanh(x / 2), lambda x: x * 2)
-    return chunked_loss(
-        hidden, head.weight, head.bias, targets, changes, chunk_bytes=4 * head.out_features * chunk_tokens
-    )
+    chunk_bytes = 4 * head.out_features * chunk_tokens
+    return chunked_loss(hidden, head.weight, head.bias, targets, changes, chunk_bytes=chunk_bytes, weights=weights)
 
 
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 6, 7, 8, 1000])
 @pytest.mark.parametrize("bias", [True, False])
-def test_chunks(chunk_tokens: int, bias: bool) -> None:
-    """Whether a chunk holds one target, exactly all (7), one fewer or more: the same."""
+@pytest.mark.parametrize("weighed", [True, False])
+def test_chunks(chunk_tokens: int, bias: bool, weighed: bool) -> None:
+    """Whether a chunk holds one target, exactly all (7), one fewer or more: the same; with weights of any sign, too."""
     torch.manual_seed(0)
+    weights = torch.randn(10, dtype=torch.float64) if weighed else None
     head = torch.nn.Linear(5, 13, bias=bias, dtype=torch.float64)
     targets = torch.tensor([-100, 3, 4, -100, 12, 0, -100, 5, 5, 1])
     found = []
     for lean in (False, True):
         hidden = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 10, 5).requires_grad_()
         if lean:
-            loss = chunked(hidden, head, targets, chunk_tokens)
+            loss = chunked(hidden, head, targets, chunk_tokens, weights)
         else:
             logits = torch.tanh(head(hidden) / 2) * 2
-            loss = F.cross_entropy(logits[0], targets, ignore_index=-100, reduction="sum")
+            terms = F.cross_entropy(logits[0], targets, ignore_index=-100, reduction="none")
+            loss = (terms if weights is None else terms * weights).sum()
         loss.backward()
         found.append([loss.detach(), hidden.grad, *(p.grad for p in head.parameters())])
         head.zero_grad()

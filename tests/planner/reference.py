@@ -45,7 +45,8 @@ def optimal_seconds(lengths: Sequence[int], num_ranks: int, cost: CostModel) -> 
 
     @functools.cache
     def group_s(subset: int, degree: int) -> float:
-        held = [length for sample, length in enumerate(lengths) if subset >> sample & 1]
+        entries = [length for sample, length in enumerate(lengths) if subset >> sample & 1]
+        held = [n for entry in entries for n in (entry if isinstance(entry, tuple) else (entry,))]
         ways = [under for under in cost.by_activations.values() if sum(held) <= under.capacity_tokens * degree]
         return min((under.seconds(held, degree) for under in ways), default=math.inf)
 

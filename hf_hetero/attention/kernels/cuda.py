@@ -1,92 +1,115 @@
-"""Attention on CUDA is torch's own varlen kernel, or any flash-attn that transformers finds by its name."""
+"""Attention on CUDA is torch's own varlen kernel, or any flash-attn that transformers finds by its name.
+
+torch's kernel is called beneath `torch.nn.attention.varlen`, whose own operators are private and change with versions:
+at the two operators of aten that all versions of it call. They take fewer heads of keys than of queries as they are,
+in forward and backward. `tests/attention/kernels/test_cuda.py` has their schemas of torch 2.11 to 2.15.
+"""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
 import torch
 
 from hf_hetero.attention.kernels.contract import HALF, SINKS, SOFTCAP, WINDOW, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.pair import Calls, Offer, Tensors, pair, window_of
+from hf_hetero.attention.kernels.signatures import schema_of
+from hf_hetero.errors import UnsupportedModel
+
+TESTED = "2.11 to 2.15"
+RESULTS = ("output", "softmax_logsumexp")
+HUB_REMEDY = (
+    "`pip install 'hf-hetero[kernels]'`, and once a machine with a network, whose cache of the hub later runs read"
+)
 
 
-def _window(segments: Segments, scores: Scores) -> list[int]:
-    """Spell a window as flash-attn does: keys to the left and right of a query, aligned at the last; -1 is all."""
-    if not segments.causal:
-        return [-1, -1]
-    return [-1, 0] if scores.window is None else [scores.window - 1, 0]
-
-
-def _varlen(direction: str = "") -> Any:
-    """Return torch's operator: of forward, or "_backward"."""
-    importlib.import_module("torch.nn.attention.varlen")  # registers the operators
-    return getattr(torch.ops.torch_attn, f"_varlen_attn{direction}")
-
-
-def _varlen_forward(
+def _forward_call(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
-) -> tuple[torch.Tensor, torch.Tensor]:
-    window = _window(segments, scores)
-    # the operator behind `varlen_attn`, which tells causal from windows in this way: backward there differentiates what
-    # forward gave, and a ring's must take the merged output and log-sum-exp
-    out, lse, _ = _varlen().default(
-        q,
-        k,
-        v,
-        segments.cu_q,
-        segments.cu_k,
-        segments.max_q,
-        segments.max_k,
-        window == [-1, 0],
-        scores.scaling,
-        window,
-        q.shape[1] != k.shape[1],
-    )
-    return out, lse.T
+) -> dict[str, Any]:
+    return {"query": q, "key": k, "value": v, "return_debug_mask": False, **_common(segments, scores)}
 
 
-def _varlen_backward(
-    grad_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    segments: Segments,
-    scores: Scores,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    window = _window(segments, scores)
-    return _varlen("_backward").default(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse.T.contiguous(),
-        segments.cu_q,
-        segments.cu_k,
-        segments.max_q,
-        segments.max_k,
-        window == [-1, 0],
-        torch.zeros(2, dtype=torch.uint64, device=q.device),  # of dropout, which there is none of
-        scores.scaling,
-        window,
-    )
+def _backward_call(
+    grad_out: torch.Tensor, saved: Tensors, _: Tensors, segments: Segments, scores: Scores
+) -> dict[str, Any]:
+    names = ("query", "key", "value", "out", "logsumexp")
+    device = grad_out.device
+    return {
+        "grad_out": grad_out,
+        **dict(zip(names, saved, strict=True)),
+        "rng_state": torch.zeros(2, dtype=torch.uint64, device=device),  # of dropout, which there is none of
+        "unused": torch.empty(0, device=device),
+        **_common(segments, scores),
+    }
 
 
-TORCH_VARLEN = Kernel("torch_varlen", "cuda", HALF, frozenset({WINDOW, SINKS}), _varlen_forward, _varlen_backward)
-"""`torch.nn.attention.varlen`: in torch itself, so nothing to install."""
+def _common(segments: Segments, scores: Scores) -> dict[str, Any]:
+    window = window_of(segments, scores)
+    left, right = window or ((-1, 0) if segments.causal else (-1, -1))
+    return {
+        "cum_seq_q": segments.cu_q,
+        "cum_seq_k": segments.cu_k,
+        "max_q": segments.max_q,
+        "max_k": segments.max_k,
+        "dropout_p": 0.0,
+        "is_causal": segments.causal and window is None,  # as `varlen_attn` tells causal from windows
+        "scale": scores.scaling,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+
+
+CALLS = Calls(_forward_call, _backward_call, returns_gradients=True)
+
+
+def operators() -> tuple[Any, Any]:
+    """Return torch's operators, forward and backward; None for one that this torch does not have."""
+    names = ("_flash_attention_forward", "_flash_attention_backward")
+    forward, backward = (getattr(getattr(torch.ops.aten, name, None), "default", None) for name in names)
+    return forward, backward
+
+
+TORCH_VARLEN = pair("torch_varlen", frozenset({WINDOW, SINKS}), CALLS, *operators())
+"""In torch itself, so nothing to install. `torch_varlen` offers it only where its operators take the call."""
+
+
+def torch_varlen() -> Offer:
+    """Return torch's own kernel; or why this torch's operators cannot be called."""
+    return refusal(*operators()) or TORCH_VARLEN
+
+
+def refusal(forward: Any, backward: Any) -> str | None:
+    """Return in words why torch's operators are not those that are known here; None if they are."""
+    if forward is None or backward is None:
+        reason = "it has no aten::_flash_attention_forward and _backward"
+    else:
+        reason = CALLS.misfit(forward, backward)
+        results = tuple(result.name for result in schema_of(forward).returns[:2])
+        if reason is None and results != RESULTS:
+            reason = f"its forward's first results are {results} and not {RESULTS}"
+    if reason is None:
+        return None
+    return f"torch {torch.__version__} is installed, and {reason}; torch {TESTED} is wanted, or a flash-attn"
 
 
 def through_transformers(implementation: str) -> Kernel:
     """Make a kernel of flash-attn by transformers' name for it ("flash_attention_2", "kernels-community/...", ...).
 
     Only its differentiable function is within reach there, not the log-sum-exp that a ring needs.
+
+    Raises:
+        UnsupportedModel: transformers cannot load it, as one of the hub without a network.
     """
     from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
-    (_, varlen, *_), (to_kwargs, _) = lazy_import_flash_attention(implementation)
+    try:
+        (_, varlen, *_), (to_kwargs, _) = lazy_import_flash_attention(implementation)
+    except (ImportError, OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"attn_implementation={implementation!r} cannot be loaded: {error}. Install what it names; for one of the "
+            f"hub: {HUB_REMEDY}. Or leave it out: torch has a kernel of its own."
+        ) from error
     # versions differ in what they can do, and their keywords tell
     accepted = inspect.signature(varlen).parameters
     names = {WINDOW: {"window_size"}, SOFTCAP: {"softcap"}, SINKS: {"s_aux", "learnable_sink"}}

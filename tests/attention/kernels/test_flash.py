@@ -6,6 +6,8 @@ the real ones compute is tested on a GPU (tests/gpu).
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -13,207 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from attention.kernels.stand_ins import (
+    RUNS,
+    fa2_backward,
+    fa2_forward,
+    fa3_backward,
+    fa3_forward,
+    fa4_backward,
+    fa4_forward,
+    forward,
+    results,
+)
 
 from hf_hetero.attention.kernels import flash
-from hf_hetero.attention.kernels.contract import SOFTCAP, Kernel, Scores, Segments
+from hf_hetero.attention.kernels.contract import SOFTCAP, Kernel, Scores
+from hf_hetero.attention.kernels.pair import Offer
 from hf_hetero.attention.kernels.plain import PLAIN
-
-assert PLAIN.forward is not None
-assert PLAIN.backward is not None
-
-
-def call_of(cu_q: Any, cu_k: Any, max_q: Any, max_k: Any, scale: Any, causal: bool, window: Any, softcap: float) -> Any:
-    """What flash-attn's arguments mean, in ours; and what none of its versions would take."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    q_lengths, k_lengths = cu_q.diff().tolist(), cu_k.diff().tolist()
-    assert (max_q, max_k) == (max(q_lengths), max(k_lengths))
-    left, right = window
-    no_end = left in (None, -1)
-    assert right in ((None, -1) if no_end else (0,))
-    segments = Segments.of(q_lengths, k_lengths, cu_q.device, causal)
-    return segments, Scores(scale, None if no_end else left + 1, softcap or None)
-
-
-def check_heads(*tensors: torch.Tensor) -> None:
-    assert all(x.shape[-1] % 8 == 0 and x.is_contiguous() for x in tensors)
-
-
-def forward(q: Any, k: Any, v: Any, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    check_heads(q, k, v)
-    out, lse = PLAIN.forward(q, k, v, *call_of(*call))  # type: ignore[misc]
-    return out, lse.T.contiguous()
-
-
-def backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *call: Any) -> Any:
-    check_heads(dout, q, k, v, out)
-    assert lse.shape == (q.shape[1], q.shape[0])
-    assert lse.is_contiguous()
-    return PLAIN.backward(dout, q, k, v, out, lse.T, *call_of(*call))  # type: ignore[misc]
-
-
-def fa2_forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    return_softmax: bool = False,
-    block_table: Any = None,
-    leftpad_k: Any = None,
-    seqused_k: Any = None,
-    zero_tensors: bool = False,
-) -> Any:
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
-    return (*forward(q, k, v, *call), None, None)
-
-
-def fa2_backward(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    softmax_lse: Any,
-    dq: Any,
-    dk: Any,
-    dv: Any,
-    cu_seqlens_q: Any,
-    cu_seqlens_k: Any,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    dropout_p: float,
-    softmax_scale: float,
-    causal: bool,
-    window_size_left: int,
-    window_size_right: int,
-    softcap: float,
-    alibi_slopes: Any,
-    deterministic: bool,
-    rng_state: Any = None,
-    zero_tensors: bool = False,
-) -> Any:
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
-    for into, found in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, *call), strict=True):
-        into.copy_(found)
-
-
-def fa3_forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    k_new: Any = None,
-    v_new: Any = None,
-    qv: Any = None,
-    out_: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    cu_seqlens_k_new: Any = None,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    softmax_scale: Any = None,
-    causal: bool = False,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-) -> Any:
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
-    return (*forward(q, k, v, *call), None, None)
-
-
-def fa3_backward(
-    dout: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    softmax_lse: Any,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    sequed_q: Any = None,
-    sequed_k: Any = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    dq: Any = None,
-    dk: Any = None,
-    dv: Any = None,
-    softmax_scale: Any = None,
-    is_causal: bool = False,
-    window_size_left: int = -1,
-    window_size_right: int = -1,
-    softcap: float = 0.0,
-    deterministic: bool = False,
-    sm_margin: int = 0,
-) -> Any:
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, is_causal, window, softcap)
-    for into, found in zip((dq, dk, dv), backward(dout, q, k, v, out, softmax_lse, *call), strict=True):
-        into.copy_(found)
-
-
-def fa4_forward(
-    q: Any,
-    k: Any,
-    v: Any,
-    qv: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    seqused_q: Any = None,
-    seqused_k: Any = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    min_seqlen_k: Any = None,
-    page_table: Any = None,
-    softmax_scale: Any = None,
-    causal: bool = False,
-    softcap: Any = None,
-    window_size_left: Any = None,
-    window_size_right: Any = None,
-    learnable_sink: Any = None,
-    return_lse: bool = False,
-) -> Any:
-    assert return_lse
-    assert -1 not in (window_size_left, window_size_right)  # there, -1 is a window
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
-    return (*forward(q, k, v, *call), None, None)
-
-
-def fa4_backward(
-    q: Any,
-    k: Any,
-    v: Any,
-    out: Any,
-    dout: Any,
-    lse: Any,
-    softmax_scale: Any = None,
-    causal: bool = False,
-    softcap: float = 0.0,
-    window_size_left: Any = None,
-    window_size_right: Any = None,
-    cu_seqlens_q: Any = None,
-    cu_seqlens_k: Any = None,
-    max_seqlen_q: Any = None,
-    max_seqlen_k: Any = None,
-    deterministic: bool = False,
-) -> Any:
-    window = (window_size_left, window_size_right)
-    call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
-    return (*backward(dout, q, k, v, out, lse, *call), None)
 
 
 @pytest.fixture
@@ -246,33 +63,27 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return put
 
 
+def offer_of(name: str) -> Offer | None:
+    return {"fa2": flash.FA2, "fa3": flash.FA3, "fa4": flash.FA4}[name].installed()
+
+
 def pair_of(name: str) -> Kernel:
-    kernel = getattr(flash, name)()
-    assert kernel is not None
+    kernel = offer_of(name)
+    assert isinstance(kernel, Kernel)
     assert kernel.name == name
     assert kernel.has_lse
     return kernel
 
 
 VERSIONS = ("fa2", "fa3", "fa4")
-RUNS = {
-    "whole samples": ((3, 1, 9), (3, 1, 9), True),
-    "more keys than queries": ((3, 2), (5, 9), True),
-    "every query sees every key": ((3, 2), (5, 9), False),
+MODULES = dict(
+    zip(VERSIONS, ("flash_attn.flash_attn_interface", "flash_attn_interface", "flash_attn.cute.interface"), strict=True)
+)
+CALLS = {
+    "fa2": ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"),
+    "fa3": ("_flash_attn_forward", "_flash_attn_backward"),
+    "fa4": ("_flash_attn_fwd", "_flash_attn_bwd"),
 }
-
-
-def results(kernel: Kernel, runs: str, scores: Scores, head_dim: int) -> list[torch.Tensor]:
-    """Output and log-sum-exp, and gradients against an output and a log-sum-exp merged over more keys than these."""
-    q_lengths, k_lengths, causal = RUNS[runs]
-    segments = Segments.of(q_lengths, k_lengths, torch.device("cpu"), causal)
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((sum(q_lengths), 4), (sum(k_lengths), 2), (sum(k_lengths), 2), (sum(q_lengths), 4))
-    q, k, v, grad = (torch.randn(n, h, head_dim, generator=generator, dtype=torch.float64) for n, h in shapes)
-    assert kernel.forward is not None
-    assert kernel.backward is not None
-    out, lse = kernel.forward(q, k, v, segments, scores)
-    return [out, lse, *kernel.backward(grad, q, k, v, 0.7 * out, lse + 0.3, segments, scores)]
 
 
 @pytest.mark.parametrize("head_dim", [8, 12])
@@ -305,16 +116,12 @@ def test_full_determinism_reaches_the_kernel(install: Callable[..., None], versi
     """`torch.use_deterministic_algorithms` asks for the kernels' deterministic backward passes."""
     asked: list[bool] = []
     install(version)
-    module, name = {
-        "fa2": ("flash_attn.flash_attn_interface", "_flash_attn_varlen_backward"),
-        "fa3": ("flash_attn_interface", "_flash_attn_backward"),
-        "fa4": ("flash_attn.cute.interface", "_flash_attn_bwd"),
-    }[version]
+    module, name = MODULES[version], CALLS[version][1]
     real = getattr(sys.modules[module], name)
 
-    def spy(*args: Any, softcap: float = 0.0, **kwargs: Any) -> Any:
+    def spy(**kwargs: Any) -> Any:
         asked.append(kwargs["deterministic"])
-        return real(*args, softcap=softcap, **kwargs)
+        return real(**kwargs)
 
     setattr(sys.modules[module], name, spy)
     kernel = pair_of(version)
@@ -327,12 +134,17 @@ def test_full_determinism_reaches_the_kernel(install: Callable[..., None], versi
     assert asked == [False, True]
 
 
+def names_of(offers: list[Offer]) -> list[str]:
+    assert all(isinstance(offer, Kernel) for offer in offers)
+    return [offer.name for offer in offers if isinstance(offer, Kernel)]
+
+
 def test_not_installed(install: Callable[..., None]) -> None:
     """Nothing is offered that is not there; FA4 alone makes `import flash_attn` succeed, which is not FA2."""
     assert flash.flash_kernels((9, 0)) == []
     install("fa4")
-    assert flash.fa2() is None
-    assert [kernel.name for kernel in flash.flash_kernels((9, 0))] == ["fa4"]
+    assert offer_of("fa2") is None
+    assert names_of(flash.flash_kernels((9, 0))) == ["fa4"]
 
 
 @pytest.mark.parametrize(
@@ -350,8 +162,10 @@ def test_best_first(install: Callable[..., None], capability: tuple[int, int], n
     """Each GPU gets what runs on it, fastest first; FA4 has no softcap on consumer Blackwell."""
     install(*VERSIONS)
     found = flash.flash_kernels(capability)
-    assert [kernel.name for kernel in found] == names
-    assert [kernel.name for kernel in found if SOFTCAP not in kernel.features] == ["fa4"] * (capability[0] == 12)
+    assert names_of(found) == names
+    assert [x.name for x in found if isinstance(x, Kernel) and SOFTCAP not in x.features] == ["fa4"] * (
+        capability[0] == 12
+    )
 
 
 def test_names_of_transformers(install: Callable[..., None]) -> None:
@@ -359,27 +173,87 @@ def test_names_of_transformers(install: Callable[..., None]) -> None:
     install(*VERSIONS)
     for number in (2, 3, 4):
         kernel = flash.named_flash_kernel(f"flash_attention_{number}")
-        assert kernel is not None
+        assert isinstance(kernel, Kernel)
         assert kernel.name == f"fa{number}"
     assert flash.named_flash_kernel("kernels-community/flash-attn2") is None
 
 
 @pytest.mark.parametrize("version", ["2.6.3", "2.5", "unknown"])
-def test_old_fa2(install: Callable[..., None], caplog: pytest.LogCaptureFixture, version: str) -> None:
-    """Before 2.7 the log-sum-exp has another shape: not used, and said."""
+def test_old_fa2(install: Callable[..., None], version: str) -> None:
+    """Before 2.7 the log-sum-exp has another shape: not used, and said, with the version found and the one wanted."""
     install("fa2", fa2_version=version)
-    assert flash.fa2() is None
-    assert f"flash-attn {version} is too old" in caplog.text
+    assert offer_of("fa2") == f"flash-attn {version} is passed over: it is too old for rings; 2.7 or later is wanted"
 
 
-def test_old_fa3_and_fa4(install: Callable[..., None], caplog: pytest.LogCaptureFixture) -> None:
-    """Versions with other signatures are left alone, and named."""
-    install("fa3", _flash_attn_forward=lambda q, k, v, window_size=(-1, -1): None)
-    assert flash.fa3() is None
-    assert "flash-attn 3 is too old" in caplog.text
-    install("fa4", _flash_attn_bwd=lambda q, k, v: None)
-    assert flash.fa4() is None
-    assert "flash-attn 4 is too old" in caplog.text
+@pytest.mark.parametrize(
+    ("version", "error"),
+    [
+        ("fa2", ImportError("undefined symbol: _ZN3c105ErrorC2E")),
+        ("fa2", ModuleNotFoundError("No module named 'flash_attn_2_cuda'", name="flash_attn_2_cuda")),
+        ("fa3", OSError("libcudart.so.12: cannot open shared object file")),
+        ("fa4", RuntimeError("no driver")),
+    ],
+)
+def test_what_is_broken_is_passed_over_in_words(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, version: str, error: Exception
+) -> None:
+    """A library that is there but cannot be imported is not taken for one that is not there."""
+    install(version)
+    real = importlib.import_module
+
+    def import_module(name: str) -> ModuleType:
+        if name == MODULES[version]:
+            raise error
+        return real(name)
+
+    monkeypatch.setattr(flash.importlib, "import_module", import_module)
+    offer = offer_of(version)
+    assert isinstance(offer, str)
+    assert f"it cannot be imported ({error})" in offer
+
+
+def changed(function: Callable[..., Any], remove: str = "", add: str = "") -> Callable[..., Any]:
+    """A function that does the same, with one argument less, or one more that it insists on."""
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.name != remove]
+    if add:
+        parameters.append(inspect.Parameter(add, inspect.Parameter.KEYWORD_ONLY))
+
+    def other(*args: Any, **kwargs: Any) -> Any:
+        signature.replace(parameters=parameters).bind(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    other.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return other
+
+
+CALLED = [name for call in CALLS.values() for name in call]
+
+
+@pytest.mark.parametrize("number", range(len(CALLED)), ids=CALLED)
+def test_a_function_with_another_signature_is_passed_over(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """One argument of any function renamed, or one more: refused in words, with what is found and what is wanted."""
+    version, name = list(VERSIONS)[number // 2], CALLED[number]
+    install(version)
+    module = sys.modules[MODULES[version]]
+    function = getattr(module, name)
+    monkeypatch.setattr(module, name, changed(function))
+    assert isinstance(offer_of(version), Kernel)
+    for change, argument in (({"remove": "softmax_scale"}, "'softmax_scale'"), ({"add": "extra"}, "'extra'")):
+        monkeypatch.setattr(module, name, changed(function, **change))
+        offer = offer_of(version)
+        assert isinstance(offer, str)
+        assert argument in offer
+        assert ("forward" if number % 2 == 0 else "backward") in offer
+        found, wanted = {
+            "fa2": ("flash-attn 2.8.3", "2.7 or later is wanted"),
+            "fa3": ("flash_attn_3 of no version", "one of 2026 is wanted"),
+            "fa4": ("flash-attn-4 of no version", "one of 2026 is wanted"),
+        }[version]
+        assert offer.startswith(f"{found} is passed over: ")
+        assert offer.endswith(wanted)
 
 
 def test_operators_of_torch_library(install: Callable[..., None]) -> None:
@@ -390,4 +264,31 @@ def test_operators_of_torch_library(install: Callable[..., None]) -> None:
         return q.clone()
 
     install("fa3", _flash_attn_forward=operator)
-    assert flash.fa3() is not None
+    assert "unexpected keyword argument 'k'" in str(offer_of("fa3"))
+
+    @torch.library.custom_op("hf_hetero_test::varlen_forward", mutates_args=())
+    def varlen(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        dropout_p: float,
+        softmax_scale: float,
+        causal: bool,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        softcap: float = 0.0,
+        alibi_slopes: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        window = (window_size_left, window_size_right)
+        call = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window, softcap)
+        return forward(q, k, v, *call)
+
+    install("fa2")
+    sys.modules[MODULES["fa2"]].__dict__["_flash_attn_varlen_forward"] = varlen
+    found, expected = (results(kernel, "whole samples", Scores(0.3), 12) for kernel in (pair_of("fa2"), PLAIN))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
