@@ -110,6 +110,20 @@ def test_a_stage_that_fails_costs_only_itself(
     assert "hangs: out of time" in capsys.readouterr().out
 
 
+def test_a_command_that_is_ended_keeps_what_it_had(tmp_path: Path) -> None:
+    """Ended from outside, it ends the stage underway, and the page says so."""
+    command = [sys.executable, str(FOLDER / "run.py"), "--device", "cpu", "--output", str(tmp_path)]
+    with subprocess.Popen([*command, "--stages", "machine", "kernels"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("machine:"):
+            assert process.poll() is None
+        process.terminate()
+    assert process.returncode == 143
+    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert {name: found["state"] for name, found in stages.items()} == {"machine": "interrupted"}
+    assert "| machine | interrupted |" in (tmp_path / "gpu.md").read_text()
+
+
 def has_ended(process: int) -> bool:
     """Whether a process is gone, or only waits for somebody to ask how it ended."""
     try:

@@ -94,10 +94,12 @@ def profiled(stage: Stage, shape: Shape, folder: Path, most: int) -> str | None:
     made = folder / "cost.json"
     shape.kind(**shape.sizes).save_pretrained(folder / "model")
     command = [sys.executable, "-m", "hf_hetero.cli", "profile", str(folder / "model"), "-o", str(made)]
-    command += ["--max-length", str(most), "--ranks", "1", "--seconds", str(stage.pick(60, 5))]
+    command += ["--max-length", str(most), "--ranks", "1", "--seconds", str(stage.pick(40, 5))]
     command.append(stage.pick("--bf16", "--cpu"))
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(5.0, stage.left_s * 0.6))
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(5.0, stage.left_s - stage.pick(40, 60))
+        )
     except subprocess.TimeoutExpired:
         stage.note("`hf-hetero profile` was not through in time.")
         return None

@@ -60,9 +60,9 @@ STAGES = {
     "predicted": Kind("measure_predictions.py", "Predicted against measured steps", 170),
     "steps": Kind("measure_steps.py", "Whole steps beside Trainer's", 270),
     "memory": Kind("measure_memory.py", "Memory: loss and MLPs in chunks, recompute, offload", 110),
-    "compiled": Kind("measure_compiling.py", "torch.compile over steps of changing lengths", 150),
+    "compiled": Kind("measure_compiling.py", "torch.compile over steps of changing lengths", 190),
 }
-"""In the order of the page. On a GPU they take 1,090 s at most; the first four, and the last three, fit 10 minutes."""
+"""In the order of the page. On a GPU they take 1,130 s at most; the first four, and the last three, fit 10 minutes."""
 
 
 def main() -> int:
@@ -144,26 +144,26 @@ def run(name: str, device: str, keeper: Keeper) -> str:
         environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     else:
         environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several, Trainer would use all
-    print(f"{name}: {kind.title}, at most {limit_s} s ...", flush=True)
-    start, state = time.monotonic(), "interrupted"
+    start, state, process = time.monotonic(), "interrupted", None
     with keeper.log.open("a", encoding="utf-8") as log:
-        log.write(f"\n===== {name} =====\n")
-        log.flush()
-        process = subprocess.Popen(
-            [*command, "--output", str(keeper.running)],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its own processes can be ended with it
-        )
         try:
+            print(f"{name}: {kind.title}, at most {limit_s} s ...", flush=True)
+            print(f"\n===== {name} =====", file=log, flush=True)
+            process = subprocess.Popen(
+                [*command, "--output", str(keeper.running)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its own processes can be ended with it
+            )
             code = process.wait(limit_s + GRACE_S)
             state = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             state = f"out of time after {limit_s} s"
         finally:
-            end(process)
+            if process is not None:
+                end(process)
             keeper.keep(name, ended(keeper, state, time.monotonic() - start, device))
     print(f"{name}: {state}, {time.monotonic() - start:.0f} s", flush=True)
     return state
