@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def look(stage: Stage) -> None:
         stage.fact("GPU memory (GiB)", round(properties.total_memory / 2**30, 1))
         stage.fact("compute capability", f"{properties.major}.{properties.minor}")
         stage.fact("CUDA of torch", torch.version.cuda)
+        with suppress(OSError, subprocess.TimeoutExpired):
+            asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+            said = subprocess.run(asked, capture_output=True, text=True, timeout=20).stdout.strip()
+            stage.fact("driver, power limit, highest clock", said)
         known = known_device(torch.cuda.get_device_name(device))
         stage.fact("known as", known.name if known else "no entry of KNOWN_DEVICES")
     for offer in (*flash_kernels(), torch_varlen()):
@@ -89,7 +94,8 @@ def gpu_tests(stage: Stage) -> None:
 def main() -> None:
     """Look, and write as it comes."""
     stage = begin(__doc__)
-    look(stage)
+    with stage.alone("Looking around"):
+        look(stage)
     with stage.alone("Measuring speeds"):
         speeds(stage)
     gpu_tests(stage)
