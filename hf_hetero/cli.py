@@ -4,6 +4,7 @@ hf-hetero plan SOURCE --cost COST --ranks N                    plan one global b
 hf-hetero simulate SOURCE --cost COST --ranks N --batch-size K --steps T    compare ways to share many
 hf-hetero costs [NAME]                                         cost models that come with the package
 hf-hetero check MODEL                                          can this model be trained under changing plans?
+hf-hetero estimate MODEL --gpus 8xH100                         what it would cost on GPUs that one does not have
 hf-hetero report plans.jsonl                                   picture of a finished run
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
@@ -27,7 +28,7 @@ from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
 from hf_hetero.report.drawing import picture_format
-from hf_hetero.report.tables import check_table, costs_table, plan_table, simulation_table
+from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
 from hf_hetero.what_if.mixes import MIXES
 from hf_hetero.what_if.simulate import simulate
 from hf_hetero.what_if.sources import Reading, Source, global_batches, read_source
@@ -124,6 +125,20 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if result["ok"] else 1
 
 
+def _estimate(args: argparse.Namespace) -> None:
+    """Estimate a run's cost model; print it in words, and write it where the user says."""
+    from hf_hetero.checks.forecast import Setting, forecast  # torch and transformers, which planning does without
+
+    setting = Setting(
+        args.lora_r, args.checkpointing, args.offload, args.dtype, args.sharded, args.network, args.attention
+    )
+    found = forecast(args.model, args.gpus, setting)
+    print(estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))
+    if args.output:
+        found.cost.save(args.output)
+        print(f"Wrote {args.output}")
+
+
 def _report(args: argparse.Namespace) -> None:
     """Write the report of a finished run beside its records, or where the user says."""
     from hf_hetero.report import read_records, write_report
@@ -216,6 +231,21 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--memory-gib", type=float, default=80.0, help="memory of a card, in GiB; default: 80")
     checked.add_argument("--json", action="store_true", help="print it as JSON (hf-hetero-check/1)")
     checked.set_defaults(run=_check)
+
+    estimated = verbs.add_parser("estimate", help="what a model would cost on GPUs that one does not have")
+    estimated.add_argument("model", help="name on the hub, folder, or config.json; no weights are loaded")
+    estimated.add_argument("--gpus", required=True, help="such as 8xH100, or 2x8xH100 for two nodes of eight")
+    estimated.add_argument("--lora-r", type=int, help="train adapters of this rank on all linear layers")
+    estimated.add_argument("--checkpointing", action="store_true", help="every group recomputes its layers")
+    estimated.add_argument("--offload", action="store_true", help="groups may also offload to the host")
+    estimated.add_argument("--dtype", default="bfloat16", help="computed in; default: bfloat16")
+    where = estimated.add_mutually_exclusive_group()
+    where.add_argument("--fsdp", dest="sharded", action="store_const", const=True, help="weights over all ranks")
+    where.add_argument("--ddp", dest="sharded", action="store_const", const=False, help="all weights on each rank")
+    estimated.add_argument("--network", type=float, metavar="GBPS", help="line rate of a node, in gigabits a second")
+    estimated.add_argument("--attention", default="fa2", help="fa2 (torch's own kernel, too), fa3 or fa4; default: fa2")
+    estimated.add_argument("-o", "--output", metavar="FILE", help="write the cost model (hf-hetero-cost/1)")
+    estimated.set_defaults(run=_estimate)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")

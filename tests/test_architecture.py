@@ -28,7 +28,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
 PLANNER_FLOORS = [  # inside the planner's room, bottom to top
     {"problem"},
     {"draft", "bound"},
-    {"search.packing", "search.cuts", "search.homogeneous"},
+    {"search.joining", "search.cuts", "search.homogeneous"},
+    {"search.packing"},
     {"search.descent", "search.parts"},
     {"search.fast"},
     {"improve.program", "improve.energy"},
@@ -68,6 +69,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.step_report",
         "checks.check",
         "checks.exactness",
+        "checks.outline",
         "fine_tuning.settings",
         "fine_tuning.vocabulary",
         "data.loader",

@@ -425,3 +425,39 @@ def test_check_of_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> Non
     name = str(Path(model) / "nowhere")
     assert refused(capsys, "check", name).startswith(f"hf-hetero: Cannot read a config from {name!r}")
     assert "largest degree to look at is 0" in refused(capsys, "check", model, "--max-degree", "0")
+
+
+# ------------------------------------------------------------------------------------------------------- estimate
+
+
+def test_estimate(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a rank holds and the seconds of samples, for people; the file is one to plan with."""
+    file, config = str(tmp_path / "cost.json"), Path(model) / "config.json"
+    larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **larger}))
+    assert main(["estimate", model, "--gpus", "2x4xH100", "--offload", "--network", "400", "-o", file]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    cost = CostModel.load(file)
+    assert printed[0].startswith(f"model     {model}, ")
+    assert printed[1].startswith("GPUs      2x4xH100: ")
+    held = [int(line.split()[-1].replace(",", "")) for line in printed[3:6]]
+    assert len(set(held)) == 3
+    assert held == [way.capacity_tokens for way in cost.by_activations.values()]
+    assert printed[7].split() == ["tokens", "1", "2", "4", "8"]
+    length, *seconds = printed[8].split()
+    assert [float(number) for number in seconds] == [
+        pytest.approx(cost.seconds([int(length.replace(",", ""))], degree), rel=0.01) for degree in cost.degrees(8)
+    ]
+    assert printed[-1] == f"Wrote {file}"
+    (tmp_path / "lengths.txt").write_text("1000\n5000\n")
+    assert main(["plan", str(tmp_path / "lengths.txt"), "--cost", file, "--ranks", "8"]) == 0
+
+
+def test_estimate_of_nothing(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that is none, and a file that cannot be written, are one line; nothing is half written."""
+    assert "did you mean H100" in refused(capsys, "estimate", model, "--gpus", "8xH1000")
+    assert "rank of adapters of 0" in refused(capsys, "estimate", model, "--gpus", "8xH100", "--lora-r", "0")
+    nowhere = tmp_path / "nowhere" / "cost.json"
+    assert main(["estimate", model, "--gpus", "H100", "-o", str(nowhere)]) == 1
+    assert "Cannot write the output: No such file or directory" in capsys.readouterr().err
+    assert not nowhere.parent.exists()

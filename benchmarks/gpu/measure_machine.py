@@ -20,7 +20,7 @@ from hf_hetero.attention.kernels import choose_kernel, trial
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.kernels.cuda import torch_varlen
 from hf_hetero.attention.kernels.flash import flash_kernels
-from hf_hetero.estimate.estimate import known_device
+from hf_hetero.estimate.devices import known_device
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ from transformers import DataCollatorWithFlattening
 from transformers.utils import is_flash_attn_2_available
 
 from hf_hetero import HeteroConfig
-from hf_hetero.estimate.estimate import known_device
+from hf_hetero.estimate.devices import known_device
 
 GLOBAL_BATCH = 16
 TABLE = "Tokens a second"

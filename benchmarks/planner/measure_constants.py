@@ -87,7 +87,7 @@ CONSTANTS = (
     Constant("search.cuts", "PATIENCE"),
     Constant("search.cuts", "MOST_EXTRA"),
     Constant("search.cuts", "MOST_CAREFUL"),
-    Constant("search.packing", "JOINS"),
+    Constant("search.joining", "JOINS"),
     Constant("search.descent", "STRETCH"),
     Constant("search.descent", "CLOSE"),
     Constant("search.descent", "KICKED_STEP"),

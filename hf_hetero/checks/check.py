@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_hetero.attention.kernels import choice
 from hf_hetero.checks import exactness
+from hf_hetero.checks.outline import config_of, one_line, outline_of
 from hf_hetero.checks.probe import Probe, tried
 from hf_hetero.checks.tiny import build
 from hf_hetero.collators.limits import limits_of
@@ -23,13 +24,6 @@ from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
 
-HEADS = ("num_attention_heads", "num_key_value_heads")
-SIZES = {
-    "num_hidden_layers": 10_000,
-    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", *HEADS), 10_000_000),
-    "vocab_size": 1_000_000_000,
-}
-"""Fields of a config that are sizes -> the most that a model may have."""
 MOST_BYTES = 2**30 * 1e6
 
 
@@ -99,9 +93,8 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         raise ConfigError(f"A card's memory of {card_bytes / 2**30:g} GiB: it must be above 0, and at most a million.")
     if max_degree < 1:
         raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
-    config = _config(name)
+    config = config_of(name)
     text: Any = config.get_text_config(decoder=True)
-    _check_sizes(name, text)
     num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
     num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
     try:
@@ -109,7 +102,7 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
     except HeteroError as error:
         kernel = str(error)
     reasons, trial = _try(config)
-    outline = _outline(config)
+    outline = outline_of(config)
     return Check(
         name=name,
         model_type=config.model_type,
@@ -124,32 +117,6 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         reasons=reasons,
         probe=trial,
     )
-
-
-def _check_sizes(name: str, config: Any) -> None:
-    """Refuse a config of no model: transformers builds some that have no layers, and divides by others.
-
-    Raises:
-        ConfigError: with the field.
-    """
-    for field, most in SIZES.items():
-        size = getattr(config, field, None)
-        if isinstance(size, int | float) and not (size == size // 1 and 1 <= size <= most):
-            raise ConfigError(f"The config of {name!r} has {field}={size!r:.60}: it must be from 1 to {most:,}.")
-    heads, kv_heads = (getattr(config, field, None) for field in HEADS)
-    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
-        raise ConfigError(
-            f"The config of {name!r} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the second "
-            "must divide the first."
-        )
-
-
-def _outline(config: PretrainedConfig) -> Any:
-    """Build the model without weights; None for what cannot be built, which the probe says."""
-    try:
-        return build(config, "meta")
-    except Exception:
-        return None
 
 
 def _longest(model: Any) -> int | None:
@@ -207,23 +174,6 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _config(name: str) -> Any:
-    """Read a model's config.
-
-    Raises:
-        ConfigError: there is none, it cannot be read, or it brings code of its own.
-    """
-    try:
-        # said outright, because transformers would ask at the terminal
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # `transformers` and the hub's client raise errors of many kinds
-        if "trust_remote_code" in str(error):
-            raise ConfigError(
-                f"{name!r} brings code of its own, which is not run: only architectures of transformers are exact."
-            ) from error
-        raise ConfigError(f"Cannot read a config from {name!r}: {_one_line(error)}") from error
-
-
 def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
     """Return why the model is refused, and what a tiny instance does."""
     untried = Probe(failure="not tried, because the model is refused")
@@ -234,12 +184,8 @@ def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
     try:
         reasons = tuple(exactness.model_problems(build(config, "meta")))
     except Exception as error:
-        return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {_one_line(error)}")
+        return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {one_line(error)}")
     if reasons:
         return reasons, untried
     trial = tried(config)
     return (trial.problem,) if trial.problem else (), trial
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -45,8 +46,18 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(data: Mapping[str, Any], path: str | Path) -> None:
-    """Write a JSON file that `read_json` reads."""
-    Path(path).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    """Write a JSON file that `read_json` reads: whole, or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there still is.
+    """
+    # named by the process, beside the file: a rename within a folder is one operation
+    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:

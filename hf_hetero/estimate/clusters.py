@@ -2,8 +2,9 @@
 
     python -m hf_hetero.estimate.clusters [FOLDER]        writes every estimated file again (default: hf_hetero/costs)
 
-Every speed is one that can be looked up; what share of it training reaches is assumed (`estimate.UTILISATION`), and
-each file's `source` says so. `gpt-7b_64xa100_192k.json` is not made here: its numbers were measured and published.
+Every speed is one that can be looked up; what share of it training reaches is fitted to others' training runs
+(`shares`), with the kernel of attention that comes with torch, and each file's `source` says so.
+`gpt-7b_64xa100_192k.json` is not made here: its numbers were measured and published.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_hetero.costs import SHIPPED_FOLDER, CostModel
-from hf_hetero.estimate import estimate
-from hf_hetero.estimate.estimate import Device
+from hf_hetero.estimate.devices import Device, device_named
+from hf_hetero.estimate.estimate import estimate_cost_model
 from hf_hetero.estimate.memory import Shards
 from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.estimate.shares import DENSE, attention_share, reached
 from hf_hetero.topology import Topology
 
 USABLE_MEMORY = 0.9  # of the card's; the rest is for the allocator, NCCL and the CUDA context
 NETWORK_SHARE = 0.75  # of the line rate that an all-to-all reaches: FlexSP's testbed measured 0.72 to 0.87
 BF16_BYTES, FP32_BYTES = 2, 4
+KERNEL = "torch_varlen"  # what runs where no flash-attn is installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +97,7 @@ class Cluster:
     Args:
         name: of the cost model.
         model: what is trained.
-        device: name in `estimate.KNOWN_DEVICES`.
+        device: name in `devices.KNOWN_DEVICES`.
         card_bytes: memory of a card.
         num_ranks: cards.
         network: what joins the nodes; None for one node.
@@ -149,7 +152,7 @@ def cluster_cost_model(cluster: Cluster) -> CostModel:
     topology = Topology(cluster.num_ranks, ranks_per_node, int(USABLE_MEMORY * cluster.card_bytes))
     # a head is the least that an all-to-all of attention can give a rank
     degrees = tuple(degree for degree in topology.degrees if degree <= shape.heads)
-    cost = estimate.estimate_cost_model(shape, device, topology, degrees, Shards() if cluster.sharded else None)
+    cost = estimate_cost_model(shape, device, topology, degrees, Shards() if cluster.sharded else None)
     return replace(cost, name=cluster.name, source=_source(cluster, shape, device, cost))
 
 
@@ -161,10 +164,9 @@ def write_estimates(folder: Path) -> None:
 
 
 def _device(cluster: Cluster) -> Device:
-    """Return the table's entry at the share of its peak that training reaches, with the cluster's links."""
-    known = next(device for device in estimate.KNOWN_DEVICES if device.name == cluster.device)
-    link = cluster.link_bytes_per_s or known.link_bytes_per_s
-    device = replace(known, flops=known.flops * estimate.UTILISATION, link_bytes_per_s=link)
+    """Return what training reaches of the table's entry, with the cluster's links."""
+    known = device_named(cluster.device)
+    device = replace(reached(known, KERNEL), link_bytes_per_s=cluster.link_bytes_per_s or known.link_bytes_per_s)
     if cluster.network is None:
         return device
     return replace(device, network_bytes_per_s=NETWORK_SHARE * cluster.network.node_bytes_per_s / RANKS_PER_NODE)
@@ -172,7 +174,8 @@ def _device(cluster: Cluster) -> Device:
 
 def _source(cluster: Cluster, shape: ModelShape, device: Device, cost: CostModel) -> str:
     """Say what was assumed for a cluster."""
-    peak = device.flops / estimate.UTILISATION / 1e12
+    card = device_named(cluster.device)
+    assert card.card_bytes_per_s is not None
     num_nodes = -(-cluster.num_ranks // RANKS_PER_NODE)
     states = (
         "FSDP, 16 bytes a parameter over all ranks plus gathered layers" if cluster.sharded else "DDP, a copy a rank"
@@ -184,7 +187,9 @@ def _source(cluster: Cluster, shape: ModelShape, device: Device, cost: CostModel
         f"estimated, not measured: {cluster.model.title} ({shape.num_params / 1e9:.2f}B parameters, {trained}) in "
         f"bf16 with layers recomputed but not their exchanges, a chunked loss, {states}; "
         f"{num_nodes} x 8 {cluster.device} of {cluster.card_bytes / 1e9:.0f} GB",
-        f"assumed {estimate.UTILISATION:.0%} of {peak:.0f} TFLOP/s ({estimate.ATTENTION_UTILISATION:.0%} in attention)",
+        f"{DENSE:.0%} of {card.flops / 1e12:.0f} TFLOP/s in products, {attention_share(card, KERNEL):.0%} in attention "
+        f"by torch's own kernel, {card.card_bytes_per_s / 1e9:.0f} GB/s to memory, {device.layer_s * 1e3:.0f} ms for a "
+        "layer of each micro-batch: shares fitted to others' training runs",
         f"{device.link_bytes_per_s / 1e9:.0f} GB/s a rank over {cluster.link}",
     ]
     if cluster.network is not None:

@@ -6,108 +6,30 @@ the memory of a token is not too small. Everything assumed is written into the c
 
 from __future__ import annotations
 
-import re
-import time
+import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import replace
 
 from hf_hetero.costs import ActivationPolicy, CostModel
+from hf_hetero.estimate.devices import Device
 from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, model_state_bytes, sharded_bytes
 from hf_hetero.estimate.model_shape import ModelShape
+from hf_hetero.estimate.operations import (
+    attention_flops,
+    exchange_bytes,
+    kv_bytes,
+    linear_flops,
+    optimizer_bytes,
+    traffic_bytes,
+)
 from hf_hetero.topology import Topology
 
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """`Device` is the speed of one rank's device.
-
-    Args:
-        flops: dense operations a second in the training type.
-        link_bytes_per_s: what one rank sends in an all-to-all inside a node.
-        network_bytes_per_s: what one rank's part of its node's network carries when all ranks send.
-        latency_s: fixed time of one exchange.
-        layer_s: fixed time of a layer's forward and backward pass, whatever it holds.
-        host_bytes_per_s: what one rank copies to or from its host.
-        ring_overlap: share of a ring's attention behind which its exchange hides.
-    """
-
-    name: str
-    flops: float
-    link_bytes_per_s: float
-    network_bytes_per_s: float = 6e9
-    latency_s: float = 3e-5
-    layer_s: float = 2e-4
-    host_bytes_per_s: float = 12e9  # one way to page-locked memory: half of PCIe 4.0 x16, for ranks share a switch
-    ring_overlap: float = 0.5  # assumed: half of the time a kernel leaves the links free, or the copies slow it down
-
-
-# Peak dense bf16 (fp16 for V100 and T4) operations a second, from the data sheet or architecture paper of each product
-# (NVIDIA's and, for MI300X, AMD's); where one gives only the figure with sparsity, half of that.
-# Links: a fifth of the two-way figure of NVLink or Infinity Fabric, which is what FlexSP measured on A100 (600 GB/s ->
-# 100-120 GB/s, arXiv:2412.01523, released solver); 12 GB/s where there is only PCIe, or a bridge between two cards.
-KNOWN_DEVICES = (
-    Device("GB200", 2500e12, 360e9),
-    Device("B200", 2250e12, 360e9),
-    Device("GH200", 989e12, 180e9),
-    Device("H200", 989e12, 180e9),
-    Device("H100 PCIe", 756e12, 12e9),
-    Device("H100 NVL", 835e12, 12e9),
-    Device("H100", 989e12, 180e9),
-    Device("H800", 989e12, 80e9),
-    Device("H20", 148e12, 180e9),
-    Device("A100 PCIe", 312e12, 12e9),
-    Device("A100", 312e12, 110e9),
-    Device("A800", 312e12, 80e9),
-    Device("A40", 149.7e12, 12e9),
-    Device("A30", 165e12, 12e9),
-    Device("A10G", 70e12, 12e9),
-    Device("A10", 125e12, 12e9),
-    Device("L40S", 362e12, 12e9),
-    Device("L40", 181e12, 12e9),
-    Device("L4", 121e12, 12e9),
-    Device("RTX 6000 Ada", 364e12, 12e9),
-    Device("RTX A6000", 154.8e12, 12e9),
-    Device("RTX 4090", 165e12, 12e9),
-    Device("RTX 3090", 71e12, 12e9),
-    Device("V100", 125e12, 50e9),
-    Device("T4", 65e12, 8e9),
-    Device("MI300X", 1307e12, 180e9),
-)
-UTILISATION = 0.45  # share of the peak that training of dense models reaches in practice
-ATTENTION_UTILISATION = 0.35  # flash kernels reach less of it, backward included
 # Share of the time to gather sharded weights that does not hide behind computation. FlexSP's authors fitted a fixed
 # cost of 0.63 s a micro-batch where moving its weights takes 1.1 s: 64 A100, 400 Gb/s a node. See the test.
 EXPOSED_GATHER = 0.5
-
-
-def linear_flops(shape: ModelShape) -> float:
-    """Count a token's operations outside attention scores, forward and backward.
-
-    2 a weight forward, 2 backward for activations, 2 for each trainable weight's gradient, 2 more for recompute.
-    """
-    recompute = 2 * shape.active_params if shape.checkpointing else 0
-    trainable = min(shape.trainable_params, shape.active_params)
-    return 4 * shape.active_params + 2 * trainable + recompute
-
-
-def attention_flops(shape: ModelShape) -> float:
-    """Count causal attention's operations a squared token: 2 H D a layer forward, 2.5 times as many backward."""
-    # backward of a flash kernel computes the scores again: five matrix products where forward has two
-    passes = 3.5 + (1 if shape.checkpointing else 0)
-    return passes * 2 * shape.heads * shape.head_dim * shape.num_layers
-
-
-def exchange_bytes(shape: ModelShape) -> float:
-    """Count the bytes a token moves: queries, keys, values, outputs of all layers, in each pass that exchanges them."""
-    passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
-    return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
-
-
-def kv_bytes(shape: ModelShape) -> float:
-    """Count the bytes of a token's keys and values in all layers: what it costs to send them once."""
-    return 2 * shape.kv_heads * shape.head_dim * shape.num_layers * shape.element_bytes
+# What an all-gather brings a rank by the all-to-all of the table, where cards are switched (NVLink, Infinity Fabric):
+# 347 to 368 GB/s on 8 H100 from 256 MiB on (hao-ai-lab/DistCA, commit 2afd2192, profiling data).
+GATHER_GAIN, SWITCHED_BYTES_PER_S = 2.0, 40e9
 
 
 def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
@@ -116,7 +38,7 @@ def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
     All ranks of a node share what the network brings. Part of it hides behind computation (`EXPOSED_GATHER`).
     """
     weight_bytes = shape.num_params * shape.element_bytes
-    speed = device.link_bytes_per_s
+    speed = device.link_bytes_per_s * (GATHER_GAIN if device.link_bytes_per_s > SWITCHED_BYTES_PER_S else 1.0)
     if topology.crosses_nodes(topology.num_ranks):
         assert topology.ranks_per_node is not None
         speed = min(speed, device.network_bytes_per_s * topology.ranks_per_node)
@@ -134,46 +56,6 @@ def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, 
         assert topology.ranks_per_node is not None
         speed = min(speed, device.network_bytes_per_s / (1 - topology.ranks_per_node / degree))
     return speed * (shape.heads + shape.kv_heads) / (shape.heads + max(shape.kv_heads, min(degree, shape.heads)))
-
-
-def known_device(name: str) -> Device | None:
-    """Return the table's entry for a GPU by its driver's name, such as "NVIDIA A100-SXM4-80GB"; None if it has none.
-
-    Every word of an entry is a word of the name; the entry with the most words is meant.
-    """
-    words = _words(name)
-    return max((d for d in KNOWN_DEVICES if _words(d.name) <= words), key=lambda d: len(_words(d.name)), default=None)
-
-
-def _words(name: str) -> set[str]:
-    """Return the words and numbers of a name."""
-    return set(re.findall("[a-z0-9]+", name.lower()))
-
-
-def cuda_device(device: torch.device, dtype: torch.dtype) -> Device:
-    """Return the table's entry for a GPU; an unknown one counts as an A100 without NVLink."""
-    name = torch.cuda.get_device_name(device)
-    entry = known_device(name) or Device(name, 312e12, 12e9)
-    # fp32 products without tensor cores: the table's peak is that of bf16 on them, about 16 times as much on an A100
-    slower = 16 if dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" else 1
-    return Device(name, entry.flops * UTILISATION / slower, entry.link_bytes_per_s)
-
-
-def cpu_device(shape: ModelShape, dtype: torch.dtype, timed_s: float = 0.2) -> Device:
-    """Time matrix products of the model's own sizes, on all ranks at once, as training will run.
-
-    The exchange is gloo over loopback: about 1 GB/s and 2 ms, assumed.
-    """
-    tokens, products = 512, 0
-    own = torch.Generator().manual_seed(0)  # torch's decides the order of rows
-    x = torch.randn(tokens, shape.hidden, generator=own).to(dtype)
-    up = torch.randn(shape.hidden, shape.intermediate, generator=own).to(dtype)
-    start = time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < timed_s:
-        torch.nn.functional.silu(x @ up)
-        products += 1
-    flops = products * 2 * tokens * shape.hidden * shape.intermediate / elapsed
-    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3, ring_overlap=0.0)
 
 
 def estimate_cost_model(
@@ -205,8 +87,10 @@ def estimate_cost_model(
         source=(
             f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
             f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}; "
-            f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s, {device.link_bytes_per_s / 1e9:.3g} GB/s in a node, "
-            f"{device.network_bytes_per_s / 1e9:.3g} GB/s across; {token_bytes / 2**20:.3g} MiB a token, "
+            f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s in products, "
+            f"{(device.attention_flops or device.flops) / 1e12:.3g} in attention, "
+            f"{device.link_bytes_per_s / 1e9:.3g} GB/s in a node, {device.network_bytes_per_s / 1e9:.3g} GB/s across; "
+            f"{token_bytes / 2**20:.3g} MiB a token, "
             f"{topology.memory_bytes / 2**30:.3g} GiB a rank"
         ),
         ranks_per_node=topology.ranks_per_node,
@@ -215,7 +99,7 @@ def estimate_cost_model(
         network_bytes_per_s=device.network_bytes_per_s if topology.crosses_nodes(topology.num_ranks) else None,
         ring_overlap=device.ring_overlap,
         attention_s_per_token2=attention_s(shape, device),
-        linear_s_per_token=linear_flops(shape) / device.flops,
+        linear_s_per_token=linear_s(shape, device),
         micro_batch_s=micro_batch_s,
         all_to_all_bytes_per_token=exchange_bytes(shape),
         all_to_all_bytes_per_s=bandwidth,
@@ -230,7 +114,20 @@ def estimate_cost_model(
 
 def attention_s(shape: ModelShape, device: Device) -> float:
     """Return the seconds of attention a squared token."""
-    return attention_flops(shape) / device.flops * (UTILISATION / ATTENTION_UTILISATION)
+    return attention_flops(shape) / (device.attention_flops or device.flops)
+
+
+def linear_s(shape: ModelShape, device: Device) -> float:
+    """Return the seconds of a token: products, what passes through memory, and what attention takes for each token."""
+    seconds = linear_flops(shape) / device.flops + attention_s(shape, device) * device.attention_tokens
+    if device.card_bytes_per_s is None:
+        return seconds
+    return seconds + traffic_bytes(shape) / device.card_bytes_per_s
+
+
+def optimizer_s(shape: ModelShape, device: Device, num_shards: int) -> float:
+    """Return the seconds of a step's optimizer, the same for every plan; it is not in the cost model."""
+    return optimizer_bytes(shape, num_shards) / (device.card_bytes_per_s or math.inf)
 
 
 def _policies(
@@ -246,16 +143,16 @@ def _policies(
         changed = replace(shape, checkpointing=True, offloads=name == "offload")
         token_bytes, changed_fixed_bytes = memory_of(changed, state_bytes, memory_bytes)
         tokens = (memory_bytes - changed_fixed_bytes) / token_bytes
-        linear_s, host_bytes = linear_flops(changed) / device.flops, 0.0
+        seconds, host_bytes = linear_s(changed, device), 0.0
         if changed.offloads:
             host_bytes = shape.num_layers * boundary_bytes(changed)
-            linear_s = max(linear_s, 2 * host_bytes / device.host_bytes_per_s)
+            seconds = max(seconds, 2 * host_bytes / device.host_bytes_per_s)
         if tokens >= 1:  # a policy under which not a single token fits is not offered
             offered[name] = ActivationPolicy(
                 # chunks of MLPs are whole whatever the tokens; spread over the tokens they leave room for
                 activation_bytes_per_token=(memory_bytes - fixed_bytes) / tokens,
                 attention_s_per_token2=attention_s(changed, device),
-                linear_s_per_token=linear_s,
+                linear_s_per_token=seconds,
                 exchanges=exchange_bytes(changed) / exchange_bytes(shape),
                 host_bytes_per_token=host_bytes,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import psutil
@@ -24,23 +25,57 @@ COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVI
 
 
 def activation_bytes(shape: ModelShape) -> float:
-    """Count the bytes of a token: activations that wait for backward, and the logits.
+    """Count the bytes of a token when most of them are there: what waits for backward, and what computes just then.
 
-    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, what
-    it exchanged if that is kept, and one layer in full, of whose MLP only input and output if it goes in chunks. What
-    is offloaded is there for two layers at a time: one that computes, and one whose copies are on their way. Whole
-    logits exist three times: once in the training type, twice in fp32; a chunked loss keeps the head's input and its
-    gradient instead.
+    That is a layer in backward, or the loss before it, whichever holds more.
     """
+    return waiting_bytes(shape) + max(working_bytes(shape), logits_bytes(shape))
+
+
+def waiting_bytes(shape: ModelShape) -> float:
+    """Count the bytes of a token that wait for backward.
+
+    Each layer keeps what Korthikanti et al. (arXiv:2205.05198) count, without scores; with recompute, its input, and
+    what it exchanged if that is kept. What is offloaded is there for two layers at a time: one that computes, and one
+    whose copies are on their way.
+    """
+    if not shape.checkpointing:
+        return shape.num_layers * layer_bytes(shape)
+    return (min(2, shape.num_layers) if shape.offloads else shape.num_layers) * boundary_bytes(shape)
+
+
+def layer_bytes(shape: ModelShape) -> float:
+    """Count what a layer saves of a token; of its MLP only input and output if that goes in chunks."""
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
-    kept_by_mlp = (0 if shape.checkpointing and shape.chunked_mlp else 4 * shape.intermediate) + shape.hidden
-    layer = (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
-    waiting = min(2, shape.num_layers) if shape.offloads else shape.num_layers
-    layers = waiting * boundary_bytes(shape) + layer if shape.checkpointing else shape.num_layers * layer
+    kept_by_mlp = (0 if _in_chunks(shape) else 4 * shape.intermediate) + shape.hidden
+    return (kept_by_norms + kept_by_attention + kept_by_mlp) * shape.element_bytes
+
+
+def working_bytes(shape: ModelShape) -> float:
+    """Count what a layer in backward holds of a token.
+
+    That is the gradients of its MLP's three inner tensors and of two hidden states, and with recompute all that the
+    layer saves.
+    """
+    gradients = (0 if _in_chunks(shape) else 3 * shape.intermediate) + 2 * shape.hidden
+    return gradients * shape.element_bytes + (layer_bytes(shape) if shape.checkpointing else 0)
+
+
+def logits_bytes(shape: ModelShape) -> float:
+    """Count what the loss holds of a token.
+
+    Of whole logits the log-softmax, its gradient and that of the logits are there in backward, in fp32. A chunked loss
+    keeps the head's input and its gradient instead.
+    """
     if shape.chunked_loss:
-        return layers + 2 * shape.hidden * shape.element_bytes
-    return layers + shape.vocab * (shape.element_bytes + 8)
+        return 2 * shape.hidden * shape.element_bytes
+    return 3 * max(4, shape.element_bytes) * shape.vocab
+
+
+def _in_chunks(shape: ModelShape) -> bool:
+    """Return whether MLPs go in chunks: where layers are recomputed."""
+    return shape.checkpointing and shape.chunked_mlp
 
 
 def boundary_bytes(shape: ModelShape) -> float:
@@ -51,10 +86,10 @@ def boundary_bytes(shape: ModelShape) -> float:
 
 def mlp_bytes(shape: ModelShape) -> float:
     """Count the bytes of an MLP in chunks whatever the tokens: a chunk's inner tensors twice, fp32 gradients once."""
-    if not (shape.checkpointing and shape.chunked_mlp):
+    if not _in_chunks(shape):
         return 0.0
     # of the three weights of a gated MLP, added up over its chunks; frozen ones, as under LoRA, have none
-    gradients = 4 * 3 * shape.hidden * shape.intermediate if shape.trainable_params == shape.num_params else 0
+    gradients = 0 if shape.has_adapters else 4 * 3 * shape.hidden * shape.intermediate
     return 2 * chunked_mlp.CHUNK_BYTES + gradients
 
 
@@ -63,7 +98,7 @@ def loss_bytes(shape: ModelShape) -> float:
     if not shape.chunked_loss:
         return 0.0
     chunk = tokens_in_chunk(shape) * chunked_logits_bytes(shape)
-    return chunk + (4 * shape.vocab * shape.hidden if shape.trainable_params == shape.num_params else 0)
+    return chunk + (0 if shape.has_adapters else 4 * shape.head_params)
 
 
 def tokens_in_chunk(shape: ModelShape) -> float:
@@ -79,17 +114,31 @@ def chunked_logits_bytes(shape: ModelShape) -> float:
 def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
     """Count the bytes of a token, and those whatever the tokens, of a rank that holds the model's states.
 
-    The loss and the MLPs take their chunks one after the other, so that the larger counts. Where memory ends before a
-    chunk of the loss is full, only the logits of the tokens that fit are ever there, so they are counted with each
-    token; an MLP that never fills a chunk is as if it had none.
+    Of the two moments that hold most (`moments`), it is the one in which the memory ends first.
     """
-    if shape.checkpointing and shape.chunked_mlp and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
-        shape = replace(shape, chunked_mlp=False)
-    fixed, token = state_bytes + max(loss_bytes(shape), mlp_bytes(shape)), activation_bytes(shape)
+    found = moments(shape, state_bytes, memory_bytes)
+    return min(found, key=lambda moment: (memory_bytes - moment[1]) / moment[0])
+
+
+def peak_bytes(shape: ModelShape, state_bytes: float, tokens: int) -> float:
+    """Count the bytes of a rank that holds the model's states when most of them are there, in a micro-batch."""
+    return max(fixed + tokens * token for token, fixed in moments(shape, state_bytes, math.inf))
+
+
+def moments(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[tuple[float, float], ...]:
+    """Count the bytes of a token, and those whatever the tokens: when a layer is in backward; when the loss is made.
+
+    Where memory ends before a chunk of the loss is full, only the logits of the tokens that fit are ever there, so they
+    are counted with each token; an MLP that never fills a chunk is as if it had none.
+    """
+    waiting = waiting_bytes(shape)
+    token, fixed = waiting + logits_bytes(shape), state_bytes + loss_bytes(shape)
     if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
         fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
         token += chunked_logits_bytes(shape)
-    return token, fixed
+    if _in_chunks(shape) and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
+        shape = replace(shape, chunked_mlp=False)
+    return (waiting + working_bytes(shape), state_bytes + mlp_bytes(shape)), (token, fixed)
 
 
 def model_state_bytes(shape: ModelShape) -> float:
@@ -121,14 +170,13 @@ def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
 def gathered_bytes(shape: ModelShape) -> float:
     """Count what a rank of fully sharded training holds beside its shard: layers that are whole while they compute.
 
-    Two layers' weights, because the next one is gathered early, one layer's gradients, and the same, once, of what
-    stands outside the layers: embeddings and head.
+    Two layers' weights, because the next one is gathered early, and once what stands outside the layers, embeddings and
+    head; as much again of gradients, for one layer, where these weights are trained.
     """
-    attention = 2 * shape.hidden * (shape.heads + shape.kv_heads) * shape.head_dim
-    # what layers do not explain is outside of them; at most embeddings and head, for experts are weights of layers, too
-    layer = attention + 3 * shape.hidden * shape.intermediate
-    outside = min(max(shape.num_params - shape.num_layers * layer, 0), 2 * shape.vocab * shape.hidden)
-    return (3 * (shape.num_params - outside) / shape.num_layers + 2 * outside) * shape.element_bytes
+    outside = shape.outside_params
+    layer = (shape.num_params - outside) / shape.num_layers
+    gradients = 0 if shape.has_adapters else layer + outside
+    return (2 * layer + outside + gradients) * shape.element_bytes
 
 
 def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicators: int = 0) -> int:

@@ -43,6 +43,30 @@ class ModelShape:
     chunked_mlp: bool = False
     offloads: bool = False
 
+    @property
+    def has_adapters(self) -> bool:
+        """Return whether what is trained stands beside the model's weights, as with LoRA, or is little of them."""
+        return self.trainable_params < self.num_params / 2
+
+    @property
+    def head_params(self) -> int:
+        """Count the weights of the head."""
+        return self.vocab * self.hidden
+
+    @property
+    def outside_params(self) -> int:
+        """Count the weights that stand outside the layers: embeddings and head, once if they are the same."""
+        attention = 2 * self.hidden * (self.heads + self.kv_heads) * self.head_dim
+        layers = self.num_layers * (attention + 3 * self.hidden * self.intermediate)
+        whole = self.num_params - (self.trainable_params if self.has_adapters else 0)
+        # what layers do not explain is outside of them; at most embeddings and head, for experts are weights of layers
+        return min(max(whole - layers, 0), 2 * self.head_params)
+
+    @property
+    def looked_up_params(self) -> int:
+        """Count the weights that no product is made with: embeddings that are not the head, too."""
+        return max(self.outside_params - self.head_params, 0)
+
 
 def shape_of(
     model: torch.nn.Module,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from math import sqrt
 
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import BadSample, InfeasibleBatch
@@ -101,6 +102,21 @@ class Problem:
     def fewest_micro_batches(self) -> int:
         """Count the micro-batches that memory asks for at least."""
         return -(-self.num_tokens // (self.num_ranks * self.capacity))
+
+    def room(self, index: int, memory: int, time: float) -> int:
+        """Return the longest sample that fits into a group; -1 where none does.
+
+        Args:
+            index: of the group's degree.
+            memory: tokens that it still has memory for.
+            time: rank-seconds that it still has time for.
+        """
+        attention, linear = self.cost.attention_s_per_token2, self.linear_s[index]
+        if (attention * memory + linear) * memory <= time:
+            return memory
+        if time <= 0:
+            return -1
+        return int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time)))
 
     def group_seconds(self, degree: int, samples: Sequence[int]) -> float:
         """Return the seconds of a group of this degree (not index) that holds these samples."""

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_TIMES = 4
+"""Bars are drawn whole up to so many times ours; a longer one leaves the picture, so that the others can be told."""
+BEHIND_TEXT: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+
 
 def draw_simulation(simulation: Simulation, path: str | Path, title: str = "") -> None:
     """Draw a simulation into a .png or .svg file, under this title.
@@ -48,7 +52,7 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
     steps = simulation.num_steps
     adaptive = sum(simulation.ways["adaptive"].seconds)
     gap = ratio(adaptive, sum(simulation.bound_s)) - 1
-    slowest = max(sum(way.seconds) for way in simulation.ways.values()) / steps
+    slowest = max(min(sum(way.seconds), MOST_TIMES * adaptive) for way in simulation.ways.values()) / steps
     for row, (name, way) in enumerate(simulation.ways.items()):
         seconds, idle = sum(way.seconds) / steps, way.idle_share
         axes.barh(row, seconds, 0.66, color=IDLE)
@@ -60,8 +64,10 @@ def _draw_ways(axes: Axes, simulation: Simulation) -> None:
             if name != "adaptive"
             else f",  within {gap:.1%} of optimal"
         )
-        axes.text(seconds + 0.015 * slowest, row, f"{seconds:#.3g} s{words}", va="center", fontsize=8, color=INK)
-    bound, right = sum(simulation.bound_s) / steps, 1.5 * slowest or 1
+        text = f"{f'{seconds:#.3g}'.rstrip('.')} s{words}"
+        end = min(seconds, slowest) + 0.015 * slowest  # a bar that leaves the picture has its text on it
+        axes.text(end, row, text, va="center", fontsize=8, color=INK, clip_on=True, bbox=BEHIND_TEXT)
+    bound, right = sum(simulation.bound_s) / steps, 1.8 * slowest or 1
     axes.axvline(bound, color=INK, linewidth=1, linestyle=(0, (4, 2))).set_gid("bound")
     axes.text(bound + 0.01 * right, -0.68, f"no way takes less than {bound:#.3g} s", va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, right), ylim=(len(simulation.ways) - 0.4, -1.05))

@@ -65,6 +65,9 @@ def costs_table() -> str:
     return "\n".join(rows)
 
 
+TYPICAL_TOKENS = (1024, 8192, 32768, 131072, 1048576)
+
+
 def check_table(result: Mapping[str, Any], card: str) -> str:
     """Write what is known of a model, for people; the verdict last."""
     probe = result["probe"]
@@ -108,3 +111,37 @@ def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
     table = [("degree", *METHODS), *rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def estimate_table(cost: CostModel, num_ranks: int, trained: str, machines: str) -> str:
+    """Write a cost model in words, for people: what a rank holds, and the seconds of typical samples.
+
+    Args:
+        cost: of the run.
+        num_ranks: of the run.
+        trained, machines: the model and the GPUs, in words.
+    """
+    model_gib, rank_gib = cost.model_state_bytes_per_rank / 2**30, cost.memory_bytes_per_rank / 2**30
+    lines = [
+        f"model     {trained}",
+        f"GPUs      {machines}: {rank_gib:.1f} GiB a rank, {model_gib:.1f} of it for the model",
+        "tokens that a rank holds in a micro-batch",
+    ]
+    for name, model in cost.by_activations.items():
+        words = {None: "as it is", "recompute": "layers recomputed", "offload": "and offloaded"}[name]
+        lines.append(words.rjust(28) + f"{model.capacity_tokens:>12,}")
+    degrees = cost.degrees(num_ranks)
+    lines.append("seconds of one sample, forward and backward, by the ranks that share it (- does not fit)")
+    lines.append("tokens".rjust(28) + "".join(f"{degree:>9}" for degree in degrees))
+    longest = cost.leanest.capacity_tokens * degrees[-1]
+    for length in [length for length in TYPICAL_TOKENS if length <= longest] or [longest]:
+        lines.append(f"{length:>28,}" + "".join(_seconds(cost, length, degree) for degree in degrees))
+    lines += textwrap.wrap(cost.source, 110, initial_indent="source    ", subsequent_indent=" " * 10)
+    return "\n".join(lines)
+
+
+def _seconds(cost: CostModel, length: int, degree: int) -> str:
+    """Write the seconds of a sample, by the first way to hold it that a group of this degree has."""
+    fits = (model for model in cost.by_activations.values() if length <= model.capacity_tokens * degree)
+    model = next(fits, None)
+    return f"{'-' if model is None else f'{model.seconds([length], degree):.3g}':>9}"

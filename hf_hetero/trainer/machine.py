@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +13,11 @@ from transformers import TrainingArguments
 
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.estimate import estimate, memory
+from hf_hetero.estimate import memory
+from hf_hetero.estimate.devices import cpu_device
+from hf_hetero.estimate.first_estimate import first_estimate, restricted
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
+from hf_hetero.estimate.shares import cuda_device
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
@@ -55,11 +57,20 @@ def set_up(
     sharding: Sharding,
     activations: Activations,
     checkpoint: str | None = None,
+    kernel: str = "torch_varlen",
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
 
     The cost model is the user's file; without one, that of the checkpoint, if it was made on as many ranks; else an
     estimate.
+
+    Args:
+        model, args, hetero: what is trained, and how.
+        dtype: that training computes in.
+        sharding: of the weights.
+        activations: what the layers can do to hold more tokens.
+        checkpoint: folder that the run goes on from; None: it starts anew.
+        kernel: of attention, by its name.
 
     Raises:
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
@@ -67,19 +78,10 @@ def set_up(
     world = args.world_size
     topology = _topology(args.device, world)
     heads = getattr(base_model(model).config, "num_attention_heads", world)
-    # timed on all ranks at once, as training will run
-    checkpointing = sharding.checkpointing
-    shape = shape_of(
-        model,
-        _text_config(model),
-        dtype.itemsize,
-        checkpointing,
-        keeps_exchanged=hetero.keep_exchanged,
-        chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
-        chunked_mlp=activations.chunked_mlps,
-    )
+    shape = _shape(model, args, hetero, dtype, sharding, activations)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
-    speed = _speed(shape, args.device, dtype)
+    # a CPU is timed on all ranks at once, as training will run
+    speed = cuda_device(args.device, dtype, kernel) if args.device.type == "cuda" else cpu_device(shape, dtype)
 
     def make() -> CostModel:
         if hetero.cost_model:
@@ -91,8 +93,7 @@ def set_up(
             spread = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
         # without a GPU offloading copies from host memory to host memory: there is none to gain
         gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
-        cost = estimate.estimate_cost_model(shape, speed, topology, topology.degrees, spread, gained)
-        return restricted(cost, hetero, world, heads, policies)
+        return first_estimate(shape, speed, topology, spread, gained, hetero)
 
     # the degrees of the cost model decide which groups exist, so it travels in a pool of its own
     messengers = GroupPool((), hetero.group_timeout_s, args.ddp_timeout)
@@ -105,6 +106,26 @@ def set_up(
     return Machine(cost, groups, checkpoint)
 
 
+def _shape(
+    model: torch.nn.Module,
+    args: TrainingArguments,
+    hetero: HeteroConfig,
+    dtype: torch.dtype,
+    sharding: Sharding,
+    activations: Activations,
+) -> ModelShape:
+    """Read from the model, and from how it is trained, what decides its cost."""
+    return shape_of(
+        model,
+        _text_config(model),
+        dtype.itemsize,
+        sharding.checkpointing,
+        keeps_exchanged=hetero.keep_exchanged,
+        chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
+        chunked_mlp=activations.chunked_mlps,
+    )
+
+
 def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
     degrees = ", ".join(map(str, cost.degrees(num_ranks)))
@@ -113,28 +134,6 @@ def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int) -> None:
     logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
     if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:
         logger.warning("%d heads do not divide by degree %s: some ranks compute more by Ulysses.", num_heads, uneven)
-
-
-def restricted(
-    cost: CostModel, hetero: HeteroConfig, num_ranks: int, num_heads: int, policies: Collection[str] = ()
-) -> CostModel:
-    """Restrict a cost model to the user's limits, the model's heads, and what its layers can do to hold more.
-
-    Where only heads can be exchanged, a rank without one would have nothing to do; other methods may go further.
-    """
-    cost = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in policies})
-    most = hetero.max_degree or num_ranks
-    if cost.kv_bytes_per_token is None or not {"gather", "ring"} & set(hetero.methods):
-        most = min(most, num_heads)
-    else:
-        cost = replace(cost, num_heads=num_heads)
-    cost = cost.with_degrees(degree for degree in cost.degrees(num_ranks) if degree <= most)
-    return cost.with_capacity(hetero.max_tokens_per_rank) if hetero.max_tokens_per_rank else cost
-
-
-def _speed(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> estimate.Device:
-    """Look a GPU up, or time this rank's CPU."""
-    return estimate.cuda_device(device, dtype) if device.type == "cuda" else estimate.cpu_device(shape, dtype)
 
 
 def _text_config(model: torch.nn.Module) -> Any:

@@ -285,7 +285,8 @@ class BetweenRuns:
         if self._machine is None:
             model, dtype = cast("torch.nn.Module", trainer.model), compute_dtype(trainer)
             spread, activations = fitted.sharding, fitted.activations
-            self._machine = set_up(model, trainer.args, hetero, dtype, spread, activations, checkpoint)
+            kernel = fitted.kernel.name
+            self._machine = set_up(model, trainer.args, hetero, dtype, spread, activations, checkpoint, kernel)
             self.cost_model = self._machine.cost_model
         groups = self._machine.groups
         groups.open()

@@ -6,7 +6,8 @@ waits for the next micro-batch. Ranks that stay free are given to the smallest g
 
 Megatron counts work as s^2 / degree; here it is the cost model's seconds, which balances better. Its limit of tokens a
 rank (`max_seqlen_per_rank`) is a setting; here it is all that memory holds, or less where that is faster, chosen for
-each batch, as is the number of micro-batches. So this baseline of `simulate` is at least as good as theirs.
+each batch, as is the number of micro-batches. What is released by now follows another rule (`megatron`), which is
+faster for some batches; `rivals` takes the faster of both as the tuned line.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from hf_hetero.costs import CostModel
-from hf_hetero.plan import Group, MicroBatch, Plan
+from hf_hetero.plan import MicroBatch, Plan
+from hf_hetero.what_if.groups import Open, doubled, named
 
 MORE_MICRO_BATCHES = 4  # numbers of micro-batches that are tried
 LIMITS = (1, 2, 4, 8)  # parts of a rank's memory that a sample may fill before it gets more ranks
-
-Open = list[tuple[int, list[int]]]  # degree and samples of each group
 
 
 def dynamic_cp(lengths: Sequence[int], cost: CostModel, num_ranks: int, degrees: Sequence[int]) -> Plan:
@@ -59,7 +59,7 @@ def _planned(
     micro_batches: list[MicroBatch] = []
     while waiting:
         groups, waiting = _filled(waiting, lengths, degree_of, work_of, share, num_ranks, cost.capacity_tokens)
-        micro_batches.append(_named(_doubled(groups, num_ranks, degrees), num_ranks))
+        micro_batches.append(named(doubled(groups, num_ranks, degrees), num_ranks))
     return Plan(num_ranks, tuple(micro_batches))
 
 
@@ -125,24 +125,3 @@ class _Shelf:
         for group in passed:
             heappush(self.groups, group)
         return lightest
-
-
-def _doubled(groups: Open, num_ranks: int, degrees: Sequence[int]) -> Open:
-    """Give free ranks to the smallest groups that can double."""
-    groups, free = list(groups), num_ranks - sum(degree for degree, _ in groups)
-    while doubling := [i for i, (degree, _) in enumerate(groups) if degree <= free and 2 * degree in degrees]:
-        smallest = min(doubling, key=lambda i: (groups[i][0], i))
-        degree, samples = groups[smallest]
-        groups[smallest] = (2 * degree, samples)
-        free -= degree
-    return groups
-
-
-def _named(groups: Open, num_ranks: int) -> MicroBatch:
-    """Give the groups ranks, largest first, so that each is aligned."""
-    named: list[Group] = []
-    start = 0
-    for degree, samples in sorted(groups, key=lambda group: -group[0]):
-        named.append(Group(tuple(range(start, start + degree)), tuple(samples)))
-        start += degree
-    return MicroBatch((*named, *(Group((rank,), ()) for rank in range(start, num_ranks))))

@@ -97,9 +97,9 @@ def mixture(rare_share: float, rare: Draw, common: Draw) -> Draw:
     return draw
 
 
-def cut_off(most: float, draw: Draw) -> Draw:
-    """Cut longer samples off at `most`, where they pile up."""
-    return lambda generator, count: np.minimum(draw(generator, count), most)
+def cut_off(most: float, draw: Draw, least: float = 0.0) -> Draw:
+    """Cut longer samples off at `most`, and lengthen shorter ones to `least`; at both they pile up."""
+    return lambda generator, count: np.clip(draw(generator, count), least, most)
 
 
 def at_most(most: float, draw: Draw) -> Draw:
@@ -120,7 +120,9 @@ WIKI = {
     **{0.75: 862, 0.8: 1092, 0.85: 1464, 0.9: 2112, 0.925: 2705, 0.95: 3720, 0.975: 6111, 0.98: 7087, 0.99: 10919},
     **{0.995: 15986, 0.999: 37353, 0.9999: 101537, 0.99999: 230941, 1.0: 1823777},
 }
-# 13,463,214 documents, counted in bins by MagiAttention (`doc_length_distribution.csv` of its repository)
+# 13,463,214 documents, counted in 14 bins by MagiAttention (`doc_length_distribution.csv` of its repository): the
+# shares up to each bin's end, 5e-5 from the counts at most. That lengths are log-uniform within a bin is assumed, and
+# no document above the last bin is known.
 WEB = {
     **{0.0: 1, 0.0022: 10, 0.0313: 50, 0.0833: 100, 0.1856: 200, 0.4675: 500, 0.7138: 1024, 0.8703: 2048},
     **{0.9437: 4096, 0.9742: 8192, 0.9871: 16384, 0.9956: 32768, 0.9970: 65536, 0.9986: 131072, 1.0: 196608},
@@ -133,7 +135,12 @@ PROLONG = {
 
 _ALL = (
     Mix("wiki-192k", "Wikipedia articles, at most 192K: short, with a long tail", 192 * 1024, quantiles(WIKI)),
-    Mix("web", "web pages, at most 192K: half a percent hold a quarter of the tokens", 192 * 1024, quantiles(WEB)),
+    Mix(
+        "web",
+        "MagiAttention's 13 million documents, at most 192K: half a percent hold a quarter of the tokens",
+        192 * 1024,
+        quantiles(WEB),
+    ),
     # Only totals are published (ByteScale, arXiv:2502.21231: 16 % of the tokens are in files of 128K to 2M).
     # Fitted to 18,560 files of about 40 public repositories, bytes / 3.6: body to 32K, tail exponent above it.
     Mix(
@@ -153,6 +160,14 @@ _ALL = (
     # assumed: about 6K on average, cut off where generation was
     Mix(
         "reasoning", "reasoning traces, cut off at 32K: few short samples", 32768, cut_off(32768, log_normal(5000, 0.8))
+    ),
+    # what Megatron-LM's `examples/dynamic_context_parallel/benchmark_dcp.sh` draws: a log-normal of mean 1024 and sigma
+    # 1.5 before it is cut at both ends; what is cut lowers the mean to 908
+    Mix(
+        "dcp-demo",
+        "NVIDIA's demo of dynamic context parallelism: log-normal, 128 to 8192",
+        8192,
+        cut_off(8192, log_normal(1024 * math.exp(-(1.5**2) / 2), 1.5), least=128),
     ),
 )
 MIXES: Mapping[str, Mix] = MappingProxyType({mix.name: mix for mix in _ALL})

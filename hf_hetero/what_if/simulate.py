@@ -4,13 +4,19 @@ adaptive       this package: degrees chosen for every group of every step
 by-heads       the same, if attention could cross ranks by exchanging heads only ("ulysses"); where there is a choice
 static         one degree for the whole run, the best of those that hold its context (DeepSpeed-Ulysses with packing)
 batch-static   one degree for each batch, the best of them (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1)
-dynamic-cp     Megatron's: the smallest power of two that holds each sample, greedily balanced (`dynamic_cp`)
-padded         data parallel without sharing: each rank pads its samples to the longest of them
+dynamic-cp     Megatron's idea, tuned by us for each batch: the faster of our balancing and of what is released
+megatron       Megatron's scheduler as it is released, with the best limit of tokens a rank for the run
+wlb-llm        one degree a run, packed as WLB-LLM does, without putting off long samples; the best degree for the run
+verl           one degree a run, balanced as verl does, by differencing; the best degree for the run
+first-come     the smallest degree that holds the context, packed in the order of the batch: as most runs are set today
+padded-rows    the same degree, in rows padded to the longest: as runs without packing are set today
+padded         data parallel without sharing: each rank pads its samples to the longest of them, sorted by length
 bound          no way is faster
 
 The context is the longest sample that the run may meet. A run's one degree is chosen before its data are seen, so it
-must hold the context, whether or not such a sample comes; `padded` needs one rank that holds it. Every way packs or
-pads as well as it can: one degree means the better of best-fit and balanced packing (`planner.search.homogeneous`).
+must hold the context, whether or not such a sample comes; `padded` needs one rank that holds it. Of `static`,
+`batch-static`, `dynamic-cp` and `padded`, each packs or pads as well as it can: one degree means the better of best-fit
+and balanced packing (`planner.search.homogeneous`). The others do what their sources say, whatever it costs (`rivals`).
 """
 
 from __future__ import annotations
@@ -21,10 +27,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from hf_hetero.costs import CostModel
-from hf_hetero.errors import BadSample, InfeasibleBatch
+from hf_hetero.errors import BadSample, HeteroError, InfeasibleBatch
 from hf_hetero.plan import Plan, idle_share
 from hf_hetero.planner import Planner
-from hf_hetero.what_if.dynamic_cp import dynamic_cp
+from hf_hetero.what_if.rivals import Rivals
 
 SIMULATION_FORMAT = "hf-hetero-simulation/1"
 WAYS = {
@@ -32,8 +38,13 @@ WAYS = {
     "by-heads": "adaptive, by heads only",
     "static": "one degree a run",
     "batch-static": "one degree a batch",
-    "dynamic-cp": "dynamic CP",
-    "padded": "padded",
+    "dynamic-cp": "dynamic CP, tuned",
+    "megatron": "dynamic CP, as released",
+    "wlb-llm": "one degree, WLB-LLM",
+    "verl": "one degree, verl",
+    "first-come": "one degree, first come",
+    "padded-rows": "one degree, padded rows",
+    "padded": "padded, sorted",
 }
 """Every way, in the order of tables and pictures, and what a picture calls it."""
 
@@ -61,7 +72,13 @@ class WayTotals:
         return max(self.idle_s / self.rank_s, 0.0)  # rounding may leave it a hair below
 
     def add(self, plan: Plan, lengths: Sequence[int], cost: CostModel) -> None:
-        """Count one step."""
+        """Count one step.
+
+        Raises:
+            HeteroError: the plan leaves samples out, so that its seconds would be no seconds of the step.
+        """
+        if plan.num_samples != len(lengths):
+            raise HeteroError(f"A plan of {plan.num_samples} samples is no plan of a step of {len(lengths)}.")
         busy = busy_seconds(plan, lengths, cost)
         step = sum(max(ranks) for ranks in busy)
         self.seconds.append(step)
@@ -167,16 +184,12 @@ def simulate(
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
     cost = planner.cost_model
     by_degree = {degree: WayTotals() for degree in _degrees_that_hold(planner, context)}
-    ways = {name: WayTotals() for name in WAYS}
-    if 1 not in by_degree:
-        del ways["padded"]
-    if not planner.has_choice:
-        del ways["by-heads"]
+    left_out = {name for name, out in (("padded", 1 not in by_degree), ("by-heads", not planner.has_choice)) if out}
+    ways = {name: WayTotals() for name in WAYS if name not in left_out}
     by_heads = replace(planner, methods=("ulysses",))
-    # dynamic-cp and padded do not decide for each group: where groups may do something to hold more tokens, theirs do
-    # the least that holds the context, everywhere, as a user would set it for a whole run
-    shared = next(under for under in cost.by_activations.values() if _holds(under, max(by_degree), context))
+    # groups of `padded` do the least that holds the context, everywhere, as a user would set it for a whole run
     alone = next((under for under in cost.by_activations.values() if _holds(under, 1, context)), cost)
+    rivals, by_setting = Rivals(planner, context), dict[tuple[str, int], WayTotals]()
     adaptive: list[Plan] = []
     for lengths in progress(batches):
         adaptive.append(planner.plan(lengths))
@@ -184,9 +197,12 @@ def simulate(
         if "by-heads" in ways:
             ways["by-heads"].add(by_heads.plan(lengths), lengths, cost)
         _add_static(by_degree, ways["batch-static"], planner, lengths)
-        ways["dynamic-cp"].add(dynamic_cp(lengths, shared, planner.num_ranks, planner.degrees), lengths, shared)
+        for priced in rivals.plans(lengths):
+            totals = by_setting.setdefault((priced.way, priced.setting), WayTotals(note=priced.note))
+            totals.add(priced.plan, priced.lengths, priced.cost)
         if "padded" in ways:
             _add_padded(ways["padded"], lengths, alone, planner.num_ranks)
+    ways |= _best_settings(by_setting)
     static_s = {degree: sum(totals.seconds) for degree, totals in by_degree.items()}
     best = min(static_s, key=lambda degree: static_s[degree])
     ways["static"] = replace(by_degree[best], note=f"degree {best}")
@@ -195,11 +211,20 @@ def simulate(
         num_steps=len(batches),
         context_tokens=context,
         bins=_bins(batches),
-        ways=ways,
+        ways={name: totals for name, totals in ways.items() if totals.seconds},
         static_s=static_s,
         bound_s=[plan.lower_bound_s for plan in adaptive],
         planning_s=[plan.planning_s for plan in adaptive],
     )
+
+
+def _best_settings(by_setting: Mapping[tuple[str, int], WayTotals]) -> dict[str, WayTotals]:
+    """Choose for each way what a user would set for the whole run: the setting with the fewest seconds."""
+    best: dict[str, WayTotals] = {}
+    for (way, _), totals in by_setting.items():
+        if way not in best or sum(totals.seconds) < sum(best[way].seconds):
+            best[way] = totals
+    return best
 
 
 def ratio(seconds: float, to_s: float) -> float:

@@ -64,6 +64,23 @@ def test_round_trip(tmp_path: Path) -> None:
     assert CostModel.load(tmp_path / "cost.json") == cost
 
 
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing fails half way, the file before it is still there, and nothing beside it."""
+    before = a_cost_model(name="before")
+    before.save(tmp_path / "cost.json")
+    whole = Path.write_text
+
+    def half(path: Path, text: str, **options: Any) -> int:
+        whole(path, text[: len(text) // 2], **options)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        a_cost_model(name="after").save(tmp_path / "cost.json")
+    assert CostModel.load(tmp_path / "cost.json") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
+
+
 @pytest.mark.parametrize("name", ["recompute", "offload"])
 @pytest.mark.parametrize("bytes_per_token", [1006, 1e15])
 def test_a_policy_without_room_is_left_out(name: str, bytes_per_token: float) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from estimate.test_estimate import shape
+from estimate.test_operations import shape
 from helpers import kept_by_autograd, tiny_model, with_lora
 
 from hf_hetero.estimate.memory import (
@@ -16,11 +16,15 @@ from hf_hetero.estimate.memory import (
     free_memory_bytes,
     gathered_bytes,
     host_memory_bytes,
+    logits_bytes,
     loss_bytes,
     memory_of,
     mlp_bytes,
+    moments,
+    peak_bytes,
     tokens_by_lever,
     tokens_in_chunk,
+    waiting_bytes,
 )
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.model import chunked_mlp
@@ -28,10 +32,16 @@ from hf_hetero.model.chunked_loss import CHUNK_BYTES
 
 
 def test_a_chunked_loss_keeps_no_logits() -> None:
-    """A token costs the head's input and its gradient instead of logits; a chunk and the head's gradient come once."""
+    """A token costs the head's input and its gradient instead of logits; a chunk and the head's gradient come once.
+
+    Of a token's bytes those count that are there at once: a layer's in backward, or the loss's before it.
+    """
     model = tiny_model()
     whole, chunked = (shape_of(model, model.config, 4, False, False, chunks) for chunks in (False, True))
-    assert activation_bytes(whole) - activation_bytes(chunked) == 97 * 12 - 2 * 32 * 4
+    assert logits_bytes(whole) == 3 * 4 * 97
+    assert logits_bytes(chunked) == 2 * 32 * 4
+    in_backward = (3 * 48 + 2 * 32) * 4
+    assert activation_bytes(whole) - activation_bytes(chunked) == 3 * 4 * 97 - in_backward
     assert loss_bytes(whole) == 0
     assert loss_bytes(chunked) == 3 * CHUNK_BYTES + 4 * 97 * 32
     frozen = with_lora(tiny_model())
@@ -42,13 +52,32 @@ def test_a_rank_too_small_for_a_chunk_counts_the_logits_it_holds() -> None:
     """Little memory holds tokens, too; where a chunk just fills it, both ways to count give the same tokens."""
     model = tiny_model()
     tiny = shape_of(model, model.config, 4, False, False, True)
-    token, fixed = memory_of(tiny, 1000.0, 2.0**28)
+    a_token = waiting_bytes(tiny) + logits_bytes(tiny)
+    _, (token, fixed) = moments(tiny, 1000.0, 2.0**28)
     assert fixed == 1000 + 4 * 97 * 32
-    assert token == activation_bytes(tiny) + 97 * 12
-    edge = 1000 + loss_bytes(tiny) + tokens_in_chunk(tiny) * activation_bytes(tiny)
-    (small, small_fixed), (large, large_fixed) = (memory_of(tiny, 1000.0, edge + more) for more in (-1, 1))
+    assert token == a_token + 97 * 12
+    edge = 1000 + loss_bytes(tiny) + tokens_in_chunk(tiny) * a_token
+    (_, (small, small_fixed)), (_, (large, large_fixed)) = (moments(tiny, 1000.0, edge + more) for more in (-1, 1))
     assert small > large
     assert (edge - small_fixed) / small == pytest.approx((edge - large_fixed) / large)
+
+
+@pytest.mark.parametrize("chunked_loss", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_fits_is_what_the_peak_leaves(chunked_loss: bool, checkpointing: bool) -> None:
+    """A rank holds as many tokens as its memory has room for when most bytes are there, and not one more.
+
+    It is not always the same moment that decides.
+    """
+    model = tiny_model(hidden_size=64, vocab_size=4000)
+    tiny = shape_of(model, model.config, 2, checkpointing, True, chunked_loss, True)
+    for gib in (8, 64):
+        memory_bytes = gib * 2.0**30
+        token, fixed = memory_of(tiny, 1e6, memory_bytes)
+        tokens = int((memory_bytes - fixed) / token)
+        assert peak_bytes(tiny, 1e6, tokens) <= memory_bytes < peak_bytes(tiny, 1e6, tokens + 1)
+    binding = memory_of(tiny, 1e6, memory_bytes)
+    assert moments(tiny, 1e6, memory_bytes).index(binding) == (0 if chunked_loss else 1)
 
 
 def test_activation_bytes_against_torch() -> None:
@@ -57,7 +86,7 @@ def test_activation_bytes_against_torch() -> None:
     with kept_by_autograd(model) as kept:
         out = model.model(input_ids=torch.randint(0, 11, (1, tokens)), use_cache=False).last_hidden_state
     found = shape_of(model, model.config, 4, False)
-    estimated = (activation_bytes(found) - found.vocab * 12) * tokens
+    estimated = waiting_bytes(found) * tokens
     assert 0.5 < estimated / sum(kept.values()) < 2
     assert out.requires_grad
 
@@ -75,11 +104,11 @@ def test_chunks_of_mlps() -> None:
     """Where layers are recomputed their inner tensors do not count, but for a chunk; not where memory ends before."""
     model = tiny_model()
     whole, chunked = (shape_of(model, model.config, 4, True, False, True, chunks) for chunks in (False, True))
-    assert activation_bytes(whole) - activation_bytes(chunked) == 4 * 48 * 4
+    assert activation_bytes(whole) - activation_bytes(chunked) == (4 + 3) * 48 * 4  # kept, and gradients
     assert mlp_bytes(whole) == 0
     assert mlp_bytes(chunked) == 2 * chunked_mlp.CHUNK_BYTES + 4 * 3 * 32 * 48
-    assert memory_of(chunked, 0.0, 2.0**34) == (activation_bytes(chunked), loss_bytes(chunked))
-    assert memory_of(chunked, 0.0, 2.0**29) == memory_of(whole, 0.0, 2.0**29)
+    assert moments(chunked, 0.0, 2.0**34)[0] == (activation_bytes(chunked), mlp_bytes(chunked))
+    assert moments(chunked, 0.0, 2.0**29)[0] == moments(whole, 0.0, 2.0**29)[0]
     kept = shape_of(model, model.config, 4, False, False, True, True)
     assert (mlp_bytes(kept), activation_bytes(kept)) == (0, activation_bytes(replace(kept, chunked_mlp=False)))
 

@@ -64,4 +64,4 @@ def test_tuned(mix: str, batch_size: int, setting: str, monkeypatch: pytest.Monk
 
     tuned = seconds()
     monkeypatch.setattr(f"hf_hetero.what_if.dynamic_cp.{setting}", {"LIMITS": (1,), "MORE_MICRO_BATCHES": 1}[setting])
-    assert seconds() > 1.05 * tuned
+    assert seconds() > 1.02 * tuned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from statistics import NormalDist
 
@@ -10,9 +11,9 @@ import pytest
 from costs.test_cost_model import SHARED
 
 from hf_hetero.errors import BadSample
-from hf_hetero.what_if.mixes import MIXES, Mix, draw_lengths, pareto_above, quantiles
+from hf_hetero.what_if.mixes import MIXES, WEB, Mix, draw_lengths, pareto_above, quantiles
 
-NAMES = ["wiki-192k", "web", "github", "prolong", "long-sft", "reasoning"]
+NAMES = ["wiki-192k", "web", "github", "prolong", "long-sft", "reasoning", "dcp-demo"]
 REAL = {"wiki-192k": "wikipedia", "github": "github", "prolong": "prolong"}
 MANY = 200_000
 
@@ -23,7 +24,7 @@ def test_names() -> None:
     for name, mix in MIXES.items():
         assert mix.name == name
         assert mix.about
-        assert mix.limit_tokens > 30_000
+        assert mix.limit_tokens >= 8192
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,6 +68,34 @@ def test_web_has_the_published_bins() -> None:
     drawn, _ = draw_lengths(MIXES["web"], MANY, seed=0)
     for most, share in ((500, 0.4675), (2048, 0.8703), (16384, 0.9871), (65536, 0.9970)):
         assert (drawn <= most).mean() == pytest.approx(share, abs=0.003)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared histogram")
+def test_web_is_the_counted_histogram() -> None:
+    """The share of documents up to the end of each of its 14 bins is the mix's to 5e-5, drawn or by its table."""
+    with (SHARED / "data" / "lengths" / "web_histogram.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ends = [int(row["range"].strip("[]").split(",")[1]) for row in rows]
+    counts = np.array([int(row["number"]) for row in rows])
+    shares = counts.cumsum() / counts.sum()
+    assert (len(ends), int(counts.sum())) == (14, 13_463_214)
+    share_of = {tokens: share for share, tokens in WEB.items()}
+    assert [share_of[end] for end in ends] == pytest.approx(shares, abs=5.5e-5)
+    drawn, _ = draw_lengths(MIXES["web"], MANY, seed=1)
+    assert [(drawn <= end).mean() for end in ends] == pytest.approx(shares, abs=0.003)
+    other, _ = draw_lengths(MIXES["github"], MANY, seed=1)
+    assert [(other <= end).mean() for end in ends] != pytest.approx(shares, abs=0.05)  # negative control
+
+
+def test_the_demo_is_log_normal_and_cut_at_both_ends() -> None:
+    """Where it is not cut, it is the log-normal of mean 1024 and sigma 1.5; 26 % lie at 128 and 1.7 % at 8192."""
+    drawn, _ = draw_lengths(MIXES["dcp-demo"], MANY, seed=0)
+    normal = NormalDist(math.log(1024) - 1.5**2 / 2, 1.5)
+    assert (drawn == 128).mean() == pytest.approx(normal.cdf(math.log(128)), abs=0.004)
+    assert (drawn == 8192).mean() == pytest.approx(1 - normal.cdf(math.log(8192)), abs=0.002)
+    for share in (0.4, 0.5, 0.75, 0.95):
+        assert np.quantile(drawn, share) == pytest.approx(math.exp(normal.inv_cdf(share)), rel=0.03)
+    assert drawn.mean() == pytest.approx(908, rel=0.02)
 
 
 def test_long_sft_is_bimodal() -> None:

@@ -29,7 +29,7 @@ def test_order_of_the_ways() -> None:
     seconds = totals(result)
     assert sum(result.bound_s) <= seconds["adaptive"] * (1 + 1e-9)
     assert seconds["adaptive"] <= seconds["batch-static"] <= seconds["static"]
-    assert sum(result.bound_s) <= seconds["dynamic-cp"] * (1 + 1e-9)
+    assert all(sum(result.bound_s) <= way_s * (1 + 1e-9) for way_s in seconds.values())
     assert result.ways["static"].note == "degree 4"  # 390 tokens need all four ranks
     assert "padded" not in result.ways
     short = totals(simulated([BATCHES[1]]))

@@ -15,15 +15,14 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
 from hf_hetero.planner.draft import Draft
-from hf_hetero.planner.problem import Problem
+from hf_hetero.planner.problem import MAX_TOKENS, Problem
+from hf_hetero.planner.search.joining import Joins, least_useful_room
 
 ROUNDING = 1 + 1e-12
 """How far a duration is exceeded: the makespan of a packing, given back as a duration, must hold the same packing."""
-JOINS = (2, 4, 8)
-"""How many equal groups may be joined; the largest number also says which rooms are given up. Half, up to 4: ±0.0 %,
-CPU +1 %; double, from 4 to 16: ±0.0 % (-0.1 to +0.4), CPU -1 % (all)."""
 
 
 @dataclass(slots=True)
@@ -56,6 +55,16 @@ class Packing:
     spare_tokens: int
     spare_work: float
 
+    def loses(self, memory: int, time: float) -> bool:
+        """Give up what is left of a group without room, and tell whether too much is lost.
+
+        Nothing is ever put there again: joins are chosen among the rooms, too. Spare is what all groups can lose if
+        every token is as cheap as at the cheapest degree: once more is lost, samples will be left out.
+        """
+        self.spare_tokens -= memory
+        self.spare_work -= time
+        return self.spare_tokens < 0 or self.spare_work < 0
+
     def draft(self, problem: Problem) -> Draft:
         """Return the micro-batches that hold samples."""
         return [groups for groups in self.listed(problem) if groups]
@@ -79,29 +88,73 @@ class Packing:
         return tuple(seconds for seconds in spans if seconds >= 0)
 
 
+class Place(NamedTuple):
+    """A `Place` is where a sample that fits nowhere else opens a group.
+
+    It stays the same until its ranks are taken, or until samples get so short that a micro-batch holds them at a
+    smaller degree.
+
+    Args:
+        micro_batch: where the group is opened.
+        degree: index of its degree.
+        ranks: its degree; 0 where there is no place.
+        tokens: that it has memory for.
+        work: rank-seconds that it has time for.
+        until: a sample of so many tokens, or fewer, may have another place.
+    """
+
+    micro_batch: int
+    degree: int
+    ranks: int
+    tokens: int
+    work: float
+    until: int
+
+
+UNKNOWN = Place(0, 0, 0, 0, 0.0, MAX_TOKENS)
+"""Before a place is looked for: every sample may have another one."""
+
+
 def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
     """Put all samples, longest first, into the group that they fill best; None where one finds no room.
 
     Args:
         durations: seconds of each micro-batch, descending: long samples go where they need few ranks.
     """
-    attention, linear_s = problem.cost.attention_s_per_token2, problem.linear_s
-    useful = -(-problem.lengths[-1] // JOINS[-1])  # smaller rooms are given up: even 8 like them hold no sample
+    attention, linear_s, useful = problem.cost.attention_s_per_token2, problem.linear_s, least_useful_room(problem)
     packing = _empty(problem, durations)
-    rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
-    degree, tokens, work, samples = packing.degree, packing.tokens, packing.work, packing.samples
+    rooms, shift, mask, free = packing.rooms, packing.shift, (1 << packing.shift) - 1, packing.free
+    micro_batch, degree, samples = packing.micro_batch, packing.degree, packing.samples
+    tokens, work = packing.tokens, packing.work
     longest = [longest_samples(problem, seconds) for seconds in durations]
-    # this loop is most of what planning takes, so that the lines of `_room` stand here once more, without the call
+    place, index, ranks, most_memory, most_time, until = UNKNOWN
+    joins: Joins | None = None
+    # this loop is most of what planning takes, so that the lines of `Problem.room` stand here once more, and nothing is
+    # called that need not be
     for sample, length in enumerate(problem.lengths):
         tightest = bisect_left(rooms, length << shift)
         if tightest < len(rooms):
-            group = rooms.pop(tightest) & mask
+            key = rooms.pop(tightest)
+            group = key & mask
+            if joins is not None:
+                joins.remove(key)
         else:
-            group = _open(problem, packing, longest, length)
-            if group < 0:
-                group = _merge(problem, packing, length)
-            if group < 0:
-                return None
+            if length <= until or free[place] < ranks:
+                place, index, ranks, most_memory, most_time, until = _place(problem, packing, longest, length)
+            if ranks:
+                free[place] -= ranks
+                group = len(degree)
+                micro_batch.append(place)
+                degree.append(index)
+                tokens.append(most_memory)
+                work.append(most_time)
+                samples.append([])
+            else:
+                if joins is None:
+                    joins = Joins(problem, rooms, shift, micro_batch, degree, tokens, work)
+                group = _joined(packing, joins, length)
+                if group < 0:
+                    return None
         linear = linear_s[degree[group]]
         memory = tokens[group] = tokens[group] - length
         time = work[group] = work[group] - (attention * length + linear) * length
@@ -111,14 +164,12 @@ def pack(problem: Problem, durations: Sequence[float]) -> Packing | None:
         else:
             room = int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time))) if time > 0 else 0
         if room >= useful:
-            insort(rooms, room << shift | group)
-        else:
-            # Nothing is ever put here again: joins are chosen among the rooms, too. Spare is what all groups can lose
-            # if every token is as cheap as at the cheapest degree: once more is lost, samples will be left out.
-            packing.spare_tokens -= memory
-            packing.spare_work -= time
-            if packing.spare_tokens < 0 or packing.spare_work < 0:
-                return None
+            key = room << shift | group
+            insort(rooms, key)
+            if joins is not None:
+                joins.add(key)
+        elif packing.loses(memory, time):
+            return None
     return packing
 
 
@@ -142,65 +193,38 @@ def longest_samples(problem: Problem, duration_s: float) -> list[int]:
     longest = -1
     for index, degree in enumerate(problem.degrees):
         time = degree * (duration_s - problem.fixed_s[index]) * ROUNDING
-        longest = max(longest, _room(problem, index, problem.capacity * degree, time))
+        longest = max(longest, problem.room(index, problem.capacity * degree, time))
         limits.append(longest)
     return limits
 
 
-def _room(problem: Problem, index: int, memory: int, time: float) -> int:
-    """Return the longest sample that fits into this many tokens and rank-seconds; -1 where none does."""
-    attention, linear = problem.cost.attention_s_per_token2, problem.linear_s[index]
-    if (attention * memory + linear) * memory <= time:
-        return memory
-    if time <= 0:
-        return -1
-    return int(2 * time / (linear + sqrt(linear * linear + 4 * attention * time)))
+def _place(problem: Problem, packing: Packing, longest: list[list[int]], length: int) -> Place:
+    """Find where a sample opens a group: in the first micro-batch with enough free ranks, where it needs fewest.
 
-
-def _open(problem: Problem, packing: Packing, longest: list[list[int]], length: int) -> int:
-    """Open a group in the first micro-batch with enough free ranks, where it needs fewest; -1 where there is none."""
-    degrees = problem.degrees
+    Args:
+        longest: for each micro-batch, what `longest_samples` says.
+        length: of the sample.
+    """
+    until = -1
     for micro_batch, free in enumerate(packing.free):
         if free:
             index = bisect_left(longest[micro_batch], length)
-            if index < len(degrees) and degrees[index] <= free:
-                degree = degrees[index]
-                packing.free[micro_batch] = free - degree
-                packing.micro_batch.append(micro_batch)
-                packing.degree.append(index)
-                packing.tokens.append(problem.capacity * degree)
-                time = packing.durations[micro_batch] - problem.fixed_s[index]
-                packing.work.append(degree * time * ROUNDING)
-                packing.samples.append([])
-                return len(packing.degree) - 1
-    return -1
+            if index:
+                until = max(until, longest[micro_batch][index - 1])
+            if index < len(problem.degrees) and problem.degrees[index] <= free:
+                ranks = problem.degrees[index]
+                work = ranks * (packing.durations[micro_batch] - problem.fixed_s[index]) * ROUNDING
+                return Place(micro_batch, index, ranks, problem.capacity * ranks, work, until)
+    return Place(0, 0, 0, 0, 0.0, until)
 
 
-def _merge(problem: Problem, packing: Packing, length: int) -> int:
-    """Make room for a sample by joining 2, 4 or 8 equal groups whose rooms together hold it; -1 where that fails.
-
-    Memory that is lost at the ends of small groups is won back this way, for the price of an exchange.
-    """
-    rooms, shift, mask = packing.rooms, packing.shift, (1 << packing.shift) - 1
-    alike: dict[tuple[int, int], list[int]] = {}
-    best: tuple[float, int, float, list[int]] | None = None
-    for key in reversed(rooms):
-        if (key >> shift) * JOINS[-1] < length:
-            break  # from here on, rooms are too small to help
-        group = key & mask
-        keys = alike.setdefault((packing.micro_batch[group], packing.degree[group]), [])
-        if len(keys) == JOINS[-1]:
-            continue
-        keys.append(key)
-        if len(keys) in JOINS:  # the largest rooms come first, so that these are the best so many of their kind
-            join = _join(problem, packing, [key & mask for key in keys], length)
-            if join is not None and (best is None or join < best):
-                best = *join, keys[:]
-                if problem.linear_s[join[1]] <= problem.cheap_exchange_s:
-                    break
-    if best is None:
+def _joined(packing: Packing, joins: Joins, length: int) -> int:
+    """Make room for a sample by joining groups; -1 where that fails."""
+    join = joins.best(length)
+    if join is None:
         return -1
-    _, large, work, keys = best
+    rooms, mask = packing.rooms, (1 << packing.shift) - 1
+    keys = joins.take(join)
     for key in keys:
         del rooms[bisect_left(rooms, key)]
     # the number of a group stays its own, and none is used again: the others stay as empty entries
@@ -209,20 +233,5 @@ def _merge(problem: Problem, packing: Packing, length: int) -> int:
         packing.samples[joined] += packing.samples[group]
         packing.tokens[joined] += packing.tokens[group]
         packing.samples[group] = []
-    packing.degree[joined], packing.work[joined] = large, work
+    packing.degree[joined], packing.work[joined] = join.degree, join.work
     return joined
-
-
-def _join(problem: Problem, packing: Packing, groups: list[int], length: int) -> tuple[float, int, float] | None:
-    """Join groups: rank-seconds lost, degree index, rank-seconds left; None where the sample stays out."""
-    small, tokens = packing.degree[groups[0]], sum(packing.tokens[group] for group in groups)
-    degree = problem.degrees[small] * len(groups)
-    if tokens < length or degree not in problem.degrees:
-        return None
-    large = problem.degrees.index(degree)
-    moved = problem.capacity * degree - tokens
-    # attention takes the same rank-seconds at any degree; what the groups hold now pays the larger one's exchange
-    dearer = (problem.linear_s[large] - problem.linear_s[small]) * moved
-    fixed = (problem.fixed_s[large] - problem.fixed_s[small]) * degree
-    work = sum(packing.work[group] for group in groups) - dearer - fixed
-    return (dearer, large, work) if _room(problem, large, tokens, work) >= length else None

@@ -1,0 +1,281 @@
+"""A forecast is the first estimate of a run that nobody has started: a model by its name, GPUs by theirs.
+
+It is what a trainer on such GPUs would start from (`estimate.first_estimate`), without the GPUs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from hf_hetero.checks import exactness
+from hf_hetero.checks.outline import config_of, outline_of
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
+from hf_hetero.errors import ConfigError, UnsupportedModel
+from hf_hetero.estimate.clusters import NETWORK_SHARE
+from hf_hetero.estimate.devices import GIB, Device, device_named
+from hf_hetero.estimate.first_estimate import first_estimate
+from hf_hetero.estimate.memory import Shards, model_state_bytes, usable_bytes
+from hf_hetero.estimate.model_shape import ModelShape, shape_of
+from hf_hetero.estimate.shares import ATTENTION, reached
+from hf_hetero.model import lm_head
+from hf_hetero.model.activations import Activations
+from hf_hetero.topology import Topology
+
+DTYPES = {
+    **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
+    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
+}
+MOST_GPUS, MOST_PER_NODE = 65_536, 8
+MOST_RANK = 4096
+TRAINED_BYTES = 4
+"""Weights that are trained are held in fp32, as `recipes/sft.py` loads them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A `Setting` is how a run would be trained.
+
+    Args:
+        lora_r: rank of adapters on all linear layers but the head; None: all weights are trained.
+        checkpointing: every group recomputes its layers; else those that gain by it.
+        offload: groups may also wait for copies to the host's memory, where they gain by it.
+        dtype: that training computes in; frozen weights lie in it, too.
+        sharded: weights over all ranks (FSDP2), or all of them on each (DDP); None: sharded if there are several ranks,
+            and they are trained, or take more than half of what a rank has.
+        network_gbps: line rate of a node, in gigabits a second; None: what a trainer takes that knows of none.
+        kernel: of attention, one of `shares.ATTENTION`; fa2 is as fast as the one that comes with torch.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    lora_r: int | None = None
+    checkpointing: bool = False
+    offload: bool = False
+    dtype: str = "bfloat16"
+    sharded: bool | None = None
+    network_gbps: float | None = None
+    kernel: str = "fa2"
+
+    def __post_init__(self) -> None:
+        if self.lora_r is not None and not 1 <= self.lora_r <= MOST_RANK:
+            raise ConfigError(f"A rank of adapters of {self.lora_r}: it must be from 1 to {MOST_RANK}.")
+        if self.network_gbps is not None and not 0 < self.network_gbps <= 1e6:
+            raise ConfigError(f"A network of {self.network_gbps:g} Gb/s: it must be above 0, and at most a million.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
+        if self.kernel not in ATTENTION:
+            raise ConfigError(f"kernel {self.kernel!r}: choose one of {', '.join(ATTENTION)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Machines:
+    """`Machines` are the GPUs of a run.
+
+    Args:
+        num_nodes, ranks_per_node: how many.
+        card: which, by its data sheet.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    card: Device
+
+    @property
+    def num_ranks(self) -> int:
+        """Count the GPUs."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def name(self) -> str:
+        """Return "8xH100", or "2x8xH100" for two nodes, as `machines_named` reads it."""
+        nodes = f"{self.num_nodes}x" if self.num_nodes > 1 or self.ranks_per_node > MOST_PER_NODE else ""
+        return f"{nodes}{self.ranks_per_node}x{self.card.name}"
+
+    @property
+    def topology(self) -> Topology:
+        """Return how ranks stand on nodes, and what memory each has."""
+        assert self.card.card_bytes is not None
+        num_communicators = len(Topology(self.num_ranks).degrees)
+        memory_bytes = int(usable_bytes(self.card.card_bytes, num_communicators))
+        return Topology(self.num_ranks, self.ranks_per_node, memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A `Forecast` is a cost model, and in words what it is of.
+
+    Args:
+        cost: of the run.
+        machines: its GPUs.
+        trained: the model and its weights, and where they are.
+    """
+
+    cost: CostModel
+    machines: Machines
+    trained: str
+
+
+def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
+    """Estimate what a model would cost on GPUs.
+
+    Args:
+        model: name on the hub, folder, or config.json; no weights are loaded.
+        gpus: such as "8xH100", or "2x8xH100" for two nodes of eight.
+        setting: how it would be trained.
+
+    Raises:
+        ConfigError: no such model or GPU, or not a single token fits, with what would help.
+        UnsupportedModel: the model cannot be trained under plans.
+    """
+    setting, machines = setting or Setting(), machines_named(gpus)
+    outline = outline_of(config := config_of(model))
+    if outline is None:
+        raise ConfigError(f"transformers builds no causal language model from {model!r}; `hf-hetero check` says why.")
+    if problems := list(exactness.model_problems(outline)):
+        raise UnsupportedModel(" ".join(problems))
+    shape, policies = trained_shape(outline, config.get_text_config(decoder=True), setting)
+    shards = Shards() if _is_sharded(shape, machines, setting) else None
+    try:
+        cost = _estimated(shape, machines, shards, policies, setting)
+    except ConfigError:
+        raise ConfigError(_what_would_fit(model, shape, machines, shards, policies, setting)) from None
+    how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
+    where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
+    return Forecast(cost, machines, f"{model}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}")
+
+
+def machines_named(gpus: str) -> Machines:
+    """Read "8xH100", or "2x8xH100" for two nodes of eight.
+
+    Raises:
+        ConfigError: no such GPU, or a number that leaves open how many share a node.
+    """
+    found = re.fullmatch(r"((?:\d{1,9}\s*x\s*){0,2})(\S.*)", gpus.strip(), re.IGNORECASE)
+    counts = [int(count) for count in re.findall(r"\d+", found[1])] if found else []
+    if found is None or 0 in counts:
+        raise ConfigError(f"{gpus!r:.60} names no GPUs. Write 8xH100, or 2x8xH100 for two nodes of eight.")
+    card = device_named(found[2])
+    if len(counts) < 2:
+        counts = [1, *(counts or [1])]
+        if counts[1] > MOST_PER_NODE:
+            half = f"{-(-counts[1] // MOST_PER_NODE)}x{MOST_PER_NODE}x{card.name}"
+            raise ConfigError(
+                f"{gpus!r:.60}: how many share a node's links? Write {half}, or 1x{counts[1]}x{card.name} for all."
+            )
+    if counts[0] * counts[1] > MOST_GPUS:
+        raise ConfigError(f"{gpus!r:.60}: that is {counts[0] * counts[1]:,} GPUs; at most {MOST_GPUS:,} are estimated.")
+    return Machines(counts[0], counts[1], card)
+
+
+def trained_shape(outline: Any, config: Any, setting: Setting) -> tuple[ModelShape, tuple[str, ...]]:
+    """Return a model's shape as it would be trained, and what its groups may do to hold more tokens.
+
+    Args:
+        outline: the model, without weights.
+        config: of its text.
+        setting: how it would be trained.
+    """
+    hetero = HeteroConfig()
+    activations = Activations(outline, setting.checkpointing, hetero.chunked_mlp, compiled=False)
+    allowed = [*hetero.activation_policies, *(["offload"] if setting.offload else [])]
+    dtype = DTYPES[setting.dtype]
+    shape = shape_of(
+        outline,
+        config,
+        dtype.itemsize,
+        setting.checkpointing,
+        keeps_exchanged=hetero.keep_exchanged,
+        chunked_loss=isinstance(lm_head.install(outline), lm_head.LeanHead),
+        chunked_mlp=activations.chunked_mlps,
+    )
+    lm_head.uninstall(outline)
+    frozen_bytes, trained = 0, shape.num_params
+    if setting.lora_r is not None:
+        head = outline.get_output_embeddings()
+        linears = [m for m in outline.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        frozen_bytes = dtype.itemsize * shape.num_params
+        trained = setting.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
+        shape = replace(shape, num_params=shape.num_params + trained, active_params=shape.active_params + trained)
+    param_bytes = frozen_bytes + TRAINED_BYTES * trained
+    return (
+        replace(shape, trainable_params=trained, param_bytes=param_bytes),
+        tuple(policy for policy in activations.policies if policy in allowed),
+    )
+
+
+def _is_sharded(shape: ModelShape, machines: Machines, setting: Setting) -> bool:
+    """Return whether weights would be spread over the ranks."""
+    if setting.sharded is not None or machines.num_ranks == 1:
+        return bool(setting.sharded)
+    memory_bytes = machines.topology.memory_bytes
+    assert memory_bytes is not None
+    return setting.lora_r is None or model_state_bytes(shape) > memory_bytes / 2
+
+
+def _estimated(
+    shape: ModelShape, machines: Machines, shards: Shards | None, policies: tuple[str, ...], setting: Setting
+) -> CostModel:
+    """Estimate a run's cost model, as its trainer would.
+
+    Raises:
+        ConfigError: the memory leaves room for no token.
+    """
+    device = reached(machines.card, setting.kernel, DTYPES[setting.dtype])
+    if setting.network_gbps is not None:
+        node_bytes_per_s = NETWORK_SHARE * setting.network_gbps * 1e9 / 8
+        device = replace(device, network_bytes_per_s=node_bytes_per_s / machines.ranks_per_node)
+    return first_estimate(shape, device, machines.topology, shards, policies, HeteroConfig())
+
+
+def _what_would_fit(
+    model: str,
+    shape: ModelShape,
+    machines: Machines,
+    shards: Shards | None,
+    policies: tuple[str, ...],
+    setting: Setting,
+) -> str:
+    """Say that a model does not fit, and what would: more GPUs, or another setting."""
+
+    def fits(machines: Machines, shards: Shards | None, shape: ModelShape = shape) -> bool:
+        try:
+            _estimated(shape, machines, shards, policies, setting)
+        except ConfigError:
+            return False
+        return True
+
+    ways: list[str] = []
+    if shards is None and machines.num_ranks > 1 and fits(machines, Shards()):
+        ways.append("weights sharded over the ranks (--fsdp)")
+    more = _doubled(machines)
+    while more.num_ranks <= MOST_GPUS and not fits(more, Shards()):
+        more = _doubled(more)
+    if more.num_ranks <= MOST_GPUS:
+        ways.append(f"{more.num_ranks} GPUs ({more.name}), with weights sharded over them")
+    # adapters of rank 16 are less than a hundredth of any model's weights
+    frozen_bytes = DTYPES[setting.dtype].itemsize * shape.num_params
+    adapted = replace(shape, trainable_params=shape.num_params // 100, param_bytes=frozen_bytes)
+    if setting.lora_r is None and fits(machines, Shards(), adapted):
+        ways.append("adapters instead of all weights (--lora-r 16)")
+    if fits(machines, Shards(offloaded=True)):
+        ways.append("FSDP that keeps weights in the host's memory (fsdp_offload_params of accelerate)")
+    ways.append("a smaller model")
+    assert machines.topology.memory_bytes is not None
+    return (
+        f"{model} does not fit on {machines.name}: weights, gradients and optimizer are "
+        f"{model_state_bytes(shape) / GIB:,.1f} GiB {'over all ranks' if shards else 'on each rank'}, and a rank has "
+        f"{machines.topology.memory_bytes / GIB:.1f} GiB for its part and its tokens. What would do: {'; '.join(ways)}."
+    )
+
+
+def _doubled(machines: Machines) -> Machines:
+    """Return twice as many GPUs: in the node while it is one, and has room for them; else in more nodes."""
+    if machines.num_nodes == 1 and 2 * machines.ranks_per_node <= MOST_PER_NODE:
+        return replace(machines, ranks_per_node=2 * machines.ranks_per_node)
+    return replace(machines, num_nodes=2 * machines.num_nodes)

@@ -1,0 +1,97 @@
+"""Operations and bytes are those of the model: counted by torch, or by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import tiny_model, with_lora
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_hetero.estimate.memory import activation_bytes
+from hf_hetero.estimate.model_shape import ModelShape, shape_of
+from hf_hetero.estimate.operations import (
+    LOGIT_BYTES,
+    attention_flops,
+    exchange_bytes,
+    linear_flops,
+    optimizer_bytes,
+    traffic_bytes,
+)
+
+
+def shape(checkpointing: bool = False, lora: bool = False) -> ModelShape:
+    model = tiny_model()
+    return shape_of(with_lora(model) if lora else model, model.config, 4, checkpointing)
+
+
+def counted_flops(model: Any, tokens: int) -> int:
+    """What torch counts in matrix products of linear layers, forward and backward; scores are batched products."""
+    ids = torch.randint(0, 97, (1, tokens))
+    with FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return sum(counter.get_flop_counts()["Global"].get(kind, 0) for kind in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_linear_flops_match_a_count(tied: bool, checkpointing: bool) -> None:
+    """Torch counts the same products, embeddings looked up and head not recomputed; norms are a hundredth of them."""
+    model = tiny_model(attention="eager", tie_word_embeddings=tied)
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    counted = counted_flops(model, 8) / 8
+    found = shape_of(model, model.config, 4, checkpointing)
+    # recompute stops at the last tensor that is needed: the MLP's last product is not made again
+    again = 2 * found.num_layers * found.hidden * found.intermediate if checkpointing else 0
+    assert linear_flops(found) - again == pytest.approx(counted, rel=0.02)
+    assert 8 * found.num_params != pytest.approx(counted, rel=0.02)
+
+
+def test_adapters_save_a_third_of_the_operations() -> None:
+    """With adapters, frozen weights have no gradients: about 4 a weight instead of 6."""
+    worked = shape().num_params - shape().looked_up_params
+    assert linear_flops(shape()) == 6 * worked
+    assert 4 * worked < linear_flops(shape(lora=True)) < 4.5 * worked
+
+
+def test_traffic() -> None:
+    """By hand, for two layers in fp32: hidden 32, queries 32, keys 16 and values 16, inner 48, vocabulary 97."""
+    layer = 4 * (6 * 32 + 2 * (32 + 2 * 16) + 3 * 48)
+    assert traffic_bytes(shape()) == 3 * 2 * layer * 4 + LOGIT_BYTES * 97
+    assert traffic_bytes(shape(checkpointing=True)) == 4 * 2 * layer * 4 + LOGIT_BYTES * 97
+    adapters = (3 * 32 + 32 + 2 * 32 + 48) + 4 * (32 + 2 * 16 + 32 + 2 * 48 + 32)
+    assert traffic_bytes(shape(lora=True)) == 3 * 2 * (layer + adapters) * 4 + LOGIT_BYTES * 97
+    assert optimizer_bytes(shape(), 4) == 40 * shape().num_params / 4
+
+
+def test_attention_flops_match_a_count() -> None:
+    """The quadratic part equals what torch counts for the two products of causal attention, halved and 3.5-fold."""
+    s, layers, heads, dim = 64, 2, 4, 8
+    q = torch.randn(1, heads, s, dim)
+    with FlopCounterMode(display=False) as counter:
+        (q @ q.transpose(-1, -2)) @ q
+    assert attention_flops(shape()) * s * s == pytest.approx(3.5 * layers * counter.get_total_flops() / 2)
+
+
+def test_exchange_bytes() -> None:
+    """Queries, keys, values and outputs of two layers, in fp32, forward and backward."""
+    assert exchange_bytes(shape()) == 2 * (4 + 2 + 2 + 4) * 8 * 2 * 4
+
+
+def test_kept_exchanges_cost_memory_and_save_traffic() -> None:
+    """With recompute an exchange is made three times; kept, twice, for its tensors' memory in each layer."""
+    model = tiny_model()
+    repeats, keeps = (shape_of(model, model.config, 4, True, kept) for kept in (False, True))
+    assert exchange_bytes(repeats) == 1.5 * exchange_bytes(keeps)
+    assert activation_bytes(keeps) - activation_bytes(repeats) == (4 + 2 + 2 + 4) * 8 * 2 * 4
+    whole = shape_of(model, model.config, 4, False, True)  # nothing is recomputed
+    assert exchange_bytes(whole) == exchange_bytes(shape_of(model, model.config, 4, False, False))
+    assert activation_bytes(whole) == activation_bytes(shape_of(model, model.config, 4, False, False))
+
+
+def test_checkpointing_saves_memory_and_costs_time() -> None:
+    """Recompute trades activations for operations."""
+    assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())
+    assert linear_flops(shape(checkpointing=True)) > linear_flops(shape())
