@@ -1,14 +1,18 @@
 # make demo    a fresh venv, everything installed, the CPU quickstart on 4 ranks, a report
 # make test    the tests (slow and GPU ones left out)
 # make check   lint, format, types
+# make gpu     all that one GPU can show (benchmarks/gpu/README.md); installs nothing, needs no network
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests of ranks wait for each other more than they compute: three files at a time keep two cores busy. The slow ones,
 # some of which wait for seconds on purpose, run alone.
 AT_ONCE ?= 3
+OUT ?= outputs/gpu
+DEVICE ?= cuda
+STAGES ?=
 
-.PHONY: demo test test-all check install clean
+.PHONY: demo test test-all check gpu install clean
 
 install: $(VENV)/installed
 
@@ -32,6 +36,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# with the machine's own interpreter: one with a GPU may have no network to install anything from
+gpu:
+	$(PYTHON) benchmarks/gpu/run.py --output "$(OUT)" --device $(DEVICE) $(if $(STAGES),--stages $(STAGES))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info outputs

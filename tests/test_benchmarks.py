@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-BENCHMARKS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").rglob("*.py"))
+FILES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").rglob("*.py")}
+BENCHMARKS = sorted(path for path, source in FILES.items() if '__name__ == "__main__"' in source)
 PATHS = r"(?:[`(]|python )((?:benchmarks|callbacks|collators|hf_hetero|recipes|tests)/[\w/*.-]*\w)[`) ]"
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", "outputs"} & set(path.relative_to(ROOT).parts))
 
@@ -24,10 +25,19 @@ def test_a_benchmark_starts(path: str, tmp_path: Path) -> None:
     assert path in done.stdout, "its docstring must give the command"
 
 
-def test_the_table_names_every_benchmark() -> None:
-    """benchmarks/README.md has one row for each script, and no other."""
-    table = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-    assert sorted(re.findall(r"^\| `python (benchmarks/\S+\.py)", table, re.MULTILINE)) == BENCHMARKS
+def test_the_tables_name_every_benchmark() -> None:
+    """benchmarks/README.md, and that of the stages of `make gpu`, have one row for each script, and no other."""
+    pages = [(ROOT / "benchmarks" / page).read_text(encoding="utf-8") for page in ("README.md", "gpu/README.md")]
+    rows = re.findall(r"^\| `python (benchmarks/\S+\.py)", "\n".join(pages), re.MULTILINE)
+    assert sorted(rows) == BENCHMARKS
+
+
+def test_what_benchmarks_share_is_named() -> None:
+    """A file that is no script is named in its folder's page."""
+    shared = sorted(FILES.keys() - set(BENCHMARKS))
+    assert shared
+    for path in shared:
+        assert path in (ROOT / path).parent.joinpath("README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

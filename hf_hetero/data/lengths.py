@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-import pyarrow.compute
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -18,11 +17,12 @@ from hf_hetero.errors import BadSample
 from hf_hetero.samples.rows import PACKED_COLUMN, checked, documents_of_row, nested, tokens_of_row
 from hf_hetero.samples.samples import Samples, samples_of
 
+if TYPE_CHECKING:
+    import datasets
+
 Lengths = NDArray[np.int64]
 
 logger = logging.getLogger(__name__)
-
-compute: Any = pyarrow.compute  # its functions are made at run time
 
 ROWS_AT_ONCE = 1000
 WORTH_KEEPING = 10_000
@@ -69,12 +69,18 @@ def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | N
 
 def is_table(dataset: Any) -> bool:
     """Return whether a dataset is a `datasets.Dataset`."""
-    return isinstance(dataset, datasets.Dataset)
+    return _is_a("Dataset", dataset)
 
 
 def is_plain_table(dataset: Any) -> bool:
     """Return whether a table gives what lies in it: a transform of the user's may make anything of a row."""
-    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"
+    return is_table(dataset) and dataset.format["type"] != "custom"
+
+
+def _is_a(kind: str, dataset: Any) -> bool:
+    """Return whether a dataset is of a class of `datasets`. Whoever has one has imported that package already."""
+    found = getattr(sys.modules.get("datasets"), kind, None)
+    return isinstance(found, type) and isinstance(dataset, found)
 
 
 def fingerprint(dataset: datasets.Dataset) -> str:
@@ -115,7 +121,7 @@ def raw_rows(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> list[di
         rows: which.
         names: columns to read; all, where the first of them is not there.
     """
-    if not isinstance(dataset, datasets.Dataset):
+    if not is_table(dataset):
         return None
     if names[0] in dataset.column_names:
         dataset = dataset.select_columns([name for name in names if name in dataset.column_names])
@@ -128,7 +134,7 @@ def tells_where_it_is(dataset: Any) -> bool:
 
     One of `datasets` does not where rows wait in a buffer, as they do to be shuffled: it forgets what that holds.
     """
-    if not isinstance(dataset, datasets.IterableDataset):
+    if not _is_a("IterableDataset", dataset):
         return hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")
     sources: list[Any] = [dataset._ex_iterable]  # pyright: ignore[reportPrivateUsage]
     while sources:
@@ -154,6 +160,8 @@ def table_lengths(dataset: datasets.Dataset, column: str) -> Counting:
     Raises:
         BadSample: as `read_lengths`.
     """
+    import datasets  # here, as pyarrow below: only who has a table needs them
+
     names: list[str] = dataset.column_names
     if column in names:
         return checked(column_of_lengths(dataset, column))
@@ -189,6 +197,8 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
     Raises:
         BadSample: a length that is no whole number, with its row.
     """
+    import pyarrow
+
     values: Any = dataset.data.column(column)
     order: Any = dataset._indices  # pyright: ignore[reportPrivateUsage]
     if pyarrow.types.is_integer(values.type) and not values.null_count:
@@ -200,6 +210,8 @@ def column_of_lengths(dataset: datasets.Dataset, column: str) -> Lengths:
 
 def is_list(kind: Any) -> bool:
     """Return whether values of an arrow type are lists of any kind."""
+    import pyarrow
+
     tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
     # older releases of pyarrow lack the last ones
     return any(getattr(pyarrow.types, test)(kind) for test in tests if hasattr(pyarrow.types, test))
@@ -207,6 +219,8 @@ def is_list(kind: Any) -> bool:
 
 def _holds_numbers(kind: Any) -> bool:
     """Return whether values of an arrow type are lists of numbers, or of what is not known because all are empty."""
+    import pyarrow
+
     tests = ("is_integer", "is_floating", "is_boolean", "is_null")
     return is_list(kind) and any(getattr(pyarrow.types, test)(kind.value_type) for test in tests)
 
@@ -240,6 +254,9 @@ def _cache_lengths(path: Path, lengths: Lengths) -> None:
 
 def _of_lists(column: Any, name: str) -> Lengths:
     """Count the entries of each list of a column, whatever kind of arrow list it is; of a mask, those not 0."""
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute  # its functions are made at run time
     parts: list[Lengths] = [np.zeros(0, dtype=np.int64)]
     for chunk in column.chunks:
         # lengths instead of offsets: those of a chunk that is a slice do not begin at 0, and list views have none

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainingArguments
@@ -19,7 +18,7 @@ from hf_hetero.data.contents import contents_of
 from hf_hetero.data.counting import tokens_of
 from hf_hetero.data.epochs import Epochs, read_rows, within_limits
 from hf_hetero.data.epochs import draws_of as draws_of
-from hf_hetero.data.lengths import read_samples
+from hf_hetero.data.lengths import is_table, read_samples
 from hf_hetero.data.plan_ahead import Draws, PlanAhead
 from hf_hetero.data.planning import Planning
 from hf_hetero.data.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
@@ -211,7 +210,7 @@ def rows_of(dataset: Any, columns: Callable[[Any], Any], names: Sequence[str] | 
         columns: removes those columns of a table that the model does not need.
         names: keys to keep of the rows of another dataset; None: all.
     """
-    if isinstance(dataset, datasets.Dataset):
+    if is_table(dataset):
         return StepDataset(columns(dataset))
     return StepDataset(dataset, names)
 

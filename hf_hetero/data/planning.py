@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -13,6 +14,9 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.data.plan_sources import PlansOfThisProcess, PlanSource, planned_elsewhere
 from hf_hetero.planner import Backend, Planner, Solver
+from hf_hetero.planner.improve.program import is_installed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,9 @@ class Planners:
         """
         # "fast" asks for no integer program, and "mip" has solved its programs when it plans
         improves = self.hetero.solver == "auto" and not reproducible
+        if improves and not is_installed():
+            logger.warning("The package 'mip' is not installed: plans are not improved while there is time.")
+            improves = False
         return planned_elsewhere(self.planner, improves, self.hetero.planning_timeout_s)
 
     def for_evaluation(self) -> PlanSource:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import accumulate
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning.tokens import PAIR
 from hf_hetero.samples.rows import PACKED_COLUMN
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def check_columns(

@@ -52,7 +52,9 @@ class Sharding:
 
 def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Sharding:
     """Return what accelerate will do with this trainer's model, and how often gradients are synchronised."""
-    recomputes = bool(trainer.args.activation_checkpointing)
+    # releases of transformers before 5.23 know only its first name
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    recomputes = bool(getattr(trainer.args, next(name for name in names if hasattr(trainer.args, name))))
     plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         # DDP holds whole gradients anyway, so one reduction a step is less to send and costs no memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,11 @@ class Answer:
     bound: float
 
 
+def is_installed() -> bool:
+    """Whether integer programs can be solved here."""
+    return importlib.util.find_spec("mip") is not None
+
+
 class Program:
     """Minimise the sum of the columns' costs under rows; one thread, one seed.
 
@@ -35,12 +41,17 @@ class Program:
         backend: "highs" or "cbc".
 
     Raises:
-        HeteroError: the solver is not installed.
+        HeteroError: the solver, or `mip` itself, is not installed.
     """
 
     def __init__(self, backend: Backend = "highs") -> None:
-        import mip as untyped  # here, so that the planner works where the solver is not installed
-
+        try:
+            import mip as untyped  # here, so that the planner works where the solver is not installed
+        except ImportError as error:
+            raise HeteroError(
+                f"Integer programs need the package 'mip' ({error}). Install it, with highsbox, or plan with "
+                "solver='fast'."
+            ) from error
         self._mip = cast("Any", untyped)  # its hints ask for `Real`, which int and float are not to a type checker
         try:
             self._model = self._mip.Model(sense="MIN", solver_name={"highs": "HiGHS", "cbc": "CBC"}[backend])

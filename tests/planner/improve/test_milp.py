@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from planner.reference import batches, optimal_seconds, problems, small_cost
 
 from hf_hetero.costs import CostModel
-from hf_hetero.errors import ConfigError
+from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import Planner
 from hf_hetero.planner.improve.program import Backend
@@ -111,5 +111,5 @@ def test_the_solver_is_loaded_only_when_it_is_asked_for(monkeypatch: pytest.Monk
     """The fast search works where `mip` is not installed."""
     monkeypatch.setitem(sys.modules, "mip", None)
     assert Planner(small_cost(), 2, solver="auto").plan([5, 6]).micro_batches
-    with pytest.raises(ImportError):
+    with pytest.raises(HeteroError, match="solver='fast'"):
         Planner(small_cost(), 2, solver="mip").plan([5, 6])
