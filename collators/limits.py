@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ import torch
 from hf_hetero.attention.rotary import longest_exact
 from hf_hetero.errors import BadSample
 from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.model.wrapped import text_part
 from hf_hetero.samples.samples import Samples
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
@@ -27,12 +28,14 @@ class Limits:
         num_labels: rows of its output embedding.
         longest: tokens of the longest sample.
         reason: why there is a longest sample, and what to do about longer ones, in words.
+        padding: where positions are numbered from one after the padding token, as in RoBERTa, that token.
     """
 
     num_tokens: int | None = None
     num_labels: int | None = None
     longest: int | None = None
     reason: str = ""
+    padding: int | None = None
 
     def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
         """Refuse tokens and targets that the model does not have. Both are of shape (num_tokens,).
@@ -85,6 +88,16 @@ def limits_of(model: Any) -> Limits:
         num_labels=getattr(model.get_output_embeddings(), "out_features", vocab_size),
         longest=longest,
         reason=reason,
+        padding=padding_of(model),
+    )
+
+
+def padding_of(model: torch.nn.Module) -> int | None:
+    """Return the padding token after which a model numbers positions; None where they count from 0."""
+    # transformers' name of the function that makes such positions of tokens
+    modules = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    return next(
+        (padding for module in modules if isinstance(padding := getattr(module, "padding_idx", None), int)), None
     )
 
 
@@ -110,13 +123,16 @@ def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
 
 def _longest(model: Any) -> tuple[int, str] | None:
     """Find the tokens of the longest sample that a model's positions allow, and say why; None: of any length."""
-    for name, module in model.named_modules():
+    text = text_part(model)
+    for name, module in text.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
             # some tables have rows that are no position, as the first two of OPT's
-            return min(module.num_embeddings, model.config.max_position_embeddings), (
+            padding = padding_of(model)
+            unused = 0 if padding is None else padding + 1
+            return min(module.num_embeddings, cast("Any", text.config).max_position_embeddings) - unused, (
                 f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
             )
-    if (table := longest_exact(model)) is None:
+    if (table := longest_exact(text)) is None:
         return None
     longest, kind = table
     return longest, (

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.limits import Limits
-from hf_hetero.collators.sample import Example, Sample, has_rows, read_row
+from hf_hetero.collators.sample import Example, Sample, has_rows, read_row, refuse_seen
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
@@ -109,9 +109,12 @@ class PackedCollator:
             example = {key: values for key, values in example.items() if key in self.columns}
         if self.example_collator is not None:
             batch = self.example_collator([dict(example)])
+            refuse_seen(batch, self.model_inputs, name)  # patches of an image need not be one row a sample
             example = {key: values[0] for key, values in batch.items() if has_rows(values)}
         row = read_row(example, self.model_inputs, name)
         positions, others = row.positions(is_packed, name), dict(row.values)
+        if self.limits.padding is not None and "position_ids" not in others:
+            positions = None  # padding before a sample takes no positions there
         others.pop("position_ids", None)
         input_ids, labels = others.pop("input_ids").long(), others.pop("labels", None)
         labels = self._labels(input_ids, labels, name)
@@ -128,7 +131,7 @@ class PackedCollator:
         weights = (
             {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
-        return Sample(input_ids, labels, positions, inputs, weights)
+        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding)
 
     def _labels(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> torch.Tensor | None:
         """Return a row's labels, or make them of its tokens; None where it has none and needs none."""

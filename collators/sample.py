@@ -18,6 +18,18 @@ from hf_hetero.samples.rows import nested
 Example = Mapping[str, Any]
 NUMBERS = ("input_ids", "labels", "position_ids")
 """Columns that must hold whole numbers."""
+SEEN = (
+    "pixel_",
+    "image",
+    "video",
+    "audio",
+    "speech",
+    "input_features",
+    "input_values",
+    "aspect_ratio",
+    "flattened_patches",
+)
+"""How inputs begin that are made of images, videos and sounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +42,8 @@ class Sample:
         positions: given by the row; None: they count from 0.
         inputs: what else the model takes of each token.
         weights: what else there is of each label, for a loss of one's own.
+        padding: for a model that numbers positions from one after its padding token, and leaves padding tokens out,
+            that token; None: they count from 0.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +51,7 @@ class Sample:
     positions: torch.Tensor | None = None
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    padding: int | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -47,7 +62,7 @@ class Sample:
 
     @property
     def num_positions(self) -> int:
-        """Return one more than its last position."""
+        """Return one more than its last position, counted from 0."""
         return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
 
     def fingerprint(self) -> int:
@@ -67,11 +82,17 @@ class Sample:
             None if self.positions is None else self.positions[stretch],
             {name: values[stretch] for name, values in self.inputs.items()},
             {name: values[stretch] for name, values in self.weights.items()},
+            self.padding,
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:
         """Return the positions of a span. Shape (end - start,)."""
-        return torch.arange(start, end) if self.positions is None else self.positions[start:end]
+        if self.positions is not None:
+            return self.positions[start:end]
+        if self.padding is None:
+            return torch.arange(start, end)
+        is_token = (self.input_ids != self.padding).long()
+        return (is_token.cumsum(0) * is_token + self.padding)[start:end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +167,7 @@ def _check_carried(
 ) -> None:
     """Refuse what a rank that holds a part of the row could not be given its part of."""
     num_tokens = len(per_token["input_ids"])
+    refuse_seen(example, model_inputs, name)
     if example.get("labels") is not None and "labels" not in per_token:
         raise BadSample(
             f"{name} has {num_tokens} input_ids but {torch.as_tensor(example['labels']).numel()} labels. Give "
@@ -156,6 +178,21 @@ def _check_carried(
             raise BadSample(
                 f"{name}: {key} is an input of the model and does not have one value for each of the {num_tokens} "
                 "tokens, so it cannot be shared out with them. Remove it, or train with plain Trainer."
+            )
+
+
+def refuse_seen(example: Example, model_inputs: frozenset[str], name: str) -> None:
+    """Refuse what a model sees or hears beside its text, however long it is.
+
+    Raises:
+        BadSample: it names the row and the key.
+    """
+    for key in sorted(model_inputs & set(example)):
+        values = example[key]
+        if key.startswith(SEEN) and values is not None and (not hasattr(values, "__len__") or len(values)):
+            raise BadSample(
+                f"{name} has {key}: images, videos and sounds cannot be shared out among ranks yet, only text. Leave "
+                "such rows out of the dataset, or train with plain Trainer."
             )
 
 

@@ -135,13 +135,13 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
     for name, adapter in adapters.items():
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
-    names = [architecture.__name__ for architecture in type(base).__mro__]  # a user's own class inherits from one
-    if config.is_encoder_decoder or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    # what writes text token by token, whatever its class is called: of text alone, or of images and text
+    if config.is_encoder_decoder or not base.can_generate():
         yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
+        return
+    config = config.get_text_config(decoder=True)
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    if not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
-        yield "it does not use transformers' attention interface, so samples cannot be shared among ranks."
     layer_types = set(getattr(config, "layer_types", None) or [])
     if with_state := sorted(layer_types & STATE_LAYER_TYPES):
         yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."

@@ -1,44 +1,24 @@
-"""A tiny instance of an architecture is made from its config alone: no weights are loaded, nothing global changes.
+"""A model is built from its config alone: no weights are loaded, nothing global changes.
 
-It has the same kinds of layers with the same heads, a few experts and a short vocabulary.
+Of a config that was made small (`shrinking`) it is a tiny instance: the same kinds of layers with the same heads, a few
+experts and a short vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-LENGTHS = (11, 1, 6, 23)
-"""Tokens of the samples that it is tried on."""
-SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
-NUM_HEADS = 4
-SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
-    "intermediate_size": 48,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "vocab_size": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "sliding_window": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists that say which kind each layer is
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 
 @contextmanager
@@ -74,77 +54,33 @@ def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedMo
     make: Callable[..., Any] = AutoModelForCausalLM.from_config
     if architecture is not None:
         make = architecture._from_config  # pyright: ignore[reportPrivateUsage]  # what the former calls, too
+        text = config.get_text_config(decoder=True)
+        # of Qwen3.5, for one, the language model alone, as the former does
+        if isinstance(text, architecture.config_class or ()) and not isinstance(
+            config, architecture.config_class or ()
+        ):
+            config = text
     with undisturbed(), torch.device(device):
         return make(config, attn_implementation="eager")
+
+
+def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of a config's language model: that which it names, or transformers' choice; None: there is none.
+
+    Of a type that sees images that is the class that sees them, and is trained on text.
+    """
+    for name in config.architectures or ():
+        named: Any = getattr(transformers, name, None)
+        # a model without a head is loaded with one
+        if isinstance(named, type) and ("For" in name or getattr(named, "can_generate", bool)()):
+            return named
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
 
 
 def num_numbers(model: torch.nn.Module) -> int:
     """Count weights and buffers."""
     return sum(x.numel() for x in [*model.parameters(), *model.buffers()])
-
-
-def shrunk(config: PretrainedConfig) -> PretrainedConfig:
-    """Return the config of few and small layers: one of each kind, heads as wide, the same grouping of heads.
-
-    Of a model of text and images the text part is shrunk. The given config stays as it is.
-    """
-    small: Any = copy.deepcopy(config)
-    _shrink(small.get_text_config(decoder=True))
-    return small
-
-
-def _shrink(config: Any) -> None:
-    """Make a config's sizes small in place."""
-    for name, most in SMALLEST.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            _set(config, name, min(value, most))
-    heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, int) and heads > 0:
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        # rotary tables and partial rotation are made for the width of a head, so it stays
-        _set(config, "hidden_size", NUM_HEADS * (config.hidden_size // heads))
-        _set(config, "num_attention_heads", NUM_HEADS)
-        if hasattr(config, "num_key_value_heads"):
-            _set(config, "num_key_value_heads", NUM_HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2)
-    _switch_rotary_tables_early(config)
-    _keep_one_layer_of_each_kind(config)
-
-
-def _switch_rotary_tables_early(config: Any) -> None:
-    """Let the probe's longest sample be long for rotary tables that are others for a long sample.
-
-    For those that would stay others for the samples after it, let it not be: such samples are refused when they come.
-    """
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    tables = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # one, or one for each kind of layer
-    types = {table.get("rope_type") for table in tables}
-    if "longrope" in types:
-        if getattr(config, "original_max_position_embeddings", None):  # of both places, this one counts
-            _set(config, "original_max_position_embeddings", SWITCH_TOKENS)
-        for table in tables:
-            if table.get("rope_type") == "longrope":
-                table["original_max_position_embeddings"] = SWITCH_TOKENS
-    if "dynamic" in types:
-        _set(config, "max_position_embeddings", max(config.max_position_embeddings, *LENGTHS))
-
-
-def _keep_one_layer_of_each_kind(config: Any) -> None:
-    """Keep the first layers, as many as it takes to have one of each kind, and two at least."""
-    total = getattr(config, "num_hidden_layers", None)
-    if not isinstance(total, int):
-        return
-    values = {**vars(config), **{name: getattr(config, name, None) for name in KINDS}}  # some configs rename the kinds
-    per_layer = {name: list(x) for name, x in values.items() if isinstance(x, list | tuple) and len(x) == total}
-    kinds = [per_layer[name] for name in KINDS if name in per_layer]
-    firsts = [kind.index(value) + 1 for kind in kinds for value in set(kind)]
-    num_layers = min(total, max([2, *firsts]))
-    _set(config, "num_hidden_layers", num_layers)
-    for name, values in per_layer.items():
-        _set(config, name, values[:num_layers])
-
-
-def _set(config: Any, name: str, value: Any) -> None:
-    """Set what can be set: some configs compute the one or other value."""
-    with suppress(AttributeError):
-        setattr(config, name, value)

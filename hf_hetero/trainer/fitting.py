@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero.attention import interface
+from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
@@ -74,6 +75,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         interface.register()
         undone.callback(_give_back_attention, base, base.config._attn_implementation)
         base.set_attn_implementation(interface.ATTENTION_NAME)
+        undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
         loss.install(base, ForCausalLMLoss)
         undone.callback(loss.uninstall, base)
@@ -110,7 +112,9 @@ def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
         HeteroError: no kernel can.
     """
     implementation = base.config._attn_implementation
-    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), implementation)
+    return choice.choose_kernel(
+        device_type, dtype, choice.features_of(base.config.get_text_config(decoder=True)), implementation
+    )
 
 
 def compute_dtype(trainer: Trainer) -> torch.dtype:

@@ -66,7 +66,7 @@ def set_up(
     """
     world = args.world_size
     topology = _topology(args.device, world)
-    heads = getattr(base_model(model).config, "num_attention_heads", world)
+    heads = getattr(_text_config(model), "num_attention_heads", world)
     # timed on all ranks at once, as training will run
     checkpointing = sharding.checkpointing
     shape = shape_of(
@@ -139,7 +139,7 @@ def _speed(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> estim
 
 def _text_config(model: torch.nn.Module) -> Any:
     config: Any = base_model(model).config
-    return config.get_text_config()
+    return config.get_text_config(decoder=True)
 
 
 def _topology(device: torch.device, num_ranks: int) -> Topology:
