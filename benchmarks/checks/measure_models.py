@@ -34,23 +34,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import CONFIG_MAPPING, Trainer, TrainingArguments
-from transformers.models.auto import modeling_auto
+from instances import KINDS, model_of
+from transformers import Trainer, TrainingArguments
 
 from hf_hetero import Group, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
-from hf_hetero.checks.shrinking import shrunk, text_of
-from hf_hetero.checks.tiny import build, num_numbers
 from hf_hetero.data.plan_ahead import PlanSource
 
-KINDS = {
-    "text": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
-    "images": (
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    ),
-}
-"""What a model is of -> names and classes of the models, by type."""
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
 PLANS = (
@@ -63,23 +53,6 @@ PLANS = (
 )
 """Micro-batches of each step: ranks, samples and method of each group."""
 EXACT = 1e-9  # of the movement; fp64 rounds at 1e-16, and two steps of a deep sum lose a few digits of that
-MOST_NUMBERS = 800_000_000
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to be built, or to be small
-    "blt": {"num_hidden_layers": 2},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
-    "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"n_routed_experts": 8},
-    "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
-    "ministral": {"head_dim": 128},
-    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
-    "reformer": {"is_decoder": True},
-    "rwkv": {"hidden_size": 64, "attention_hidden_size": 64},
-    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "num_hidden_layers": 2},
-}
 
 
 class ScriptedTrainer(HeteroTrainer):
@@ -103,32 +76,6 @@ class Scripted:
         self.close = lambda: None
 
 
-def config_of(model_type: str) -> Any:
-    """Make a small config of a type, without dropout or noise, and as a decoder where it could be an encoder."""
-    config: Any = shrunk(CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {})))
-    parts = [config, text_of(config)]
-    for part in [*parts, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]:
-        for name, value in vars(part).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(part, name, 0.0)
-        if getattr(part, "output_router_logits", False):
-            part.output_router_logits = False
-        part._experts_implementation = "eager"  # torch's grouped product knows no fp64
-    if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
-        config.is_decoder = True
-    return config
-
-
-def model_of(model_type: str, kind: str) -> Any:
-    """Build the tiny instance, the same each time, in fp64."""
-    config = config_of(model_type)
-    architecture = KINDS[kind][1][type(config)]
-    architecture = architecture[0] if isinstance(architecture, tuple) else architecture
-    if (numbers := num_numbers(build(config, "meta", architecture))) > MOST_NUMBERS:
-        raise ValueError(f"a tiny instance would still have {numbers:,} weights")
-    return build(config, "cpu", architecture).double()
-
-
 def rows(vocab: int, extras: Sequence[str]) -> list[dict[str, Any]]:
     """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
     generator = torch.Generator().manual_seed(0)
@@ -140,15 +87,25 @@ def rows(vocab: int, extras: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Make the batch of one sample."""
-    [example] = examples
-    return {name: torch.tensor([values]) for name, values in example.items()}
+    """Make a batch, padded on the right; of one sample, without a mask."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        tensors = [torch.tensor(example[name]) for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    batch = {name: padded(name, -100 if name == "labels" else 0) for name in examples[0]}
+    if len(examples) == 1:
+        return batch
+    lengths = torch.tensor([len(example["labels"]) for example in examples])
+    return {**batch, "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
 
 
 def trained(model: Any, trainer_class: type[Trainer], num_ranks: int, extras: Sequence[str] = ()) -> Any:
     """Train two steps; return the weights."""
     data = rows(model.config.get_text_config(decoder=True).vocab_size, extras)
-    batch = {2: (len(STEPS[0]) // 2, 1), 1: (1, len(STEPS[0]))}[num_ranks]
+    # where plain Trainer would take the mean of means, all samples are one batch
+    whole = num_ranks > 1 or not getattr(model, "accepts_loss_kwargs", True)
+    batch = (len(STEPS[0]) // num_ranks, 1) if whole else (1, len(STEPS[0]))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,

@@ -5,6 +5,7 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -114,7 +115,8 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
-    if not trainer.model_accepts_loss_kwargs:
+    parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):

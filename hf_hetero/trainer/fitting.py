@@ -61,6 +61,19 @@ class Fitted:
         self.undone.close()
 
 
+def accept(trainer: Trainer) -> None:
+    """Have a trainer divide the loss by the step's tokens, once it is known that something computes the attention.
+
+    Classes that see images say that their loss cannot be divided so (`accepts_loss_kwargs`), which it can, as the trial
+    shows; for want of it Trainer would take the mean of each batch's mean.
+
+    Raises:
+        HeteroError: no kernel can.
+    """
+    choose_kernel(base_model(trainer.model), trainer.args.device.type, compute_dtype(trainer))
+    trainer.model_accepts_loss_kwargs = True
+
+
 def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
     """Fit a trainer's model of now for planned steps.
 
