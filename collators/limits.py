@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -122,24 +122,46 @@ def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
 
 
 def _longest(model: Any) -> tuple[int, str] | None:
-    """Find the tokens of the longest sample that a model's positions allow, and say why; None: of any length."""
+    """Find the tokens of the longest sample that a model can learn from exactly, and say why; None: of any length."""
     text = text_part(model)
+    limits = [*_learned_positions(text), *_chosen_tokens(text)]
+    if (table := longest_exact(text)) is not None:
+        longest, kind = table
+        reason = (
+            f"the model's rotary table (rope_type {kind!r}) would grow with it, and stay so for samples after it. Set "
+            "HeteroConfig.max_sample_tokens and longer_samples, or another rope_type; to evaluate such samples, set "
+            "HeteroConfig.plan_evaluation=False."
+        )
+        limits.append((longest, reason))
+    return min(limits, default=None)
+
+
+def _learned_positions(text: Any) -> Iterator[tuple[int, str]]:
+    """Yield how many positions a model has learned, and the reason in words."""
     for name, module in text.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # some tables have rows that are no position, as the first two of OPT's
-            padding = padding_of(model)
+            padding = padding_of(text)
             unused = 0 if padding is None else padding + 1
-            return min(module.num_embeddings, cast("Any", text.config).max_position_embeddings) - unused, (
-                f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
+            # some tables have rows that are no position, as the first two of OPT's
+            yield (
+                min(module.num_embeddings, text.config.max_position_embeddings) - unused,
+                (f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."),
             )
-    if (table := longest_exact(text)) is None:
-        return None
-    longest, kind = table
-    return longest, (
-        f"the model's rotary table (rope_type {kind!r}) would grow with it, and stay so for samples after it. Set "
-        "HeteroConfig.max_sample_tokens and longer_samples, or another rope_type; to evaluate such samples, set "
-        "HeteroConfig.plan_evaluation=False."
-    )
+
+
+def _chosen_tokens(text: Any) -> Iterator[tuple[int, str]]:
+    """Yield among how many tokens an indexer leaves none out, as DeepSeek-V3.2's, and the reason in words."""
+    if not any(type(module).__name__.endswith("Indexer") for module in text.modules()):
+        return
+    # of single tokens, or of blocks of them, as in MiniMax-M3
+    for name, block in (("index_topk", None), ("index_topk_blocks", "index_block_size")):
+        chosen = getattr(text.config, name, None)
+        if isinstance(chosen, int):
+            reason = (
+                f"in longer samples the model chooses which tokens to attend to ({name}={chosen}), and no rank has all "
+                "of them to choose from. Set HeteroConfig.max_sample_tokens and longer_samples."
+            )
+            yield chosen * (1 if block is None else getattr(text.config, block)), reason
 
 
 def _check(ids: torch.Tensor, num: int | None, what: str, offset: int, or_else: str) -> None:

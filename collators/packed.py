@@ -18,6 +18,9 @@ from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
+MARKS_OF_TEXT = frozenset({"mm_token_type_ids"})
+"""Inputs that are 0 for a token of text, which some models that see images want in training."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,6 +86,8 @@ class PackedCollator:
             spans = layout.spans[group.ranks.index(share.rank)]
             pack = [samples.get(position) for position in group.samples]
             inputs = pack_spans(spans, pack, unshifted=self.keeps_labels_unshifted)
+            for name in self.model_inputs & MARKS_OF_TEXT - set(inputs):
+                inputs[name] = torch.zeros_like(inputs["input_ids"])
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
             total += sum(self._num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)

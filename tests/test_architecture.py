@@ -73,7 +73,6 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "model.wrapped",
         "checks.own_loss",
         "checks.probe",
-        "checks.shrinking",
         "checks.tiny",
         "ranks.sharding",
         "trainer.checkpoint",

@@ -7,8 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from hf_hetero.checks.shrinking import shrunk, text_of
-from hf_hetero.checks.tiny import build, num_numbers
+from hf_hetero.checks.tiny import build, num_numbers, shrunk, text_of
 
 KINDS = {
     "text": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),

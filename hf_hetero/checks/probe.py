@@ -7,6 +7,7 @@ shares are left as they were.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,9 +24,9 @@ from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.checks import exactness
 from hf_hetero.checks.in_double import in_double
-from hf_hetero.checks.shrinking import LENGTHS, shrunk
-from hf_hetero.checks.tiny import build, num_numbers, undisturbed
+from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, undisturbed
 from hf_hetero.collators.limits import padding_of
+from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
@@ -162,7 +163,8 @@ def _probe(model: Any) -> Probe:
     context = _context()
     padding = padding_of(model)
     inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample, padding=padding) for sample in ids])
-    batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
+    marks = {name: torch.zeros_like(inputs["input_ids"]) for name in MARKS_OF_TEXT & _named_inputs(model)}
+    batch = {**inputs, **marks, "hetero": context, "num_items_in_batch": num_targets}
     interface.register()
     hooks = HandedDown(model), rotary.TablesBySample(model)
     try:
@@ -180,6 +182,10 @@ def _probe(model: Any) -> Probe:
         for hook in hooks:
             hook.remove()
     return _judged(layers, context.reached, planned, expected)
+
+
+def _named_inputs(model: Any) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
 
 
 @contextmanager

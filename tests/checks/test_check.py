@@ -66,7 +66,7 @@ STATE = "linear_attention carry state along a sample"
         ("Zamba2", {}, "hybrid, linear_attention carry state"),
         ("Lfm2", {"num_hidden_layers": 4, "full_attn_idxs": [1, 3]}, "conv carry state along a sample"),
         ("NemotronH", {}, "moe are not known to be exact"),
-        ("Llama4Text", {}, "chunked_attention are not known to be exact"),
+        ("DeepseekV4", {}, "compressed_sparse_attention, heavily_compressed_attention are not known to be exact"),
         ("T5", {}, "it has an encoder and a decoder"),
         ("Bart", {}, "it has an encoder and a decoder"),
         ("Siglip", {}, "no causal language model of type 'siglip'"),

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from hf_hetero.attention import handing_down, interface, methods, rotary
 from hf_hetero.checks import probe as trial
 from hf_hetero.checks.probe import Probe, check_untested, probe
-from hf_hetero.checks.shrinking import shrunk
-from hf_hetero.checks.tiny import build, num_numbers
+from hf_hetero.checks.tiny import build, num_numbers, shrunk
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [9.0] * 4, "short_factor": [1.0] * 4}
 

@@ -82,6 +82,16 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
             "laurel_rank": 4,
         },
     ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {"num_hidden_layers": 4, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
+        | {"floor_scale": 4},
+    ),
+    "deepseek-v3.2": (
+        "DeepseekV32ForCausalLM",
+        {**MLA, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1, "index_topk": 64}
+        | {"index_head_dim": 8, "index_n_heads": 2, "num_experts_per_tok": 2},
+    ),
     "aria-text": ("AriaTextForCausalLM", {"moe_num_experts": 4, "moe_topk": 2}),
     "longcat": (
         "LongcatFlashForCausalLM",
@@ -158,7 +168,7 @@ def test_others_learn_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "nemotron", "roberta"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen2.5-vl", "nemotron", "roberta", "llama4"])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
