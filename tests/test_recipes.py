@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from end_to_end.test_other_models import model_of
 from helpers import free_port, run_ranks, shard_on_cpu
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -858,3 +859,15 @@ def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
         len(group["ranks"]) for record in records for m in record["plan"]["micro_batches"] for group in m["groups"]
     }
     assert 4 in degrees  # files of more than 5120 tokens need both nodes
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2.5-vl", "llava"])
+def test_models_that_see_are_loaded(sft: ModuleType, name: str, tmp_path: Path) -> None:
+    """As what they are, from a folder and from a config, whether or not transformers counts them as language models."""
+    model = model_of(name)
+    model.save_pretrained(tmp_path)
+    loaded = sft.load_model(sft.RecipeArguments(model=str(tmp_path), dtype="float32"), None)
+    assert type(loaded) is type(model)
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in loaded.state_dict().items())
+    shape = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert type(sft.load_model(sft.RecipeArguments(model_config=shape), None)) is type(model)
