@@ -34,8 +34,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from instances import KINDS, model_of
 from transformers import Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from instances import KINDS, model_of
 
 from hf_hetero import Group, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
@@ -209,11 +212,13 @@ def judged(plain: Any, ranks: list[tuple[Any, str, bool]]) -> dict[str, Any]:
     if errors:
         error, refused = max(errors, key=lambda one: one[1])
         return {"result": "refused" if refused else "crash", "why": error}
-    movement = max(float((after[name] - before[name]).abs().max()) for name in before)
-    error = max(float((w[name] - after[name]).abs().max()) for w, _, _ in ranks for name in after) / movement
-    if not movement > 0 or movement != movement:
+    # by torch, whose largest of nan and anything is nan
+    movement = float(torch.stack([(after[name] - before[name]).abs().max() for name in before]).max())
+    error = float(torch.stack([(w[name] - after[name]).abs().max() for w, _, _ in ranks for name in after]).max())
+    if not 0 < movement < float("inf"):
         return {"result": "stock cannot", "why": f"plain training moves the weights by {movement}"}
-    return {"result": "exact" if error <= EXACT else "wrong", "why": "", "error": error}
+    # "not <=", so that nan is wrong
+    return {"result": "wrong" if not error <= EXACT * movement else "exact", "why": "", "error": error / movement}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:

@@ -65,23 +65,8 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronForCausalLM", {}),
     "stablelm": ("StableLmForCausalLM", {}),
     "roberta": ("RobertaForCausalLM", {"is_decoder": True, "pad_token_id": 1, "bos_token_id": 0}),
-    "bert-generation": ("BertGenerationDecoder", {"is_decoder": True}),
     "biogpt": ("BioGptForCausalLM", {"activation_dropout": 0.0}),
     "gemma4-text": ("Gemma4ForCausalLM", GEMMA4),
-    "gemma3n-text": (
-        "Gemma3nForCausalLM",
-        {
-            **MIXED_LAYERS,
-            "num_hidden_layers": 4,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "num_kv_shared_layers": 2,
-            "intermediate_size": [48, 40, 48, 40],
-            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
-            "vocab_size_per_layer_input": 97,
-            "hidden_size_per_layer_input": 8,
-            "laurel_rank": 4,
-        },
-    ),
     "llama4": (
         "Llama4ForCausalLM",
         {"num_hidden_layers": 4, "num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8}

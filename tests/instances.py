@@ -1,4 +1,4 @@
-"""Tiny instances of the models that transformers knows, by type: what `measure_models` trains."""
+"""Tiny instances of the models that transformers knows, by type: what `benchmarks/checks/measure_models.py` trains."""
 
 from __future__ import annotations
 
