@@ -5,8 +5,9 @@ trained two steps on text: by plain Trainer on one process, each sample alone; a
 plans of mixed degrees that use each method. Both compute in fp64, whatever type a model asks for in between, and their
 weights are compared:
 
-    exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or no more
-                    than plain Trainer differs from itself when it takes the samples together
+    exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or, under
+                    1e-6, less than 10 times what plain Trainer differs from itself with torch's attention, all samples
+                    of a step together
     refused         HeteroTrainer refuses the model when it is made, in words
     wrong           they differ by more
     crash           HeteroTrainer accepts the model and then fails
@@ -57,7 +58,7 @@ PLANS = (
 )
 """Micro-batches of each step: ranks, samples and method of each group."""
 EXACT = 1e-9  # of the movement; fp64 rounds at 1e-16, and two steps of a deep sum lose a few digits of that
-STEEP = 1e-6  # a model may lose more: then by no more than plain Trainer, one by one against all in one padded batch
+STEEP = 1e-6  # a model may lose more, under plain Trainer, too; a sample that sees another gives 1e-3 and more
 
 
 class ScriptedTrainer(HeteroTrainer):
@@ -140,6 +141,8 @@ def stock(model_type: str, kind: str, extras: Sequence[str], together: bool = Fa
     """Train by plain Trainer; return the class's name, and the weights, before and after."""
     model = model_of(model_type, kind)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if together:
+        model.set_attn_implementation("sdpa")
     return type(model).__name__, before, trained(model, Trainer, 1, extras, together)
 
 
@@ -209,7 +212,7 @@ def measured(model_type: str, kind: str, seconds: float) -> dict[str, Any]:
         if found["result"] == "wrong" and found["error"] < STEEP:
             [[other, _, _]] = called([(stock, model_type, kind, (), True)], seconds)
             found["floor"] = judged(plain, [(other[2], "", False)])["error"] if other is not None else 0.0
-            found["result"] = "exact" if found["error"] <= found["floor"] else "wrong"
+            found["result"] = "exact" if found["error"] <= 10 * found["floor"] else "wrong"
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
 
