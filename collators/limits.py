@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from hf_hetero.attention.rotary import longest_exact
 from hf_hetero.errors import BadSample
 from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
+from hf_hetero.model.wrapped import text_part
 from hf_hetero.samples.samples import Samples
 
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
@@ -27,12 +28,14 @@ class Limits:
         num_labels: rows of its output embedding.
         longest: tokens of the longest sample.
         reason: why there is a longest sample, and what to do about longer ones, in words.
+        padding: where positions are numbered from one after the padding token, as in RoBERTa, that token.
     """
 
     num_tokens: int | None = None
     num_labels: int | None = None
     longest: int | None = None
     reason: str = ""
+    padding: int | None = None
 
     def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
         """Refuse tokens and targets that the model does not have. Both are of shape (num_tokens,).
@@ -85,6 +88,16 @@ def limits_of(model: Any) -> Limits:
         num_labels=getattr(model.get_output_embeddings(), "out_features", vocab_size),
         longest=longest,
         reason=reason,
+        padding=padding_of(model),
+    )
+
+
+def padding_of(model: torch.nn.Module) -> int | None:
+    """Return the padding token after which a model numbers positions; None where they count from 0."""
+    # transformers' name of the function that makes such positions of tokens
+    modules = (module for module in model.modules() if hasattr(module, "create_position_ids_from_input_ids"))
+    return next(
+        (padding for module in modules if isinstance(padding := getattr(module, "padding_idx", None), int)), None
     )
 
 
@@ -109,21 +122,46 @@ def check_whole_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
 
 
 def _longest(model: Any) -> tuple[int, str] | None:
-    """Find the tokens of the longest sample that a model's positions allow, and say why; None: of any length."""
-    for name, module in model.named_modules():
+    """Find the tokens of the longest sample that a model can learn from exactly, and say why; None: of any length."""
+    text = text_part(model)
+    limits = [*_learned_positions(text), *_chosen_tokens(text)]
+    if (table := longest_exact(text)) is not None:
+        longest, kind = table
+        reason = (
+            f"the model's rotary table (rope_type {kind!r}) would grow with it, and stay so for samples after it. Set "
+            "HeteroConfig.max_sample_tokens and longer_samples, or another rope_type; to evaluate such samples, set "
+            "HeteroConfig.plan_evaluation=False."
+        )
+        limits.append((longest, reason))
+    return min(limits, default=None)
+
+
+def _learned_positions(text: Any) -> Iterator[tuple[int, str]]:
+    """Yield how many positions a model has learned, and the reason in words."""
+    for name, module in text.named_modules():
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            padding = padding_of(text)
+            unused = 0 if padding is None else padding + 1
             # some tables have rows that are no position, as the first two of OPT's
-            return min(module.num_embeddings, model.config.max_position_embeddings), (
-                f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."
+            yield (
+                min(module.num_embeddings, text.config.max_position_embeddings) - unused,
+                (f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."),
             )
-    if (table := longest_exact(model)) is None:
-        return None
-    longest, kind = table
-    return longest, (
-        f"the model's rotary table (rope_type {kind!r}) would grow with it, and stay so for samples after it. Set "
-        "HeteroConfig.max_sample_tokens and longer_samples, or another rope_type; to evaluate such samples, set "
-        "HeteroConfig.plan_evaluation=False."
-    )
+
+
+def _chosen_tokens(text: Any) -> Iterator[tuple[int, str]]:
+    """Yield among how many tokens an indexer leaves none out, as DeepSeek-V3.2's, and the reason in words."""
+    if not any(type(module).__name__.endswith("Indexer") for module in text.modules()):
+        return
+    # of single tokens, or of blocks of them, as in MiniMax-M3
+    for name, block in (("index_topk", None), ("index_topk_blocks", "index_block_size")):
+        chosen = getattr(text.config, name, None)
+        if isinstance(chosen, int):
+            reason = (
+                f"in longer samples the model chooses which tokens to attend to ({name}={chosen}), and no rank has all "
+                "of them to choose from. Set HeteroConfig.max_sample_tokens and longer_samples."
+            )
+            yield chosen * (1 if block is None else getattr(text.config, block)), reason
 
 
 def _check(ids: torch.Tensor, num: int | None, what: str, offset: int, or_else: str) -> None:

@@ -10,13 +10,25 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.limits import Limits
-from hf_hetero.collators.sample import LOSS_WEIGHTS, Example, Row, Sample, has_rows, read_row, weights_of
+from hf_hetero.collators.sample import (
+    LOSS_WEIGHTS,
+    Example,
+    Row,
+    Sample,
+    has_rows,
+    read_row,
+    refuse_seen,
+    weights_of,
+)
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
+
+MARKS_OF_TEXT = frozenset({"mm_token_type_ids"})
+"""Inputs that are 0 for a token of text, which some models that see images want in training."""
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +97,8 @@ class PackedCollator:
             spans = layout.spans[group.ranks.index(share.rank)]
             pack = [samples.get(position) for position in group.samples]
             inputs = pack_spans(spans, pack, unshifted=self.keeps_labels_unshifted)
+            for name in self.model_inputs & MARKS_OF_TEXT - set(inputs):
+                inputs[name] = torch.zeros_like(inputs["input_ids"])
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
             total += sum(self._num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
@@ -111,10 +125,13 @@ class PackedCollator:
         example = self._looked_at(example)
         if self.example_collator is not None:
             batch = self.example_collator([dict(example)])
+            refuse_seen(batch, self.model_inputs, name)  # patches of an image need not be one row a sample
             example = {key: values[0] for key, values in batch.items() if has_rows(values)}
         num_in_row = len(example["input_ids"])
         row = read_row(example, self.model_inputs, name)
         positions, others = row.positions(is_packed, name), dict(row.values)
+        if self.limits.padding is not None and "position_ids" not in others:
+            positions = None  # padding before a sample takes no positions there
         others.pop("position_ids", None)
         input_ids, labels = others.pop("input_ids").long(), others.pop("labels", None)
         labels = self._labels(input_ids, labels, name)
@@ -133,7 +150,7 @@ class PackedCollator:
         )
         if loss_weights is not None:
             weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
-        return Sample(input_ids, labels, positions, inputs, weights)
+        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding)
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
         """Return a row without the columns that are not looked at, and without weights, which no collator knows."""

@@ -20,6 +20,18 @@ NUMBERS = ("input_ids", "labels", "position_ids")
 """Columns that must hold whole numbers."""
 LOSS_WEIGHTS = "loss_weights"
 """What the loss of each token is multiplied by, among the inputs of the model, which hands it to its loss."""
+SEEN = (
+    "pixel_",
+    "image",
+    "video",
+    "audio",
+    "speech",
+    "input_features",
+    "input_values",
+    "aspect_ratio",
+    "flattened_patches",
+)
+"""How inputs begin that are made of images, videos and sounds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +44,8 @@ class Sample:
         positions: given by the row; None: they count from 0.
         inputs: what else the model takes of each token.
         weights: what else there is of each label: `LOSS_WEIGHTS`, and more for a loss of one's own.
+        padding: for a model that numbers positions from one after its padding token, and leaves padding tokens out,
+            that token; None: they count from 0.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +53,7 @@ class Sample:
     positions: torch.Tensor | None = None
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
+    padding: int | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -49,7 +64,7 @@ class Sample:
 
     @property
     def num_positions(self) -> int:
-        """Return one more than its last position."""
+        """Return one more than its last position, counted from 0."""
         return len(self.input_ids) if self.positions is None else int(self.positions.max()) + 1
 
     def fingerprint(self) -> int:
@@ -69,11 +84,17 @@ class Sample:
             None if self.positions is None else self.positions[stretch],
             {name: values[stretch] for name, values in self.inputs.items()},
             {name: values[stretch] for name, values in self.weights.items()},
+            self.padding,
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:
         """Return the positions of a span. Shape (end - start,)."""
-        return torch.arange(start, end) if self.positions is None else self.positions[start:end]
+        if self.positions is not None:
+            return self.positions[start:end]
+        if self.padding is None:
+            return torch.arange(start, end)
+        is_token = (self.input_ids != self.padding).long()
+        return (is_token.cumsum(0) * is_token + self.padding)[start:end]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,7 @@ def _check_carried(
 ) -> None:
     """Refuse what a rank that holds a part of the row could not be given its part of."""
     num_tokens = len(per_token["input_ids"])
+    refuse_seen(example, model_inputs, name)
     if example.get("labels") is not None and "labels" not in per_token:
         raise BadSample(
             f"{name} has {num_tokens} input_ids but {torch.as_tensor(example['labels']).numel()} labels. Give "
@@ -186,6 +208,21 @@ def weights_of(example: Example, column: str, name: str) -> torch.Tensor:
             f"{name}: {column} is {values!r:.60}. It must be a finite number, or one for each token of the row."
         )
     return weights
+
+
+def refuse_seen(example: Example, model_inputs: frozenset[str], name: str) -> None:
+    """Refuse what a model sees or hears beside its text, however long it is.
+
+    Raises:
+        BadSample: it names the row and the key.
+    """
+    for key in sorted(model_inputs & set(example)):
+        values = example[key]
+        if key.startswith(SEEN) and values is not None and (not hasattr(values, "__len__") or len(values)):
+            raise BadSample(
+                f"{name} has {key}: images, videos and sounds cannot be shared out among ranks yet, only text. Leave "
+                "such rows out of the dataset, or train with plain Trainer."
+            )
 
 
 def has_rows(values: Any) -> bool:

@@ -8,7 +8,7 @@ computes a `HeadShare` of all tokens.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -69,6 +69,21 @@ class Layout:
     def is_cut(self) -> bool:
         """Tell whether a sample is held by more than one rank."""
         return any(span.num_tokens < self.lengths[span.sample] for spans in self.spans for span in spans)
+
+    def in_chunks(self, num_tokens: int) -> Layout:
+        """Return the same tokens in the same places, as if each chunk of a sample were a sample of its own."""
+        first, lengths = [0], list[int]()  # of each sample: its first chunk
+        for length in self.lengths:
+            lengths += [min(num_tokens, length - start) for start in range(0, length, num_tokens)]
+            first.append(len(lengths))
+
+        def parts(span: Span) -> Iterator[Span]:
+            for number in range(span.start // num_tokens, -(-span.end // num_tokens)):
+                at = number * num_tokens
+                yield Span(first[span.sample] + number, max(span.start - at, 0), min(span.end - at, num_tokens))
+
+        spans = tuple(tuple(part for span in spans for part in parts(span)) for spans in self.spans)
+        return Layout(tuple(lengths), spans, self.kind, self.inner)
 
     @property
     def cu_seqlens(self) -> tuple[int, ...]:

@@ -23,7 +23,15 @@ from typing import Any, Literal
 
 import datasets
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan, __version__
 from hf_hetero.callbacks import PlanMetricsCallback
@@ -214,18 +222,26 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
         raise HeteroError("Set one of `model` (a folder or a hub name) and `model_config` (train from scratch).")
     if args.model is not None:
         # said outright, because transformers would ask at the terminal, and ranks have none
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=False)
+        model = auto_class(config).from_pretrained(args.model, dtype=args.dtype, trust_remote_code=False)
     else:
         shape = json.loads(args.model_config) if isinstance(args.model_config, str) else dict(args.model_config)
         if tokenizer is not None:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             shape = {"vocab_size": len(tokenizer), **ids, **shape}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=args.dtype)
+        config = AutoConfig.for_model(**shape)
+        model = auto_class(config).from_config(config, dtype=args.dtype)
     if args.lora_r is None:
         return model
     targets = args.lora_target_modules or "all-linear"
     lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
+
+
+def auto_class(config: Any) -> Any:
+    """What loads a language model: as one that sees images, where transformers knows it only so; it learns text."""
+    sees = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 # ------------------------------------------------------------------------------------------------------------- run

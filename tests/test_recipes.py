@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from end_to_end.test_other_models import model_of
 from helpers import free_port, run_ranks, shard_on_cpu
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -870,3 +871,15 @@ def test_weights_pass_the_tokenizer(sft: Any) -> None:
     [row] = sft.prepare_data(sft.RecipeArguments(), table, None, weight_column="importance")
     assert row["importance"] == -0.5
     assert "source" not in row
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2.5-vl", "llava"])
+def test_models_that_see_are_loaded(sft: ModuleType, name: str, tmp_path: Path) -> None:
+    """As what they are, from a folder and from a config, whether or not transformers counts them as language models."""
+    model = model_of(name)
+    model.save_pretrained(tmp_path)
+    loaded = sft.load_model(sft.RecipeArguments(model=str(tmp_path), dtype="float32"), None)
+    assert type(loaded) is type(model)
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in loaded.state_dict().items())
+    shape = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert type(sft.load_model(sft.RecipeArguments(model_config=shape), None)) is type(model)

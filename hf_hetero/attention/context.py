@@ -101,6 +101,29 @@ class AttentionContext:
         """Return the context as a layer sees it."""
         return Place(self, layer)
 
+    def in_chunks(self, num_tokens: int) -> AttentionContext:
+        """Return the context of layers whose tokens see no further back than their chunk of the sample begins."""
+
+        def make() -> AttentionContext:
+            peers = self.peers
+            return AttentionContext(
+                self.layout.in_chunks(num_tokens),
+                peers.ranks,
+                peers.ranks[self.group_rank],
+                peers.group,
+                self.method,
+                self.kernel,
+                self.device,
+                step=self.step,
+                micro_batch=self.micro_batch,
+                inner_group=self.inner_group,
+                keeps=self.keeps,
+                store=self.store,
+                waits=self.waits,
+            )
+
+        return self.shared(("chunks", num_tokens), make)
+
     def where(self, layer: int) -> str:
         """Return step, micro-batch, layer and ranks of an operation, for messages."""
         return f"step {self.step}, micro-batch {self.micro_batch}, layer {layer}, ranks {list(self.peers.ranks)}"

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_hetero.attention import chunks
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.kernels.plain import weigh
@@ -71,8 +72,9 @@ def hetero_attention(
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)
     # a pack is one row. Norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
+    query = chunks.at_own_positions(module, query, hetero)
     q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
-    out = attend(q, k, v, scores, hetero.at(layer))
+    out = attend(q, k, v, scores, chunks.place_of(module, hetero, layer))
     # a rank without tokens runs the model on one that stands in, so that it takes part in every exchange; the output
     # of that token is zeros, and nothing flows back from it
     out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
@@ -99,6 +101,12 @@ def _without_plan(
         raise UnsupportedModel(
             f"{type(module).__name__} does not hand its keyword arguments to attention, so a layer cannot learn which "
             "ranks share its tokens. Use a model of transformers itself, or plain Trainer."
+        )
+    chosen = kwargs.get("indices")
+    if chosen is not None and chosen.shape[-1] < key.shape[-2]:
+        raise UnsupportedModel(
+            f"{type(module).__name__} chooses {chosen.shape[-1]} of {key.shape[-2]} tokens to attend to, which only "
+            "transformers' own attention follows. Evaluate shorter samples, or after training."
         )
     if scores.softcap is None and scores.sinks is None:
         out, _ = sdpa_attention_forward(

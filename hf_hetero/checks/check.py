@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from hf_hetero.attention.kernels import choice
 from hf_hetero.checks import exactness
 from hf_hetero.checks.outline import config_of, one_line, outline_of
 from hf_hetero.checks.probe import Probe, tried
-from hf_hetero.checks.tiny import build
+from hf_hetero.checks.tiny import architecture_of, build
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.estimate.memory import tokens_by_lever
@@ -179,13 +178,13 @@ def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
     untried = Probe(failure="not tried, because the model is refused")
     if config.is_encoder_decoder:
         return ("it has an encoder and a decoder; only decoder-only language models are supported.",), untried
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if (architecture := architecture_of(config)) is None:
         return (f"transformers has no causal language model of type {config.model_type!r}.",), untried
     try:
-        reasons = tuple(exactness.model_problems(build(config, "meta")))
+        reasons = tuple(exactness.model_problems(build(config, "meta", architecture)))
     except Exception as error:
         return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {one_line(error)}")
     if reasons:
         return reasons, untried
-    trial = tried(config)
+    trial = tried(config, architecture)
     return (trial.problem,) if trial.problem else (), trial

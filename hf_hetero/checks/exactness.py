@@ -5,6 +5,7 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +34,10 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attent
 STEPS_IN_BACKWARD = frozenset({"lomo", "adalomo"})
 TOKEN_LAYER_TYPES = frozenset({"mlp", "moe"})
 """Layers that look at one token at a time."""
-EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_attention"}) | {
+    "indexed_attention",  # these two for samples so short that nothing is left out (`collators.limits`)
+    "minimax_m3_sparse",
+}
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
 
@@ -120,7 +124,8 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
-    if not trainer.model_accepts_loss_kwargs:
+    parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
@@ -141,17 +146,16 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
     for name, adapter in adapters.items():
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
-    names = [architecture.__name__ for architecture in type(base).__mro__]  # a user's own class inherits from one
-    if config.is_encoder_decoder or not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    # what writes text token by token, whatever its class is called: of text alone, or of images and text
+    if config.is_encoder_decoder or not base.can_generate():
         yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
+        return
+    config = config.get_text_config(decoder=True)
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    num_mixers = sum(1 for _ in mixers_of(base))
-    if not num_mixers and not base._supports_attention_backend:  # pyright: ignore[reportPrivateUsage]
-        yield "it does not use transformers' attention interface, so samples cannot be shared among ranks."
     kinds: list[str] = getattr(config, "layer_types", None) or []
     layer_types = set(kinds)
-    if num_mixers < sum(kind in STATE_LAYER_TYPES for kind in kinds):
+    if sum(1 for _ in mixers_of(base)) < sum(kind in STATE_LAYER_TYPES for kind in kinds):
         with_state = sorted(layer_types & STATE_LAYER_TYPES)
         yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
     if other := sorted(layer_types - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from hf_hetero.checks.tiny import build
+from hf_hetero.checks.tiny import architecture_of, build
 from hf_hetero.errors import ConfigError
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
@@ -58,7 +58,7 @@ def _check_sizes(name: str, config: Any) -> None:
 def outline_of(config: PretrainedConfig) -> Any:
     """Build the model without weights; None for what cannot be built, which the probe says."""
     try:
-        return build(config, "meta")
+        return build(config, "meta", architecture_of(config))
     except Exception:
         return None
 

@@ -7,10 +7,12 @@ shares are left as they were.
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,9 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.checks import exactness
+from hf_hetero.checks.in_double import in_double
 from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, undisturbed
+from hf_hetero.collators.limits import padding_of
+from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
@@ -31,8 +37,11 @@ from hf_hetero.state_layers.planned import StateLayers
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # relative, in fp32; rounding gives 1e-6, a sample that sees another 1e-2 and more
-MOST_NUMBERS = 50_000_000  # weights and buffers that a tiny instance may have
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
+"""Of differences, relative: rounding gives 1e-6 and 1e-14, a sample that sees another 1e-2 and more."""
+NO_INTERFACE = "it does not use transformers' attention interface, so samples cannot be shared among ranks."
+DIFFERS = "a tiny instance learns differently"
+MOST_NUMBERS = 80_000_000  # weights and buffers that a tiny instance may have
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +100,10 @@ def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) ->
     name, kind = type(model).__name__, model.config.model_type
     # tried on rank 0 for all: ranks that came to other ends, by a machine's rounding, would not all go on
     trial = broadcast(lambda: tried(model.config, type(model)), control)
-    if trial.problem:
-        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {trial.problem}")
+    # what says that it does not use the interface may be wrong about that, but only a trial can tell
+    unproved = trial.failure and not model._supports_attention_backend  # pyright: ignore[reportPrivateUsage]
+    if problem := trial.problem or (NO_INTERFACE if unproved else ""):
+        raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {problem}")
     if trial.failure:
         logger.warning(
             "%s (model type %r) is not among those tested for exact gradients (%s), and could not be tried: %s.",
@@ -112,7 +123,14 @@ def probe(model: Any) -> Probe:
     then one forward pass in training mode, for what is refused only there.
     """
     with undisturbed():
-        return _probe(model)
+        attention = model.config._attn_implementation
+        found = _probe(model.float())
+        if not found.problem.startswith(DIFFERS):
+            return found
+        # a model may be so steep that fp32 rounds by more than the tolerance: fp64 tells that from an error
+        model.set_attn_implementation(attention)
+        with in_double(model):
+            return _probe(model)
 
 
 def _probe(model: Any) -> Probe:
@@ -122,7 +140,7 @@ def _probe(model: Any) -> Probe:
     # none of the first three numbers, which tiny configs have for padding, begin and end
     ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
     num_targets = sum(length - 1 for length in LENGTHS)
-    model = model.float().eval()
+    model = model.eval()
     losses: list[str] = []
 
     def counted_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -130,8 +148,10 @@ def _probe(model: Any) -> Probe:
         return token_loss(*args, **kwargs)
 
     model.loss_function = counted_loss
+    layers: set[int] = set()
     try:
-        expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
+        with _watched(model, layers):
+            expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
     except Exception as error:
         return Probe(failure=f"a tiny instance fails with stock attention, too: {_said(error)}")
     if len(losses) != len(ids):
@@ -142,11 +162,13 @@ def _probe(model: Any) -> Probe:
     if not all(bool(x.isfinite().all()) for x in expected.values()):
         return Probe(failure="the loss or a gradient of a tiny instance is not finite with stock attention")
     context = _context()
-    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample) for sample in ids])
-    batch = {**inputs, "hetero": context, "num_items_in_batch": num_targets}
+    padding = padding_of(model)
+    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample, padding=padding) for sample in ids])
+    marks = {name: torch.zeros_like(inputs["input_ids"]) for name in MARKS_OF_TEXT & _named_inputs(model)}
+    batch = {**inputs, **marks, "hetero": context, "num_items_in_batch": num_targets}
+    interface.register()
+    hooks = HandedDown(model), rotary.TablesBySample(model)
     try:
-        interface.register()
-        rotary.TablesBySample(model)
         model.set_attn_implementation(interface.ATTENTION_NAME)
         with StateLayers(model).planned(context):
             planned = _pass(model, [batch])
@@ -155,8 +177,35 @@ def _probe(model: Any) -> Probe:
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:
+        if not context.reached and not model._supports_attention_backend:
+            return Probe(problem=NO_INTERFACE)
         return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
-    return _judged(model, context.reached, planned, expected)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    layers -= {number for number, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
+    return _judged(layers, context.reached, planned, expected)
+
+
+def _named_inputs(model: Any) -> set[str]:
+    return set(inspect.signature(type(model).forward).parameters)
+
+
+@contextmanager
+def _watched(model: torch.nn.Module, layers: set[int]) -> Iterator[None]:
+    """Note the numbers of layers that compute meanwhile: a tower that sees images has layers of its own."""
+
+    def note(module: torch.nn.Module, args: Any) -> None:
+        layers.add(cast("Any", module).layer_idx)
+
+    numbered = [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    hooks = [module.register_forward_pre_hook(note) for module in numbered]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _context() -> AttentionContext:
@@ -166,16 +215,15 @@ def _context() -> AttentionContext:
 
 
 def _judged(
-    model: Any, reached: set[int], planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+    layers: set[int], reached: set[int], planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> Probe:
     """Say in words what differs, the cause before its effects: layers, then missing gradients, then their values."""
-    layers = {m.layer_idx for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)}
-    kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
-    layers -= {n for n, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
     loss_error, gradient_error = _errors(planned, expected)
     problem = ""
-    if reached != layers:
-        missing = ", ".join(map(str, sorted(layers - reached))) or "none"
+    if not reached:
+        problem = NO_INTERFACE
+    elif layers - reached:
+        missing = ", ".join(map(str, sorted(layers - reached)))
         problem = (
             f"under a plan {len(reached)} of {len(layers)} layers of a tiny instance call transformers' attention "
             f"interface (not: {missing}); the others would not learn which ranks share their tokens."
@@ -185,9 +233,9 @@ def _judged(
             f"under a plan {len(without)} weights of a tiny instance get no gradient, {without[0]} for one: its "
             "attention depends on them in a way of its own, such as a learned mask."
         )
-    elif not max(loss_error, gradient_error) <= TOLERANCE:  # so that nan is no pass
+    elif not max(loss_error, gradient_error) <= TOLERANCE[expected[""].dtype]:  # so that nan is no pass
         problem = (
-            f"a tiny instance learns differently when samples are packed: the loss differs by {loss_error:.0e}, "
+            f"{DIFFERS} when samples are packed: the loss differs by {loss_error:.0e}, "
             f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, "
             "or positions are not taken from position_ids."
         )

@@ -13,21 +13,38 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 LENGTHS = (11, 1, 6, 23)
-"""Tokens of the samples that it is tried on."""
+"""Tokens of the samples that a tiny instance is tried on."""
 SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
 NUM_HEADS = 4
+NARROW = 128  # numbers of a token between layers, where heads need not add up to them
+DEPTHS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "num_encoder_layers", "n_layer")
+"""Names of how many layers a part has that sees or hears."""
+PART_HEADS = (
+    "num_attention_heads",
+    "num_heads",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "attention_heads",
+)
+WIDTHS = ("hidden_size", "embed_dim", "d_model")
+"""Names of the heads, and of the width of all of them together, of a part."""
 SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
-    "intermediate_size": 48,
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
-    "vocab_size": 128,
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), 128),
+    "hidden_size_per_layer_input": 16,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_num_active_experts", "moe_topk"), 2),
+    "zero_expert_num": 2,
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
@@ -40,6 +57,9 @@ SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
     "n_groups": 2,
     "mamba_ngroups": 2,
     "linear_num_heads": 4,
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -86,8 +106,31 @@ def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedMo
     make: Callable[..., Any] = AutoModelForCausalLM.from_config
     if architecture is not None:
         make = architecture._from_config  # pyright: ignore[reportPrivateUsage]  # what the former calls, too
+        text = config.get_text_config(decoder=True)
+        # of Qwen3.5, for one, the language model alone, as the former does
+        if isinstance(text, architecture.config_class or ()) and not isinstance(
+            config, architecture.config_class or ()
+        ):
+            config = text
     with undisturbed(), torch.device(device):
         return make(config, attn_implementation="eager")
+
+
+def architecture_of(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of a config's language model: that which it names, or transformers' choice; None: there is none.
+
+    Of a type that sees images that is the class that sees them, and is trained on text.
+    """
+    for name in config.architectures or ():
+        named: Any = getattr(transformers, name, None)
+        # a model without a head is loaded with one
+        if isinstance(named, type) and ("For" in name or getattr(named, "can_generate", bool)()):
+            return named
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found: Any = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
 
 
 def num_numbers(model: torch.nn.Module) -> int:
@@ -98,25 +141,74 @@ def num_numbers(model: torch.nn.Module) -> int:
 def shrunk(config: PretrainedConfig) -> PretrainedConfig:
     """Return the config of few and small layers: one of each kind, heads as wide, the same grouping of heads.
 
-    Of a model of text and images the text part is shrunk. The given config stays as it is.
+    Of a model of text and images the text part is shrunk so; other parts are made shallow. The given config stays as
+    it is.
     """
     small: Any = copy.deepcopy(config)
-    _shrink(small.get_text_config(decoder=True))
+    text = text_of(small)
+    _shrink(text)
+    for part in _parts(small):
+        if part is not text:
+            _make_shallow(part, text)
     return small
+
+
+def text_of(config: Any) -> Any:
+    """Return the part of a config that the language model is made from; it is the config's own, and no copy."""
+    text = config.get_text_config(decoder=True)
+    return config if type(text) is type(config) else text  # of an encoder with a decoder transformers gives a copy
+
+
+def _parts(config: Any) -> list[Any]:
+    """List the configs within a config, at any depth."""
+    inner = [_get(config, name) for name in getattr(config, "sub_configs", {})]
+    parts = [part for part in inner if isinstance(part, PretrainedConfig)]
+    return [*parts, *(deeper for part in parts for deeper in _parts(part))]
+
+
+def _make_shallow(config: Any, text: Any) -> None:
+    """Leave one layer, of few heads, of a part that is only built."""
+    _set_smallest(config)
+    for name in DEPTHS:
+        if isinstance(depth := _get(config, name), int) and depth > 1:
+            lists = {key: x for key, x in vars(config).items() if isinstance(x, list) and len(x) == depth}  # pyright: ignore
+            _set(config, name, 1)
+            for key, values in lists.items():
+                _set(config, key, values[:1])
+    for name in PART_HEADS:
+        heads = _get(config, name)
+        widths = {key: x for key in WIDTHS if isinstance(x := _get(config, key), int)}
+        if isinstance(heads, int) and heads > NUM_HEADS and widths and not any(x % heads for x in widths.values()):
+            for key, width in widths.items():
+                _set(config, key, NUM_HEADS * (width // heads))
+            _set(config, name, NUM_HEADS)
+    if _get(config, "out_hidden_size") is not None:
+        _set(config, "out_hidden_size", _get(text, "hidden_size"))
+
+
+def _set_smallest(config: Any) -> None:
+    for name, most in SMALLEST.items():
+        value = _get(config, name)
+        if isinstance(value, int) and not isinstance(value, bool):
+            _set(config, name, min(value, most))
+        elif isinstance(value, list) and all(type(x) is int for x in value):  # pyright: ignore[reportUnknownVariableType]
+            _set(config, name, [min(x, most) for x in value])  # pyright: ignore[reportUnknownVariableType]
 
 
 def _shrink(config: Any) -> None:
     """Make a config's sizes small in place."""
-    for name, most in SMALLEST.items():
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool):
-            _set(config, name, min(value, most))
-    heads = getattr(config, "num_attention_heads", None)
+    _set_smallest(config)
+    heads = _get(config, "num_attention_heads")
     if isinstance(heads, int) and heads > 0:
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        kv_heads = _get(config, "num_key_value_heads") or heads
         # rotary tables and partial rotation are made for the width of a head, so it stays
-        _set(config, "hidden_size", NUM_HEADS * (config.hidden_size // heads))
-        _set(config, "num_attention_heads", NUM_HEADS)
+        width = NUM_HEADS * (config.hidden_size // heads)
+        if _get(config, "head_dim") not in (None, config.hidden_size // heads):  # a width of its own
+            width = min(width, NARROW)
+        _set(config, "hidden_size", width)
+        for name in PART_HEADS:  # a decoder of one's own has as many as its encoder
+            if _get(config, name) is not None:
+                _set(config, name, NUM_HEADS)
         if hasattr(config, "num_key_value_heads"):
             _set(config, "num_key_value_heads", NUM_HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2)
     _shrink_heads_of_state(config)
@@ -147,35 +239,50 @@ def _switch_rotary_tables_early(config: Any) -> None:
 
     For those that would stay others for the samples after it, let it not be: such samples are refused when they come.
     """
-    rope: Any = getattr(config, "rope_parameters", None) or {}
+    rope: Any = _get(config, "rope_parameters") or {}
     tables = [rope, *(x for x in rope.values() if isinstance(x, dict))]  # one, or one for each kind of layer
     types = {table.get("rope_type") for table in tables}
     if "longrope" in types:
-        if getattr(config, "original_max_position_embeddings", None):  # of both places, this one counts
+        if _get(config, "original_max_position_embeddings"):  # of both places, this one counts
             _set(config, "original_max_position_embeddings", SWITCH_TOKENS)
         for table in tables:
             if table.get("rope_type") == "longrope":
                 table["original_max_position_embeddings"] = SWITCH_TOKENS
     if "dynamic" in types:
         _set(config, "max_position_embeddings", max(config.max_position_embeddings, *LENGTHS))
+    if chosen := _get(config, "index_topk"):  # longer ones, whose tokens are chosen among, are refused, too
+        _set(config, "index_topk", max(chosen, *LENGTHS))
 
 
 def _keep_one_layer_of_each_kind(config: Any) -> None:
-    """Keep the first layers, as many as it takes to have one of each kind, and two at least."""
-    total = getattr(config, "num_hidden_layers", None)
+    """Keep the first layers, as many as it takes to have one of each kind, and two at least.
+
+    Where the last layers take keys and values from earlier ones, as in Gemma 3n, as many of these are kept as well.
+    """
+    total = _get(config, "num_hidden_layers")
     if not isinstance(total, int):
         return
-    values = {**vars(config), **{name: getattr(config, name, None) for name in KINDS}}  # some configs rename the kinds
+    values = {**vars(config), **{name: _get(config, name) for name in KINDS}}  # some configs rename the kinds
     per_layer = {name: list(x) for name, x in values.items() if isinstance(x, list | tuple) and len(x) == total}
     kinds = [per_layer[name] for name in KINDS if name in per_layer]
     firsts = [kind.index(value) + 1 for kind in kinds for value in set(kind)]
     num_layers = min(total, max([2, *firsts]))
+    if shared := _get(config, "num_kv_shared_layers"):
+        _set(config, "num_kv_shared_layers", min(shared, num_layers))
+        num_layers = min(total, 2 * num_layers)
     _set(config, "num_hidden_layers", num_layers)
     for name, values in per_layer.items():
         _set(config, name, values[:num_layers])
 
 
+def _get(config: Any, name: str) -> Any:
+    """Return a field; None where there is none, or where it differs by layer and cannot be asked for at once."""
+    with suppress(Exception):
+        return getattr(config, name, None)
+    return None
+
+
 def _set(config: Any, name: str, value: Any) -> None:
     """Set what can be set: some configs compute the one or other value."""
-    with suppress(AttributeError):
+    with suppress(AttributeError, NotImplementedError):
         setattr(config, name, value)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hf_hetero.estimate.active import active_params, num_experts, num_used
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -77,29 +79,26 @@ def shape_of(
     chunked_loss: bool = False,
     chunked_mlp: bool = False,
 ) -> ModelShape:
-    """Read a model's shape from its config and its weights."""
-    heads = getattr(config, "num_attention_heads", None) or 1  # of layers with state alone: none is exchanged
+    """Read a model's shape from its config and its weights; what differs by layer is averaged over them."""
     params = list(model.parameters())
-    num_params = sum(p.numel() for p in params)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    intermediate = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
-    intermediate = intermediate or 4 * config.hidden_size
-    active = num_params
-    if experts:
-        # an expert is a gated MLP of three matrices, and a router's weights are too few to matter
-        used = getattr(config, "num_experts_per_tok", experts)
-        active -= 3 * config.hidden_size * intermediate * config.num_hidden_layers * (experts - used)
-        intermediate *= used
+    heads = _mean(config, "num_attention_heads") or 1  # of layers with state alone: none is exchanged
+    wide = _mean(config, "intermediate_size") or 4 * config.hidden_size
+    intermediate = wide
+    if num_experts(config):
+        # those that a token is sent to, and those that all tokens are computed with
+        each = _mean(config, "moe_intermediate_size") or wide
+        shared = getattr(config, "n_shared_experts", None) or 0
+        intermediate = each * ((num_used(config) or num_experts(config)) + shared)
     return ModelShape(
         num_layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        kv_heads=_mean(config, "num_key_value_heads") or heads,
+        head_dim=_mean(config, "head_dim") or config.hidden_size // heads,
         intermediate=intermediate,
         vocab=config.vocab_size,
-        num_params=num_params,
-        active_params=max(active, 1),  # a config that miscounts its experts must not make work free, or negative
+        num_params=sum(p.numel() for p in params),
+        active_params=active_params(model, config),
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         param_bytes=sum(p.numel() * p.element_size() for p in params),
         element_bytes=element_bytes,
@@ -108,3 +107,13 @@ def shape_of(
         chunked_loss=chunked_loss,
         chunked_mlp=chunked_mlp,
     )
+
+
+def _mean(config: Any, name: str) -> int:
+    """Return a size of a layer, averaged where it differs by layer; 0 where the config does not say it."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers does not say what differs by layer
+        value = [getattr(layer, name, None) for layer in config.per_layer_config]
+    sizes = [size for size in (value if isinstance(value, list | tuple) else [value]) if isinstance(size, int)]  # pyright: ignore
+    return round(sum(sizes) / len(sizes)) if sizes else 0

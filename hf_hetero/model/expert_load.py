@@ -13,6 +13,9 @@ import torch
 
 from hf_hetero.model.backward import in_backward
 
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the experts of a layer."""
+
 
 class ExpertLoad:
     """`ExpertLoad` counts the tokens that each expert gets: it watches the model's routers in a micro-batch.
@@ -24,12 +27,11 @@ class ExpertLoad:
     def __init__(self, model: Any) -> None:
         self._routers = list(_routers(model))
         self._counts: list[torch.Tensor | None] = [None] * len(self._routers)
-        experts = getattr(model.config, "num_local_experts", None) or getattr(model.config, "num_experts", None)
-        self._num_experts: int = experts or getattr(model.config, "n_routed_experts", None) or 0
+        self._num_experts = [_num_experts(router, model.config) for router in self._routers]
 
     def __bool__(self) -> bool:
         """Return whether there is anything to count."""
-        return bool(self._routers) and self._num_experts > 0
+        return bool(self._routers) and all(self._num_experts)
 
     def _counter(self, number: int) -> Any:
         """Make the hook of a router: it counts the experts that its output names in its first tensor of integers."""
@@ -40,7 +42,7 @@ class ExpertLoad:
             if not module.training or chosen is None or in_backward():  # counted when it was first computed
                 return
             # no bincount: it waits for the device
-            counts = torch.zeros(self._num_experts, dtype=torch.int64, device=chosen.device)
+            counts = torch.zeros(self._num_experts[number], dtype=torch.int64, device=chosen.device)
             counts.scatter_add_(0, chosen.flatten().long(), torch.ones_like(chosen.flatten(), dtype=torch.int64))
             before = self._counts[number]
             self._counts[number] = counts if before is None else before + counts
@@ -59,9 +61,11 @@ class ExpertLoad:
                 hook.remove()
 
     def take(self) -> list[int]:
-        """Return the tokens of each expert of each layer since the last call: num_layers x num_experts, by layer."""
-        empty = torch.zeros(self._num_experts, dtype=torch.int64)
-        counts = [empty if layer is None else layer.cpu() for layer in self._counts]
+        """Return the tokens of each expert of each layer since the last call, layer after layer."""
+        counts = [
+            torch.zeros(number, dtype=torch.int64) if layer is None else layer.cpu()
+            for layer, number in zip(self._counts, self._num_experts, strict=True)
+        ]
         self._counts = [None] * len(self._routers)
         return torch.cat(counts).tolist()
 
@@ -70,8 +74,8 @@ class ExpertLoad:
 
         1 is even; the number of experts, the worst.
         """
-        layers = torch.tensor(ranks, dtype=torch.float64).sum(0).view(-1, self._num_experts)
-        return tuple((layers.amax(1) / layers.mean(1).clamp(min=1e-12)).tolist())
+        layers = torch.tensor(ranks, dtype=torch.float64).sum(0).split(self._num_experts)
+        return tuple(float(layer.amax() / layer.mean().clamp(min=1e-12)) for layer in layers)
 
 
 def _routers(model: Any) -> Iterator[torch.nn.Module]:
@@ -82,3 +86,11 @@ def _routers(model: Any) -> Iterator[torch.nn.Module]:
         if isinstance(kind, type):
             yield from (module for module in model.modules() if isinstance(module, kind))
             return
+
+
+def _num_experts(router: torch.nn.Module, config: Any) -> int:
+    """Return how many experts a router chooses from: as many as it has weights for, experts of no weights included."""
+    text = config.get_text_config(decoder=True)
+    named = next((number for name in NUM_EXPERTS if isinstance(number := getattr(text, name, None), int) and number), 0)
+    rows = {p.shape[0] for p in [*router.parameters(), *router.buffers()] if p.ndim}
+    return named if named in rows else min((number for number in rows if number >= named), default=named)

@@ -16,3 +16,11 @@ def base_model(model: torch.nn.Module | None) -> Any:
         return wrapped
     # peft's model of mixed adapters has no such method
     return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped.base_model.model
+
+
+def text_part(base: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a transformers model that reads text: of one that sees images, what its towers feed."""
+    config: Any = base.config
+    kind: type = type(config.get_text_config(decoder=True))
+    parts = (part for part in base.modules() if isinstance(part, PreTrainedModel) and type(part.config) is kind)
+    return next(parts, base)

@@ -18,6 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from hf_hetero.attention import interface
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
@@ -74,6 +75,19 @@ class Fitted:
         self.undone.close()
 
 
+def accept(trainer: Trainer) -> None:
+    """Have a trainer divide the loss by the step's tokens, once it is known that something computes the attention.
+
+    Classes that see images say that their loss cannot be divided so (`accepts_loss_kwargs`), which it can, as the trial
+    shows; for want of it Trainer would take the mean of each batch's mean.
+
+    Raises:
+        HeteroError: no kernel can.
+    """
+    choose_kernel(base_model(trainer.model), trainer.args.device.type, compute_dtype(trainer))
+    trainer.model_accepts_loss_kwargs = True
+
+
 def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
     """Fit a trainer's model of now for planned steps.
 
@@ -88,6 +102,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         interface.register()
         undone.callback(_give_back_attention, base, base.config._attn_implementation)
         base.set_attn_implementation(interface.ATTENTION_NAME)
+        undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
         loss.install(base, ForCausalLMLoss)
         undone.callback(loss.uninstall, base)
@@ -127,7 +142,9 @@ def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
         HeteroError: no kernel can.
     """
     implementation = base.config._attn_implementation
-    return choice.choose_kernel(device_type, dtype, choice.features_of(base.config), implementation)
+    return choice.choose_kernel(
+        device_type, dtype, choice.features_of(base.config.get_text_config(decoder=True)), implementation
+    )
 
 
 def compute_dtype(trainer: Trainer) -> torch.dtype:

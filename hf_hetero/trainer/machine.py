@@ -121,7 +121,7 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    heads = getattr(base_model(model).config, "num_attention_heads", world)
+    heads = getattr(_text_config(model), "num_attention_heads", None) or world
     shape = _shape(model, args, hetero, dtype, sharding, activations)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
@@ -222,7 +222,7 @@ def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: st
 
 def _text_config(model: torch.nn.Module) -> Any:
     config: Any = base_model(model).config
-    return config.get_text_config()
+    return config.get_text_config(decoder=True)
 
 
 def _topology(device: torch.device, num_ranks: int) -> Topology:

@@ -148,7 +148,7 @@ class PlannedRun:
         # an evaluation has no backward pass that would take what is kept for it
         recomputed = activations.recomputed(group.activations) and torch.is_grad_enabled()
         policy = group.activations if recomputed else None
-        hidden = self.fitted.model.config.get_text_config().hidden_size
+        hidden = self.fitted.model.config.get_text_config(decoder=True).hidden_size
         return AttentionContext(
             micro_batch.layout,
             group.ranks,

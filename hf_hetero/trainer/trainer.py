@@ -29,12 +29,11 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners
 from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
-from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoint import chosen_together
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
-from hf_hetero.trainer.fitting import Fitted, choose_kernel, compute_dtype
+from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
@@ -78,7 +77,7 @@ class HeteroTrainerMixin(Trainer):
         exactness.check_model(self)
         if self.data_collator is default_data_collator:  # which takes rows of one length only
             self.data_collator = PackedCollator(makes_labels=False, says_so=True)
-        choose_kernel(base_model(self.model), self.args.device.type, self._compute_dtype())
+        accept(self)
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):

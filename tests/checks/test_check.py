@@ -76,15 +76,15 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("Llama4Text", {}, "chunked_attention are not known to be exact"),
+        ("DeepseekV4", {}, "compressed_sparse_attention, heavily_compressed_attention are not known to be exact"),
         ("T5", {}, "it has an encoder and a decoder"),
         ("Bart", {}, "it has an encoder and a decoder"),
-        ("Llava", {}, "no causal language model of type 'llava'"),
-        ("Gemma3", {}, "Gemma3ForConditionalGeneration is none"),
+        ("Siglip", {}, "no causal language model of type 'siglip'"),
+        ("Bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is none"),
+        ("Llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is none"),
         ("Bert", {}, "attention_probs_dropout_prob=0.1 draws another mask"),
         ("Bert", NO_DROPOUT, "looks at tokens after its own"),
         ("Falcon", {}, "does not use transformers' attention interface"),
-        ("Nemotron", {"head_dim": 128, "num_key_value_heads": 8}, "does not hand its keyword arguments to attention"),
     ],
 )
 def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -97,6 +97,15 @@ def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: 
     assert words in " ".join(found.reasons), found
     assert found.verdict.startswith("refused because ")
     assert words in found.verdict
+
+
+@pytest.mark.parametrize("name", ["Llava", "Gemma3", "Mistral3", "Qwen2_5_VL"])
+def test_models_that_see_can_be_trained_on_text(name: str, tmp_path: Path) -> None:
+    """At their default sizes, whatever their class is called."""
+    found = checked(tmp_path, getattr(transformers, f"{name}Config")())
+    assert found.verdict.startswith("can be trained"), found
+    assert found.num_heads == getattr(transformers, f"{name}Config")().get_text_config().num_attention_heads
+    assert found.tokens_a_rank
 
 
 def test_a_loss_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +148,7 @@ def test_no_weights_of_a_large_model(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert max(n for device, n in built if device == "meta") > 6e10
     assert max(n for device, n in built if device == "cpu") < 1e7
     built.clear()
-    assert not checked(tmp_path, transformers.Gemma3Config()).ok
+    assert not checked(tmp_path, transformers.LlamaConfig(attention_dropout=0.1)).ok
     assert {device for device, _ in built} == {"meta"}
 
 

@@ -175,9 +175,11 @@ def test_untested_architectures_are_tried(tmp_path: Path, caplog: pytest.LogCapt
         make(tmp_path)
     tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.checks.probe"]
     assert tried == ["GPT2LMHeadModel (model type 'gpt2'): a tiny instance learns the same under a plan."]
-    small = {"head_dim": 8, "num_key_value_heads": 4, "intermediate_size": 48}
-    with pytest.raises(UnsupportedModel, match=r"NemotronForCausalLM cannot .* does not hand its keyword arguments"):
-        make(tmp_path, transformers.NemotronForCausalLM(transformers.NemotronConfig(**SIZE, **small)))
+    bloom = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(
+        UnsupportedModel, match=r"BloomForCausalLM cannot .* does not use transformers' attention interface"
+    ):
+        make(tmp_path, transformers.BloomForCausalLM(bloom))
 
 
 class Doubled(transformers.LlamaForCausalLM):

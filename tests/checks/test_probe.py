@@ -14,7 +14,8 @@ import transformers
 from helpers import FAMILIES, TINY
 from torch.nn import functional as F
 
-from hf_hetero.attention import interface, methods, rotary
+from hf_hetero.attention import handing_down, interface, methods, rotary
+from hf_hetero.checks import probe as trial
 from hf_hetero.checks.probe import Probe, check_untested, probe
 from hf_hetero.checks.tiny import build, num_numbers, shrunk
 
@@ -160,15 +161,16 @@ def test_a_tiny_instance_is_the_same_each_time() -> None:
 # ---------------------------------------------------------------------------------------------- negative controls
 
 
+def mixing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """Attention of a pack as if it were one sample."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
+
+
 def test_attention_that_mixes_samples_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed samples that see each other are told from those that do not."""
-
-    def mixing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> torch.Tensor:
-        repeats = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1)
-
     monkeypatch.setattr(interface, "attend", mixing)
     found = probed(config_of("llama"))
     assert "learns differently when samples are packed" in found.problem
@@ -220,12 +222,49 @@ def test_attention_dropout_is_found_in_training_mode() -> None:
     assert "attention dropout of 0.1" in probed(config_of("llama", attention_dropout=0.1)).problem
 
 
-def test_layers_that_lose_the_context() -> None:
-    """Nemotron's layers hand no keywords to attention."""
-    assert (
-        "does not hand its keyword arguments"
-        in probed(transformers.NemotronConfig(head_dim=128, num_key_value_heads=8)).problem
-    )
+def test_layers_that_lose_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nemotron's layers hand no keywords to attention, which is done for them; without that it is found."""
+    config = transformers.NemotronConfig(head_dim=32, num_key_value_heads=8)
+    assert probed(config).ok
+    monkeypatch.setattr(handing_down.HandedDown, "__init__", lambda self, _: setattr(self, "_handles", []))
+    assert "does not hand its keyword arguments" in probed(config).problem
+
+
+def test_positions_from_the_padding_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoBERTa's positions start after its padding token; positions from 0 are found to be others."""
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.RobertaConfig(**dropouts, is_decoder=True)
+    assert probed(config).ok
+    monkeypatch.setattr(trial, "padding_of", lambda _: None)
+    assert "learns differently" in probed(config).problem
+
+
+def test_rounding_is_told_from_an_error_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What differs in fp32 is tried again in fp64: a steep model passes there, one that mixes samples does not."""
+    monkeypatch.setitem(trial.TOLERANCE, torch.float32, 1e-9)
+    found = probed(config_of("qwen3-moe"))
+    assert found.ok, found
+    assert found.gradient_error < 1e-12
+    assert torch.get_default_dtype() == torch.float32
+    monkeypatch.setattr(interface, "attend", mixing)
+    assert "learns differently" in probed(config_of("qwen3-moe")).problem
+
+
+def test_layers_of_a_tower_do_not_count() -> None:
+    """Of a model that sees images, those that text goes through must call attention, and no others."""
+    found = probe(build(shrunk(transformers.Gemma3Config()), "cpu", transformers.Gemma3ForConditionalGeneration))
+    assert found.ok, found
+    assert found.reached == found.num_layers == 6
+
+
+def test_no_attention_interface() -> None:
+    """A flag says so of some models that use it; the trial tells."""
+    none = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "attention_dropout": 0.0}
+    biogpt = transformers.BioGptConfig(**none, activation_dropout=0.0, hidden_dropout=0.0)
+    assert not transformers.BioGptForCausalLM._supports_attention_backend
+    assert probed(biogpt).ok
+    bloom = transformers.BloomConfig(attention_dropout=0.0, hidden_dropout=0.0)
+    assert probed(bloom).problem == trial.NO_INTERFACE
 
 
 def test_a_mask_that_is_learned() -> None:

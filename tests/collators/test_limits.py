@@ -71,3 +71,24 @@ def test_limits_of_models() -> None:
     limits = limits_of(tiny_model(rope_parameters=rope, max_position_embeddings=16))
     assert limits.longest == 16
     assert "rotary table (rope_type 'dynamic')" in limits.reason
+
+
+SPARSE = ["minimax_m3_sparse"] * transformers.MiniMaxM3VLTextConfig().num_hidden_layers
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "longest"),
+    [
+        ("DeepseekV32", {"index_topk": 24}, 24),
+        ("GlmMoeDsa", {"index_topk": 24}, 24),
+        ("MiniMaxM3VLText", {"index_topk_blocks": 3, "index_block_size": 8, "layer_types": SPARSE}, 24),
+        ("DeepseekV3", {}, None),
+    ],
+)
+def test_tokens_that_an_indexer_chooses_among(name: str, own: dict[str, Any], longest: int | None) -> None:
+    """A sample is as long as all its tokens are chosen, one by one or in blocks."""
+    config = getattr(transformers, f"{name}Config")(**own)
+    with torch.device("meta"):
+        limits = limits_of(transformers.AutoModelForCausalLM.from_config(config))
+    assert limits.longest == longest
+    assert longest is None or "chooses which tokens to attend to" in limits.reason

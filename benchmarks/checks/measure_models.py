@@ -1,0 +1,292 @@
+"""Which models of transformers are exact: `python benchmarks/checks/measure_models.py --results FILE [--types A B]`.
+
+Of every type that transformers loads as a causal language model, or as one of images and text, a tiny instance is
+trained two steps on text: by plain Trainer on one process, each sample alone; and by HeteroTrainer on two ranks, under
+plans of mixed degrees that use each method. Both compute in fp64, whatever type a model asks for in between, and their
+weights are compared:
+
+    exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or, under
+                    1e-6, less than 10 times what plain Trainer differs from itself with torch's attention, all samples
+                    of a step together
+    refused         HeteroTrainer refuses the model when it is made, in words
+    wrong           they differ by more
+    crash           HeteroTrainer accepts the model and then fails
+    stock cannot    plain Trainer fails, too: on this config, without a package that is missing, or by itself
+
+Each type has processes of its own and a bound on its time. A type whose result is in FILE is not measured again.
+`--markdown FILE` writes the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from instances import KINDS, model_of
+
+from hf_hetero import Group, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero.checks.in_double import InDouble
+from hf_hetero.data.plan_ahead import PlanSource
+
+STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
+"""Tokens of the samples of each step."""
+PLANS = (
+    [[((0, 1), (7, 0, 1), "ulysses")], [((0,), (3,), None), ((1,), (2, 4), None)], [((0, 1), (5, 6), "ring")]],
+    [
+        [((0, 1), (2, 0, 1), "gather")],
+        [((0,), (3, 4, 5), None), ((1,), (6,), None)],
+        [((0,), (7,), None), ((1,), (), None)],
+    ],
+)
+"""Micro-batches of each step: ranks, samples and method of each group."""
+EXACT = 1e-9  # of the movement; fp64 rounds at 1e-16, and two steps of a deep sum lose a few digits of that
+STEEP = 1e-6  # a model may lose more, under plain Trainer, too; a sample that sees another gives 1e-3 and more
+
+
+class ScriptedTrainer(HeteroTrainer):
+    """A `ScriptedTrainer` follows `PLANS`."""
+
+    def _plan_source(self) -> PlanSource:
+        def plan(lengths: Sequence[int]) -> Plan:
+            step = STEPS.index(tuple(lengths))
+            groups = [[Group(ranks, samples, method or "ulysses") for ranks, samples, method in m] for m in PLANS[step]]
+            return Plan(2, tuple(MicroBatch(tuple(m)) for m in groups), seconds=1.0, lower_bound_s=1.0)
+
+        return Scripted(plan)
+
+
+class Scripted:
+    """A `PlanSource` of given plans."""
+
+    def __init__(self, plan: Any) -> None:
+        self.plan = self.static = plan
+        self.improve = lambda plan, _: plan
+        self.close = lambda: None
+
+
+def rows(vocab: int, extras: Sequence[str]) -> list[dict[str, Any]]:
+    """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
+    generator = torch.Generator().manual_seed(0)
+    found: list[dict[str, Any]] = []
+    for length in (length for step in STEPS for length in step):
+        ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
+        found.append({"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}})
+    return found
+
+
+def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Make a batch, padded on the right; of one sample, without a mask."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        tensors = [torch.tensor(example[name]) for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    batch = {name: padded(name, -100 if name == "labels" else 0) for name in examples[0]}
+    if len(examples) == 1:
+        return batch
+    lengths = torch.tensor([len(example["labels"]) for example in examples])
+    return {**batch, "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+
+
+def trained(
+    model: Any, trainer_class: type[Trainer], num_ranks: int, extras: Sequence[str] = (), together: bool = False
+) -> Any:
+    """Train two steps, one process's samples one by one or together; return the weights."""
+    data = rows(model.config.get_text_config(decoder=True).vocab_size, extras)
+    # where plain Trainer would take the mean of means, all samples are one batch
+    whole = together or num_ranks > 1 or not getattr(model, "accepts_loss_kwargs", True)
+    batch = (len(STEPS[0]) // num_ranks, 1) if whole else (1, len(STEPS[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            folder,
+            use_cpu=True,
+            per_device_train_batch_size=batch[0],
+            gradient_accumulation_steps=batch[1],
+            max_steps=len(STEPS),
+            learning_rate=0.05,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            train_sampling_strategy="sequential",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        options = {} if issubclass(trainer_class, HeteroTrainer) else {"data_collator": as_batch}
+        trainer_class(model, args, train_dataset=data, **options).train()  # pyright: ignore[reportArgumentType]
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def stock(model_type: str, kind: str, extras: Sequence[str], together: bool = False) -> Any:
+    """Train by plain Trainer; return the class's name, and the weights, before and after."""
+    model = model_of(model_type, kind)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if together:
+        model.set_attn_implementation("sdpa")
+    return type(model).__name__, before, trained(model, Trainer, 1, extras, together)
+
+
+def hetero(model_type: str, kind: str, rank: int, port: int) -> Any:
+    """Train on one of two ranks; return the weights, or why not."""
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    return trained(model_of(model_type, kind), ScriptedTrainer, 2)
+
+
+def into(path: str, function: Any, *args: Any) -> None:
+    """Call in this process, in fp64; write what it returns, or its error in words."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # the process ends with it
+    torch.set_default_dtype(torch.float64)
+    try:
+        with InDouble():
+            value, error, refused = function(*args), "", False
+    except BaseException as raised:
+        words = f"{raised}" if isinstance(raised, HeteroError) else f"{type(raised).__name__}: {raised}"
+        value, error, refused = None, " ".join(words.split()), isinstance(raised, HeteroError)
+    torch.save((value, error, refused), f"{path}.part")
+    os.rename(f"{path}.part", path)
+    os._exit(0)
+
+
+def called(tasks: Sequence[tuple[Any, ...]], seconds: float) -> list[tuple[Any, str, bool]]:
+    """Call functions in a process each; return what each returns, its error, and whether that is a refusal."""
+    context = mp.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{number}" for number in range(len(tasks))]
+        processes = [context.Process(target=into, args=(path, *task)) for path, task in zip(paths, tasks, strict=True)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        lost = (None, f"no result within {seconds:g} s", False)
+        return [torch.load(path, weights_only=False) if Path(path).exists() else lost for path in paths]
+
+
+def measured(model_type: str, kind: str, seconds: float) -> dict[str, Any]:
+    """Measure one type."""
+    start = time.monotonic()
+    [[plain, stock_error, _]] = called([(stock, model_type, kind, ())], seconds)
+    for extra in ("mm_token_type_ids", "token_type_ids"):
+        if plain is None and f"`{extra}`" in stock_error:
+            [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)
+    found: dict[str, Any] = {
+        "type": model_type,
+        "kind": kind,
+        "class": "",
+        "result": "stock cannot",
+        "why": stock_error,
+    }
+    if plain is not None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        ranks = called([(hetero, model_type, kind, rank, port) for rank in range(2)], seconds)
+        found["class"] = plain[0]
+        found |= judged(plain, ranks)
+        if found["result"] == "wrong" and found["error"] < STEEP:
+            [[other, _, _]] = called([(stock, model_type, kind, (), True)], seconds)
+            found["floor"] = judged(plain, [(other[2], "", False)])["error"] if other is not None else 0.0
+            found["result"] = "exact" if found["error"] <= 10 * found["floor"] else "wrong"
+    return {**found, "seconds": round(time.monotonic() - start, 1)}
+
+
+def judged(plain: Any, ranks: list[tuple[Any, str, bool]]) -> dict[str, Any]:
+    """Compare the weights of both ranks with those of plain training."""
+    _, before, after = plain
+    errors = [(error, refused) for weights, error, refused in ranks if weights is None]
+    if errors:
+        error, refused = max(errors, key=lambda one: one[1])
+        return {"result": "refused" if refused else "crash", "why": error}
+    # by torch, whose largest of nan and anything is nan
+    movement = float(torch.stack([(after[name] - before[name]).abs().max() for name in before]).max())
+    error = float(torch.stack([(w[name] - after[name]).abs().max() for w, _, _ in ranks for name in after]).max())
+    if not 0 < movement < float("inf"):
+        return {"result": "stock cannot", "why": f"plain training moves the weights by {movement}"}
+    # "not <=", so that nan is wrong
+    return {"result": "wrong" if not error <= EXACT * movement else "exact", "why": "", "error": error / movement}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Write results as Markdown: counts, then a row a type."""
+    lines: list[str] = []
+    for kind in KINDS:
+        ours = sorted((one for one in results if one["kind"] == kind), key=lambda one: one["type"])
+        counts = Counter(one["result"] for one in ours)
+        trainable = len(ours) - counts["stock cannot"]
+        share = 100 * counts["exact"] / max(trainable, 1)
+        title = "Causal language models" if kind == "text" else "Models of images and text, on text"
+        words = ", ".join(f"{number} {result}" for result, number in sorted(counts.items()))
+        lines += [
+            f"## {title}",
+            "",
+            f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train.",
+        ]
+        lines += ["", "| type | class | result | why |", "|---|---|---|---|"]
+        for one in ours:
+            why = one["why"].partition("under changing plans: ")[2] or one["why"]
+            cell = why.replace("|", "\\|")[:200]
+            lines.append(f"| `{one['type']}` | {one['class']} | {one['result']} | {cell} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is asked for and not yet recorded."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, help="JSON lines; what is there is not measured again")
+    parser.add_argument("--types", nargs="*", help="model types; all without")
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--seconds", type=float, default=120, help="that each training may take")
+    parser.add_argument("--again", action="store_true", help="measure recorded types again")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    asked = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    if asked.results.exists():
+        lines = map(json.loads, asked.results.read_text(encoding="utf-8").splitlines())
+        found = {(one["kind"], one["type"]): one for one in lines}
+    for kind in asked.kinds:
+        for model_type in asked.types or KINDS[kind][0]:
+            if model_type not in KINDS[kind][0] or ((kind, model_type) in found and not asked.again):
+                continue
+            one = found[kind, model_type] = measured(model_type, kind, asked.seconds)
+            with asked.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(one) + "\n")
+            error = f"{one['error']:.0e}" if "error" in one else ""
+            print(
+                f"{kind:6} {model_type:28} {one['result']:12} {error:6} {one['seconds']:5} s  {one['why'][:160]}",
+                flush=True,
+            )
+    print(Counter((one["kind"], one["result"]) for one in found.values()))
+    if asked.markdown:
+        asked.markdown.write_text(table(list(found.values())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

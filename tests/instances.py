@@ -1,0 +1,62 @@
+"""Tiny instances of the models that transformers knows, by type: what `benchmarks/checks/measure_models.py` trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+from hf_hetero.checks.tiny import build, num_numbers, shrunk, text_of
+
+KINDS = {
+    "text": (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING),
+    "images": (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ),
+}
+"""What a model is of -> names and classes of the models, by type."""
+MOST_NUMBERS = 800_000_000
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to be built, or to be small
+    "blt": {"num_hidden_layers": 2},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dots1": {"n_routed_experts": 8},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+    "rwkv": {"hidden_size": 64, "attention_hidden_size": 64},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "num_hidden_layers": 2},
+}
+
+
+def config_of(model_type: str) -> Any:
+    """Make a small config of a type, without dropout or noise, and as a decoder where it could be an encoder."""
+    config: Any = shrunk(CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {})))
+    parts = [config, text_of(config)]
+    for part in [*parts, *(part for name in config.sub_configs if (part := getattr(config, name, None)) is not None)]:
+        for name, value in vars(part).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
+        part._experts_implementation = "eager"  # torch's grouped product knows no fp64
+    if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config
+
+
+def model_of(model_type: str, kind: str) -> Any:
+    """Build the tiny instance, the same each time, in fp64."""
+    config = config_of(model_type)
+    architecture = KINDS[kind][1][type(config)]
+    architecture = architecture[0] if isinstance(architecture, tuple) else architecture
+    if (numbers := num_numbers(build(config, "meta", architecture))) > MOST_NUMBERS:
+        raise ValueError(f"a tiny instance would still have {numbers:,} weights")
+    return build(config, "cpu", architecture).double()
