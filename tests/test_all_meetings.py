@@ -31,7 +31,7 @@ from hf_hetero.ranks.agreement import (
     scatter,
 )
 from hf_hetero.ranks.groups import named
-from hf_hetero.trainer.checkpoint import Saving
+from hf_hetero.trainer.checkpoints.checkpoint import Saving
 
 NUM_STEPS = 2
 PATIENCE_S = 20.0

@@ -83,7 +83,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.probe",
         "checks.tiny",
         "ranks.sharding",
-        "trainer.checkpoint",
+        "trainer.checkpoints.checkpoint",
         "trainer.evaluation",
         "trainer.fitting",
         "trainer.machine",

@@ -13,7 +13,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.plan import StepReport
 from hf_hetero.ranks.agreement import gather
-from hf_hetero.trainer.checkpoint import Resumed
+from hf_hetero.trainer.checkpoints.checkpoint import Resumed
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.training import Training
 

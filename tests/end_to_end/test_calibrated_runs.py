@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.callbacks import CalibrationCallback
 from hf_hetero.callbacks.refitting import scaled
-from hf_hetero.trainer.checkpoint import RUN_FILE
+from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
 
 NUM_STEPS = 12
 

@@ -18,7 +18,7 @@ from helpers import LENGTHS, MARK, processes_of, run_ranks, samples, tiny_model,
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
-from hf_hetero.trainer.checkpoint import problem_of
+from hf_hetero.trainer.checkpoints.checkpoint import problem_of
 
 pytestmark = [
     pytest.mark.slow,

@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample
-from hf_hetero.trainer.checkpoint import RUN_FILE
+from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
 
 ROWS = samples(LENGTHS)  # 24: two steps of 10, and one of 4
 STEPS = [range(10), range(10, 20), range(20, 24)]

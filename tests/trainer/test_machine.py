@@ -14,7 +14,7 @@ from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding
-from hf_hetero.trainer.checkpoint import RUN_FILE
+from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
 from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, keep_cost_model, kept_cost_model, set_up
 
 

@@ -27,7 +27,7 @@ from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.ranks.agreement import broadcast, raise_together
 from hf_hetero.ranks.groups import GroupPool
-from hf_hetero.trainer.safekeeping import drop_older, seals_of, settle, steps_of
+from hf_hetero.trainer.checkpoints.safekeeping import drop_older, seals_of, settle, steps_of
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from hf_hetero.errors import ConfigError
-from hf_hetero.trainer import safekeeping
-from hf_hetero.trainer.safekeeping import LOCK_FILE, claim, drop_older, settle
+from hf_hetero.trainer.checkpoints import safekeeping
+from hf_hetero.trainer.checkpoints.safekeeping import LOCK_FILE, claim, drop_older, settle
 
 
 def checkpoints(folder: Path, *steps: int) -> dict[int, Path]:
@@ -66,7 +66,7 @@ def test_settling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 OTHER = """
 import pathlib, sys, time
-from hf_hetero.trainer.safekeeping import claim
+from hf_hetero.trainer.checkpoints.safekeeping import claim
 mine = claim(pathlib.Path(sys.argv[1]), saves=sys.argv[2] == "saves")
 print("claimed" if mine is not None else "no", flush=True)
 time.sleep(60)

@@ -17,7 +17,7 @@ from hf_hetero import HeteroError
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.data.training_steps import check_order
 from hf_hetero.errors import ConfigError
-from hf_hetero.trainer.checkpoint import (
+from hf_hetero.trainer.checkpoints.checkpoint import (
     INCOMPLETE_FILE,
     RUN_FILE,
     Run,
@@ -26,7 +26,7 @@ from hf_hetero.trainer.checkpoint import (
     newest_whole,
     problem_of,
 )
-from hf_hetero.trainer.safekeeping import END_BYTES
+from hf_hetero.trainer.checkpoints.safekeeping import END_BYTES
 
 ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
 RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))
