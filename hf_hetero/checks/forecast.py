@@ -6,7 +6,9 @@ It is what a trainer on such GPUs would start from (`estimate.first_estimate`), 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from hf_hetero.estimate.first_estimate import first_estimate
 from hf_hetero.estimate.memory import Shards, model_state_bytes, usable_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import ATTENTION, reached
+from hf_hetero.estimate.state_layers import StateShape, state_shape
+from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 from hf_hetero.topology import Topology
@@ -139,12 +143,15 @@ def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
         raise ConfigError(f"transformers builds no causal language model from {model!r}; `hf-hetero check` says why.")
     if problems := list(exactness.model_problems(outline)):
         raise UnsupportedModel(" ".join(problems))
-    shape, policies = trained_shape(outline, config.get_text_config(decoder=True), setting)
+    text = config.get_text_config(decoder=True)
+    shape, policies = trained_shape(outline, text, setting)
     shards = Shards() if _is_sharded(shape, machines, setting) else None
+    estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(outline, text))
     try:
-        cost = _estimated(shape, machines, shards, policies, setting)
+        subject = subject_of(shape, config.model_type, DTYPES[setting.dtype])
+        cost = replace(estimated(shape, machines, shards), model=subject)
     except ConfigError:
-        raise ConfigError(_what_would_fit(model, shape, machines, shards, policies, setting)) from None
+        raise ConfigError(_what_would_fit(model, shape, machines, shards, setting, estimated)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
     where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
     return Forecast(cost, machines, f"{model}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}")
@@ -219,9 +226,19 @@ def _is_sharded(shape: ModelShape, machines: Machines, setting: Setting) -> bool
 
 
 def _estimated(
-    shape: ModelShape, machines: Machines, shards: Shards | None, policies: tuple[str, ...], setting: Setting
+    shape: ModelShape,
+    machines: Machines,
+    shards: Shards | None,
+    setting: Setting,
+    policies: tuple[str, ...],
+    states: StateShape | None,
 ) -> CostModel:
     """Estimate a run's cost model, as its trainer would.
+
+    Args:
+        shape, machines, shards, setting: what is trained, where, and how.
+        policies: what groups may do to hold more tokens.
+        states: layers of the model that carry state; None: it has none.
 
     Raises:
         ConfigError: the memory leaves room for no token.
@@ -230,7 +247,7 @@ def _estimated(
     if setting.network_gbps is not None:
         node_bytes_per_s = NETWORK_SHARE * setting.network_gbps * 1e9 / 8
         device = replace(device, network_bytes_per_s=node_bytes_per_s / machines.ranks_per_node)
-    return first_estimate(shape, device, machines.topology, shards, policies, HeteroConfig())
+    return first_estimate(shape, device, machines.topology, shards, policies, HeteroConfig(), states)
 
 
 def _what_would_fit(
@@ -238,14 +255,14 @@ def _what_would_fit(
     shape: ModelShape,
     machines: Machines,
     shards: Shards | None,
-    policies: tuple[str, ...],
     setting: Setting,
+    estimated: Callable[[ModelShape, Machines, Shards | None], CostModel],
 ) -> str:
     """Say that a model does not fit, and what would: more GPUs, or another setting."""
 
     def fits(machines: Machines, shards: Shards | None, shape: ModelShape = shape) -> bool:
         try:
-            _estimated(shape, machines, shards, policies, setting)
+            estimated(shape, machines, shards)
         except ConfigError:
             return False
         return True
