@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hf_hetero.costs import CostModel
 from hf_hetero.costs.least_squares import robust_nonnegative_least_squares
-from hf_hetero.plan import StepReport
+from hf_hetero.plan import Group, StepReport
 
 Floats = NDArray[np.float64]
 
@@ -55,12 +55,19 @@ class Observations:
 
 
 def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations:
-    """Pair what the model charges for each group with what was measured."""
+    """Pair what the model charges for each group with what was measured.
+
+    Of a group that was planned otherwise, at a degree or with activations that the model knows nothing of, nothing is
+    learned.
+    """
     charged: list[list[float]] = []
     measured: list[float] = []
     for report in reports:
         for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
-            filled = [group for group in micro_batch.groups if group.samples]
+            groups = [group for group in micro_batch.groups if group.samples]
+            filled = [group for group in groups if _is_priced(cost, group)]
+            if report.is_lockstep and len(filled) < len(groups):
+                continue  # the slowest may be one of those
             # under sharded weights every rank measures the slowest group: one observation, of the one predicted slowest
             if report.is_lockstep:
                 filled = sorted(filled, key=lambda group: cost.group_seconds(group, report.lengths))[-1:]
@@ -71,6 +78,10 @@ def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations
                 charged.append(list(cost.charges(group, report.lengths)))
                 measured.append(seconds)
     return Observations(np.array(charged).reshape(-1, len(PARTS)), np.array(measured))
+
+
+def _is_priced(cost: CostModel, group: Group) -> bool:
+    return group.activations in cost.by_activations and group.degree in (1, *cost.all_to_all_bytes_per_s)
 
 
 def fit(seen: Observations, pull: float) -> Floats:

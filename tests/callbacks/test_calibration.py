@@ -14,7 +14,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero import CostModel, Group, MicroBatch, Plan
 from hf_hetero.callbacks import CalibrationCallback
-from hf_hetero.callbacks.refitting import scaled
+from hf_hetero.callbacks.refitting import observations, scaled
 from hf_hetero.plan import StepReport
 
 ARGS = TrainingArguments(use_cpu=True)
@@ -65,6 +65,18 @@ def test_ranks_in_step_tell_of_the_slowest_group() -> None:
     assert found is not None
     for degree in (1, 2, 4):
         assert found.seconds([800, 50, 2000], degree) == pytest.approx(truth.seconds([800, 50, 2000], degree), rel=0.08)
+
+
+@pytest.mark.parametrize("is_lockstep", [False, True])
+def test_groups_of_other_costs_teach_nothing(is_lockstep: bool) -> None:
+    """A group with activations, or at a degree, that the cost model does not know is passed over, not an error."""
+    cost = a_cost_model()
+    report = measured_by(cost, random.Random(0), is_lockstep)
+    known = len(observations(cost, [report]).measured)
+    strange = Plan(4, (MicroBatch((Group((0, 1, 2, 3), (0, 1, 2), activations="offload"),)),))
+    wide = Plan(8, (MicroBatch((Group(tuple(range(8)), (0, 1, 2)),)),))
+    others = [replace(report, plan=plan, busy_s=((1.0,) * plan.num_ranks,)) for plan in (strange, wide)]
+    assert len(observations(cost, [report, *others]).measured) == known > 0
 
 
 def test_memory_is_left_alone() -> None:
