@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_loss
+from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_log_probs, chunked_loss, watched_log_probs
 from hf_hetero.model.lm_head import LazyLogits
 
 LENT = "_hf_hetero_loss"
@@ -76,6 +76,7 @@ def token_loss(
     ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
+    token_log_probs: bool = False,
     **_: Any,
 ) -> torch.Tensor:
     """Compute transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
@@ -89,14 +90,18 @@ def token_loss(
         shift_labels: shape (batch, num_tokens): the target of each position.
         loss_weights: shape (batch, num_tokens): of each target, as `carried_weights` are, in the places of
             `shift_labels`, or else of `labels`.
+        token_log_probs: give the log-probability of each target, and no sum of them.
 
     Returns:
         A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`, each term times its weight.
+        With `token_log_probs` what `chunked_log_probs` gives of all tokens, row by row: shape (4, batch * num_tokens).
     """
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss_weights = None if loss_weights is None else F.pad(loss_weights, (0, 1))[..., 1:]
+    if token_log_probs:
+        return _log_probs(logits, shift_labels, ignore_index)
     weights = None if loss_weights is None else loss_weights.view(torch.float64)
     if isinstance(logits, LazyLogits):
         targets = shift_labels.to(logits.device)
@@ -113,3 +118,14 @@ def token_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def _log_probs(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return what `chunked_log_probs` does, of logits of shape (batch, num_tokens, vocab_size), lazy or not."""
+    targets = targets.reshape(-1).to(logits.device)
+    if isinstance(logits, LazyLogits):
+        hidden, weight, bias, changes = logits.parts()
+        return chunked_log_probs(hidden, weight, bias, targets, changes, ignore_index)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    is_target = targets != ignore_index
+    return watched_log_probs(logits, targets.where(is_target, 0)) * is_target
