@@ -16,6 +16,7 @@ import torch.distributed as dist
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner, PlannerLost, PlannerProcess
+from hf_hetero.planner.items import Lengths, flat, sequences_of
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.samples import Drawn
 from hf_hetero.step import Step
@@ -88,15 +89,15 @@ class PlansOfThisProcess:
 
     planner: Callable[[], Planner]
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.plan`."""
         return self.planner().plan(lengths)
 
-    def static(self, lengths: Sequence[int]) -> Plan:
+    def static(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.static`."""
         return self.planner().static(lengths)
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Return the plan as it is."""
         return plan
 
@@ -115,20 +116,20 @@ class PlansOfProcesses:
     planning: PlannerProcess
     improving: PlannerProcess | None
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan as `PlannerProcess.plan`."""
         return self.planning.plan(lengths)
 
-    def static(self, lengths: Sequence[int]) -> Plan:
+    def static(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.static`, in this process: it is asked when the other one has failed."""
         return self.planner().static(lengths)
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve as `PlannerProcess.improve`; a plan that was made before times were refitted stays as it is."""
         if self.improving is None:
             return plan
         # `Planner.improve` refuses a plan whose seconds are another cost model's; after a refit that is no failure
-        seconds = self.planner().cost_model.plan_seconds(plan, lengths)
+        seconds = self.planner().cost_model.plan_seconds(sequences_of(plan, lengths), flat(lengths))
         is_of_this_model = math.isclose(seconds, plan.seconds, rel_tol=1e-9)
         return self.improving.improve(plan, lengths) if is_of_this_model else plan
 
