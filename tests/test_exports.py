@@ -13,6 +13,7 @@ PROMISED = {
     "CostModel",
     "Group",
     "HeteroConfig",
+    "HeteroDPOTrainer",
     "HeteroError",
     "HeteroSFTTrainer",
     "HeteroTrainer",

@@ -44,7 +44,8 @@ class Fitted:
         experts: how evenly they are used; false where there are none.
         sharding: how its weights are spread over ranks.
         activations: what its layers can do to hold more tokens.
-        undone: gives the model back.
+        reference: the output embedding of a frozen model that is asked beside it, if there is one and it can, too.
+        undone: gives the models back.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Fitted:
     experts: ExpertLoad
     sharding: Sharding
     activations: Activations
+    reference: LeanHead | None
     undone: ExitStack
 
     def close(self) -> None:
@@ -72,14 +74,11 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
     # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
-        undone.callback(_give_back_attention, base, base.config._attn_implementation)
-        base.set_attn_implementation(interface.ATTENTION_NAME)
-        undone.callback(TablesBySample(base).remove)
-        loss.install(base, ForCausalLMLoss)
-        undone.callback(loss.uninstall, base)
         # Liger brings a loss of its own; a compiler sees through no lazy tensor
         has_lazy_logits = hetero.chunked_loss and not args.use_liger_kernel and not args.torch_compile
-        head = _lean_head(base, undone) if has_lazy_logits else None
+        head = _fit(base, has_lazy_logits, undone)
+        frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
+        reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, undone)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
         if hetero.weight_column is not None:
@@ -88,7 +87,17 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         activations = Activations(
             base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile
         )
-        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, undone.pop_all())
+        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, reference, undone.pop_all())
+
+
+def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None:
+    """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
+    undone.callback(_give_back_attention, base, base.config._attn_implementation)
+    base.set_attn_implementation(interface.ATTENTION_NAME)
+    undone.callback(TablesBySample(base).remove)
+    loss.install(base, ForCausalLMLoss)
+    undone.callback(loss.uninstall, base)
+    return _lean_head(base, undone) if has_lazy_logits else None
 
 
 def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:
