@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from words import say, tokenizer
 
 from hf_hetero import HeteroConfig, HeteroDPOTrainer, Plan
+from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.data.plans_of_pairs import PlansOfPairs
+from hf_hetero.plan import StepReport
 
 SIZES = [(3, 9, 5), (7, 2, 30), (1, 1, 2), (20, 5, 5), (2, 40, 3), (5, 17, 8), (11, 3, 26), (4, 6, 6)]
 """Words of prompt, chosen and rejected completion."""
@@ -47,6 +49,16 @@ class PlannerOfItems:
 
     def plan(self, items: Sequence[Any]) -> Plan:
         return self._planner.plan([sum(item) for item in items])
+
+
+class Degrees(StepReportCallback):
+    """Keeps the largest degree of each step."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+
+    def on_step_report(self, args: Any, state: Any, report: StepReport) -> None:
+        self.found.append(max(group.degree for group in report.plan.groups))
 
 
 class Scripted(HeteroDPOTrainer):
@@ -116,11 +128,13 @@ def train(
     hetero: dict[str, Any] | None = None,
     resume: str | None = None,
     data: Any = None,
+    streamed: bool = False,
 ) -> dict[str, Any]:
-    """Gradients, weights and logs of a run; `changes` are of the arguments."""
+    """Gradients, weights and logs of a run; `changes` are of the arguments, `data` pairs, or a folder with a table."""
     if changes.get("fsdp"):
         shard_on_cpu()
-    recorder, table = Recorder(), datasets.Dataset.from_list(data or pairs())
+    recorder, degrees = Recorder(), Degrees()
+    table = datasets.load_from_disk(data) if isinstance(data, str) else datasets.Dataset.from_list(data or pairs())
     if kind is trl.DPOTrainer:
         options: dict[str, Any] = {}
     else:
@@ -132,9 +146,9 @@ def train(
         model_of(0, adapters, dtype=dtype),
         ref_model=reference,
         args=config(folder, **changes),
-        train_dataset=table,
+        train_dataset=table.to_iterable_dataset() if streamed else table,
         processing_class=tokenizer(),
-        callbacks=[recorder],
+        callbacks=[recorder, degrees],
         **options,
     )
     if kind is trl.DPOTrainer and dtype == torch.float64:
@@ -147,6 +161,7 @@ def train(
         "gradients": recorder.gradients,
         "weights": {plain_name(name): whole(p) for name, p in named if ".ref." not in name},
         "logs": trainer.state.log_history,
+        "degrees": degrees.found,
         "wrapper": type(trainer.model_wrapped).__name__,
         "reference": None if reference is None else reference.config._attn_implementation,
     }

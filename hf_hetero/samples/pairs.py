@@ -60,13 +60,20 @@ class PairRows:
 
     def rows(self, pairs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         """Return the same of several pairs, column by column."""
-        count = len(next(iter(pairs.values())))
-        made = [self.row({name: values[number] for name, values in pairs.items()}) for number in range(count)]
-        return {name: [row[name] for row in made] for name in made[0]} if made else {}
+        made = [self.row(dict(zip(pairs, values, strict=True))) for values in zip(*pairs.values(), strict=True)]
+        return {name: [row[name] for row in made] for name in made[0]}
 
-    def of(self, dataset: Any) -> Any:
-        """Return a view of a dataset of pairs, a table or a stream, whose rows are packed ones, made when read."""
-        return dataset.with_transform(self.rows) if hasattr(dataset, "with_transform") else dataset.map(self.row)
+    def of(self, dataset: Any, length_column: str = "") -> Any:
+        """Return a view of a dataset of pairs, whose rows are packed ones, made when read.
+
+        Args:
+            dataset: a table or a stream.
+            length_column: that is left out: a length of a row says nothing of its two sequences.
+        """
+        if not hasattr(dataset, "with_transform"):
+            return dataset.map(self.row)
+        names = [name for name in dataset.column_names if name in (length_column, PACKED_COLUMN)]
+        return dataset.remove_columns(names).with_transform(self.rows)
 
     def _kept(self, values: list[int]) -> list[int]:
         """Return those of a sequence's values that are not cut off."""

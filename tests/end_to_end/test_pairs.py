@@ -86,6 +86,27 @@ def test_accumulated_batches(tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+def test_streamed_pairs(tmp_path: Any) -> None:
+    """A dataset that can only be iterated is read on rank 0, and its pairs are packed as they come."""
+    expected = train(str(tmp_path / "stock"), {}, trl.DPOTrainer, streamed=True)
+    compare(run_ranks(_streamed, 2, str(tmp_path / "planned"))[0], expected)
+
+
+def _streamed(folder: str) -> dict[str, Any]:
+    return train(folder, {}, streamed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # TRL's
+@pytest.mark.parametrize("adapters", [False, True])
+def test_recomputed_layers(adapters: bool, tmp_path: Any) -> None:
+    """With activation checkpointing, which is TRL's default, of a model and of an adapter."""
+    changes = {"activation_checkpointing": True}
+    expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, adapters)
+    compare(run_ranks(train, 4, str(tmp_path / "planned"), changes, Scripted, adapters)[0], expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_adapters(sharded: bool, tmp_path: Any) -> None:
     """The reference is TRL's copy of the adapter as it was, where weights are sharded, too."""
@@ -107,9 +128,14 @@ def test_sharded_weights(tmp_path: Any) -> None:
 @pytest.mark.slow
 def test_precomputed_references(tmp_path: Any) -> None:
     """Columns in the place of a reference model: TRL's own, which are in fp32."""
-    expected = train(str(tmp_path / "stock"), {}, trl.DPOTrainer)
-    found = run_ranks(train, 4, str(tmp_path / "planned"), {"precompute_ref_log_probs": True})[0]
-    compare(found, expected, 1e-5)
+    import datasets
+
+    changes, folder = {"precompute_ref_log_probs": True}, str(tmp_path / "table")
+    # ranks share what TRL has computed by a file beside the table's
+    datasets.Dataset.from_list(pairs()).save_to_disk(folder)
+    expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, data=folder)
+    options = (Scripted, False, torch.float64, {}, None, folder)
+    compare(run_ranks(train, 4, str(tmp_path / "planned"), changes, *options)[0], expected, 1e-6)
 
 
 @pytest.mark.slow
@@ -125,15 +151,15 @@ def test_resumed(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_longer_than_a_rank(tmp_path: Any) -> None:
-    """A pair ten times as long as a rank can hold is planned, over the ranks there are, and learned the same."""
+    """Pairs of up to four times what a rank can hold are planned by the package's own planner, and learned the same."""
     data = [{**pair, "prompt": pair["prompt"] + 200 * " w3"} if n == 3 else pair for n, pair in enumerate(pairs())]
     expected = train(str(tmp_path / "stock"), {}, trl.DPOTrainer, data=data)
-    for most in (120, 400):
-        hetero = {"max_tokens_per_rank": most}
-        found = run_ranks(
-            train, 4, str(tmp_path / "planned"), {}, HeteroDPOTrainer, False, torch.float64, hetero, None, data
-        )
-        compare(found[0], expected)
+    # the longest pair, of 452 tokens, on the four ranks, or on two of them
+    for most, degree in ((120, 4), (230, 2)):
+        options = (HeteroDPOTrainer, False, torch.float64, {"max_tokens_per_rank": most}, None, data)
+        found = run_ranks(train, 4, str(tmp_path / "planned"), {}, *options)[0]
+        compare(found, expected)
+        assert max(found["degrees"]) == degree
 
 
 # ------------------------------------------------------------------------------------------------- what must be noticed
@@ -209,6 +235,21 @@ def test_other_collators_are_refused(tmp_path: Any) -> None:
             config(str(tmp_path)),
             data_collator=own,
             train_dataset=data,
+            processing_class=tokenizer(),
+        )
+
+
+def test_a_loss_of_ones_own_is_refused(tmp_path: Any) -> None:
+    """A subclass that brings one is named: nothing shows that it is a sum over pairs."""
+    import datasets
+
+    own = type("Own", (HeteroDPOTrainer,), {"compute_loss": lambda self, *_, **__: None})
+    with pytest.raises(UnsupportedModel, match=r"Own\.compute_loss is its own"):
+        own(
+            model_of(0, False),
+            model_of(1, False),
+            config(str(tmp_path)),
+            train_dataset=datasets.Dataset.from_list(pairs()),
             processing_class=tokenizer(),
         )
 

@@ -51,6 +51,12 @@ def test_views() -> None:
             assert list(row["ref_logps"]) == [-1.5] * first + [-2.5] * second
 
 
+def test_a_column_of_lengths_is_left_out() -> None:
+    """Planned by it, a pair would be one sample."""
+    table = datasets.Dataset.from_list([{**pair, "length": 9} for pair in PAIRS])
+    assert "length" not in PairRows().of(table, "length").column_names
+
+
 def test_rows_without_tokens_are_refused() -> None:
     """What is missing is named."""
     with pytest.raises(BadSample, match=r"no chosen_ids, rejected_ids, only \['prompt_ids'\]"):

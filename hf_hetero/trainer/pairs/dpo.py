@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import DataLoader
@@ -18,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.checks import overrides
 from hf_hetero.collators import PackedCollator, PairCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.data.plans_of_pairs import PlannersOfPairs
@@ -75,8 +77,15 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
             settings.discopop_tau,
         )
         self._means = PairMeans()
+        self._views: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._per_chosen_token: torch.Tensor | float = 0.0
-        self.train_dataset = self._pairs.of(self.train_dataset)
+        self.train_dataset = self._view(self.train_dataset)
+
+    def _view(self, dataset: Any) -> Any:
+        """Return a dataset's pairs as packed rows; the same view each time, so that its tokens are counted once."""
+        if dataset not in self._views:
+            self._views[dataset] = self._pairs.of(dataset, self.hetero.length_column)
+        return self._views[dataset]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -95,7 +104,7 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
         loader = super().get_eval_dataloader(eval_dataset)
         dataset = self._between_runs.evaluated[loader]
         if self.compute_metrics is None and "sft" not in self._preference.loss_type and dataset is not None:
-            self._between_runs.evaluated[loader] = self._pairs.of(dataset)
+            self._between_runs.evaluated[loader] = self._view(dataset)
         return loader
 
     def get_batch_samples(
@@ -241,6 +250,8 @@ def check_trainer(trainer: Any) -> None:
     if type(trainer.data_collator) is not DataCollatorForPreference:
         name = type(trainer.data_collator).__name__
         reasons.append(f"Pairs are packed, which the data_collator {name} does not do; leave it out.")
+    for name, owner in overrides.own(trainer, overrides.LOSS).items():
+        reasons.append(f"{owner}.{name} is its own, and planned pairs have this trainer's; remove it.")
     _refuse(reasons)
 
 
