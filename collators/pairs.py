@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from hf_hetero.collators.packed import PackedCollator
 from hf_hetero.collators.sample import Example, Sample
 from hf_hetero.layout import Span
-from hf_hetero.samples.pairs import REFERENCE, check_together
+from hf_hetero.samples.pairs import PairRows, check_together
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import StepBatch, StepExamples
 
-ROW = ("input_ids", "labels", PACKED_COLUMN, REFERENCE)
+ROW = ("input_ids", "labels", PACKED_COLUMN, PairRows.column)
 """What is packed of a row; the tokens of prompt and completions, which it has, too, are not handed to the model."""
 
 

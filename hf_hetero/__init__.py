@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
     "HeteroTrainerMixin",
@@ -53,6 +55,7 @@ def __getattr__(name: str) -> Any:
         "Planner": "planner",
         "Topology": "topology",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",
         "HeteroTrainerMixin": "trainer",

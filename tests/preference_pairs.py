@@ -29,8 +29,8 @@ from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.data.plans_of_pairs import PlansOfPairs
 from hf_hetero.plan import StepReport
 
-SIZES = [(3, 9, 5), (7, 2, 30), (1, 1, 2), (20, 5, 5), (2, 40, 3), (5, 17, 8), (11, 3, 26), (4, 6, 6)]
-"""Words of prompt, chosen and rejected completion."""
+SIZES = [(3, 9, 5), (7, 2, 30), (1, 1, 2), (20, 5, 5), (2, 40, 3), (5, 17, 8), (11, 3, 26)]
+"""Words of prompt, chosen and rejected completion; so many that a step of four is followed by one of three."""
 PLAIN = ("per_device_train_batch_size", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm")
 
 

@@ -54,7 +54,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn": {"attention.kernels.flash"},
     "flash_attn_interface": {"attention.kernels.flash"},
     "mip": {"planner.improve.program"},
-    "trl": {"trainer.sft", "trainer.pairs.dpo"},
+    "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {"fine_tuning.tables", "data.lengths", "data.loader", "what_if.corpora"},
     "transformers": {
@@ -81,6 +81,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.fitting",
         "trainer.machine",
         "trainer.pairs.dpo",
+        "trainer.pairs.reward",
         "trainer.predictions",
         "trainer.run",
         "trainer.stopping",

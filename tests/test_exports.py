@@ -15,6 +15,7 @@ PROMISED = {
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
     "HeteroTrainerMixin",

@@ -24,8 +24,13 @@ LENT = "_hf_hetero_loss"
 """Attribute of a model that computes `token_loss`: for how many, and what it had set before."""
 
 
-def install(model: Any, plain: Callable[..., Any]) -> None:
+def install(model: Any, plain: Callable[..., Any], ours: Callable[..., Any] | None = None) -> None:
     """Have a transformers model call `token_loss` where it would call its plain loss; any other loss is left alone.
+
+    Args:
+        model: any of transformers.
+        plain: the loss to be replaced.
+        ours: what replaces it; None: `token_loss`.
 
     Each call is undone by one of `uninstall`, so that several trainers may use one model, in any order.
     """
@@ -34,7 +39,7 @@ def install(model: Any, plain: Callable[..., Any]) -> None:
     # once it is installed, the model's loss is no longer the plain one, and only the count goes up
     if num_installed or model.loss_function is plain:
         state[LENT] = (num_installed + 1, before)
-        model.loss_function = token_loss
+        model.loss_function = token_loss if ours is None else ours
 
 
 def uninstall(model: Any) -> None:
@@ -43,7 +48,8 @@ def uninstall(model: Any) -> None:
     num_installed, before = state.pop(LENT, (0, None))
     if num_installed > 1:
         state[LENT] = (num_installed - 1, before)
-    elif num_installed and state.get("_loss_function") is token_loss:  # else somebody has set another since
+    # unless somebody has set another since
+    elif num_installed and state.get("_loss_function") in (token_loss, token_scores):
         if before is None:
             del state["_loss_function"]
         else:
@@ -118,6 +124,15 @@ def token_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def token_scores(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return the score of each token, where a model with a score for its loss picks one of them. Shape (1, n).
+
+    Args:
+        logits: of a model with one label, shape (1, n, 1).
+    """
+    return logits.squeeze(-1)
 
 
 def _log_probs(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from hf_hetero.samples.rows import PACKED_COLUMN
 PROMPT, CHOSEN, REJECTED = "prompt_ids", "chosen_ids", "rejected_ids"
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Log-probabilities of both completions by a reference model, where they were computed before."""
-REFERENCE = "ref_logps"
-"""The same, as a packed row has them: for each token that of the completion it is of."""
+MARGIN = "margin"
+"""By how much a reward should be larger than the other, where a dataset says so."""
 NOT_LEARNED = -100
 """The label of a token without a target, as everywhere in torch and transformers."""
 
@@ -31,10 +31,14 @@ class PairRows:
     Args:
         most_tokens: of a prompt with a completion; None: any number.
         keeps_end: longer ones lose their first tokens, instead of their last ones.
+
+    Attributes:
+        column: of a packed row, with a number for each token: that of its sequence, where a pair has numbers.
     """
 
     most_tokens: int | None = None
     keeps_end: bool = False
+    column: ClassVar[str] = "of_pair"
 
     def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """Return a pair's columns, and those of the packed row that it is.
@@ -55,7 +59,7 @@ class PairRows:
         tokens = [len(ids) for ids in kept]
         row = {**pair, "input_ids": kept[0] + kept[1], "labels": labels[0] + labels[1], PACKED_COLUMN: tokens}
         if all(name in pair for name in REFERENCE_COLUMNS):
-            row[REFERENCE] = np.repeat([float(pair[name]) for name in REFERENCE_COLUMNS], tokens)
+            row[self.column] = np.repeat([float(pair[name]) for name in REFERENCE_COLUMNS], tokens)
         return row
 
     def rows(self, pairs: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -80,6 +84,41 @@ class PairRows:
         if self.most_tokens is None:
             return values
         return values[-self.most_tokens :] if self.keeps_end else values[: self.most_tokens]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRows(PairRows):
+    """`ScoredRows` makes packed rows of pairs of whole sequences, each of which is to have one score.
+
+    The label of a sequence is where the token is whose score counts: the last one that is not padding, as transformers
+    finds it, which takes an end of text for padding where both are the same token.
+
+    Args:
+        pad_token_id: of the tokenizer.
+    """
+
+    pad_token_id: int = 0
+
+    def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a pair's columns, and those of the packed row that it is.
+
+        Raises:
+            BadSample: a sequence is missing.
+        """
+        if missing := [name for name in (CHOSEN, REJECTED) if name not in pair]:
+            raise BadSample(f"A row has no {', '.join(missing)}, only {sorted(pair)}. Have RewardTrainer tokenise it.")
+        sequences = [list(pair[name]) for name in (CHOSEN, REJECTED)]
+        tokens = [len(ids) for ids in sequences]
+        labels = [self._label(ids) for ids in sequences]
+        row = {**pair, "input_ids": sequences[0] + sequences[1], "labels": labels[0] + labels[1], PACKED_COLUMN: tokens}
+        if pair.get(MARGIN) is not None:
+            row[self.column] = np.full(sum(tokens), float(pair[MARGIN]))
+        return row
+
+    def _label(self, ids: list[int]) -> list[int]:
+        """Return labels of which one is a token; of a sequence of padding alone it is the first."""
+        scored = max((place for place, token in enumerate(ids) if token != self.pad_token_id), default=0)
+        return [token if place == scored else NOT_LEARNED for place, token in enumerate(ids)]
 
 
 def check_together(rows: Sequence[int], samples: Sequence[int], ranks: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 
 from hf_hetero.attention import interface
 from hf_hetero.attention.kernels import choice
@@ -95,9 +95,13 @@ def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None
     undone.callback(_give_back_attention, base, base.config._attn_implementation)
     base.set_attn_implementation(interface.ATTENTION_NAME)
     undone.callback(TablesBySample(base).remove)
-    loss.install(base, ForCausalLMLoss)
+    if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
+        loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
+    else:
+        loss.install(base, ForCausalLMLoss)
     undone.callback(loss.uninstall, base)
-    return _lean_head(base, undone) if has_lazy_logits else None
+    has_logits = base.get_output_embeddings() is not None
+    return _lean_head(base, undone) if has_lazy_logits and has_logits else None
 
 
 def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:

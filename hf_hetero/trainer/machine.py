@@ -67,6 +67,7 @@ def set_up(
     world = args.world_size
     topology = _topology(args.device, world)
     heads = getattr(base_model(model).config, "num_attention_heads", world)
+    head = base_model(model).get_output_embeddings()  # none where tokens are not predicted, so that there are no logits
     # timed on all ranks at once, as training will run
     checkpointing = sharding.checkpointing
     shape = shape_of(
@@ -75,7 +76,7 @@ def set_up(
         dtype.itemsize,
         checkpointing,
         keeps_exchanged=hetero.keep_exchanged,
-        chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
+        chunked_loss=args.use_liger_kernel or head is None or isinstance(head, LeanHead),
         chunked_mlp=activations.chunked_mlps,
     )
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]

@@ -66,6 +66,7 @@ def test_pairs_are_learned_the_same(tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*keep_end:FutureWarning")  # TRL's
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_losses(name: str, num_ranks: int, tmp_path: Any) -> None:

@@ -48,7 +48,7 @@ def test_views() -> None:
             assert {name: row[name] for name in pair} == pair
             assert row["input_ids"] == rows.row(pair)["input_ids"]
             first, second = row["seq_lengths"]
-            assert list(row["ref_logps"]) == [-1.5] * first + [-2.5] * second
+            assert list(row["of_pair"]) == [-1.5] * first + [-2.5] * second
 
 
 def test_a_column_of_lengths_is_left_out() -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import DataLoader
@@ -19,17 +18,13 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.checks import overrides
-from hf_hetero.collators import PackedCollator, PairCollator
 from hf_hetero.config import HeteroConfig
-from hf_hetero.data.plans_of_pairs import PlannersOfPairs
-from hf_hetero.errors import UnsupportedModel
 from hf_hetero.model.loss import IGNORE_INDEX
-from hf_hetero.samples.pairs import REFERENCE, PairRows
+from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.losses import LOSSES, Completion, Preference
 from hf_hetero.trainer.pairs.means import PairMeans
-from hf_hetero.trainer.pairs.sums import at_starts, by_sample, counted_once, over_group
-from hf_hetero.trainer.trainer import HeteroTrainerMixin
+from hf_hetero.trainer.pairs.planned import PlannedPairs, refuse, setting_problems, trainer_problems
+from hf_hetero.trainer.pairs.sums import EXACT, at_starts, by_sample, counted_once, over_group
 
 SORTED = ("aot", "aot_unpaired")
 
@@ -41,7 +36,7 @@ class _ModelThenArguments(DPOTrainer):
         super().__init__(model, ref_model, args, *others, **kwargs)
 
 
-class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
+class HeteroDPOTrainer(PlannedPairs, _ModelThenArguments):
     """`HeteroDPOTrainer` is `trl.DPOTrainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`.
 
     Evaluation is planned, too, unless `compute_metrics` or the loss "sft" ask for what TRL computes of its own batches.
@@ -61,12 +56,13 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
         hetero: HeteroConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        check_settings(args, hetero or HeteroConfig())
+        refuse(type(self).__name__, [*loss_problems(args), *setting_problems(hetero or HeteroConfig())])
         super().__init__(model, args, *others, hetero=hetero, ref_model=ref_model, **kwargs)
         settings: Any = self.args
-        check_settings(settings, self.hetero)
-        check_trainer(self)
-        self._pairs = PairRows(settings.max_length, settings.truncation_mode == "keep_end")
+        problems = [*loss_problems(settings), *trainer_problems(self, DataCollatorForPreference)]
+        if self.aux_loss_enabled:
+            problems.append("The auxiliary loss of routers is of a batch; set DPOConfig(router_aux_loss_coef=0.0).")
+        refuse(type(self).__name__, problems)
         self._preference = Preference(
             tuple(settings.loss_type),
             tuple(self.loss_weights),
@@ -77,27 +73,8 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
             settings.discopop_tau,
         )
         self._means = PairMeans()
-        self._views: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
         self._per_chosen_token: torch.Tensor | float = 0.0
-        self.train_dataset = self._view(self.train_dataset)
-
-    def _view(self, dataset: Any) -> Any:
-        """Return a dataset's pairs as packed rows; the same view each time, so that its tokens are counted once."""
-        if dataset not in self._views:
-            self._views[dataset] = self._pairs.of(dataset, self.hetero.length_column)
-        return self._views[dataset]
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if REFERENCE not in (names := self._signature_columns):
-            self._signature_columns = [*names, "input_ids", "labels", REFERENCE]
-
-    def _make_packer(self) -> PackedCollator:
-        return PairCollator(pad_token_id=self.data_collator.pad_token_id, makes_labels=False)
-
-    def _planners(self) -> PlannersOfPairs:
-        planners = super()._planners()
-        return PlannersOfPairs(planners.hetero, planners.num_ranks, planners.cost_model, planners.methods)
+        self._begin_with(PairRows(settings.max_length, settings.truncation_mode == "keep_end"))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return Trainer's own loader, whose batches can be read; `evaluation_loop` plans its pairs if it can."""
@@ -115,7 +92,7 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
         if batches and "sft" in self._preference.loss_type:
             own = sum(_num_chosen_targets(m) for part in batches for m in part.micro_batches)
             total: Any = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
-            self._per_chosen_token = num_pairs / total.clamp(min=1)
+            self._per_chosen_token = num_pairs / total.clamp(min=1).to(EXACT)
         return batches, num_pairs
 
     def compute_loss(
@@ -137,7 +114,7 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
         if context is None or num_items_in_batch is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False, "token_log_probs": True}
-        known = inputs.pop(REFERENCE, None)
+        known = inputs.pop(PairRows.column, None)
         if self.precompute_ref_logps:
             reference = torch.zeros(len(context.layout.lengths), dtype=torch.float64, device=self.args.device)
             reference = reference if known is None else at_starts(context, known[0])
@@ -157,7 +134,7 @@ class HeteroDPOTrainer(HeteroTrainerMixin, _ModelThenArguments):
         of_chosen, of_rejected = (Completion(s[0], s[1], s[6].detach()) for s in (chosen, rejected))
         loss = self._preference.losses(of_chosen, of_rejected, self._per_chosen_token).sum()
         self._watch(context, chosen.detach(), rejected.detach())
-        return counted_once(context, loss) * (self.accelerator.num_processes / num_items_in_batch)
+        return counted_once(context, loss) * self.accelerator.num_processes / num_items_in_batch
 
     @torch.no_grad()
     def _reference_log_probs(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -211,19 +188,12 @@ def _num_chosen_targets(micro_batch: Any) -> int:
     return count
 
 
-def check_settings(args: Any, hetero: HeteroConfig) -> None:
-    """Refuse settings whose loss a plan could change.
-
-    Args:
-        args: TRL's `DPOConfig`; None: its defaults.
-        hetero: settings of planning.
-
-    Raises:
-        UnsupportedModel: with every reason found.
-    """
+def loss_problems(args: Any) -> list[str]:
+    """Return, in words, why the loss that TRL's `DPOConfig` asks for, or its default, is no sum over pairs."""
     reasons: list[str] = []
     losses = getattr(args, "loss_type", None) or ["sigmoid"]
-    if found := [name for name in ([losses] if isinstance(losses, str) else losses) if name in SORTED]:
+    losses = [losses] if isinstance(losses, str) else losses
+    if found := [name for name in losses if name in SORTED]:
         reasons.append(f"loss_type={found} sorts the pairs of a batch, so it depends on which are computed together.")
     elif unknown := [name for name in losses if name not in LOSSES and name != "sft"]:
         reasons.append(f"loss_type={unknown} is not known; choose from {', '.join([*LOSSES, 'sft'])}.")
@@ -231,30 +201,4 @@ def check_settings(args: Any, hetero: HeteroConfig) -> None:
         reasons.append("use_weighting=True needs the squares of all probabilities, which are not kept; leave it out.")
     if getattr(args, "ld_alpha", None) is not None:
         reasons.append(f"ld_alpha={args.ld_alpha} weighs tokens by the other completion's length; leave it out.")
-    if hetero.weight_column is not None:
-        reasons.append(f"HeteroConfig.weight_column={hetero.weight_column!r} is of tokens, and the loss is of pairs.")
-    if hetero.max_sample_tokens is not None and hetero.longer_samples == "split":
-        reasons.append("HeteroConfig.longer_samples='split' would make more than two sequences of a pair; use 'error'.")
-    _refuse(reasons)
-
-
-def check_trainer(trainer: Any) -> None:
-    """Refuse what only TRL's trainer knows, once it is made.
-
-    Raises:
-        UnsupportedModel: with every reason found.
-    """
-    reasons: list[str] = []
-    if trainer.aux_loss_enabled:
-        reasons.append("The auxiliary loss of routers is a statistic of a batch; DPOConfig(router_aux_loss_coef=0.0).")
-    if type(trainer.data_collator) is not DataCollatorForPreference:
-        name = type(trainer.data_collator).__name__
-        reasons.append(f"Pairs are packed, which the data_collator {name} does not do; leave it out.")
-    for name, owner in overrides.own(trainer, overrides.LOSS).items():
-        reasons.append(f"{owner}.{name} is its own, and planned pairs have this trainer's; remove it.")
-    _refuse(reasons)
-
-
-def _refuse(reasons: list[str]) -> None:
-    if reasons:
-        raise UnsupportedModel(f"HeteroDPOTrainer cannot train exactly under changing plans: {' '.join(reasons)}")
+    return reasons
