@@ -13,6 +13,8 @@ parts, which is the gradient of L. No exchange is needed in backward.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 import torch.distributed as dist
 
@@ -50,13 +52,12 @@ def at_starts(context: AttentionContext, values: torch.Tensor) -> torch.Tensor:
         context: of the micro-batch.
         values: one for each token of this rank, shape (n,).
     """
+    spans = context.layout.spans[context.group_rank]
+    places = accumulate((span.num_tokens for span in spans), initial=0)
+    held = [(span.sample, place) for span, place in zip(spans, places, strict=False) if span.start == 0]
+    samples, firsts = torch.tensor(held, dtype=torch.long, device=values.device).reshape(-1, 2).T
     found = torch.zeros(len(context.layout.lengths), dtype=EXACT, device=values.device)
-    place = 0
-    for span in context.layout.spans[context.group_rank]:
-        if span.start == 0:
-            found[span.sample] = values[place]
-        place += span.num_tokens
-    return found
+    return found.index_copy(0, samples, values[firsts].to(EXACT))
 
 
 def over_group(context: AttentionContext, parts: torch.Tensor) -> torch.Tensor:
