@@ -26,8 +26,8 @@ from words import say, tokenizer
 
 from hf_hetero import HeteroConfig, HeteroDPOTrainer, Plan
 from hf_hetero.callbacks import StepReportCallback
-from hf_hetero.data.plans_of_pairs import PlansOfPairs
 from hf_hetero.plan import StepReport
+from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 SIZES = [(3, 9, 5), (7, 2, 30), (1, 1, 2), (20, 5, 5), (2, 40, 3), (5, 17, 8), (11, 3, 26)]
 """Words of prompt, chosen and rejected completion; so many that a step of four is followed by one of three."""
