@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MethodType, SimpleNamespace
 from typing import Any
 
@@ -24,10 +25,10 @@ from helpers import (
 from torch.nn import functional as F
 from words import say, tokenizer
 
-from hf_hetero import HeteroConfig, HeteroDPOTrainer, Plan
+from hf_hetero import Group, HeteroConfig, HeteroDPOTrainer, MicroBatch, Plan
 from hf_hetero.callbacks import StepReportCallback
-from hf_hetero.data.plans_of_pairs import PlansOfPairs
 from hf_hetero.plan import StepReport
+from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 SIZES = [(3, 9, 5), (7, 2, 30), (1, 1, 2), (20, 5, 5), (2, 40, 3), (5, 17, 8), (11, 3, 26)]
 """Words of prompt, chosen and rejected completion; so many that a step of four is followed by one of three."""
@@ -48,7 +49,13 @@ class PlannerOfItems:
         self._planner = ScriptedPlanner(num_ranks)
 
     def plan(self, items: Sequence[Any]) -> Plan:
-        return self._planner.plan([sum(item) for item in items])
+        plan = self._planner.plan([sum(item) for item in items])
+        return replace(plan, micro_batches=tuple(MicroBatch(tuple(map(_held, m.groups))) for m in plan.micro_batches))
+
+
+def _held(group: Group) -> Group:
+    """Without a GPU nothing is offloaded, and a cost model knows no such groups."""
+    return replace(group, activations=None if group.activations == "offload" else group.activations)
 
 
 class Degrees(StepReportCallback):

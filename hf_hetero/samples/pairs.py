@@ -138,5 +138,5 @@ def check_together(rows: Sequence[int], samples: Sequence[int], ranks: Sequence[
         if not is_first or others != [chosen + 1] or rows[chosen] != rows[chosen + 1]:
             raise HeteroError(
                 f"The plan gives ranks {list(ranks)} one half of the pair in row {rows[chosen]}, whose loss needs "
-                "both. Plan pairs as items, as hf_hetero.data.plans_of_pairs.PlansOfPairs does."
+                "both. Plan pairs as items, as hf_hetero.trainer.pairs.plans.PlansOfPairs does."
             )

@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from words import tokenizer
 
 from hf_hetero import HeteroRewardTrainer, UnsupportedModel
-from hf_hetero.data.plans_of_pairs import PlansOfPairs
+from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 trl = pytest.importorskip("trl")
 from preference_pairs import PLAIN, PlannerOfItems, pairs  # noqa: E402

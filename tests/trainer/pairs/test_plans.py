@@ -10,8 +10,8 @@ from planner.reference import problems, small_cost
 
 from hf_hetero import Plan, Planner
 from hf_hetero.data.plan_sources import PlansOfThisProcess, planned_elsewhere
-from hf_hetero.data.plans_of_pairs import PlansOfPairs
 from hf_hetero.samples.pairs import check_together
+from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 COST = small_cost(100, (2, 4))
 ROWS = [row for row in range(len(LENGTHS) // 2) for _ in range(2)]
