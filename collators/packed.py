@@ -100,7 +100,7 @@ class PackedCollator:
             for name in self.model_inputs & MARKS_OF_TEXT - set(inputs):
                 inputs[name] = torch.zeros_like(inputs["input_ids"])
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
-            total += sum(self._num_counted(sample_of(pack, span), span) for span in spans)
+            total += sum(self.num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
             micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, pack), reaches))
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
@@ -187,8 +187,8 @@ class PackedCollator:
             )
         return None if labels is None else labels.long()
 
-    def _num_counted(self, sample: Sample, span: Span) -> int:
-        """Count the tokens of a span among those by which the loss of a step is divided."""
+    def num_counted(self, sample: Sample, span: Span) -> int:
+        """Count what a span has of that by which the loss of a step is divided: its targets."""
         if self.counts_first_label and sample.labels is not None:
             return num_targets(sample.labels[span.start : span.end])
         return num_targets(sample.targets[span.start : span.end])

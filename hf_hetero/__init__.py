@@ -18,13 +18,17 @@ if TYPE_CHECKING:
     from hf_hetero.planner import Planner
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
     "CostModel",
     "Group",
     "HeteroConfig",
+    "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
     "HeteroTrainerMixin",
@@ -50,6 +54,8 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
+        "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",
         "HeteroTrainerMixin": "trainer",

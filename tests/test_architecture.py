@@ -57,7 +57,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.kernels.flash"},
     "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
-    "trl": {"trainer.sft"},
+    "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
@@ -88,6 +88,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.fitting",
         "trainer.machine",
         "trainer.out_of_memory",
+        "trainer.pairs.dpo",
+        "trainer.pairs.reward",
         "trainer.predictions",
         "trainer.reporting",
         "trainer.run",

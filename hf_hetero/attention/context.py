@@ -89,6 +89,7 @@ class AttentionContext:
         self.step, self.micro_batch = step, micro_batch
         self.group_rank = ranks.index(rank)
         self.peers = Peers(process_group, ranks, self.group_rank, layout.rank_tokens)
+        self._waits = waits
         self.waits = waits if self.group_rank in SPEAKERS else None
         self.num_tokens = layout.rank_tokens[self.group_rank]
         spans = layout.spans[self.group_rank]
@@ -96,6 +97,23 @@ class AttentionContext:
         self.reached: set[int] = set()
         self._shared: dict[Any, Any] = {}
         self._exchanged: dict[tuple[int, str], tuple[torch.Tensor | SavedTensor, ...] | None] = {}
+
+    def again(self) -> AttentionContext:
+        """Return a context for another pass over the same micro-batch, without gradients: it shares nothing kept."""
+        return AttentionContext(
+            self.layout,
+            self.peers.ranks,
+            self.peers.ranks[self.group_rank],
+            self.peers.group,
+            self.method,
+            self.kernel,
+            self.device,
+            self.step,
+            self.micro_batch,
+            self.inner_group,
+            reaches=self.reaches,
+            waits=self._waits,
+        )
 
     def at(self, layer: int) -> Place:
         """Return the context as a layer sees it."""

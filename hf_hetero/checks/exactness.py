@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from hf_hetero.attention import rotary
 from hf_hetero.errors import ConfigError, UnsupportedModel
@@ -66,7 +67,8 @@ def check_model(trainer: Trainer) -> None:
         UnsupportedModel: with every reason found.
     """
     model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
-    _raise_all(type(base_model(model)).__name__, [*model_problems(model), *_trainer_problems(trainer)])
+    problems = model_problems(model, scores=getattr(trainer, "learns_scores", False))
+    _raise_all(type(base_model(model)).__name__, [*problems, *_trainer_problems(trainer)])
     if dropouts := sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}):
         logger.warning(
             "The model has dropout (p = %s): its noise is drawn on each rank, so two plans see different noise of the "
@@ -135,8 +137,13 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
         yield "device_map spreads the model over several devices; load it without."
 
 
-def model_problems(model: torch.nn.Module) -> Iterator[str]:
-    """Yield, in words, why a model is refused."""
+def model_problems(model: torch.nn.Module, scores: bool = False) -> Iterator[str]:
+    """Yield, in words, why a model is refused.
+
+    Args:
+        model: in adapters or not.
+        scores: it should give sequences a score, instead of predicting tokens.
+    """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         yield "it is not a transformers model."
@@ -147,7 +154,9 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
     # what writes text token by token, whatever its class is called: of text alone, or of images and text
-    if config.is_encoder_decoder or not base.can_generate():
+    if scores:
+        yield from _score_problems(base)
+    elif config.is_encoder_decoder or not base.can_generate():
         yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
         return
     config = config.get_text_config(decoder=True)
@@ -162,7 +171,8 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
         known = " and ".join(sorted(EXACT_LAYER_TYPES))
         yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
     # a model that another trainer has fitted computes this package's loss
-    if base.loss_function is not ForCausalLMLoss and "hf_hetero" not in base.loss_function.__module__:
+    plain = ForSequenceClassificationLoss if scores else ForCausalLMLoss
+    if base.loss_function is not plain and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
     yield from rotary.problems(base)
     for name in ATTENTION_DROPOUTS:
@@ -174,3 +184,11 @@ def model_problems(model: torch.nn.Module) -> Iterator[str]:
             "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False, or "
             "under TRL, whose trainer sets that itself, SFTConfig(router_aux_loss_coef=0.0)."
         )
+
+
+def _score_problems(base: PreTrainedModel) -> Iterator[str]:
+    """Yield, in words, why a model that gives scores is refused."""
+    if not isinstance(base, GenericForSequenceClassification):
+        yield f"{type(base).__name__} does not score sequences as AutoModelForSequenceClassification of decoders does."
+    elif not is_tested(base):
+        yield f"scores of the type {base.config.model_type!r} were not compared with plain training yet."

@@ -1,7 +1,7 @@
 """Methods of `Trainer` that a subclass brings of its own are honoured exactly, or refused by name.
 
-The method resolution order is asked, not a list of names. Whatever is neither transformers', TRL's `SFTTrainer` nor
-this package's is somebody's own:
+The method resolution order is asked, not a list of names. Whatever is neither transformers', TRL's `SFTTrainer`, nor
+this package's with the trainer that it is made for, is somebody's own:
 
     compute_loss, _prepare_inputs, compute_loss_func    tried on two tiny samples, together and each alone: taken if
                                                         the loss of both is the sum, so that no plan can change it
@@ -21,6 +21,8 @@ from typing import Any
 
 from hf_hetero.errors import UnsupportedModel
 
+PLANNED = {"DPOTrainer": "HeteroDPOTrainer", "RewardTrainer": "HeteroRewardTrainer"}
+"""Trainers of TRL that a class of this package plans, with a loss of its own in the place of theirs."""
 KNOWN_MODULES = frozenset({"transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer"})
 LOSS = ("compute_loss", "_prepare_inputs")
 """What stands between a batch and its loss."""
@@ -48,7 +50,7 @@ def own(trainer: Any, names: Iterable[str]) -> dict[str, str]:
         trainer: an instance, whose attributes count, too; or its class.
     """
     kind = trainer if isinstance(trainer, type) else type(trainer)
-    classes = [base for base in kind.__mro__ if not _is_known(base)]
+    classes = _of_others(kind)
     owners: dict[str, str] = {}
     for name in names:
         owner = next((base.__name__ for base in classes if name in vars(base)), None)
@@ -66,13 +68,14 @@ def check(trainer_class: type) -> None:
         UnsupportedModel: with the class and the method.
     """
     # SFTTrainer's loss is a sum over tokens; TRL's other trainers compare or generate samples in these methods
-    theirs = [base for base in trainer_class.__mro__ if base.__module__.split(".")[0] == "trl" and not _is_known(base)]
+    theirs = [base for base in _of_others(trainer_class) if base.__module__.split(".")[0] == "trl"]
     for base in theirs:
         if name := next((name for name in (*LOSS, "training_step", *LOOPS) if name in vars(base)), None):
+            ours = PLANNED.get(base.__name__)
+            remedy = "Use it without HeteroTrainerMixin." if ours is None else f"Use hf_hetero.{ours}, which plans it."
             raise UnsupportedModel(
                 f"{theirs[0].__name__} compares or generates samples, which cannot be shared out one by one: "
-                f"{base.__name__}.{name} is no sum over tokens, as SFTTrainer's loss is. Use it without "
-                "HeteroTrainerMixin."
+                f"{base.__name__}.{name} is no sum over tokens, as SFTTrainer's loss is. {remedy}"
             )
     for name, owner in own(trainer_class, LOOPS).items():
         raise UnsupportedModel(
@@ -83,7 +86,7 @@ def check(trainer_class: type) -> None:
     for name, owner in own(trainer_class, ("training_step",)).items():
         # each class of the chain: one that does not go on to the next cuts off Trainer's, whoever else calls it
         for base in trainer_class.__mro__:
-            if name in vars(base) and not _is_known(base) and not calls(vars(base)[name], name):
+            if name in vars(base) and base in _of_others(trainer_class) and not calls(vars(base)[name], name):
                 raise UnsupportedModel(
                     f"{owner}.{name} does not call super().{name}: it compares or generates samples, or learns in a "
                     "way of its own, which cannot be shared out sample by sample. Use it with plain Trainer."
@@ -102,5 +105,15 @@ def _parts(code: CodeType) -> list[CodeType]:
     return [code, *(part for one in inner for part in _parts(one))]
 
 
+def _of_others(kind: type) -> list[type]:
+    """Return those classes of a trainer that are neither known, nor what a class of this package is made for."""
+    served = {above for base in kind.__mro__ if _is_ours(base) for above in base.__bases__}
+    return [base for base in kind.__mro__ if not (_is_ours(base) or base in served or _is_known(base))]
+
+
 def _is_known(base: type) -> bool:
-    return base.__module__ in KNOWN_MODULES or base.__module__.split(".")[0] == "hf_hetero" or base is object
+    return base.__module__ in KNOWN_MODULES or base is object
+
+
+def _is_ours(base: type) -> bool:
+    return base.__module__.split(".")[0] == "hf_hetero"

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 from hf_hetero.costs.out_of_memory import fits
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner, PlannerProcess
+from hf_hetero.planner.items import Lengths, flat, sequences_of
 
 PLANNING_NICENESS = 5
 IMPROVING_NICENESS = 19
@@ -58,15 +59,15 @@ class PlansOfThisProcess:
 
     planner: Callable[[], Planner]
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.plan`."""
         return self.planner().plan(lengths)
 
-    def static(self, lengths: Sequence[int]) -> Plan:
+    def static(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.static`."""
         return self.planner().static(lengths)
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Return the plan as it is."""
         return plan
 
@@ -85,22 +86,22 @@ class PlansOfProcesses:
     planning: PlannerProcess
     improving: PlannerProcess | None
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan as `PlannerProcess.plan`."""
         return self.planning.plan(lengths)
 
-    def static(self, lengths: Sequence[int]) -> Plan:
+    def static(self, lengths: Lengths) -> Plan:
         """Plan as `Planner.static`, in this process: it is asked when the other one has failed."""
         return self.planner().static(lengths)
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve as `PlannerProcess.improve`; a plan that was made before times were refitted stays as it is."""
         if self.improving is None:
             return plan
         # `Planner.improve` refuses a plan of another cost model; after a refit, or less memory, that is no failure
-        cost = self.planner().cost_model
-        is_of_this_model = math.isclose(cost.plan_seconds(plan, lengths), plan.seconds, rel_tol=1e-9)
-        is_of_this_model = is_of_this_model and (not cost.ran_out or fits(cost, plan, lengths))
+        cost, by_sequence, tokens = self.planner().cost_model, sequences_of(plan, lengths), flat(lengths)
+        is_of_this_model = math.isclose(cost.plan_seconds(by_sequence, tokens), plan.seconds, rel_tol=1e-9)
+        is_of_this_model = is_of_this_model and (not cost.ran_out or fits(cost, by_sequence, tokens))
         return self.improving.improve(plan, lengths) if is_of_this_model else plan
 
     def close(self) -> None:

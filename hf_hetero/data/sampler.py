@@ -247,6 +247,8 @@ class StepDataset(Dataset[StepExamples]):
 
     def _read(self, rows: Sequence[int]) -> list[Any]:
         """Read rows with the dataset's own method for several, where it has one."""
+        if not rows:  # a rank without tokens: a transform may not know what to make of no rows
+            return []
         if hasattr(self._dataset, "__getitems__"):
             with _naming(f"rows {', '.join(map(str, rows))}"):
                 return list(self._dataset.__getitems__(rows))

@@ -53,6 +53,101 @@ def chunked_loss(
     return loss
 
 
+def chunked_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    changes: tuple[Change, ...] = (),
+    ignore_index: int = IGNORE_INDEX,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """Return the log-probability of each target, and what is watched beside it; no chunk's logits outlive the chunk.
+
+    A loss of log-probabilities that is no sum of them gives each target another gradient, which is not known before
+    backward; so backward computes the logits of each chunk again.
+
+    Args:
+        hidden, weight, bias, targets, changes, ignore_index, chunk_bytes: as for `chunked_loss`.
+
+    Returns:
+        Shape (4, num_tokens), in at least fp32; zeros where there is no target. Row 0 has log-probabilities, and is
+        differentiable once. The others are for logs: entropy, mean of the logits, and 1 where the target is the most
+        probable token.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    found: Any = _ChunkedLogProbs.apply(rows, weight, bias, targets.reshape(-1), changes, ignore_index, chunk_bytes)
+    return found
+
+
+def watched_log_probs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return what `chunked_log_probs` does, of logits of shape (n, vocab_size) with n targets. Shape (4, n)."""
+    log_softmax = F.log_softmax(logits, dim=-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    log_probs = log_softmax.gather(1, targets.unsqueeze(1)).squeeze(1)
+    is_top1 = (logits.argmax(-1) == targets).to(logits.dtype)
+    return torch.stack([log_probs, entropy.detach(), logits.detach().mean(-1), is_top1])
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """`_ChunkedLogProbs` computes the logits of each chunk in forward, and in backward once more."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        changes: tuple[Change, ...],
+        ignore_index: int,
+        chunk_bytes: int,
+    ) -> torch.Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        exact = torch.promote_types(dtype, torch.float32)
+        positions = (targets != ignore_index).nonzero().squeeze(1)  # waits for the device, once a micro-batch
+        chunks = positions.split(max(1, chunk_bytes // (4 * weight.shape[0])))
+        found = torch.zeros(4, len(targets), dtype=exact, device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for chunk in chunks:
+                logits = F.linear(hidden[chunk].to(dtype), w, b)
+                for change in changes:
+                    logits = change(logits)
+                found[:, chunk] = watched_log_probs(logits.to(exact), targets[chunk])
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.numerics = dtype, exact, changes, chunks
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias, targets = ctx.saved_tensors
+        dtype, exact, changes, chunks = ctx.numerics
+        of_log_probs = grad_outputs[0][0]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=exact) if needs_weight else None
+        of_bias = torch.zeros_like(bias, dtype=exact) if needs_bias and bias is not None else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            w, b = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for chunk in chunks:
+                h = hidden[chunk].to(dtype)
+                # a log-probability is a cross-entropy of weight -1
+                scale = -of_log_probs[chunk].to(exact)
+                _, gradient = _chunk(F.linear(h, w, b), targets[chunk], scale, changes, exact)
+                if of_hidden is not None:
+                    of_hidden[chunk] = (gradient @ w).to(hidden.dtype)
+                if of_weight is not None:
+                    of_weight += gradient.T @ h
+                if of_bias is not None:
+                    of_bias += gradient.sum(0, dtype=exact)
+        of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+        of_bias = None if of_bias is None or bias is None else of_bias.to(bias.dtype)
+        return of_hidden, of_weight, of_bias, None, None, None, None
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """`_ChunkedLoss` makes the loss and, beside it, its gradients for a gradient of 1, which backward scales.
 

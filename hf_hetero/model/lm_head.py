@@ -28,20 +28,23 @@ class LeanHead(torch.nn.Linear):
     """
 
     _is_lazy: bool = False
+    _is_always: bool = False
     _num_installed: int = 0
 
     @contextmanager
-    def lazy(self) -> Iterator[None]:
-        """Hand out lazy logits meanwhile, in training mode."""
-        before, self._is_lazy = self._is_lazy, True
+    def lazy(self, always: bool = False) -> Iterator[None]:
+        """Hand out lazy logits meanwhile: in training mode, or always, also where no gradient is wanted."""
+        before = self._is_lazy, self._is_always
+        self._is_lazy, self._is_always = True, always
         try:
             yield
         finally:
-            self._is_lazy = before
+            self._is_lazy, self._is_always = before
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return logits, shape (..., vocab_size), of hidden states, shape (..., hidden); lazy ones look the same."""
-        if not (self._is_lazy and self.training and torch.is_grad_enabled()):
+        is_learning = self.training and torch.is_grad_enabled()
+        if not (self._is_lazy and (self._is_always or is_learning)):
             return super().forward(input)
         return LazyLogits.of(_Joined.apply(input, self.weight, self.bias), self.weight, self.bias, ())
 
@@ -75,8 +78,8 @@ def uninstall(model: Any) -> None:
         return
     head._num_installed -= 1  # pyright: ignore[reportPrivateUsage]
     if head._num_installed <= 0 and type(head) is LeanHead:  # pyright: ignore[reportPrivateUsage]
-        vars(head).pop("_is_lazy", None)
-        vars(head).pop("_num_installed", None)
+        for name in ("_is_lazy", "_is_always", "_num_installed"):
+            vars(head).pop(name, None)
         cast("Any", head).__class__ = torch.nn.Linear
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-COUNTED = ("_metrics", "_total_train_tokens")
-"""Attributes of a trainer in which its `compute_loss` keeps what it counts."""
+COUNTED = ("_metrics", "_total_train_tokens", "_means", "_seen", "_least", "_most")
+"""Attributes of a trainer, TRL's or this package's, in which its `compute_loss` keeps what it counts."""
 
 
 class LoggedMeans:

@@ -17,15 +17,20 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_loss
+from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_log_probs, chunked_loss, watched_log_probs
 from hf_hetero.model.lm_head import LazyLogits
 
 LENT = "_hf_hetero_loss"
 """Attribute of a model that computes `token_loss`: for how many, and what it had set before."""
 
 
-def install(model: Any, plain: Callable[..., Any]) -> None:
+def install(model: Any, plain: Callable[..., Any], ours: Callable[..., Any] | None = None) -> None:
     """Have a transformers model call `token_loss` where it would call its plain loss; any other loss is left alone.
+
+    Args:
+        model: any of transformers.
+        plain: the loss to be replaced.
+        ours: what replaces it; None: `token_loss`.
 
     Each call is undone by one of `uninstall`, so that several trainers may use one model, in any order.
     """
@@ -34,7 +39,7 @@ def install(model: Any, plain: Callable[..., Any]) -> None:
     # once it is installed, the model's loss is no longer the plain one, and only the count goes up
     if num_installed or model.loss_function is plain:
         state[LENT] = (num_installed + 1, before)
-        model.loss_function = token_loss
+        model.loss_function = token_loss if ours is None else ours
 
 
 def uninstall(model: Any) -> None:
@@ -43,7 +48,8 @@ def uninstall(model: Any) -> None:
     num_installed, before = state.pop(LENT, (0, None))
     if num_installed > 1:
         state[LENT] = (num_installed - 1, before)
-    elif num_installed and state.get("_loss_function") is token_loss:  # else somebody has set another since
+    # unless somebody has set another since
+    elif num_installed and state.get("_loss_function") in (token_loss, token_scores):
         if before is None:
             del state["_loss_function"]
         else:
@@ -76,6 +82,7 @@ def token_loss(
     ignore_index: int = IGNORE_INDEX,
     shift_labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
+    token_log_probs: bool = False,
     **_: Any,
 ) -> torch.Tensor:
     """Compute transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
@@ -89,14 +96,18 @@ def token_loss(
         shift_labels: shape (batch, num_tokens): the target of each position.
         loss_weights: shape (batch, num_tokens): of each target, as `carried_weights` are, in the places of
             `shift_labels`, or else of `labels`.
+        token_log_probs: give the log-probability of each target, and no sum of them.
 
     Returns:
         A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`, each term times its weight.
+        With `token_log_probs` what `chunked_log_probs` gives of all tokens, row by row: shape (4, batch * num_tokens).
     """
     if shift_labels is None:
         assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         loss_weights = None if loss_weights is None else F.pad(loss_weights, (0, 1))[..., 1:]
+    if token_log_probs:
+        return _log_probs(logits, shift_labels, ignore_index)
     weights = None if loss_weights is None else loss_weights.view(torch.float64)
     if isinstance(logits, LazyLogits):
         targets = shift_labels.to(logits.device)
@@ -113,3 +124,23 @@ def token_loss(
     if num_items_in_batch is None:
         return F.cross_entropy(logits, targets, ignore_index=ignore_index)
     return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum") / num_items_in_batch
+
+
+def token_scores(logits: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return the score of each token, where a model with a score for its loss picks one of them. Shape (1, n).
+
+    Args:
+        logits: of a model with one label, shape (1, n, 1).
+    """
+    return logits.squeeze(-1)
+
+
+def _log_probs(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """Return what `chunked_log_probs` does, of logits of shape (batch, num_tokens, vocab_size), lazy or not."""
+    targets = targets.reshape(-1).to(logits.device)
+    if isinstance(logits, LazyLogits):
+        hidden, weight, bias, changes = logits.parts()
+        return chunked_log_probs(hidden, weight, bias, targets, changes, ignore_index)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    is_target = targets != ignore_index
+    return watched_log_probs(logits, targets.where(is_target, 0)) * is_target

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -29,6 +29,7 @@ from hf_hetero import errors
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
+from hf_hetero.planner.items import Lengths
 from hf_hetero.planner.planner import Planner
 
 START = "import sys; sys.path[:] = filter(None, sys.path); from hf_hetero.planner.process import main; main()"
@@ -60,7 +61,7 @@ class PlannerProcess:
         self._turn = threading.Lock()
         self._closed = False
 
-    def plan(self, lengths: Sequence[int]) -> Plan:
+    def plan(self, lengths: Lengths) -> Plan:
         """Plan a batch as `Planner.plan` does.
 
         Raises:
@@ -69,7 +70,7 @@ class PlannerProcess:
         """
         return self._ask({"verb": "plan", "lengths": list(lengths)})
 
-    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+    def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve a plan as `Planner.improve` does.
 
         Raises:

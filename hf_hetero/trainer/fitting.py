@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
 
 from hf_hetero.attention import interface
 from hf_hetero.attention.context import AttentionContext
@@ -50,7 +50,9 @@ class Fitted:
         sharding: how its weights are spread over ranks.
         activations: what its layers can do to hold more tokens.
         state_layers: those of its layers that carry state along a sample.
-        undone: gives the model back.
+        reference: the output embedding of a frozen model that is asked beside it, if there is one and it can, too.
+        reference_layers: the frozen model's, that carry state.
+        undone: gives the models back.
     """
 
     model: Any
@@ -60,6 +62,8 @@ class Fitted:
     sharding: Sharding
     activations: Activations
     state_layers: StateLayers
+    reference: LeanHead | None
+    reference_layers: StateLayers | None
     undone: ExitStack
 
     @contextmanager
@@ -100,15 +104,11 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
     # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
-        undone.callback(_give_back_attention, base, base.config._attn_implementation)
-        base.set_attn_implementation(interface.ATTENTION_NAME)
-        undone.callback(HandedDown(base).remove)
-        undone.callback(TablesBySample(base).remove)
-        loss.install(base, ForCausalLMLoss)
-        undone.callback(loss.uninstall, base)
         # Liger brings a loss of its own; a compiler sees through no lazy tensor
         has_lazy_logits = hetero.chunked_loss and not args.use_liger_kernel and not args.torch_compile
-        head = _lean_head(base, undone) if has_lazy_logits else None
+        head = _fit(base, has_lazy_logits, undone)
+        frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
+        reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, undone)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
         if hetero.weight_column is not None:
@@ -117,8 +117,34 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         activations = Activations(
             base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile
         )
-        states = StateLayers(base)
-        return Fitted(base, kernel, head, ExpertLoad(base), sharding, activations, states, undone.pop_all())
+        states, of_frozen = StateLayers(base), None if frozen is None else StateLayers(base_model(frozen))
+        return Fitted(
+            base,
+            kernel,
+            head,
+            ExpertLoad(base),
+            sharding,
+            activations,
+            states,
+            reference,
+            of_frozen,
+            undone.pop_all(),
+        )
+
+
+def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None:
+    """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
+    undone.callback(_give_back_attention, base, base.config._attn_implementation)
+    base.set_attn_implementation(interface.ATTENTION_NAME)
+    undone.callback(HandedDown(base).remove)
+    undone.callback(TablesBySample(base).remove)
+    if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
+        loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
+    else:
+        loss.install(base, ForCausalLMLoss)
+    undone.callback(loss.uninstall, base)
+    has_logits = base.get_output_embeddings() is not None
+    return _lean_head(base, undone) if has_lazy_logits and has_logits else None
 
 
 def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:

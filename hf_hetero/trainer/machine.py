@@ -162,13 +162,14 @@ def _shape(
     activations: Activations,
 ) -> ModelShape:
     """Return what of a model, and of how it is trained, decides its cost."""
+    head = base_model(model).get_output_embeddings()  # none where tokens are not predicted, so that there are no logits
     return shape_of(
         model,
         _text_config(model),
         dtype.itemsize,
         sharding.checkpointing,
         keeps_exchanged=hetero.keep_exchanged,
-        chunked_loss=args.use_liger_kernel or isinstance(base_model(model).get_output_embeddings(), LeanHead),
+        chunked_loss=args.use_liger_kernel or head is None or isinstance(head, LeanHead),
         chunked_mlp=activations.chunked_mlps,
     )
 

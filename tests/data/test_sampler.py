@@ -214,3 +214,18 @@ def test_a_row_that_cannot_be_read_is_named(error: Exception, at_once: bool) -> 
     where = "rows 10, 11, 12" if at_once else "row 11"
     with pytest.raises(HeteroError, match=f"Reading {where} failed: {type(error).__name__}"):
         StepDataset(Raises(error, at_once)).__getitems__(StepShare(step, 0))
+
+
+def test_no_rows_are_not_read() -> None:
+    """A rank that holds no tokens asks its dataset for nothing: a transform need not know what to make of no rows."""
+
+    class Transformed:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitems__(self, rows: list[int]) -> list[dict[str, list[int]]]:
+            return [{"input_ids": [max(rows)]} for _ in rows or [1 / 0]]
+
+    groups = (Group((0,), (0, 1, 2, 3)), Group((1,), ()))
+    step = Step(0, 0, whole_rows([1, 1, 1, 1]).of([0, 1, 2, 3]), Plan(2, (MicroBatch(groups),)))
+    assert StepDataset(Transformed()).__getitems__(StepShare(step, 1)).examples == {}

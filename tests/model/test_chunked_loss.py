@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.model.chunked_loss import chunked_loss
+from hf_hetero.model.chunked_loss import chunked_log_probs, chunked_loss
 
 
 def chunked(
@@ -77,3 +77,54 @@ def test_it_is_differentiated_once() -> None:
     [gradient] = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("chunk_tokens", [0, 1, 7, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_log_probs(chunk_tokens: int, bias: bool) -> None:
+    """Each is `log_softmax` at its target, under any loss, and zero where there is none; so is what is watched."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 13, bias=bias, dtype=torch.float64)
+    targets = torch.tensor([-100, 3, 4, -100, 12, 0, -100, 5, 5, 1])
+    is_target = targets != -100
+    found = []
+    for lean in (False, True):
+        hidden = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 10, 5).requires_grad_()
+        if lean:
+            changes = (lambda x: torch.tanh(x / 2), lambda x: x * 2)
+            chunk_bytes = 4 * head.out_features * chunk_tokens
+            given = chunked_log_probs(hidden, head.weight, head.bias, targets, changes, chunk_bytes=chunk_bytes)
+            log_probs, watched = given[0], given[1:]
+        else:
+            logits = torch.tanh(head(hidden) / 2)[0] * 2
+            log_softmax = F.log_softmax(logits, -1)
+            log_probs = log_softmax.gather(1, targets.clamp(min=0)[:, None])[:, 0] * is_target
+            entropy = torch.distributions.Categorical(logits=logits).entropy()
+            watched = torch.stack([entropy, logits.mean(-1), (logits.argmax(-1) == targets).double()]) * is_target
+        torch.sigmoid(log_probs.cumsum(0) / 3).square().sum().backward()
+        found.append([log_probs.detach(), watched.detach(), hidden.grad, *(p.grad for p in head.parameters())])
+        head.zero_grad()
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_log_probs_of_nothing_have_a_gradient() -> None:
+    """Without a target there is nothing to learn, and the graph is whole: a wrapper meets every weight."""
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    chunked_log_probs(hidden, weight, None, torch.full((3,), -100)).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+def test_bf16_log_probs() -> None:
+    """Those of a bf16 head are in fp32, and as near to the exact ones as whole logits in bf16 bring them."""
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(64, 32).bfloat16(), (torch.randn(500, 32) / 6).bfloat16()
+    targets = torch.randint(0, 500, (64,))
+    given = chunked_log_probs(hidden, weight, None, targets, chunk_bytes=4 * 500 * 10)[0]
+    exact = F.log_softmax(F.linear(hidden.double(), weight.double()), -1).gather(1, targets[:, None])[:, 0]
+    whole = F.log_softmax(F.linear(hidden, weight).float(), -1).gather(1, targets[:, None])[:, 0]
+    assert given.dtype == torch.float32
+    assert (given - exact).abs().max() <= 1.01 * (whole - exact).abs().max()

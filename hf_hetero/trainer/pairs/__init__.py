@@ -1,0 +1,1 @@
+"""This room learns from preferences: pairs of samples whose loss is one."""
