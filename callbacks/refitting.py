@@ -57,15 +57,15 @@ class Observations:
 def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations:
     """Pair what the model charges for each group with what was measured.
 
-    Of a group that was planned otherwise, at a degree or with activations that the model knows nothing of, nothing is
-    learned.
+    Of a group that was planned otherwise, at a degree, with activations or by a method that the model knows nothing of,
+    nothing is learned.
     """
     charged: list[list[float]] = []
     measured: list[float] = []
     for report in reports:
         for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
             groups = [group for group in micro_batch.groups if group.samples]
-            filled = [group for group in groups if _is_priced(cost, group)]
+            filled = [group for group in groups if _is_priced(cost, group, report.lengths)]
             if report.is_lockstep and len(filled) < len(groups):
                 continue  # the slowest may be one of those
             # under sharded weights every rank measures the slowest group: one observation, of the one predicted slowest
@@ -80,8 +80,15 @@ def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations
     return Observations(np.array(charged).reshape(-1, len(PARTS)), np.array(measured))
 
 
-def _is_priced(cost: CostModel, group: Group) -> bool:
-    return group.activations in cost.by_activations and group.degree in (1, *cost.all_to_all_bytes_per_s)
+def _is_priced(cost: CostModel, group: Group, lengths: Sequence[int]) -> bool:
+    """Tell whether a group is one that the cost model offers; alone, a rank exchanges nothing, whatever its method."""
+    under = cost.by_activations.get(group.activations)
+    if under is None or group.degree == 1:
+        return under is not None
+    return group.degree in cost.all_to_all_bytes_per_s and any(
+        (way.method, way.ulysses_degree) == (group.method, group.ulysses_degree)
+        for way in under.methods(replace(group, activations=None), lengths)
+    )
 
 
 def fit(seen: Observations, pull: float) -> Floats:

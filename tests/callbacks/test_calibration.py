@@ -69,13 +69,14 @@ def test_ranks_in_step_tell_of_the_slowest_group() -> None:
 
 @pytest.mark.parametrize("is_lockstep", [False, True])
 def test_groups_of_other_costs_teach_nothing(is_lockstep: bool) -> None:
-    """A group with activations, or at a degree, that the cost model does not know is passed over, not an error."""
+    """A group with activations, at a degree or by a method that the cost model does not know is passed over."""
     cost = a_cost_model()
     report = measured_by(cost, random.Random(0), is_lockstep)
     known = len(observations(cost, [report]).measured)
     strange = Plan(4, (MicroBatch((Group((0, 1, 2, 3), (0, 1, 2), activations="offload"),)),))
     wide = Plan(8, (MicroBatch((Group(tuple(range(8)), (0, 1, 2)),)),))
-    others = [replace(report, plan=plan, busy_s=((1.0,) * plan.num_ranks,)) for plan in (strange, wide)]
+    blocks = Plan(4, (MicroBatch((Group((0, 1, 2, 3), (0, 1, 2), "ulysses_ring", 2),)),))
+    others = [replace(report, plan=plan, busy_s=((1.0,) * plan.num_ranks,)) for plan in (strange, wide, blocks)]
     assert len(observations(cost, [report, *others]).measured) == known > 0
 
 
