@@ -5,9 +5,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests of ranks wait for each other more than they compute: three files at a time keep two cores busy. The slow ones,
-# some of which wait for seconds on purpose, run alone.
+# Tests of ranks wait for each other more than they compute: three files at a time keep two cores busy; of the slow ones,
+# which have more ranks and limits of their own, two.
 AT_ONCE ?= 3
+SLOW_AT_ONCE ?= 2
 OUT ?= outputs/gpu
 DEVICE ?= cuda
 STAGES ?=
@@ -30,7 +31,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n $(AT_ONCE) --dist loadfile
 
 test-all: test
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu" -n $(SLOW_AT_ONCE) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .
