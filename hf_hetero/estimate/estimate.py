@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.estimate.devices import Device
-from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, model_state_bytes, sharded_bytes
+from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, state_bytes
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.operations import (
     attention_flops,
@@ -77,11 +77,10 @@ def estimate_cost_model(
     assert topology.memory_bytes is not None
     exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
-    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
+    states, micro_batch_s = state_bytes(shape, topology.num_ranks, shards), device.layer_s * shape.num_layers
     if shards is not None:
-        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
         micro_batch_s += gather_s(shape, device, topology)
-    token_bytes, fixed_bytes = memory_of(shape, state_bytes, topology.memory_bytes)
+    token_bytes, fixed_bytes = memory_of(shape, states, topology.memory_bytes)
     return CostModel(
         name="estimate",
         provenance="estimated",
@@ -108,7 +107,7 @@ def estimate_cost_model(
         activation_bytes_per_token=token_bytes,
         model_state_bytes_per_rank=fixed_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
-        activation_policies=_policies(shape, device, state_bytes, topology.memory_bytes, policies),
+        activation_policies=_policies(shape, device, states, topology.memory_bytes, policies),
         host_memory_bytes_per_rank=topology.host_memory_bytes,
     )
 
