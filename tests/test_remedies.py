@@ -111,7 +111,7 @@ def test_router_loss(tmp_path: Path) -> None:
     options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": reentrant}
     said = refusal(train, tmp_path, model, **options)
     assert 'activation_checkpointing_kwargs={"use_reentrant": False}' in said
-    assert "set config.output_router_logits = False" in said
+    assert "Set config.output_router_logits = False" in said
     train(tmp_path, model, **{**options, "activation_checkpointing_kwargs": {"use_reentrant": False}})
     model.config.output_router_logits = False
     train(tmp_path, model, **options)

@@ -129,6 +129,7 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     yield from sharding.trainer_problems(trainer)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield from sharding.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
+    yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
     parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."

@@ -64,3 +64,21 @@ def problems(base: Any) -> Iterator[str]:
             f"the loss of its routers is {theirs:.6g} for random logits where that of Switch Transformers is "
             f"{ours:.6g}, so its parts are not known. {REMEDY}"
         )
+
+
+def trainer_problems(trainer: Any, base: Any) -> Iterator[str]:
+    """Give the reason to refuse a trainer whose checkpoints would cut off the gradient of this loss, in words.
+
+    Args:
+        trainer: with its arguments.
+        base: the transformers model.
+    """
+    # releases of transformers before 5.23 know only the first names
+    old, new = "gradient_checkpointing", "activation_checkpointing"
+    name = new if hasattr(trainer.args, new) else old
+    options = getattr(trainer.args, f"{name}_kwargs", None) or {}
+    if getattr(trainer.args, name) and options.get("use_reentrant") and is_wanted(base):
+        yield (
+            "reentrant checkpoints cut off the gradient of the loss of its routers: use "
+            f'{name}_kwargs={{"use_reentrant": False}}, or no such loss. {REMEDY}'
+        )

@@ -115,9 +115,9 @@ def mesh_problems(mesh: Any) -> Iterator[str]:
         # with as many as for tensors they are spread over the same ranks, which is refused above
         yield (
             f"distributed_config.ep_size={experts}: in each layer, and where it is recomputed, ranks with other "
-            "experts send each other tokens; under a plan some groups recompute and others do not, so that they would wait for "
-            "each other, and nobody could leave a step when memory runs out. Set it to 1: experts are then sharded, "
-            "and gathered layer by layer, as all other weights."
+            "experts send each other tokens; under a plan some groups recompute and others do not, so that they would "
+            "wait for each other, and nobody could leave a step when memory runs out. Set it to 1: experts are then "
+            "sharded, and gathered layer by layer, as all other weights."
         )
     if max(tensor, pipeline, experts) == 1:
         yield (

@@ -28,7 +28,6 @@ from helpers import (
     trainer_order,
     with_lora,
 )
-from hybrids import InFloat64
 from torch.nn import functional as F
 from transformers import Trainer
 
@@ -54,9 +53,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 def model_of(case: dict[str, Any]) -> Any:
     """A model in fp64, whose routers are far from even."""
-    family = case.get("family", "qwen3-moe")
+    family, attention = case.get("family", "qwen3-moe"), "eager" if case.get("family") == "gpt-oss" else "sdpa"
     changes = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
-    model = tiny_model(family, "eager", torch.float32, **changes).double()
+    model = tiny_model(family, attention, torch.float64, **changes)
     model.config._experts_implementation = "eager"  # torch's grouped product knows no fp64
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -70,9 +69,8 @@ def train_case(case: dict[str, Any]) -> dict[str, Any]:
         shard_on_cpu()
     if case.get("own_fractions"):  # wrong on purpose: each rank takes its own choices for those of all
         routers._of_all = lambda sums, *_: sums
-    with InFloat64():
-        hetero = HeteroConfig(**case.get("hetero", {}))
-        found = trained(model_of(case), samples(LENGTHS), ScriptedTrainer, hetero, **case.get("args", {}))
+    hetero = HeteroConfig(**case.get("hetero", {}))
+    found = trained(model_of(case), samples(LENGTHS), ScriptedTrainer, hetero, **case.get("args", {}))
     assert not case.get("args", {}).get("fsdp") or found["wrapper"].startswith("FSDP")
     return found
 
@@ -94,15 +92,14 @@ def reference(case: dict[str, Any], num_steps: int = 4, last_step: bool = False)
         model.zero_grad()
         count = sum(label != IGNORE for row in rows for label in data[row]["labels"][1:])
         total, layers = torch.zeros((), dtype=torch.float64), list[torch.Tensor]()
-        with InFloat64():
-            for row in rows:
-                ids, labels = (torch.tensor(data[row][key]) for key in ("input_ids", "labels"))
-                out = model(input_ids=ids[None], use_cache=False)
-                total = total + F.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=IGNORE, reduction="sum")
-                layers += out.router_logits
-            added, chosen = balance(layers, fractions)
-            loss = total / count + COEFFICIENT * added
-            loss.backward()
+        for row in rows:
+            ids, labels = (torch.tensor(data[row][key]) for key in ("input_ids", "labels"))
+            out = model(input_ids=ids[None], use_cache=False)
+            total = total + F.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=IGNORE, reduction="sum")
+            layers += out.router_logits
+        added, chosen = balance(layers, fractions)
+        loss = total / count + COEFFICIENT * added
+        loss.backward()
         fractions = chosen if last_step else None
         found["gradients"].append(gradients_of(model))
         found["losses"].append(loss.item())
@@ -149,7 +146,7 @@ def test_fractions_of_each_rank_are_noticed() -> None:
 def test_products_of_samples_are_another_loss() -> None:
     """The definition above can fail, too: the mean of samples' own losses is not the loss of all."""
     model = model_of({}).eval()
-    with torch.no_grad(), InFloat64():
+    with torch.no_grad():
         layers = [model(input_ids=torch.tensor(row["input_ids"])[None]).router_logits for row in samples(LENGTHS)[:8]]
     each = torch.stack([balance(of_sample)[0] for of_sample in layers]).mean()
     together = balance([layer for of_sample in layers for layer in of_sample])[0]
@@ -170,15 +167,16 @@ def test_a_plain_trainer_with_one_batch_a_step_learns_the_same(tmp_path: Any) ->
     Trainer(model, args, train_dataset=data, data_collator=PackedCollator()).train()
     ours = model_of({}).float()
     ScriptedTrainer(model=ours, args=args, train_dataset=data).train()
-    first, second = (dict(m.named_parameters()) for m in (ours, model))
-    start = dict(model_of({}).float().named_parameters())
+    first, second, start = (
+        {name: p.detach() for name, p in one.named_parameters()} for one in (ours, model, model_of({}).float())
+    )
     moved = max(float((second[name] - start[name]).abs().max()) for name in start)
     assert max(float((first[name] - second[name]).abs().max()) for name in start) <= 1e-4 * moved
 
 
 def evaluate(batch: int) -> dict[str, float]:
     world = dist.get_world_size() if dist.is_initialized() else 1
-    with tempfile.TemporaryDirectory() as folder, InFloat64():
+    with tempfile.TemporaryDirectory() as folder:
         args = arguments(folder, world, per_device_eval_batch_size=batch // world)
         trainer = ScriptedTrainer(model=model_of({}), args=args, eval_dataset=samples(LENGTHS))
         return trainer.evaluate()
@@ -192,7 +190,7 @@ def test_evaluations_add_the_loss_of_each_step() -> None:
         layers, targets, summed = list[torch.Tensor](), 0, 0.0
         for row in data[start : start + batch]:
             ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
-            with torch.no_grad(), InFloat64():
+            with torch.no_grad():
                 out = model(input_ids=ids[None])
             summed += F.cross_entropy(out.logits[0, :-1], labels[1:], ignore_index=IGNORE, reduction="sum").item()
             targets += int((labels[1:] != IGNORE).sum())
