@@ -92,6 +92,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.pairs.reward",
         "trainer.predictions",
         "trainer.reporting",
+        "trainer.routers",
         "trainer.run",
         "trainer.stopping",
         "trainer.trainer",

@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from hf_hetero.attention import rotary
+from hf_hetero.checks import router_loss
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
@@ -126,6 +127,9 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        yield from sharding.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
+    yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
     parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
@@ -179,11 +183,7 @@ def model_problems(model: torch.nn.Module, scores: bool = False) -> Iterator[str
         if dropout := getattr(config, name, 0.0):
             # its layers have read the config already
             yield f"{name}={dropout} draws another mask for every layout; load it by from_pretrained(..., {name}=0.0)."
-    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
-        yield (
-            "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False, or "
-            "under TRL, whose trainer sets that itself, SFTConfig(router_aux_loss_coef=0.0)."
-        )
+    yield from router_loss.problems(base)
 
 
 def _score_problems(base: PreTrainedModel) -> Iterator[str]:

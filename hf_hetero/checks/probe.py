@@ -22,9 +22,9 @@ from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels.cpu import CPU
-from hf_hetero.checks import exactness
+from hf_hetero.checks import exactness, router_loss
 from hf_hetero.checks.in_double import in_double
-from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, undisturbed
+from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, text_of, undisturbed
 from hf_hetero.collators.limits import padding_of
 from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample
@@ -82,6 +82,8 @@ def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None =
         if (numbers := num_numbers(build(small, "meta", architecture))) > MOST_NUMBERS:
             return Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
         model = build(small, "cpu", architecture)
+        if router_loss.is_wanted(model):  # a statistic of all tokens, which no sample alone has
+            text_of(model.config).output_router_logits = False
     except Exception as error:
         return Probe(failure=f"a tiny instance cannot be built: {_said(error)}")
     return probe(model)

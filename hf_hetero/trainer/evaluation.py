@@ -33,6 +33,7 @@ from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
+from hf_hetero.trainer import routers
 from hf_hetero.trainer.fitting import half_evaluation_dtype
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
@@ -195,6 +196,7 @@ def evaluate(
                 loss += part
                 if results.keeps_outputs:
                     pieces += results.pieces(batch, micro_batch, outputs)
+            loss += routers.evaluation_loss(trainer, run, len(batch.micro_batches)) if has_labels else 0.0
             results.add(batch, loss, num_targets, pieces, is_last=coming.batch is None)
             trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     except BadSample:  # rows may have changed since they were counted
@@ -264,20 +266,22 @@ def _forward_of(
 ) -> Callable[[RankMicroBatch, int, int], tuple[float, Any]]:
     """Make what computes a micro-batch: it, its number, targets of its step -> its part of the mean loss, outputs."""
     ignored = _ignored_outputs(trainer.model) if request.ignore_keys is None else request.ignore_keys
-    left_out = {"loss", *ignored}
+    left_out = {"loss", "aux_loss", "router_logits", *ignored}  # of routers: these are no tokens' predictions
 
     def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
         with torch.no_grad():  # by which the context knows that there is no backward pass to keep anything for
             context = run.context(micro_batch, index, trainer.state.global_step + 1)
         planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
-        with torch.no_grad(), trainer.compute_loss_context_manager(), run.fitted.state_layers.planned(context):
+        planned_layers = run.fitted.state_layers.planned(context)
+        with torch.no_grad(), trainer.compute_loss_context_manager(), planned_layers:
             if not has_labels:
                 inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
                 return 0.0, _outputs_of(model(**inputs), left_out)
             # a step may have no target: its loss is 0 then, and counts for nothing (`Results.add`)
             total = torch.tensor(max(num_targets, 1), device=trainer.args.device)
-            result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
+            with routers.evaluated(run, model, context.num_tokens):
+                result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
         loss, outputs = (result, None) if request.loss_only else result
         # compute_loss allows for an average over ranks
         return loss.item() / trainer.args.world_size, None if outputs is None else _outputs_of(outputs, left_out)

@@ -22,11 +22,13 @@ from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
-from hf_hetero.checks import own_loss
+from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.config import HeteroConfig
+from hf_hetero.estimate.flops import ModelFlops, flops_of
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
-from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.experts.load import ExpertLoad
+from hf_hetero.model.experts.router_loss import COEFFICIENT, RouterLoss
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
@@ -47,9 +49,11 @@ class Fitted:
         kernel: what computes attention on one rank.
         head: its output embedding, if it can do without whole logits.
         experts: how evenly they are used; false where there are none.
+        router_loss: of a step; false where the model has none.
         sharding: how its weights are spread over ranks.
         activations: what its layers can do to hold more tokens.
         state_layers: those of its layers that carry state along a sample.
+        flops: operations that its training needs; None where they cannot be counted.
         reference: the output embedding of a frozen model that is asked beside it, if there is one and it can, too.
         reference_layers: the frozen model's, that carry state.
         undone: gives the models back.
@@ -59,9 +63,11 @@ class Fitted:
     kernel: Kernel
     head: LeanHead | None
     experts: ExpertLoad
+    router_loss: RouterLoss
     sharding: Sharding
     activations: Activations
     state_layers: StateLayers
+    flops: ModelFlops | None
     reference: LeanHead | None
     reference_layers: StateLayers | None
     undone: ExitStack
@@ -72,6 +78,14 @@ class Fitted:
         lazy = nullcontext() if self.head is None else self.head.lazy()
         holding = self.activations.following(micro_batch.group.activations, context.store)
         with lazy, holding, self.state_layers.planned(context), self.experts.micro_batch(context.num_tokens):
+            yield
+
+    @contextmanager
+    def as_looked_at(self, micro_batch: RankMicroBatch, context: AttentionContext) -> Iterator[None]:
+        """Have the forward pass of a micro-batch as planned, where nothing is learned from it and nothing counted."""
+        lazy = nullcontext() if self.head is None else self.head.lazy(always=True)
+        holding = self.activations.following(micro_batch.group.activations, context.store)
+        with lazy, holding, self.state_layers.planned(context):
             yield
 
     def close(self) -> None:
@@ -123,13 +137,33 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
             kernel,
             head,
             ExpertLoad(base),
+            _router_loss(trainer, base, hetero.router_loss == "last_step"),
             sharding,
             activations,
             states,
+            _flops(base),
             reference,
             of_frozen,
             undone.pop_all(),
         )
+
+
+def _flops(base: Any) -> ModelFlops | None:
+    """Count what a model's training needs; of one that is built in an unknown way that is no reason to end a run."""
+    try:
+        return flops_of(base)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        logger.info("Operations of %s are not counted: %r.", type(base).__name__, error)
+        return None
+
+
+def _router_loss(trainer: Trainer, base: Any, last_step: bool) -> RouterLoss:
+    """Return the loss of a model's routers as a trainer adds it to the whole; a false one where it adds none."""
+    if trainer.compute_loss_func is not None or not router_loss.is_wanted(base):
+        return RouterLoss(base)
+    # TRL's trainers have a factor of their own
+    coefficient = getattr(trainer, COEFFICIENT, router_loss.coefficient_of(base))
+    return RouterLoss(base, coefficient, last_step)
 
 
 def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None:

@@ -75,9 +75,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
     mamba = transformers.Mamba2Config(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1
     )
-    moe = transformers.Qwen3MoeConfig(
-        **SIZE, intermediate_size=48, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16
-    )
+    moe = transformers.DogeConfig(**SIZE, intermediate_size=48, is_moe=True, num_experts=16, num_experts_per_tok=2)
     moe.output_router_logits = True
     return {
         "dropout": (tiny_model(attention_dropout=0.1), "attention_dropout=0.1"),
@@ -85,7 +83,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
         "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "only decoder-only"),
         "encoder": (transformers.BertForMaskedLM(bert), "only decoder-only"),
         "own state space": (with_own_mixers(transformers.Mamba2ForCausalLM(mamba)), "carry state along a sample"),
-        "router loss": (transformers.Qwen3MoeForCausalLM(moe), "auxiliary loss"),
+        "router loss": (transformers.DogeForCausalLM(moe), "loss of its routers"),
         "no transformer": (torch.nn.Linear(2, 2), "not a transformers model"),
     }
 
