@@ -37,12 +37,15 @@ class Limits:
     reason: str = ""
     padding: int | None = None
 
-    def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
+    def check_tokens(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str, aligned: bool = False
+    ) -> None:
         """Refuse tokens and targets that the model does not have. Both are of shape (num_tokens,).
 
         Args:
             input_ids, labels: of a row.
             name: of the row, for the message.
+            aligned: each label is a target, the first, too.
 
         Raises:
             BadSample: it names the row, the token, its position and the vocabulary.
@@ -50,9 +53,9 @@ class Limits:
         _check(input_ids, self.num_tokens, f"{name} has token", 0, "")
         if labels is None:
             return
-        targets = shift_labels(labels.long())  # the first label is never learned from
+        targets = labels.long() if aligned else shift_labels(labels.long())  # which never learns from the first
         learned = targets.masked_fill(targets == IGNORE_INDEX, 0)
-        _check(learned, self.num_labels, f"{name} has label", 1, f", and {IGNORE_INDEX} for those not to learn from")
+        _check(learned, self.num_labels, f"{name} has label", 0 if aligned else 1, f", and {IGNORE_INDEX} for those not to learn from")
 
     def check_length(self, num_positions: int, name: str) -> None:
         """Refuse a sample that is too long.
