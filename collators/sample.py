@@ -59,7 +59,7 @@ class Sample:
 
     @property
     def targets(self) -> torch.Tensor:
-        """Return what each token is to predict: the label after it, and the last one nothing; or its own, if aligned."""
+        """Return what each token is to predict: the next label, and the last token nothing; or its own, if aligned."""
         if self.labels is None:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
         return self.labels if self.aligned else shift_labels(self.labels)

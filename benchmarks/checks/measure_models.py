@@ -20,6 +20,7 @@ the machine changes no result. A type whose result is in FILE is not measured ag
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing as mp
 import os
@@ -48,6 +49,9 @@ from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatc
 from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
+LEFT = frozenset({"cpmant"})
+"""Types that expect padding on the left, where a batch's first tokens would be learned from padding: samples of these
+have one length."""
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
 MOST_WAITING = 300
@@ -76,9 +80,9 @@ $ python benchmarks/checks/measure_models.py --results models.jsonl --markdown h
 ```
 
 - **exact**: the weights of both ranks differ from plain Trainer's by less than {exact:g} of the farthest that training
-  has moved a weight. A few models compute in half precision or fp32 even so, and are steep: under {steep:g} they count as
-  exact, too, where they differ by less than 10 times what plain Trainer differs from itself, with torch's attention and
-  all samples of a step in one padded batch. A sample that sees another makes 1e-3 and more.
+  has moved a weight. A few models are steep, or compute in less than fp64 even so: under {steep:g} they count as exact,
+  too, where they differ by less than 10 times what plain Trainer differs from itself, with torch's attention and all
+  samples of a step in one padded batch. A sample that sees another makes 1e-3 and more.
 - **exact, whole samples**: ranks cannot share a sample, for the reason that is given, and each goes over all of it
   ([how](../manners/README.md)).
 - **refused**: `HeteroTrainer` says so, in words, when it is made. **wrong**, **crash**: it does not.
@@ -93,7 +97,7 @@ class ScriptedTrainer(HeteroTrainer):
 
     def _plan_source(self) -> PlanSource:
         def plan(lengths: Sequence[int]) -> Plan:
-            step = STEPS.index(tuple(lengths))
+            step = steps_of(self.model).index(tuple(lengths))
             groups = [[Group(ranks, samples, method or "ulysses") for ranks, samples, method in m] for m in PLANS[step]]
             return Plan(2, tuple(MicroBatch(tuple(m)) for m in groups), seconds=1.0, lower_bound_s=1.0)
 
@@ -109,11 +113,16 @@ class Scripted:
         self.close = lambda: None
 
 
-def rows(vocab: int, extras: Sequence[str]) -> list[dict[str, Any]]:
+def steps_of(model: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of the samples of each step."""
+    return tuple((max(step) - 9,) * len(step) for step in STEPS) if model.config.model_type in LEFT else STEPS
+
+
+def rows(model: Any, extras: Sequence[str]) -> list[dict[str, Any]]:
     """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
-    generator = torch.Generator().manual_seed(0)
+    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config(decoder=True).vocab_size
     found: list[dict[str, Any]] = []
-    for length in (length for step in STEPS for length in step):
+    for length in (length for step in steps_of(model) for length in step):
         ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
         found.append({"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}})
     return found
@@ -137,7 +146,7 @@ def trained(
     model: Any, trainer_class: type[Trainer], num_ranks: int, extras: Sequence[str] = (), together: bool = False
 ) -> Any:
     """Train two steps, one process's samples one by one or together; return the weights, and the trainer."""
-    data = rows(model.config.get_text_config(decoder=True).vocab_size, extras)
+    data = rows(model, extras)
     batch = (len(STEPS[0]) // num_ranks, 1) if together or num_ranks > 1 else (1, len(STEPS[0]))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
@@ -171,7 +180,7 @@ def takes_divisor(model: Any) -> bool:
 
     Else plain Trainer adds up the means of its batches: then all samples of a step are one batch.
     """
-    ids = torch.tensor([rows(model.config.get_text_config(decoder=True).vocab_size, ())[0]["input_ids"]])
+    ids = torch.tensor([rows(model, ())[0]["input_ids"]])
     try:
         with torch.no_grad():
             mean, sum_ = (model(ids, labels=ids, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
@@ -340,6 +349,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table there")
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    gc.freeze()  # what all processes share is not looked through, and so not copied, in each
     found: dict[tuple[str, str], dict[str, Any]] = {}
     if asked.results.exists():
         lines = map(json.loads, asked.results.read_text(encoding="utf-8").splitlines())

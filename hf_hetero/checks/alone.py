@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.model.loss import IGNORE_INDEX, num_targets, shift_labels, token_loss
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import keywords_of
+from hf_hetero.model.loss import IGNORE_INDEX, num_targets, shift_labels, token_loss
 
 OWN_LOSS = (
     "its forward computes a loss of its own instead of calling its loss_function, and that is no plain cross-entropy: "

@@ -64,7 +64,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Say "can be trained", maybe up to some length or by whole samples, "refused because ..." or "not tested: ..."."""
+        """Say "can be trained", up to some length or by whole samples, "refused because ..." or "not tested: ..."."""
         if self.reasons:
             return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
         if self.probe.failure:

@@ -204,7 +204,7 @@ def _unknown_states(kinds: list[str]) -> str:
 
 
 def _is_stock(base: PreTrainedModel) -> bool:
-    """Return whether a model is built of transformers' parts, as a tiny instance of its config will be, which is tried."""
+    """Return whether a model is built of transformers' parts, as the tiny instance that is tried will be."""
     return all(type(module).__module__.split(".")[0] in KNOWN_MAKERS for module in base.modules())
 
 

@@ -34,9 +34,9 @@ from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss, keywords_of
+from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers
-from hf_hetero.manners.whole_samples import WholeSamples
 
 logger = logging.getLogger(__name__)
 

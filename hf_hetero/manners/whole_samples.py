@@ -24,8 +24,8 @@ import torch
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.traffic import all_to_all
-from hf_hetero.model.activations import set_until
 from hf_hetero.manners.outside_loss import OF_LOSS
+from hf_hetero.model.activations import set_until
 from hf_hetero.state_layers.by_heads import HeadRuns, head_runs_of
 
 NOT_OF_SAMPLES = frozenset({"hetero", "attention_mask", "past_key_values", "cache_params", "state", *OF_LOSS})
@@ -106,7 +106,6 @@ def _samples(
         sample takes part in the exchange of gradients, where others' rows have some.
     """
     layout, me = context.layout, context.group_rank
-    num = context.num_tokens
     found: dict[int | None, dict[str, torch.Tensor]] = {}
     used = torch.zeros((), device=context.device, dtype=torch.get_default_dtype())
     own = {span.sample for span in layout.spans[me]}

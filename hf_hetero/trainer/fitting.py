@@ -26,18 +26,18 @@ from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.checks import own_loss
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
+from hf_hetero.manners.manner import Manner
+from hf_hetero.manners.outside_loss import OutsideLoss
+from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.expert_load import ExpertLoad
 from hf_hetero.model.lm_head import LeanHead
-from hf_hetero.manners.manner import Manner
-from hf_hetero.manners.outside_loss import OutsideLoss
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.state_layers.planned import StateLayers
 from hf_hetero.step import RankMicroBatch
-from hf_hetero.manners.whole_samples import WholeSamples
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def check_manner(trainer: Trainer, manner: Manner) -> None:
 
 
 def settings_for(manner: Manner, hetero: HeteroConfig) -> HeteroConfig:
-    """Return settings as they are meant: ranks that share a whole sample all do its work, which nobody wants unasked."""
+    """Return settings as they are meant: ranks that share a whole sample all do its work, so none do unasked."""
     return replace(hetero, max_degree=1) if manner.whole and hetero.max_degree is None else hetero
 
 

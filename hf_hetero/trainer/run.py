@@ -31,8 +31,8 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
-from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.manners.manner import Manner
+from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import confirm_rows, confirm_step
 from hf_hetero.ranks.groups import GroupPool
@@ -291,7 +291,9 @@ class BetweenRuns:
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, hetero, packer, self.manner), planners)
+        return PlannedRun(
+            trainer.args, hetero, fitted, groups, _fitting_packer(trainer, hetero, packer, self.manner), planners
+        )
 
     def cost_model_of_now(self) -> CostModel:
         """Return the cost model, which is there once there is a run."""

@@ -180,7 +180,9 @@ def mixing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tor
 def test_attention_that_mixes_samples_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed samples that see each other are told from those that do not."""
     monkeypatch.setattr(interface, "attend", mixing)
-    error = re.search(r"learns differently when samples are packed.*gradients by (\S+)", why_not_shared(config_of("llama")))
+    error = re.search(
+        r"learns differently when samples are packed.*gradients by (\S+)", why_not_shared(config_of("llama"))
+    )
     assert error is not None
     assert float(error[1]) > 1e-2
 
@@ -282,7 +284,9 @@ def test_a_mask_that_is_learned() -> None:
 def test_whole_samples_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backbone that goes over the pack as one sample does not pass: then the model is refused."""
     bloom = transformers.BloomConfig(attention_dropout=0.0, hidden_dropout=0.0)
-    monkeypatch.setattr(whole_samples.WholeBackbone, "forward", lambda self, *a, **k: super(type(self), self).forward(*a))
+    monkeypatch.setattr(
+        whole_samples.WholeBackbone, "forward", lambda self, *a, **k: super(type(self), self).forward(*a)
+    )
     assert probed(bloom).problem == trial.NO_INTERFACE
     assert not probed(bloom).ok
 

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from helpers import IGNORE, LENGTHS, arguments, largest_difference, run_ranks, samples, shard_on_cpu, trained, trainer_order
+from helpers import (
+    IGNORE,
+    LENGTHS,
+    arguments,
+    largest_difference,
+    run_ranks,
+    samples,
+    shard_on_cpu,
+    trained,
+    trainer_order,
+)
 from torch.nn import functional as F
 
 from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel

@@ -204,7 +204,7 @@ def embedded(dtype: torch.dtype = torch.float64) -> float:
 
 
 def test_embeddings_of_other_ranks_get_their_gradients() -> None:
-    """Where a model is given embeddings, what a rank fetched sends its gradients back, also from a whole sample's rank."""
+    """Where a model is given embeddings, what a rank has fetched sends its gradients back."""
     assert max(run_ranks(embedded, 2)) < 1e-6  # Bloom's softmax is of fp32
 
 
