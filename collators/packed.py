@@ -53,6 +53,7 @@ class PackedCollator:
         limits: what the model has room for. The trainer sets it.
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
+        aligned: a label is the target of its own token, and not of the one before it. The trainer sets it.
         length_column: of the dataset, by which steps are planned; None: its tokens were counted.
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
     """
@@ -67,6 +68,7 @@ class PackedCollator:
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
+    aligned: bool = field(default=False, repr=False)
     length_column: str | None = None
     weight_column: str | None = None
 
@@ -141,7 +143,7 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        self.limits.check_tokens(input_ids, labels, name)
+        self.limits.check_tokens(input_ids, labels, name, self.aligned)
         self._check_first_label(labels, row.unpadded, name)
         inputs = {key: values for key, values in others.items() if key in self.model_inputs}
         # only a loss of the user's own, which gets labels as transformers has them, could read anything else
@@ -150,7 +152,7 @@ class PackedCollator:
         )
         if loss_weights is not None:
             weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
-        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding)
+        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding, self.aligned)
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
         """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
@@ -217,7 +219,7 @@ class PackedCollator:
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded
-        if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
+        if first and int(batch["labels"][0][first]) != IGNORE_INDEX and not self.aligned:
             raise BadSample(
                 "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
                 'padding before it. Pad on the right: tokenizer.padding_side = "right".'
@@ -225,7 +227,8 @@ class PackedCollator:
 
     def _check_first_label(self, labels: torch.Tensor | None, unpadded: slice, name: str) -> None:
         """Refuse a first token with a label after padding, from which Trainer's loss would learn it."""
-        if self.needs_labels and unpadded.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
+        is_learned = labels is not None and int(labels[0]) != IGNORE_INDEX
+        if self.needs_labels and unpadded.start and is_learned and not self.aligned:
             raise BadSample(
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."

@@ -46,6 +46,7 @@ class Sample:
         weights: what else there is of each label: `LOSS_WEIGHTS`, and more for a loss of one's own.
         padding: for a model that numbers positions from one after its padding token, and leaves padding tokens out,
             that token; None: they count from 0.
+        aligned: a label is the target of its own token, and not of the one before it (`Manner`).
     """
 
     input_ids: torch.Tensor
@@ -54,13 +55,14 @@ class Sample:
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     padding: int | None = None
+    aligned: bool = False
 
     @property
     def targets(self) -> torch.Tensor:
-        """Return the label after each token; the last one has nothing to predict."""
+        """Return what each token is to predict: the next label, and the last token nothing; or its own, if aligned."""
         if self.labels is None:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
-        return shift_labels(self.labels)
+        return self.labels if self.aligned else shift_labels(self.labels)
 
     @property
     def num_positions(self) -> int:
@@ -85,6 +87,7 @@ class Sample:
             {name: values[stretch] for name, values in self.inputs.items()},
             {name: values[stretch] for name, values in self.weights.items()},
             self.padding,
+            self.aligned,
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:

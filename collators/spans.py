@@ -47,7 +47,7 @@ def pack_spans(
     targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
     # of a label, so they are where the label is: beside the token that is to predict it
     weights = {
-        name: _joined([_shifted(sample.weights[name])[at] for sample, at in parts], stands_in, 0)
+        name: _joined([_of_targets(sample, name)[at] for sample, at in parts], stands_in, 0)
         for name in _names(sample.weights for sample, _ in parts)
     }
     if not unshifted:
@@ -72,8 +72,11 @@ def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
     return moved
 
 
-def _shifted(values: torch.Tensor) -> torch.Tensor:
-    """Give each token what the token after it has; the last one gets 0. Shape (num_tokens, ...)."""
+def _of_targets(sample: Sample, name: str) -> torch.Tensor:
+    """Give each token the weight of its target; one without a target gets 0. Shape (num_tokens, ...)."""
+    values = sample.weights[name]
+    if sample.aligned:
+        return values
     moved = values.roll(-1, dims=0)
     moved[-1] = 0
     return moved

@@ -19,6 +19,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
     {"state_layers"},
+    {"manners"},
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},

@@ -5,7 +5,6 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +39,8 @@ EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_a
     "indexed_attention",  # these two for samples so short that nothing is left out (`collators.limits`)
     "minimax_m3_sparse",
 }
+KNOWN_MAKERS = frozenset({"torch", "transformers", "peft", "hf_hetero"})
+"""Packages whose modules a model may be built of."""
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
 
@@ -130,9 +131,6 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield from sharding.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
     yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
-    parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
@@ -166,24 +164,48 @@ def model_problems(model: torch.nn.Module, scores: bool = False) -> Iterator[str
     config = config.get_text_config(decoder=True)
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    kinds: list[str] = getattr(config, "layer_types", None) or []
-    layer_types = set(kinds)
-    if sum(1 for _ in mixers_of(base)) < sum(kind in STATE_LAYER_TYPES for kind in kinds):
-        with_state = sorted(layer_types & STATE_LAYER_TYPES)
-        yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
-    if other := sorted(layer_types - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
-        known = " and ".join(sorted(EXACT_LAYER_TYPES))
-        yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
+    if has_unknown_states(base) and not _is_stock(base):
+        yield _unknown_states(getattr(config, "layer_types", None) or [])
     # a model that another trainer has fitted computes this package's loss
     plain = ForSequenceClassificationLoss if scores else ForCausalLMLoss
     if base.loss_function is not plain and "hf_hetero" not in base.loss_function.__module__:
         yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
-    yield from rotary.problems(base)
     for name in ATTENTION_DROPOUTS:
         if dropout := getattr(config, name, 0.0):
             # its layers have read the config already
             yield f"{name}={dropout} draws another mask for every layout; load it by from_pretrained(..., {name}=0.0)."
     yield from router_loss.problems(base)
+
+
+def sharing_problems(base: PreTrainedModel) -> Iterator[str]:
+    """Yield, in words, why ranks cannot share a sample of a model, so that each must go over whole ones.
+
+    Args:
+        base: of transformers.
+    """
+    kinds: list[str] = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    if has_unknown_states(base) and _is_stock(base):
+        yield _unknown_states(kinds)
+    if other := sorted(set(kinds) - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
+        known = " and ".join(sorted(EXACT_LAYER_TYPES))
+        yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
+    yield from rotary.problems(base)
+
+
+def has_unknown_states(base: PreTrainedModel) -> bool:
+    """Return whether layers carry state along a sample in a way that is not known."""
+    kinds: list[str] = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    return sum(1 for _ in mixers_of(base)) < sum(kind in STATE_LAYER_TYPES for kind in kinds)
+
+
+def _unknown_states(kinds: list[str]) -> str:
+    with_state = sorted(set(kinds) & STATE_LAYER_TYPES)
+    return f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
+
+
+def _is_stock(base: PreTrainedModel) -> bool:
+    """Return whether a model is built of transformers' parts, as the tiny instance that is tried will be."""
+    return all(type(module).__module__.split(".")[0] in KNOWN_MAKERS for module in base.modules())
 
 
 def _score_problems(base: PreTrainedModel) -> Iterator[str]:

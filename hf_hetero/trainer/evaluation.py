@@ -34,9 +34,9 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 from hf_hetero.trainer import routers
-from hf_hetero.trainer.fitting import half_evaluation_dtype
+from hf_hetero.trainer.fitting import columns_kept, half_evaluation_dtype
 from hf_hetero.trainer.predictions import Piece, Results
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 
 logger = logging.getLogger(__name__)
 

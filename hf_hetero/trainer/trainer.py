@@ -77,9 +77,9 @@ class HeteroTrainerMixin(Trainer):
         exactness.check_model(self)
         if self.data_collator is default_data_collator:  # which takes rows of one length only
             self.data_collator = PackedCollator(makes_labels=False, says_so=True)
-        accept(self)
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
+        accept(self, self._between_runs.manner)
         if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
             self.add_callback(PlanMetricsCallback())
         if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:

@@ -174,10 +174,15 @@ def test_untested_architectures_are_tried(tmp_path: Path, caplog: pytest.LogCapt
     tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.checks.probe"]
     assert tried == ["GPT2LMHeadModel (model type 'gpt2'): a tiny instance learns the same under a plan."]
     bloom = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(
-        UnsupportedModel, match=r"BloomForCausalLM cannot .* does not use transformers' attention interface"
-    ):
+    with caplog.at_level(logging.WARNING, logger="hf_hetero"):
         make(tmp_path, transformers.BloomForCausalLM(bloom))
+    assert "ranks cannot share its samples, so each goes over whole ones" in caplog.text
+    assert "does not use transformers' attention interface" in caplog.text
+    prophet = transformers.ProphetNetConfig(
+        vocab_size=97, hidden_size=32, num_decoder_layers=1, num_decoder_attention_heads=4, attention_dropout=0.0
+    )
+    with pytest.raises(UnsupportedModel, match=r"ProphetNetForCausalLM cannot .* computes a loss of its own"):
+        make(tmp_path, transformers.ProphetNetForCausalLM(prophet))
 
 
 class Doubled(transformers.LlamaForCausalLM):

@@ -20,8 +20,10 @@ class PlannedPairs(HeteroTrainerMixin):
     Attributes:
         _pairs: makes packed rows of its dataset's.
         _views: datasets as packed rows.
+        learns_pairs: says so to what does not go with it.
     """
 
+    learns_pairs = True
     _pairs: PairRows
     _views: WeakKeyDictionary[Any, Any]
 
