@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.kto import HeteroKTOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
@@ -28,6 +29,7 @@ __all__ = [
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
@@ -55,6 +57,7 @@ def __getattr__(name: str) -> Any:
         "Planner": "planner",
         "Topology": "topology",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroKTOTrainer": "trainer.pairs.kto",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

@@ -57,7 +57,13 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.kernels.flash"},
     "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
-    "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
+    "trl": {
+        "trainer.sft",
+        "trainer.pairs.dpo",
+        "trainer.pairs.kto",
+        "trainer.pairs.reference",
+        "trainer.pairs.reward",
+    },
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
@@ -89,6 +95,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.machine",
         "trainer.out_of_memory",
         "trainer.pairs.dpo",
+        "trainer.pairs.kto",
         "trainer.pairs.reward",
         "trainer.predictions",
         "trainer.reporting",

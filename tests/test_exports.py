@@ -15,6 +15,7 @@ PROMISED = {
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",

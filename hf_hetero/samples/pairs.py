@@ -34,11 +34,13 @@ class PairRows:
 
     Attributes:
         column: of a packed row, with a number for each token: that of its sequence, where a pair has numbers.
+        columns: all such columns of a packed row.
     """
 
     most_tokens: int | None = None
     keeps_end: bool = False
     column: ClassVar[str] = "of_pair"
+    columns: ClassVar[tuple[str, ...]] = (column,)
 
     def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """Return a pair's columns, and those of the packed row that it is.

@@ -186,14 +186,14 @@ def test_a_parted_pair_is_refused(tmp_path: Any) -> None:
 
 def broken_train(folder: str, name: str, replacement: str) -> dict[str, Any]:
     """Train with one of the sums replaced by a wrong one."""
-    from hf_hetero.trainer.pairs import dpo
+    from hf_hetero.trainer.pairs import planned, reference
 
     wrong = {
         "own": lambda context, parts: parts,
         "each": lambda context, loss: loss,
         "all": lambda context, loss: loss / context.layout.degree,
     }
-    setattr(dpo, name, wrong[replacement])
+    setattr(reference if hasattr(reference, name) else planned, name, wrong[replacement])
     return train(folder, {})
 
 

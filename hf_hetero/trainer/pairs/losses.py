@@ -1,4 +1,4 @@
-"""This module has the losses of preference pairs, from the log-probabilities of both completions.
+"""This module has the losses of preferences, from the log-probabilities of completions.
 
 Notation: p and q are log-probabilities of the chosen and the rejected completion by the model that is trained, p0 and
 q0 by the reference; r = p - p0 and s = q - q0 are their log ratios, and b is beta. For f-divergences other than the
@@ -98,6 +98,35 @@ class Preference:
         """Return the difference of scores, each divided by its completion's tokens."""
         of_chosen, of_rejected = (self.score(one) / one.num_tokens.clamp(min=1) for one in (chosen, rejected))
         return of_chosen - of_rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Desirability:
+    """A `Desirability` says which loss unpaired completions have; its fields are those of TRL's `KTOConfig`.
+
+    Args:
+        beta: how far the model may go from the reference: the smaller, the farther.
+        desirable_weight, undesirable_weight: factors of the losses of completions that are wanted, and of others.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def losses(
+        self, log_ratios: torch.Tensor, signs: torch.Tensor, distance: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """Return the loss of each completion, shape (num_samples,): weight * (1 - sigmoid(b sign (r - z))).
+
+        That is KTO (arXiv:2402.01306, eq. 7), and with a distance of 0 the unpaired APO-zero (arXiv:2408.06266).
+
+        Args:
+            log_ratios: r, of each completion.
+            signs: 1 where it is wanted, -1 where it is not, and 0 where nothing is learned.
+            distance: z, of the model from its reference.
+        """
+        weights = self.desirable_weight * (signs > 0) + self.undesirable_weight * (signs < 0)
+        return weights.to(log_ratios) * torch.sigmoid(-self.beta * signs * (log_ratios - distance))
 
 
 Loss = Callable[[Preference, Completion, Completion], torch.Tensor]
