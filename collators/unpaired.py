@@ -34,7 +34,7 @@ class UnpairedCollator(PackedCollator):
         made = super()._step(batch)
         mark = torch.ones(1, 1, dtype=torch.long)
         micro_batches = (
-            replace(one, inputs={**one.inputs, COMPARED: mark}) if index < compared else one
+            replace(one, inputs={**one.inputs, COMPARED: mark}, learns=False) if index < compared else one
             for index, one in enumerate(made.micro_batches)
         )
         return replace(made, micro_batches=tuple(micro_batches))

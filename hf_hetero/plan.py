@@ -241,6 +241,7 @@ class StepReport:
         unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
             tensors; 0 where it is not measured.
         repeats: how often the step was planned for less memory, and begun again, because memory had run out.
+        forward_only: micro-batches without a backward pass, which take less than is predicted.
     """
 
     step: int
@@ -256,6 +257,7 @@ class StepReport:
     expert_load: tuple[float, ...] = ()
     unused_bytes: int = 0
     repeats: int = 0
+    forward_only: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,11 @@ from hf_hetero.report import read_records
 
 pytest.importorskip("trl")
 RECIPE = ROOT / "recipes" / "dpo" / "train.yaml"
-CHATS = "{% for m in messages %}{{ m.content }} {% endfor %}"
 
 
 def model_folder(folder: Path) -> Path:
-    """A model of the recipe's kind, small, with a tokenizer that has a template of chats."""
+    """A model of the recipe's kind, small, with its tokenizer."""
     words = tokenizer()
-    words.chat_template = CHATS
     kind, special = ARCHITECTURES["meta-llama/Llama-3.1-8B-Instruct"]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(vocab_size=len(words), **SHRUNK, **special)
@@ -52,8 +51,6 @@ def rows_of_chats() -> list[dict[str, Any]]:
 
 def recipe_steps(changes: list[str], launch_file: str) -> str:
     """Three steps of the recipe on this rank's CPU, as its launch file would have it; what the model was wrapped in."""
-    import os
-
     os.environ |= environment_of(Path(launch_file))
     script, wrappers = load_script("dpo"), list[str]()
 
@@ -95,15 +92,16 @@ def test_three_steps(tmp_path: Path) -> None:
     ("rows", "changes", "message"),
     [
         ([{"chosen": "a"}], {}, r"has no rejected, only \['chosen'\]"),
-        ([{"chosen": CHATS, "rejected": []}], {"dataset": "nowhere.jsonl"}, "there is no such file"),
+        ([{"chosen": "a", "rejected": "b"}], {"dataset": "nowhere.jsonl"}, "there is no such file"),
         ([{"chosen": rows_of_chats()[0]["chosen"], "rejected": []}], {}, "has no chat template"),
     ],
 )
 def test_data_that_cannot_be_is_named(rows: list[Any], changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     """Before a model is loaded, with what is missing."""
-    script, data = load_script("dpo"), write_lines(tmp_path / "pairs.jsonl", rows)
+    script, data, words = load_script("dpo"), write_lines(tmp_path / "pairs.jsonl", rows), tokenizer()
+    words.chat_template = None
     with pytest.raises(HeteroError, match=message):
-        script.load_data(script.RecipeArguments(model="x", **{"dataset": str(data), **changes}), tokenizer())
+        script.load_data(script.RecipeArguments(model="x", **{"dataset": str(data), **changes}), words)
 
 
 def test_what_must_be_set_is_named(tmp_path: Path) -> None:

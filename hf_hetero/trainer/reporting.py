@@ -57,6 +57,7 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
         peak_bytes=max(row[0] for row in rows),
         unused_bytes=max(row[1] for row in rows),
         repeats=training.repeats.number,
+        forward_only=tuple(index for index, m in enumerate(batch.micro_batches) if not m.learns),
         is_lockstep=run.fitted.sharding.is_sharded,
         expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from helpers import Recorder, largest_difference, plain_name, run_ranks, scripted, shard_on_cpu, whole
 from words import say, tokenizer
 
@@ -80,9 +81,9 @@ def train(
     options: dict[str, Any] = {} if is_stock else {"hetero": HeteroConfig(**(hetero or {}))}
     if changes.get("eval_strategy"):
         options["eval_dataset"] = table
-    reference = None if adapters else model_of(1, False)
+    reference = None if adapters else model_of(3, False, dtype=torch.float64)
     trainer = kind(
-        model_of(0, adapters),
+        model_of(0, adapters, dtype=torch.float64),
         ref_model=reference,
         args=config(folder, trl.KTOConfig, 8, **{"beta": 0.5, **changes}),
         train_dataset=table,

@@ -125,8 +125,9 @@ class Desirability:
             signs: 1 where it is wanted, -1 where it is not, and 0 where nothing is learned.
             distance: z, of the model from its reference.
         """
-        weights = self.desirable_weight * (signs > 0) + self.undesirable_weight * (signs < 0)
-        return weights.to(log_ratios) * torch.sigmoid(-self.beta * signs * (log_ratios - distance))
+        wanted, unwanted = (signs > 0).to(log_ratios), (signs < 0).to(log_ratios)
+        weights = self.desirable_weight * wanted + self.undesirable_weight * unwanted
+        return weights * torch.sigmoid(-self.beta * signs * (log_ratios - distance))
 
 
 Loss = Callable[[Preference, Completion, Completion], torch.Tensor]

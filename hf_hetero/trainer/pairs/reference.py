@@ -25,6 +25,11 @@ class PairsWithReference(PlannedPairs):
     precompute_ref_logps: bool
     ref_model: Any
 
+    @property
+    def reference_passes(self) -> int:
+        """Count the passes of each token through the reference: none where all was computed before."""
+        return 0 if self.precompute_ref_logps else 1
+
     def _sums(
         self,
         model: torch.nn.Module,

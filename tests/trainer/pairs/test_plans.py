@@ -58,16 +58,15 @@ def test_samples_alone_would_part_them() -> None:
 
 
 def test_mismatched_samples_come_first() -> None:
-    """Every second sample is in the first micro-batches, the others in the last, each part as it is planned alone."""
+    """Every second sample is in the first micro-batches, forward only; each part is as it is planned alone."""
     planner = Planner(COST, 4)
     source = PlansOfUnpaired(planner)
     for plan in (source.plan(LENGTHS), source.static(LENGTHS)):
         assert problems(plan, LENGTHS, 4, COST) == []
-        assert plan.seconds == pytest.approx(COST.plan_seconds(plan, LENGTHS), rel=1e-12)
         kinds = [{sample % 2 for group in m.groups for sample in group.samples} for m in plan.micro_batches]
         assert kinds == sorted(kinds, key=lambda kind: -max(kind))
         assert all(len(kind) == 1 for kind in kinds)
         assert source.improve(plan, LENGTHS) == plan
-    apart = planner.plan(LENGTHS[1::2]).seconds + planner.plan(LENGTHS[::2]).seconds
+    apart = 0.5 * planner.plan(LENGTHS[1::2]).seconds + planner.plan(LENGTHS[::2]).seconds
     assert source.plan(LENGTHS).seconds == pytest.approx(apart, rel=1e-12)
     source.close()
