@@ -117,12 +117,12 @@ def compare(found: dict[str, Any], expected: dict[str, Any], near: float = 1e-12
 
 def test_preferences_are_learned_the_same(tmp_path: Any) -> None:
     """Gradients, weights, logs and evaluation under mixed plans on 4 ranks are TRL's of whole batches."""
-    changes = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8, "desirable_weight": 1.3}
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 16, "desirable_weight": 1.3}
     expected = train(str(tmp_path / "stock"), changes, Stock)
     # what is learned depends on the distance, so that a wrong one would be noticed
     assert all(entry["kl"] > 0.01 for entry in expected["logs"] if "loss" in entry)
     assert any("eval_loss" in entry for entry in expected["logs"])
-    found = run_ranks(train, 4, str(tmp_path / "planned"), {**changes, "per_device_eval_batch_size": 2})
+    found = run_ranks(train, 4, str(tmp_path / "planned"), {**changes, "per_device_eval_batch_size": 4})
     for rank in found:
         compare(rank, expected)
 

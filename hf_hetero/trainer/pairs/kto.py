@@ -107,7 +107,8 @@ class HeteroKTOTrainer(PairsWithReference, _ModelThenArguments):
             signs = at_starts(context, known)
         sums = self._sums(model, inputs, context, columns, signs)
         distance, signs = self._distance.mean(), sums[-1].detach()
-        is_first = context.micro_batch == self._distance.num_micro_batches
+        # a step's distance is logged once, by the first group of its first micro-batch that learns
+        is_first = context.micro_batch == self._distance.num_micro_batches and self.args.process_index == 0
         row = UnpairedMeans.of(
             sums.detach(), signs, self.beta, distance if is_first else None, context.layout.num_tokens
         )

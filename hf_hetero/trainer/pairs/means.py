@@ -149,7 +149,7 @@ class UnpairedMeans(Means):
             sums: shape (6 or more, num_samples), as those of `PairMeans.of`.
             signs: above 0 where a completion is wanted.
             beta: what log ratios are multiplied by to be rewards.
-            distance: of the step, in its first micro-batch with completions; else None.
+            distance: of the step, for one group in its first micro-batch with completions; else None.
             num_tokens: of the completions, prompts included.
         """
         wanted, unwanted, rewards = (
