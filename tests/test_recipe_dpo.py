@@ -84,7 +84,7 @@ def test_three_steps(tmp_path: Path) -> None:
     assert [len(record["lengths"]) for record in records] == [32] * 3  # samples of 16 pairs
     for record in records:
         degrees = {len(group["ranks"]) for m in record["plan"]["micro_batches"] for group in m["groups"]}
-        assert degrees == {1, 2}
+        assert 2 in degrees
     assert {"report.html", "adapter_model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
@@ -104,6 +104,7 @@ def test_data_that_cannot_be_is_named(rows: list[Any], changes: dict[str, Any], 
         script.load_data(script.RecipeArguments(model="x", **{"dataset": str(data), **changes}), words)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")  # TRL's
 def test_what_must_be_set_is_named(tmp_path: Path) -> None:
     """A file without a model, or with a field of another type, is an error of one line."""
     script = load_script("dpo")

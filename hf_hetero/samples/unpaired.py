@@ -34,6 +34,7 @@ class UnpairedRows(PairRows):
 
     sign: ClassVar[str] = "of_unpaired"
     columns: ClassVar[tuple[str, ...]] = (PairRows.column, sign)
+    references: ClassVar[tuple[str, ...]] = tuple(REFERENCE_COLUMNS.values())
 
     def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """Return a preference's columns, and those of the packed row that it is.

@@ -7,7 +7,6 @@ step is the mean over its pairs, as TRL's of a batch that is the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,13 +15,11 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
-from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.losses import LOSSES, Completion, Preference
 from hf_hetero.trainer.pairs.means import PairMeans
 from hf_hetero.trainer.pairs.planned import refuse, setting_problems, trainer_problems
-from hf_hetero.trainer.pairs.reference import PairsWithReference
-from hf_hetero.trainer.pairs.sums import EXACT
+from hf_hetero.trainer.pairs.reference import ASKED, PairsWithReference
 
 SORTED = ("aot", "aot_unpaired")
 
@@ -66,23 +63,12 @@ class HeteroDPOTrainer(PairsWithReference, _ModelThenArguments):
             settings.f_alpha_divergence_coef,
             settings.discopop_tau,
         )
-        self._per_chosen_token: torch.Tensor | float = 0.0
+        self.counts_chosen = "sft" in self._preference.loss_type
         self._begin_with(PairRows(settings.max_length, settings.truncation_mode == "keep_end"), PairMeans())
 
     def _plans_evaluation(self) -> bool:
         # "sft" is a mean over the tokens of a batch, which for an evaluation is TRL's own
-        return super()._plans_evaluation() and "sft" not in self._preference.loss_type
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Return the next planned step as so many batches, and its pairs over all ranks."""
-        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and "sft" in self._preference.loss_type:
-            own = sum(_num_chosen_targets(m) for part in batches for m in part.micro_batches)
-            total: Any = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
-            self._per_chosen_token = num_pairs / total.clamp(min=1).to(EXACT)
-        return batches, num_pairs
+        return super()._plans_evaluation() and not self.counts_chosen
 
     def group_loss(
         self,
@@ -92,23 +78,13 @@ class HeteroDPOTrainer(PairsWithReference, _ModelThenArguments):
         columns: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Compute the sum of the losses of this rank's group: see `PlannedPairs`."""
-        sums = self._sums(model, {**inputs, "token_log_probs": True}, context, columns)
+        sums = self._sums(model, {**inputs, **ASKED}, context, columns)
         # pairs lie side by side, chosen first
         chosen, rejected = sums[:, ::2], sums[:, 1::2]
         of_chosen, of_rejected = (Completion(s[0], s[1], s[6].detach()) for s in (chosen, rejected))
         row = PairMeans.of(chosen.detach(), rejected.detach(), self.beta, context.layout.num_tokens)
         self._watch(context, row)
         return self._preference.losses(of_chosen, of_rejected, self._per_chosen_token).sum()
-
-
-def _num_chosen_targets(micro_batch: Any) -> int:
-    """Count this rank's targets in chosen completions."""
-    targets, place, count = micro_batch.inputs["shift_labels"][0], 0, 0
-    for span in micro_batch.spans:
-        if span.sample % 2 == 0:
-            count += int((targets[place : place + span.num_tokens] != IGNORE_INDEX).sum())
-        place += span.num_tokens
-    return count
 
 
 def loss_problems(args: Any) -> list[str]:

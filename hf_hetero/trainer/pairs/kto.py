@@ -23,7 +23,7 @@ from hf_hetero.trainer.pairs.losses import Desirability
 from hf_hetero.trainer.pairs.means import UnpairedMeans
 from hf_hetero.trainer.pairs.planned import refuse, setting_problems, trainer_problems
 from hf_hetero.trainer.pairs.plans import PlannersOfUnpaired
-from hf_hetero.trainer.pairs.reference import PairsWithReference
+from hf_hetero.trainer.pairs.reference import ASKED, PairsWithReference
 from hf_hetero.trainer.pairs.sums import EXACT, at_starts, by_sample, over_group
 
 
@@ -95,7 +95,7 @@ class HeteroKTOTrainer(PairsWithReference, _ModelThenArguments):
         columns: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Compute the sum of the losses of this rank's group: see `PlannedPairs`; 0 of mismatched completions."""
-        inputs = {**inputs, "token_log_probs": True}
+        inputs = {**inputs, **ASKED}
         if context.micro_batch == 0:
             self._distance = Distance.unknown(self.args.device)
         if inputs.pop(COMPARED, None) is not None:

@@ -214,3 +214,50 @@ LOSSES: Mapping[str, Loss] = {
     "discopop": _discopop,
     "sigmoid_norm": _sigmoid_norm,
 }
+
+
+# ------------------------------------------------------------------------------------------------- without a reference
+
+
+def contrast(
+    kind: str,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    beta: float,
+    alpha: float = 0.0,
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the loss of each pair without a reference, and the rewards of both completions; shapes (num_pairs,).
+
+    CPO (arXiv:2401.08417, eq. 3); with a margin, of means over tokens, SimPO (arXiv:2405.14734, eq. 6).
+
+    Args:
+        kind: "sigmoid", "hinge" or "ipo".
+        chosen, rejected: log-probabilities p and q, sums or means over tokens.
+        beta: factor of rewards.
+        alpha: of AlphaPO (arXiv:2501.03884): rewards are (1 - exp(-alpha p)) / alpha; 0: they are p.
+        gamma: by how much the chosen one's reward is to be larger.
+        label_smoothing: share of pairs whose completions are the wrong way round.
+    """
+    scores = (
+        (chosen, rejected) if alpha == 0 else tuple(-torch.expm1(-alpha * one) / alpha for one in (chosen, rejected))
+    )
+    margin = scores[0] - scores[1] - gamma / beta
+    rewards = (beta * scores[0], beta * scores[1])
+    if kind == "hinge":
+        return torch.relu(1 - beta * margin), rewards
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2, rewards
+    e = label_smoothing
+    return -(1 - e) * F.logsigmoid(beta * margin) - e * F.logsigmoid(-beta * margin), rewards
+
+
+def log_odds(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return the log of the ratio of both odds, exp(p) / (1 - exp(p)), as ORPO has it (arXiv:2403.07691, eq. 4)."""
+    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """Return log(1 - exp(x)) for x below 0, without cancellation."""
+    return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))

@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+from torch.nn import functional as F
+
+from hf_hetero.trainer.pairs.losses import log_odds
 
 LOG_PROB, REFERENCE, ENTROPY, MEAN_LOGIT, IS_RIGHT, NUM_TARGETS = range(6)
 """Rows of what is known of completions: sums over the targets of each."""
@@ -171,3 +174,33 @@ class UnpairedMeans(Means):
         if {"rewards/chosen", "rewards/rejected"} <= set(logged):
             logged["rewards/margins"] = logged["rewards/chosen"] - logged["rewards/rejected"]
         return logged
+
+
+class ContrastMeans(Means):
+    """`ContrastMeans` are those of `HeteroCPOTrainer` and `HeteroORPOTrainer`."""
+
+    counted_by: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"), "pairs"),
+        **dict.fromkeys(("logps/chosen", "logps/rejected", "log_odds_ratio", "log_odds_chosen"), "pairs"),
+        "nll_loss": "chosen",
+        "logits/chosen": "chosen",
+        "logits/rejected": "rejected",
+    }
+
+    @staticmethod
+    def of(
+        log_probs: torch.Tensor, rewards: torch.Tensor, chosen: torch.Tensor, rejected: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """Return the row of a group's pairs.
+
+        Args:
+            log_probs, rewards: of both completions, shape (2, num_pairs).
+            chosen, rejected: shape (5, num_pairs): sums of the log-probabilities that are compared, and of all that are
+                learned, how many these are, and the sum of mean logits over the latter.
+            num_tokens: of the pairs, prompts included.
+        """
+        is_right, odds = (rewards[0] > rewards[1]).to(rewards), log_odds(log_probs[0], log_probs[1])
+        by_pair = [rewards[0], rewards[1], is_right, rewards[0] - rewards[1], log_probs[0], log_probs[1]]
+        by_token = [-chosen[1], chosen[4], rejected[4]]
+        counts = [torch.ones_like(is_right), chosen[3], rejected[3]]
+        return _row([*by_pair, F.logsigmoid(odds), odds, *by_token], counts, num_tokens)

@@ -5,6 +5,7 @@ A subclass has the loss of a group, `group_loss`; what is around it is the same 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,11 @@ from hf_hetero.collators import PackedCollator, PairCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.data.planning import Planners
 from hf_hetero.errors import UnsupportedModel
+from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.means import Means
 from hf_hetero.trainer.pairs.plans import PlannersOfPairs
-from hf_hetero.trainer.pairs.sums import counted_once
+from hf_hetero.trainer.pairs.sums import EXACT, counted_once
 from hf_hetero.trainer.trainer import HeteroTrainerMixin
 
 
@@ -32,9 +34,13 @@ class PlannedPairs(HeteroTrainerMixin):
         _views: datasets as packed rows.
         _means: what is logged, until it is.
         _packs, _plans: what packs such rows, and plans them.
+        counts_chosen: whether a loss is a mean over the tokens of chosen samples.
+        _per_chosen_token: pairs of the step for each such token, if that is counted.
     """
 
     loss_is_scaled_for_ga = True  # by the pairs of the whole step
+    counts_chosen: bool = False
+    _per_chosen_token: torch.Tensor | float = 0.0
     _pairs: PairRows
     _views: WeakKeyDictionary[Any, Any]
     _means: Means
@@ -84,6 +90,17 @@ class PlannedPairs(HeteroTrainerMixin):
         """Return whether an evaluation needs nothing that TRL computes of its own batches."""
         return self.compute_metrics is None
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Return the next planned step as so many batches, and its pairs over all ranks."""
+        batches, num_pairs = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.counts_chosen:
+            own = sum(_num_chosen_targets(m) for part in batches for m in part.micro_batches)
+            total: Any = self.accelerator.reduce(torch.tensor(own, device=device), "sum")
+            self._per_chosen_token = num_pairs / total.clamp(min=1).to(EXACT)
+        return batches, num_pairs
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -131,18 +148,32 @@ class PlannedPairs(HeteroTrainerMixin):
         rows: Any = self.accelerator.gather(self._means.once(row, context.group_rank == 0)[None])
         num_tokens = self._means.add(mode, rows)
         counted: Any = self
-        if mode == "train":
-            counted._total_train_tokens += num_tokens
-        counted._metrics[mode]["num_tokens"] = [counted._total_train_tokens]
+        if hasattr(self, "_total_train_tokens"):
+            counted._total_train_tokens += num_tokens if mode == "train" else 0
+            self._kept(mode)["num_tokens"] = [counted._total_train_tokens]
+
+    def _kept(self, mode: str) -> dict[str, list[float]]:
+        """Return where TRL keeps what it will log."""
+        kept: Any = self
+        return kept._metrics[mode]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as TRL does: means over the pairs, or the tokens, since the last log."""
         assert self.model is not None
-        counted: Any = self
         mode = "train" if self.model.training else "eval"
         for name, value in self._means.take(mode).items():
-            counted._metrics[mode][name] = [value]
+            self._kept(mode)[name] = [value]
         super().log(logs, start_time)
+
+
+def _num_chosen_targets(micro_batch: Any) -> int:
+    """Count this rank's targets in chosen samples."""
+    targets, place, count = micro_batch.inputs["shift_labels"][0], 0, 0
+    for span in micro_batch.spans:
+        if span.sample % 2 == 0:
+            count += int((targets[place : place + span.num_tokens] != IGNORE_INDEX).sum())
+        place += span.num_tokens
+    return count
 
 
 def setting_problems(hetero: HeteroConfig) -> list[str]:
@@ -169,8 +200,11 @@ def trainer_problems(trainer: Any, collator: type) -> list[str]:
     for name, owner in overrides.own(trainer, overrides.LOSS).items():
         reasons.append(f"{owner}.{name} is its own, and planned pairs have this trainer's; remove it.")
     if getattr(trainer, "aux_loss_enabled", False):
-        kind = type(trainer.args).__name__
-        reasons.append(f"The auxiliary loss of routers is of a batch; set {kind}(router_aux_loss_coef=0.0).")
+        has_factor = hasattr(trainer.args, "router_aux_loss_coef")
+        remedy = (
+            f"{type(trainer.args).__name__}(router_aux_loss_coef=0.0)" if has_factor else "output_router_logits=False"
+        )
+        reasons.append(f"The auxiliary loss of routers is of a batch; set {remedy}.")
     return reasons
 
 
