@@ -58,12 +58,14 @@ def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations
     """Pair what the model charges for each group with what was measured.
 
     Of a group that was planned otherwise, at a degree, with activations or by a method that the model knows nothing of,
-    nothing is learned.
+    nothing is learned, nor of micro-batches without a backward pass.
     """
     charged: list[list[float]] = []
     measured: list[float] = []
     for report in reports:
-        for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
+        for number, (micro_batch, busy_s) in enumerate(zip(report.plan.micro_batches, report.busy_s, strict=True)):
+            if number in report.forward_only:
+                continue
             groups = [group for group in micro_batch.groups if group.samples]
             filled = [group for group in groups if _is_priced(cost, group, report.lengths)]
             if report.is_lockstep and len(filled) < len(groups):

@@ -19,15 +19,20 @@ if TYPE_CHECKING:
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.kto import HeteroKTOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
+    from hf_hetero.trainer.pairs.without_reference import HeteroCPOTrainer, HeteroORPOTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
     "CostModel",
     "Group",
+    "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
+    "HeteroORPOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
@@ -54,7 +59,10 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
+        "HeteroCPOTrainer": "trainer.pairs.without_reference",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroKTOTrainer": "trainer.pairs.kto",
+        "HeteroORPOTrainer": "trainer.pairs.without_reference",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

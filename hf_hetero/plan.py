@@ -244,6 +244,7 @@ class StepReport:
         peak_flops: operations a second of all ranks' cards together, by their data sheet; None: not known.
         router_loss: of the step, without its coefficient, where a mixture of experts has one.
         repeats: how often the step was planned for less memory, and begun again, because memory had run out.
+        forward_only: micro-batches without a backward pass, which take less than is predicted.
     """
 
     step: int
@@ -262,6 +263,7 @@ class StepReport:
     router_loss: float | None = None
     flops: float = 0.0
     peak_flops: float | None = None
+    forward_only: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:

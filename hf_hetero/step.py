@@ -123,6 +123,7 @@ class RankMicroBatch:
             in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`).
         labels: each token's own label, shape (1, num_tokens); None where samples have none.
         reaches: for each span, one more than the last position of its whole sample.
+        learns: whether there is a backward pass.
     """
 
     group: Group
@@ -131,6 +132,7 @@ class RankMicroBatch:
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor | None = None
     reaches: tuple[int, ...] | None = None
+    learns: bool = True
 
     @property
     def num_tokens(self) -> int:

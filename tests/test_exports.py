@@ -12,9 +12,12 @@ import hf_hetero.collators
 PROMISED = {
     "CostModel",
     "Group",
+    "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
+    "HeteroORPOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",

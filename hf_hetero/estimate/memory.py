@@ -145,9 +145,9 @@ def moments(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple
 
 
 def model_state_bytes(shape: ModelShape) -> float:
-    """Count the bytes of weights, of gradients and two fp32 moments of Adam for the trainable ones."""
+    """Count the bytes of weights, of gradients and two fp32 moments of Adam for the trainable ones; of a reference."""
     per_trainable = shape.param_bytes / shape.num_params + 8
-    return shape.param_bytes + shape.trainable_params * per_trainable
+    return shape.param_bytes + shape.trainable_params * per_trainable + shape.reference_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,9 @@ def is_planned(
     for name, owner in overrides.own(trainer, overrides.EVALUATION).items():
         logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
         return False
-    if trainer.label_names != ["labels"] or _gives_attentions(trainer.model):
+    # TRL leaves out the names where a loss comes without labels
+    known: list[str] = [] if getattr(trainer, "learns_scores", False) else ["labels"]
+    if trainer.label_names != known or _gives_attentions(trainer.model):
         logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
         return False
     look = partial(can_be_planned, dataset, trainer.args)
@@ -179,7 +181,7 @@ def evaluate(
         keeps_batches=request.is_prediction,
     )
     model = _prepared_model(trainer)
-    loader = _loader(trainer, run, packer, between, dataset, source)
+    loader = planned_steps(trainer, run, packer, between, dataset, source)
     forward = _forward_of(trainer, run, request, model, has_labels)
     number = trainer.state.global_step + 1
     steps = iter(loader)
@@ -228,7 +230,7 @@ def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
     return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
 
 
-def _loader(
+def planned_steps(
     trainer: Trainer, run: PlannedRun, packer: PackedCollator, between: BetweenRuns, dataset: Any, source: PlanSource
 ) -> EvaluationLoader:
     """Load planned steps of all rows, each once, in the dataset's order."""

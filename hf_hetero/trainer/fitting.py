@@ -7,10 +7,10 @@ weights are, an output embedding that does without whole logits. None of it touc
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer
@@ -46,6 +46,28 @@ logger = logging.getLogger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
 
+class Asked(NamedTuple):
+    """An `Asked` is what a trainer asks a reference beside its model in each micro-batch.
+
+    Args:
+        passes: of each token, forward only.
+        num_bytes: of a frozen model's weights; 0 where it is the model without its adapters.
+    """
+
+    passes: int = 0
+    num_bytes: int = 0
+
+    @classmethod
+    def by(cls, trainer: Trainer) -> Asked:
+        """Return what a trainer asks, which says so by `reference_passes`; most ask nothing."""
+        frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
+        weights: Iterable[torch.Tensor] = () if frozen is None else frozen.parameters()
+        return cls(getattr(trainer, "reference_passes", 0), sum(p.numel() * p.element_size() for p in weights))
+
+
+NOTHING_ASKED = Asked()
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A `Fitted` is a user's model while planned steps run on it.
@@ -62,6 +84,7 @@ class Fitted:
         flops: operations that its training needs; None where they cannot be counted.
         reference: the output embedding of a frozen model that is asked beside it, if there is one and it can, too.
         reference_layers: the same of the frozen model.
+        asked: of that model, or of this one without its adapters.
         undone: gives the models back.
     """
 
@@ -76,6 +99,7 @@ class Fitted:
     flops: ModelFlops | None
     reference: LeanHead | None
     reference_layers: StateLayers | WholeSamples | None
+    asked: Asked
     undone: ExitStack
 
     @contextmanager
@@ -183,6 +207,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) ->
             _flops(base),
             reference,
             of_frozen,
+            Asked.by(trainer),
             undone.pop_all(),
         )
 

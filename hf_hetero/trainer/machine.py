@@ -32,6 +32,7 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.topology import Topology
+from hf_hetero.trainer.fitting import NOTHING_ASKED, Asked
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ def set_up(
     activations: Activations,
     checkpoint: str | None = None,
     kernel: str = "torch_varlen",
+    asked: Asked = NOTHING_ASKED,
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
 
@@ -121,6 +123,7 @@ def set_up(
         activations: what the layers can do to hold more tokens.
         checkpoint: folder that the run goes on from; None: it starts anew.
         kernel: of attention, by its name.
+        asked: of a reference beside the model.
 
     Raises:
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
@@ -128,6 +131,7 @@ def set_up(
     world = args.world_size
     heads = getattr(_text_config(model), "num_attention_heads", None) or world
     shape = _shape(model, args, hetero, dtype, sharding, activations)
+    shape = replace(shape, reference_passes=asked.passes, reference_bytes=asked.num_bytes)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
     shards = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)

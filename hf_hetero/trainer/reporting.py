@@ -60,6 +60,7 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, means: Log
         peak_bytes=max(row[0] for row in rows),
         unused_bytes=max(row[1] for row in rows),
         repeats=training.repeats.number,
+        forward_only=tuple(index for index, m in enumerate(batch.micro_batches) if not m.learns),
         is_lockstep=run.fitted.sharding.is_sharded,
         flops=0.0 if run.fitted.flops is None else run.fitted.flops.of(step.lengths),
         peak_flops=_peak_flops(trainer),

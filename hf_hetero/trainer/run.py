@@ -283,7 +283,7 @@ class BetweenRuns:
             self.machine = None
         if self.machine is None:
             model, dtype = cast("torch.nn.Module", trainer.model), compute_dtype(trainer)
-            fits = fitted.sharding, fitted.activations, checkpoint, fitted.kernel.name
+            fits = fitted.sharding, fitted.activations, checkpoint, fitted.kernel.name, fitted.asked
             self.machine = set_up(model, trainer.args, settings_for(self.manner, hetero), dtype, *fits)
             self.cost_model = self.machine.cost_model
         groups = self.machine.groups
