@@ -31,7 +31,8 @@ from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
-from hf_hetero.model.loss import shift_labels, token_loss
+from hf_hetero.model.labelled import NEXT, SEQUENCES, labelled_of
+from hf_hetero.model.loss import shift_labels, token_loss, token_scores
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers
 
@@ -147,14 +148,15 @@ def _probe(model: Any) -> Probe:
         losses.append("")
         return token_loss(*args, **kwargs)
 
-    model.loss_function = counted_loss
+    kind = labelled_of(model)
+    model.loss_function = token_scores if kind == SEQUENCES else counted_loss
     layers: set[int] = set()
     try:
         with _watched(model, layers):
             expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
     except Exception as error:
         return Probe(failure=f"a tiny instance fails with stock attention, too: {_said(error)}")
-    if len(losses) != len(ids):
+    if kind == NEXT and len(losses) != len(ids):
         return Probe(
             problem="its forward computes a cross-entropy of its own instead of calling its loss_function, so targets "
             "of packed samples, counted over all ranks, do not reach it."
@@ -173,7 +175,7 @@ def _probe(model: Any) -> Probe:
         with StateLayers(model).planned(context):
             planned = _pass(model, [batch])
             with torch.no_grad():
-                model.train()(**batch, use_cache=False)
+                _loss(model.train(), batch)
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:
@@ -257,10 +259,24 @@ def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tenso
     model.zero_grad()
     total = torch.zeros(())
     for batch in batches:
-        loss = model(**batch, use_cache=False).loss
+        loss = _loss(model, batch)
         loss.backward()
         total = total + loss.detach()
     return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def _loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
+    """Compute the loss of a batch; of a model with classes a sum over the logits of all tokens, by factors of each."""
+    if (kind := labelled_of(model)) == NEXT:
+        return model(**batch, use_cache=False).loss
+    inputs = {name: values for name, values in batch.items() if name not in ("labels", "shift_labels")}
+    if kind == SEQUENCES:  # by which it calls its loss, which gives these logits
+        inputs["labels"] = torch.zeros_like(batch["labels"])
+    outputs = model(**inputs, use_cache=False)
+    logits = (outputs.loss if kind == SEQUENCES else outputs.logits).reshape(batch["labels"].numel(), -1)
+    classes = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    factors = torch.cos(batch["labels"].reshape(-1, 1) * classes)
+    return (logits * factors.to(logits)).sum() / batch["num_items_in_batch"]
 
 
 def _errors(planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:

@@ -30,12 +30,16 @@ from hf_hetero.data.evaluation_loader import (
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
+from hf_hetero.model.labelled import SEQUENCES, labelled_of
+from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
+from hf_hetero.trainer.classes.planned import LABELS, classes_of, outputs_by_token
 from hf_hetero.trainer.fitting import half_evaluation_dtype
+from hf_hetero.trainer.packing import columns_kept
 from hf_hetero.trainer.predictions import Piece, Results
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,9 @@ def is_planned(
     if trainer.label_names != ["labels"] or _gives_attentions(trainer.model):
         logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
         return False
+    if labelled_of(base_model(trainer.model)) == SEQUENCES and _wants_tokens(trainer):
+        logger.info("Evaluation is not planned: beside scores of sequences, values of tokens are asked for.")
+        return False
     look = partial(can_be_planned, dataset, trainer.args)
     # all ranks can look at a dataset's rows; at a stream one looks for all, since ranks may be given different parts
     return broadcast(look, control()) if is_stream(dataset) else look()
@@ -86,6 +93,11 @@ def is_planned(
 def _gives_attentions(model: Any) -> bool:
     """Return whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
     return bool(getattr(model.config, "output_attentions", False))
+
+
+def _wants_tokens(trainer: Any) -> bool:
+    """Return whether an evaluation is to give what each token has, where a model gives one score a sequence."""
+    return "inputs" in trainer.args.include_for_metrics or bool(trainer.model.config.output_hidden_states)
 
 
 def refuse_attentions(model: Any) -> None:
@@ -176,6 +188,7 @@ def evaluate(
         run.control,
         has_labels=has_labels,
         keeps_batches=request.is_prediction,
+        classes=classes_of(trainer),
     )
     model = _prepared_model(trainer)
     loader = _loader(trainer, run, packer, between, dataset, source)
@@ -264,7 +277,7 @@ def _forward_of(
 ) -> Callable[[RankMicroBatch, int, int], tuple[float, Any]]:
     """Make what computes a micro-batch: it, its number, targets of its step -> its part of the mean loss, outputs."""
     ignored = _ignored_outputs(trainer.model) if request.ignore_keys is None else request.ignore_keys
-    left_out = {"loss", *ignored}
+    left_out, classes = {"loss", "reached", *ignored}, classes_of(trainer)
 
     def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
         with torch.no_grad():  # by which the context knows that there is no backward pass to keep anything for
@@ -273,8 +286,9 @@ def _forward_of(
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
         with torch.no_grad(), trainer.compute_loss_context_manager(), run.fitted.state_layers.planned(context):
             if not has_labels:
-                inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-                return 0.0, _outputs_of(model(**inputs), left_out)
+                inputs = {name: value for name, value in inputs.items() if name not in LABELS}
+                outputs: Any = model(**inputs) if classes is None else outputs_by_token(model, inputs, classes)
+                return 0.0, _outputs_of(outputs, left_out)
             # a step may have no target: its loss is 0 then, and counts for nothing (`Results.add`)
             total = torch.tensor(max(num_targets, 1), device=trainer.args.device)
             result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)

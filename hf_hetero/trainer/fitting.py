@@ -27,6 +27,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.labelled import NEXT, labelled_of
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
@@ -111,7 +112,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, undone)
         logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
-        if hetero.weight_column is not None:
+        if hetero.weight_column is not None and labelled_of(base) == NEXT:  # others' losses are this package's
             own_loss.check_weights(trainer, kernel, hetero.weight_column)
         sharding = sharding_of(trainer, hetero.sync_each_micro_batch)
         activations = Activations(
