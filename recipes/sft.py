@@ -9,7 +9,6 @@ the command line overrides it. This script uses the public API only: copy it and
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import platform
@@ -40,6 +39,7 @@ from hf_hetero.fine_tuning import (
     check_columns,
     check_fields,
     explaining,
+    load_table,
     make_tokenizer,
     parse_settings,
     sample_lengths,
@@ -49,7 +49,6 @@ from hf_hetero.fine_tuning import (
 from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
 
 IGNORED = -100  # the label of a token that is not learned
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
@@ -101,23 +100,10 @@ def say(line: str) -> None:
 
 def load_data(args: RecipeArguments) -> datasets.Dataset:
     """The dataset as it is found, one row a sample; a .txt file is one sample."""
-    source = Path(args.dataset)
     if args.dataset == "python-stdlib":
         # the version is an argument because `datasets` caches by them
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
-    if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(args.dataset)
-        if not isinstance(found, dict):
-            return found
-        if args.dataset_split not in found:
-            raise HeteroError(f"dataset_split={args.dataset_split!r}: {args.dataset!r} has only {', '.join(found)}.")
-        return found[args.dataset_split]
-    if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
-        if not (files := sorted(glob.glob(args.dataset))):
-            raise HeteroError(f"dataset={args.dataset!r}: there is no such file.")
-        options = {"sample_by": "document"} if file_format == "text" else {}
-        return datasets.load_dataset(file_format, data_files=files, split="train", **options)
-    return datasets.load_dataset(args.dataset, args.dataset_config, split=args.dataset_split)
+    return load_table(args.dataset, args.dataset_config, args.dataset_split)
 
 
 def stdlib_files(version: str) -> Iterator[dict[str, str]]:
