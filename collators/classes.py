@@ -74,7 +74,7 @@ class Classes:
             label = label.reshape(()).long()
             self.check_classes(label[None], name)
             return label
-        label = label.reshape(-1).to(torch.float64)
+        label = torch.as_tensor(given, dtype=torch.float64).reshape(-1)  # read anew, for a list is read in fp32
         if len(label) != self.num_labels or not bool(label.isfinite().all()):
             raise BadSample(
                 f"{name} has the label {given!r:.60}, and the model has {self.num_labels} labels (config.num_labels): "

@@ -190,8 +190,8 @@ def prepare_data(
     lengths = data["length"][:]
     if args.max_length is not None and max(lengths) > args.max_length:
         raise HeteroError(
-            f"Row {lengths.index(max(lengths))} has {max(lengths)} tokens, more than max_length={args.max_length}. Raise "
-            "max_length, or cut such rows: max_length_policy: truncate."
+            f"Row {lengths.index(max(lengths))} has {max(lengths)} tokens, more than max_length={args.max_length}. "
+            "Raise max_length, or cut such rows: max_length_policy: truncate."
         )
     say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {median(lengths):,}, longest {max(lengths):,}")
     return data

@@ -15,7 +15,7 @@ import transformers
 from helpers import run_ranks
 from test_recipes import CHAT_TEMPLATE, ROOT, SHRUNK, TEXTS, environment_of, load_script, write_lines
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_hetero import HeteroError
 from hf_hetero.report import read_records
@@ -99,8 +99,9 @@ def test_three_steps_of_the_recipe(model_folder: Path, tmp_path: Path, capfd: An
 
 @pytest.mark.parametrize("kind", [kind for kind in ROWS if kind != "class"])
 def test_each_kind_of_label(model_folder: Path, tmp_path: Path, capfd: Any, kind: str) -> None:
-    """Several classes, numbers, a reranker's pairs, and words: each trains, is evaluated, and says which problem it is."""
-    steps(settings_of(kind, model_folder, tmp_path, max_steps=1, lora_r=2 if kind == "words" else ""))
+    """Several classes, numbers, a reranker's pairs, and words: each trains, is evaluated, and says what it is."""
+    adapters = {"lora_r": 2} if kind == "words" else {}
+    steps(settings_of(kind, model_folder, tmp_path, max_steps=1, **adapters))
     said = capfd.readouterr().out
     assert ("eval_mean_squared_error" if kind == "number" else "eval_accuracy") in said
     if kind == "words":
@@ -143,7 +144,7 @@ def test_what_is_wrong_is_said(script: ModuleType, tokenizer: Any, tmp_path: Pat
     path = write_lines(tmp_path / "rows.jsonl", [{"words": "x"}])
     with pytest.raises(HeteroError, match=r"has no column 'text', only \['words'\]"):
         script.load_data(args, str(path), "train")
-    with pytest.raises(HeteroError, match="Row 1 has .* more than max_length=3"):
+    with pytest.raises(HeteroError, match=r"Row 1 has .* more than max_length=3"):
         prepared(script, tokenizer, "number", [{"text": t, "label": 0.0} for t in TEXTS[1:3]], max_length=3)
     cut = {"max_length": 3, "max_length_policy": "truncate"}
     rows = [{"text": text, "label": 0.0} for text in TEXTS]

@@ -29,7 +29,8 @@ from helpers import (
 from torch.nn import functional as F
 from transformers import Trainer
 
-from hf_hetero import BadSample, HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero.errors import BadSample
 
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 KINDS: dict[str, dict[str, Any]] = {  # what labels are -> what the config says of them
@@ -81,13 +82,13 @@ def model_of(kind: str, adapters: bool = False, family: str = "llama") -> Any:
 
 def loss_of(model: Any, kind: str, row: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """Transformers' own loss of one sequence, or plain cross-entropies of its tokens; and by how many it counts."""
-    ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+    ids, dtype = torch.tensor([row["input_ids"]]), None if kind in ("class", "tokens") else torch.float64
+    labels = torch.tensor([row["labels"]], dtype=dtype)
     if kind == "tokens":
         logits = model(input_ids=ids).logits[0]
         return F.cross_entropy(logits, labels[0], ignore_index=IGNORE, reduction="sum"), int((labels != IGNORE).sum())
     if row["labels"] == IGNORE:
         return 0 * model(input_ids=ids).logits.sum(), 0
-    labels = labels.double() if labels.is_floating_point() else labels
     return model(input_ids=ids, labels=labels[:, None] if kind == "relevance" else labels).loss, 1
 
 
@@ -101,7 +102,7 @@ def reference(kind: str, adapters: bool = False, num_steps: int = 4, family: str
         loss = sum(part for part, _ in found) / sum(count for _, count in found)
         loss.backward()
         gradients.append(gradients_of(model))
-        losses.append(float(loss))
+        losses.append(loss.item())
         with torch.no_grad():
             for p in model.parameters():
                 if p.grad is not None:
@@ -255,9 +256,8 @@ def test_a_step_is_one_batch_of_a_plain_trainer(tmp_path: Any) -> None:
     found = trained(model_of("class"), data, max_steps=2)["gradients"]
     for ours, theirs in zip(found, plain(str(tmp_path)), strict=True):
         assert largest_difference(ours, theirs) < 1e-12
-    accumulated = plain(str(tmp_path), per_device_train_batch_size=6, gradient_accumulation_steps=2)
-    for ours, theirs in zip(found, accumulated, strict=True):
-        assert largest_difference({name: 2 * grad for name, grad in ours.items()}, theirs) < 1e-12
+    (accumulated,) = plain(str(tmp_path), max_steps=1, per_device_train_batch_size=6, gradient_accumulation_steps=2)
+    assert largest_difference({name: 2 * gradient for name, gradient in found[0].items()}, accumulated) < 1e-12
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -288,7 +288,7 @@ def test_evaluation_gives_each_row_its_scores(kind: str, tmp_path: Any) -> None:
     with torch.no_grad():
         scores = [model(input_ids=torch.tensor([row["input_ids"]])).logits[0].numpy() for row in data]
         losses = [loss_of(model, kind, row) for row in data]
-    mean = float(sum(loss for loss, _ in losses) / sum(count for _, count in losses))
+    mean = sum(loss.item() for loss, _ in losses) / sum(count for _, count in losses)
     assert found["metrics"]["eval_loss"] == pytest.approx(mean, rel=1e-6)
     assert found["metrics"]["eval_rows"] == len(data)
     for predictions in (found["seen"].predictions, found["predicted"]):
@@ -342,7 +342,7 @@ class OwnLoss(HeteroTrainer):
 def test_what_is_refused(tmp_path: Any) -> None:
     """A loss of one's own, parts of a sequence, and models that score something else than the last token."""
     args = arguments(str(tmp_path), 1)
-    with pytest.raises(UnsupportedModel, match="OwnLoss.compute_loss would be given logits of tokens"):
+    with pytest.raises(UnsupportedModel, match=r"OwnLoss\.compute_loss would be given logits of tokens"):
         OwnLoss(model_of("class"), args, train_dataset=rows("class"))
     split = HeteroConfig(max_sample_tokens=8, longer_samples="split")
     with pytest.raises(UnsupportedModel, match="several sequences of one that has one label"):
