@@ -16,8 +16,8 @@ from hf_hetero.collators.packed import PackedCollator
 from hf_hetero.collators.sample import Example, Row, Sample
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
-from hf_hetero.model.class_loss import MANY_CLASSES, ONE_CLASS, REGRESSION, numbers_of
-from hf_hetero.model.labelled import SEQUENCES, TOKENS, Labelled
+from hf_hetero.model.classes.class_loss import MANY_CLASSES, ONE_CLASS, REGRESSION, numbers_of
+from hf_hetero.model.classes.labelled import SEQUENCES, TOKENS, Labelled
 from hf_hetero.model.loss import IGNORE_INDEX, carried_weights
 from hf_hetero.samples.rows import PACKED_COLUMN, last_token
 
@@ -32,7 +32,7 @@ class Classes:
     Args:
         of: tokens, or sequences.
         num_labels: classes, or numbers.
-        problem: of sequences, as transformers calls it (`model.class_loss`); None: as the labels of a row look.
+        problem: of sequences, as transformers calls it (`model.classes.class_loss`); None: as the labels of a row look.
         pad_token_id: the last token that is another is the one whose score counts; None: the last of all.
     """
 

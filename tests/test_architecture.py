@@ -76,7 +76,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.loader",
         "data.evaluation_loader",
         "model.activations",
-        "model.labelled",
+        "model.classes.labelled",
         "model.wrapped",
         "profile.models",
         "profile.timing",

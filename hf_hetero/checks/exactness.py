@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 from hf_hetero.attention import rotary
 from hf_hetero.checks import own_loss
 from hf_hetero.errors import ConfigError, UnsupportedModel
-from hf_hetero.model.labelled import NEXT, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
+from hf_hetero.model.classes.labelled import NEXT, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
 from hf_hetero.state_layers.families import mixers_of

@@ -31,7 +31,7 @@ from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
-from hf_hetero.model.labelled import NEXT, SEQUENCES, labelled_of
+from hf_hetero.model.classes.labelled import NEXT, SEQUENCES, labelled_of
 from hf_hetero.model.loss import shift_labels, token_loss, token_scores
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers

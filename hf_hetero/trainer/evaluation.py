@@ -30,7 +30,7 @@ from hf_hetero.data.evaluation_loader import (
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
-from hf_hetero.model.labelled import SEQUENCES, labelled_of
+from hf_hetero.model.classes.labelled import SEQUENCES, labelled_of
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN

@@ -26,8 +26,8 @@ from hf_hetero.checks import own_loss
 from hf_hetero.config import HeteroConfig
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.expert_load import ExpertLoad
-from hf_hetero.model.labelled import NEXT, labelled_of
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of

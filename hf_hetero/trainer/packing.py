@@ -13,8 +13,8 @@ from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
-from hf_hetero.model.class_loss import ONE_CLASS
-from hf_hetero.model.labelled import NEXT, NOTHING, SEQUENCES, labelled_of
+from hf_hetero.model.classes.class_loss import ONE_CLASS
+from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, labelled_of
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.samples.rows import PACKED_COLUMN
 
@@ -85,8 +85,8 @@ def of_classes(packer: PackedCollator, trainer: Trainer) -> PackedCollator:
             f"The data_collator {type(packer).__name__} takes labels for tokens, and {type(base).__name__} has "
             "classes. Make it a subclass of hf_hetero.collators.ClassCollator."
         )
-    known = {field.name: getattr(packer, field.name) for field in fields(packer)}
-    return ClassCollator(**{**known, "makes_labels": False, "says_so": False}, classes=classes)
+    known: dict[str, Any] = {field.name: getattr(packer, field.name) for field in fields(packer)}
+    return replace(ClassCollator(**known), makes_labels=False, says_so=False, classes=classes)
 
 
 def columns_kept(trainer: Trainer) -> list[str] | None:

@@ -13,7 +13,7 @@ from typing import Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from hf_hetero.collators import PackedCollator
-from hf_hetero.model.labelled import NEXT
+from hf_hetero.model.classes.labelled import NEXT
 from hf_hetero.trainer.trainer import HeteroTrainerMixin
 
 

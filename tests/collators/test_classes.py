@@ -10,7 +10,7 @@ import torch
 from hf_hetero.collators import ClassCollator
 from hf_hetero.collators.classes import Classes
 from hf_hetero.errors import BadSample
-from hf_hetero.model.class_loss import MANY_CLASSES, REGRESSION, numbers_of
+from hf_hetero.model.classes.class_loss import MANY_CLASSES, REGRESSION, numbers_of
 
 IGNORE = -100
 

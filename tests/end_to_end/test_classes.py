@@ -213,7 +213,7 @@ def shift_the_labels() -> None:
 
 def average_over_ranks() -> None:
     """Take the mean of the ranks' own means."""
-    from hf_hetero.model.class_loss import class_loss, has_label
+    from hf_hetero.model.classes.class_loss import class_loss, has_label
     from hf_hetero.trainer.classes import planned
 
     def mean(logits: Any, labels: Any, problem: str, weights: Any = None) -> Any:

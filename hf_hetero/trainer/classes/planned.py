@@ -2,7 +2,7 @@
 
 What transformers computes of a pack is of no use: one score, of its last token, and a mean over a call. So a model is
 asked for the logits of each token; which of them count stands in the labels, and the loss is a sum over those, divided
-once by the labels of the whole step (`model/class_loss`).
+once by the labels of the whole step (`model/classes/class_loss`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from transformers import Trainer
 from hf_hetero.collators import ClassCollator
 from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.sample import LOSS_WEIGHTS
-from hf_hetero.model.class_loss import class_loss, has_label, problem_of
-from hf_hetero.model.labelled import NEXT, SEQUENCES, TOKENS, Labelled
+from hf_hetero.model.classes.class_loss import class_loss, has_label, problem_of
+from hf_hetero.model.classes.labelled import NEXT, SEQUENCES, TOKENS, Labelled
 from hf_hetero.model.wrapped import base_model
 
 LABELS = ("labels", "shift_labels", LOSS_WEIGHTS)

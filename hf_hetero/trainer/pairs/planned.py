@@ -9,7 +9,7 @@ from hf_hetero.checks import overrides
 from hf_hetero.collators import PackedCollator, PairCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
-from hf_hetero.model.labelled import NEXT
+from hf_hetero.model.classes.labelled import NEXT
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.plans import PlannersOfPairs
 from hf_hetero.trainer.trainer import HeteroTrainerMixin

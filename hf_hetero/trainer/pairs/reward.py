@@ -15,7 +15,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
-from hf_hetero.model.labelled import SEQUENCES
+from hf_hetero.model.classes.labelled import SEQUENCES
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.samples.pairs import PairRows, ScoredRows
 from hf_hetero.trainer.pairs.planned import PlannedPairs, refuse, setting_problems, trainer_problems

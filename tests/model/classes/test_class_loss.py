@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_hetero.model.class_loss import MANY_CLASSES, REGRESSION, class_loss, has_label, numbers_of, problem_of
+from hf_hetero.model.classes.class_loss import MANY_CLASSES, REGRESSION, class_loss, has_label, numbers_of, problem_of
 from hf_hetero.model.loss import IGNORE_INDEX, carried_weights
 
 NUMBERS = torch.tensor([[0.25, 1.0], [0.0, -3.5], [1e300, 1.0]], dtype=torch.float64)
