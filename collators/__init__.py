@@ -3,5 +3,6 @@
 from hf_hetero.collators.classes import ClassCollator
 from hf_hetero.collators.packed import PackedCollator
 from hf_hetero.collators.pairs import PairCollator
+from hf_hetero.collators.texts import TextsCollator
 
-__all__ = ["ClassCollator", "PackedCollator", "PairCollator"]
+__all__ = ["ClassCollator", "PackedCollator", "PairCollator", "TextsCollator"]

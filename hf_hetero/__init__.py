@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_hetero.planner import Planner
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.embeddings.embedding import HeteroEmbeddingTrainer
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
@@ -27,6 +28,7 @@ __all__ = [
     "Group",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
@@ -55,6 +57,7 @@ def __getattr__(name: str) -> Any:
         "Planner": "planner",
         "Topology": "topology",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroEmbeddingTrainer": "trainer.embeddings.embedding",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

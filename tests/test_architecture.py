@@ -86,6 +86,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
         "trainer.classes.planned",
+        "trainer.embeddings.embedding",
         "trainer.evaluation",
         "trainer.fitting",
         "trainer.machine",

@@ -18,7 +18,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 from hf_hetero.attention import rotary
 from hf_hetero.checks import own_loss
 from hf_hetero.errors import ConfigError, UnsupportedModel
-from hf_hetero.model.classes.labelled import NEXT, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
+from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
 from hf_hetero.state_layers.families import mixers_of
@@ -210,6 +210,8 @@ def model_problems(model: torch.nn.Module, labelled: Sequence[Labelled] = LABELL
 def _unlearned(base: PreTrainedModel, labelled: Sequence[Labelled]) -> str:
     """Say that a model is of no kind that a trainer learns."""
     name = type(base).__name__
+    if NOTHING in labelled:
+        return f"{name} has a head, and embeddings are what comes before it: load it by AutoModel.from_pretrained(...)."
     if labelled != (SEQUENCES,) and (SEQUENCES not in labelled or labelled_of(base) not in (SEQUENCES, TOKENS)):
         return f"only decoder-only language models are supported, and {name} is none."
     return f"{name} does not score sequences as AutoModelForSequenceClassification of decoders does, by the last token."

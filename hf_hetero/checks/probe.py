@@ -31,7 +31,7 @@ from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
-from hf_hetero.model.classes.labelled import NEXT, SEQUENCES, labelled_of
+from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, labelled_of
 from hf_hetero.model.loss import shift_labels, token_loss, token_scores
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers
@@ -266,14 +266,15 @@ def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tenso
 
 
 def _loss(model: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Compute the loss of a batch; of a model with classes a sum over the logits of all tokens, by factors of each."""
+    """Compute the loss of a batch; of another model than of tokens a sum over what it says of each, by factors."""
     if (kind := labelled_of(model)) == NEXT:
         return model(**batch, use_cache=False).loss
     inputs = {name: values for name, values in batch.items() if name not in ("labels", "shift_labels")}
     if kind == SEQUENCES:  # by which it calls its loss, which gives these logits
         inputs["labels"] = torch.zeros_like(batch["labels"])
     outputs = model(**inputs, use_cache=False)
-    logits = (outputs.loss if kind == SEQUENCES else outputs.logits).reshape(batch["labels"].numel(), -1)
+    names = {SEQUENCES: "loss", TOKENS: "logits", NOTHING: "last_hidden_state"}
+    logits = outputs[names[kind]].reshape(batch["labels"].numel(), -1)
     classes = torch.arange(1, logits.shape[1] + 1, device=logits.device)
     factors = torch.cos(batch["labels"].reshape(-1, 1) * classes)
     return (logits * factors.to(logits)).sum() / batch["num_items_in_batch"]

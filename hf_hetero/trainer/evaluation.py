@@ -39,7 +39,7 @@ from hf_hetero.trainer.classes.planned import LABELS, classes_of, outputs_by_tok
 from hf_hetero.trainer.fitting import half_evaluation_dtype
 from hf_hetero.trainer.packing import columns_kept
 from hf_hetero.trainer.predictions import Piece, Results
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun, begin_step
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +203,8 @@ def evaluate(
             # not know its last step before it has ended
             coming = run.confirmed(steps, number)
             loss, pieces = 0.0, list[Piece]()
+            with torch.no_grad():
+                begin_step(trainer, model, batch)
             for index, micro_batch in enumerate(batch.micro_batches):
                 part, outputs = forward(micro_batch, index, num_targets)
                 loss += part

@@ -7,7 +7,7 @@ nothing of a `PlannedRun` changes until it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -155,6 +155,22 @@ class ConfirmedStep(NamedTuple):
     batch: StepBatch | None
     num_targets: int
     fetch_s: float
+
+
+def begin_step(
+    trainer: Trainer, model: torch.nn.Module, batch: StepBatch, note: Callable[[int], None] = lambda _: None
+) -> None:
+    """Let a trainer whose loss is of all samples of a step at once (`begin_step`) see them before the first micro-batch.
+
+    Args:
+        trainer: of any kind; most have no such loss.
+        model: in its wrapper.
+        batch: of this rank.
+        note: is told which micro-batch is being computed.
+    """
+    begin: Callable[..., None] | None = getattr(trainer, "begin_step", None)
+    if begin is not None:
+        begin(model, batch, note)
 
 
 # ----------------------------------------------------------------------------------------------------------- what stays
