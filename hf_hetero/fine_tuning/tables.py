@@ -45,7 +45,7 @@ def load_table(name: str, configuration: str | None, split: str) -> datasets.Dat
     if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
         if not (files := sorted(glob.glob(name))):
             raise HeteroError(f"dataset={name!r}: there is no such file.")
-        options = {"sample_by": "document"} if file_format == "text" else {}
+        options: dict[str, Any] = {"sample_by": "document"} if file_format == "text" else {}
         return datasets.load_dataset(file_format, data_files=files, split="train", **options)
     return datasets.load_dataset(name, configuration, split=split)
 

@@ -83,7 +83,7 @@ def found_columns(given: Mapping[str, Any]) -> tuple[str, ...]:
     two = [next((name for name in names if name in given), None) for names in (FIRST, SECOND)]
     if None in two:
         raise BadSample(
-            f"A row has the columns {sorted(given)}: one of {' or '.join(FIRST)}, one of {' or '.join(SECOND)}, and any "
-            f"whose names begin with {OTHERS!r} are expected. Name them: columns=[...]."
+            f"A row has the columns {sorted(given)}: one of {' or '.join(FIRST)}, one of {' or '.join(SECOND)}, and "
+            f"any whose names begin with {OTHERS!r} are expected. Name them: columns=[...]."
         )
     return (*(name for name in two if name is not None), *sorted(name for name in given if name.startswith(OTHERS)))

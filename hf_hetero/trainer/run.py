@@ -160,7 +160,7 @@ class ConfirmedStep(NamedTuple):
 def begin_step(
     trainer: Trainer, model: torch.nn.Module, batch: StepBatch, note: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Let a trainer whose loss is of all samples of a step at once (`begin_step`) see them before the first micro-batch.
+    """Let a trainer whose loss is of all samples of a step at once see them first: it has a method `begin_step`.
 
     Args:
         trainer: of any kind; most have no such loss.

@@ -217,7 +217,7 @@ class HeteroEmbeddingTrainer(HeteroTrainer):
         counts = {row: rows.count(row) for row in set(rows)}
         if unlike := [row for row in rows if counts[row] != counts[rows[0]]]:
             raise BadSample(
-                f"Row {unlike[0]} has {counts[unlike[0]]} texts, and row {rows[0]} has {counts[rows[0]]}. Give each row "
-                "as many."
+                f"Row {unlike[0]} has {counts[unlike[0]]} texts, and row {rows[0]} has {counts[rows[0]]}. Give each "
+                "row as many."
             )
         return ranking_loss(embeddings.view(num_rows, num_columns, -1), self.scale)
