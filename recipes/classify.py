@@ -214,10 +214,14 @@ def load_model(args: RecipeArguments, tokenizer: Any, names: Sequence[str]) -> A
     model = kind.from_pretrained(args.model, config=config, dtype=args.dtype, trust_remote_code=False)
     if args.lora_r is None:
         return model
-    targets, task = args.lora_target_modules or "all-linear", "TOKEN_CLS" if of_words else "SEQ_CLS"
-    return get_peft_model(
-        model, LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type=task)
+    lora = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        target_modules=args.lora_target_modules or "all-linear",
+        exclude_modules=["score"],  # the head is trained whole
+        task_type="TOKEN_CLS" if of_words else "SEQ_CLS",
     )
+    return get_peft_model(model, lora)
 
 
 def metrics_of(labels: str) -> Callable[[Any], dict[str, float]]:
