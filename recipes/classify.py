@@ -31,7 +31,7 @@ from transformers import (
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, __version__
 from hf_hetero.callbacks import PlanMetricsCallback
-from hf_hetero.fine_tuning import check_fields, explaining, load_table, parse_settings
+from hf_hetero.fine_tuning import check_fields, explaining, load_rows, parse_settings
 from hf_hetero.report import read_records, write_report
 
 IGNORED = -100  # the label of what is not learned
@@ -103,7 +103,7 @@ def load_data(args: RecipeArguments, name: str, split: str) -> datasets.Dataset:
     """
     if not name:
         raise HeteroError("Name a dataset: a file (json, parquet, csv), a save_to_disk folder, or a hub name.")
-    data = load_table(name, args.dataset_config, split).with_format(None)
+    data = load_rows(name, args.dataset_config, split).with_format(None)
     needed = [args.text_column, args.label_column, *([args.pair_column] if args.pair_column else [])]
     if missing := [column for column in needed if column not in data.column_names]:
         raise HeteroError(

@@ -39,7 +39,7 @@ from hf_hetero.fine_tuning import (
     check_columns,
     check_fields,
     explaining,
-    load_table,
+    load_rows,
     make_tokenizer,
     parse_settings,
     sample_lengths,
@@ -103,7 +103,7 @@ def load_data(args: RecipeArguments) -> datasets.Dataset:
     if args.dataset == "python-stdlib":
         # the version is an argument because `datasets` caches by them
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
-    return load_table(args.dataset, args.dataset_config, args.dataset_split)
+    return load_rows(args.dataset, args.dataset_config, args.dataset_split)
 
 
 def stdlib_files(version: str) -> Iterator[dict[str, str]]:

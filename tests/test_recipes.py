@@ -54,10 +54,6 @@ def load_script(name: str) -> Any:
     return module
 
 
-def load_sft() -> Any:
-    return load_script("sft")
-
-
 def script_of(recipe: Path) -> str:
     """The script in the command of a recipe's README."""
     found = re.search(r"recipes/(\w+)\.py --config", (recipe.parent / "README.md").read_text(encoding="utf-8"))
@@ -67,7 +63,7 @@ def script_of(recipe: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sft() -> ModuleType:
-    return load_sft()
+    return load_script("sft")
 
 
 @pytest.fixture(autouse=True)
@@ -121,8 +117,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
 def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
     """A train.yaml holds only keys that the real dataclasses have, with values that they take."""
+    script = load_script(script_of(path))
     words = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]  # bf16 wants a device
-    args, training_args, hetero = load_script(script_of(path)).parse(words)
+    args, training_args, hetero = script.parse(words)
     parsed = {**vars(args), **vars(training_args), **vars(hetero)}
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         if key not in {
@@ -205,7 +202,7 @@ def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
         os.environ |= environment_of(Path(launch_file))
     if "fsdp2" in str(launch_file):
         shard_on_cpu()
-    script, wrappers = load_sft(), list[str]()
+    script, wrappers = load_script("sft"), list[str]()
 
     class Recording(script.HeteroTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,7 +215,7 @@ def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
     return wrappers[0]
 
 
-GPU_RECIPES = [p for p in RECIPES if not p.parent.name.endswith("_cpu") and script_of(p) == "sft"]
+GPU_RECIPES = [path for path in RECIPES if script_of(path) == "sft" and not path.parent.name.endswith("_cpu")]
 
 
 @pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.parent.name)

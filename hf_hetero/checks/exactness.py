@@ -74,7 +74,8 @@ def check_model(trainer: Trainer) -> None:
         UnsupportedModel: with every reason found.
     """
     model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
-    problems = model_problems(model, getattr(trainer, "labelled", LABELLED))
+    scores = getattr(trainer, "learns_scores", False)
+    problems = model_problems(model, (SEQUENCES,) if scores else getattr(trainer, "labelled", LABELLED))
     _raise_all(type(base_model(model)).__name__, [*problems, *_trainer_problems(trainer)])
     if dropouts := sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}):
         logger.warning(

@@ -1,12 +1,9 @@
-"""This module finds a table of rows to fine-tune on, checks it, measures its samples, and cuts them to a limit."""
+"""This module checks a table of rows to fine-tune on, measures its samples, and cuts them to a limit."""
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hf_hetero.errors import HeteroError
@@ -15,39 +12,6 @@ from hf_hetero.samples.rows import PACKED_COLUMN
 
 if TYPE_CHECKING:
     import datasets
-
-FILE_FORMATS = MappingProxyType(
-    {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
-)
-
-
-def load_table(name: str, configuration: str | None, split: str) -> datasets.Dataset:
-    """Load a dataset as it is found, one row a sample; a .txt file is one sample.
-
-    Args:
-        name: a file, or files by a pattern; a folder that `save_to_disk` wrote; or a name on the hub.
-        configuration: of a dataset on the hub.
-        split: of a dataset that has several.
-
-    Raises:
-        HeteroError: there is no such file, or split.
-    """
-    import datasets
-
-    source = Path(name)
-    if any((source / file).exists() for file in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(name)
-        if isinstance(found, datasets.Dataset):
-            return found
-        if split not in found:
-            raise HeteroError(f"dataset_split={split!r}: {name!r} has only {', '.join(map(str, found))}.")
-        return found[split]
-    if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
-        if not (files := sorted(glob.glob(name))):
-            raise HeteroError(f"dataset={name!r}: there is no such file.")
-        options: dict[str, Any] = {"sample_by": "document"} if file_format == "text" else {}
-        return datasets.load_dataset(file_format, data_files=files, split="train", **options)
-    return datasets.load_dataset(name, configuration, split=split)
 
 
 def check_columns(

@@ -15,7 +15,6 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
-from hf_hetero.model.classes.labelled import SEQUENCES
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.samples.pairs import PairRows, ScoredRows
 from hf_hetero.trainer.pairs.planned import PlannedPairs, refuse, setting_problems, trainer_problems
@@ -32,7 +31,6 @@ class HeteroRewardTrainer(PlannedPairs, RewardTrainer):
     """
 
     loss_is_scaled_for_ga = True  # by the pairs of the whole step
-    labelled = (SEQUENCES,)
     learns_scores = True
 
     def __init__(
