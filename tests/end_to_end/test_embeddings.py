@@ -28,7 +28,7 @@ from helpers import (
     whole,
 )
 
-from hf_hetero import HeteroConfig, HeteroEmbeddingTrainer, UnsupportedModel
+from hf_hetero import HeteroConfig, HeteroEmbeddingTrainer, HeteroError, UnsupportedModel
 from hf_hetero.errors import BadSample, ConfigError
 
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -275,7 +275,7 @@ def test_what_is_refused(tmp_path: Any) -> None:
         ([{"query": [5], "passage": []}], "no tokens in its column 'passage'"),
         ([{"query": [5], "passage": "words"}], "text in its column 'passage'"),
     ):
-        with pytest.raises(BadSample, match=message):
+        with pytest.raises(HeteroError, match=message):
             HeteroEmbeddingTrainer(model_of(), args, train_dataset=data * 4).train()
     unlike = [{"query": [5], "passage": [6], "negative": [7]}, {"query": [5], "passage": [6]}] * 4
     with pytest.raises(BadSample, match="Give each row as many"):
