@@ -14,6 +14,7 @@ PROMISED = {
     "Group",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",

@@ -178,7 +178,6 @@ def evaluate(
     Raises:
         HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
     """
-    dataset = request.dataset
     packer, has_labels = _packer_and_labels(run, request)
     results = Results(
         trainer.args,
@@ -191,7 +190,7 @@ def evaluate(
         classes=classes_of(trainer),
     )
     model = _prepared_model(trainer)
-    loader = _loader(trainer, run, packer, between, dataset, source)
+    loader = _loader(trainer, run, packer, between, request.dataset, source)
     forward = _forward_of(trainer, run, request, model, has_labels)
     number = trainer.state.global_step + 1
     steps = iter(loader)
@@ -203,8 +202,7 @@ def evaluate(
             # not know its last step before it has ended
             coming = run.confirmed(steps, number)
             loss, pieces = 0.0, list[Piece]()
-            with torch.no_grad():
-                begin_step(trainer, model, batch)
+            begin_step(trainer, model, batch, learns=False)
             for index, micro_batch in enumerate(batch.micro_batches):
                 part, outputs = forward(micro_batch, index, num_targets)
                 loss += part
@@ -213,7 +211,7 @@ def evaluate(
             results.add(batch, loss, num_targets, pieces, is_last=coming.batch is None)
             trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     except BadSample:  # rows may have changed since they were counted
-        between.counts.forget(dataset)
+        between.counts.forget(request.dataset)
         raise
     finally:
         loader.close()

@@ -158,7 +158,11 @@ class ConfirmedStep(NamedTuple):
 
 
 def begin_step(
-    trainer: Trainer, model: torch.nn.Module, batch: StepBatch, note: Callable[[int], None] = lambda _: None
+    trainer: Trainer,
+    model: torch.nn.Module,
+    batch: StepBatch,
+    note: Callable[[int], None] = lambda _: None,
+    learns: bool = True,
 ) -> None:
     """Let a trainer whose loss is of all samples of a step at once see them first: it has a method `begin_step`.
 
@@ -167,10 +171,12 @@ def begin_step(
         model: in its wrapper.
         batch: of this rank.
         note: is told which micro-batch is being computed.
+        learns: the step is of training; else of an evaluation.
     """
     begin: Callable[..., None] | None = getattr(trainer, "begin_step", None)
     if begin is not None:
-        begin(model, batch, note)
+        with torch.set_grad_enabled(learns):
+            begin(model, batch, note)
 
 
 # ----------------------------------------------------------------------------------------------------------- what stays
