@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import keywords_of
-from hf_hetero.model.loss import IGNORE_INDEX, num_targets, shift_labels, token_loss
+from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, labelled_of
+from hf_hetero.model.loss import IGNORE_INDEX, num_targets, shift_labels, token_loss, token_scores
 
 OWN_LOSS = (
     "its forward computes a loss of its own instead of calling its loss_function, and that is no plain cross-entropy: "
@@ -48,7 +49,10 @@ def learnt_alone(model: Any, samples: Sequence[torch.Tensor]) -> Alone | None:
         model: of transformers, in evaluation mode.
         samples: tokens, each of shape (num_tokens,); all are learned.
     """
-    manner = _manner_of(model, max(samples, key=len))
+    kind = labelled_of(model)
+    if kind == SEQUENCES:
+        model.loss_function = token_scores
+    manner = _manner_of(model, max(samples, key=len)) if kind == NEXT else Manner()
     if manner is None:
         return None
     targets = [sample if manner.aligned else shift_labels(sample) for sample in samples]
@@ -73,10 +77,25 @@ def learnt(model: Any, passes: Sequence[tuple[dict[str, Any], float]]) -> dict[s
     model.zero_grad()
     total = torch.zeros(())
     for inputs, factor in passes:
-        loss = called(model, inputs).loss * factor
+        loss = loss_of(model, inputs) * factor
         loss.backward()
         total = total + loss.detach()
     return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+
+def loss_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Compute a model's loss; of one that predicts no tokens a sum over what it says of each, by factors."""
+    if (kind := labelled_of(model)) == NEXT:
+        return called(model, inputs).loss
+    others = {name: values for name, values in inputs.items() if name not in ("labels", "shift_labels")}
+    if kind == SEQUENCES:  # by which it calls its loss, which gives these logits
+        others["labels"] = torch.zeros_like(inputs["labels"])
+    outputs = called(model, others)
+    names = {SEQUENCES: "loss", TOKENS: "logits", NOTHING: "last_hidden_state"}
+    logits = outputs[names[kind]].reshape(inputs["labels"].numel(), -1)
+    classes = torch.arange(1, logits.shape[1] + 1, device=logits.device)
+    factors = torch.cos(inputs["labels"].reshape(-1, 1) * classes)
+    return (logits * factors.to(logits)).sum() / inputs["num_items_in_batch"]
 
 
 def called(model: Any, inputs: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.checks import exactness, router_loss
-from hf_hetero.checks.alone import OWN_LOSS, called, learnt, learnt_alone
+from hf_hetero.checks.alone import OWN_LOSS, learnt, learnt_alone, loss_of
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, text_of, undisturbed
 from hf_hetero.collators.limits import padding_of
@@ -204,7 +204,7 @@ def _probe(model: Any, cause: str) -> Probe:
             undone.enter_context(_fitted(model, manner, undone).planned(context))
             planned = learnt(model, [(batch, 1.0)])
             with torch.no_grad():
-                called(model.train(), batch)
+                loss_of(model.train(), batch)
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:

@@ -32,12 +32,12 @@ from hf_hetero.manners.outside_loss import OutsideLoss
 from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.experts.load import ExpertLoad
 from hf_hetero.model.experts.router_loss import COEFFICIENT, RouterLoss
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
-from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.state_layers.planned import StateLayers
 from hf_hetero.step import RankMicroBatch
 
@@ -187,7 +187,7 @@ def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) ->
         if not manner.whole:
             logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
-        if hetero.weight_column is not None:
+        if hetero.weight_column is not None and labelled_of(base) == NEXT:  # others' losses are this package's
             own_loss.check_weights(trainer, kernel, hetero.weight_column)
         sharding = sharding_of(trainer, hetero.sync_each_micro_batch)
         activations = Activations(
@@ -285,11 +285,3 @@ def half_evaluation_dtype(trainer: Trainer) -> torch.dtype | None:
     if trainer.is_in_train or not (trainer.args.fp16_full_eval or trainer.args.bf16_full_eval):
         return None
     return torch.float16 if trainer.args.fp16_full_eval else torch.bfloat16
-
-
-def columns_kept(trainer: Trainer) -> list[str] | None:
-    """Return the columns of a stream, or keys of rows, that are used; None: all."""
-    if not trainer.args.remove_unused_columns:
-        return None
-    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    return [*(trainer._signature_columns or []), PACKED_COLUMN]  # pyright: ignore[reportPrivateUsage]

@@ -30,10 +30,11 @@ from hf_hetero.step import StepBatch, StepPart
 from hf_hetero.trainer import routers
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.checkpoints.safekeeping import claim
-from hf_hetero.trainer.fitting import Fitted, columns_kept
+from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
-from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun
+from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_step
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
@@ -178,6 +179,8 @@ def train_part(
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
         total = torch.zeros((), device=trainer.args.device)
         last = len(batch.micro_batches) - 1
+        if not numbers.start:
+            begin_step(trainer, model, batch, note)
         router_loss = run.fitted.router_loss if numbers else None
         with named("The exchange of gradients", f"step {number}", limit=limit_of):
             if router_loss and numbers.start == 0:
