@@ -24,6 +24,7 @@ from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.checks import own_loss
 from hf_hetero.config import HeteroConfig
+from hf_hetero.images.features import FeaturesOfSpans
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
 from hf_hetero.model.expert_load import ExpertLoad
@@ -138,6 +139,7 @@ def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None
     base.set_attn_implementation(interface.ATTENTION_NAME)
     undone.callback(HandedDown(base).remove)
     undone.callback(TablesBySample(base).remove)
+    undone.callback(FeaturesOfSpans(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:

@@ -16,14 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.ring import MERGING
-from hf_hetero.checks import exactness, own_loss
+from hf_hetero.checks import exactness
 from hf_hetero.checks.probe import check_untested
 from hf_hetero.collators import PackedCollator
-from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.data.epochs import KeptCounts
@@ -31,64 +30,15 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
+from hf_hetero.images.together import seeing_together
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import confirm_rows, confirm_step
 from hf_hetero.ranks.groups import GroupPool
-from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.trainer.fitting import Fitted, compute_dtype, fit
 from hf_hetero.trainer.machine import Machine, set_up
-
-PLANNED_INPUTS = frozenset(
-    {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
-)
-"""What every batch of a causal language model has; of these, each plan makes its own."""
-
-
-# ----------------------------------------------------------------------------------------------------- rows to tensors
-
-
-def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
-    """Return what packs rows as a collator of the user's makes them."""
-    if isinstance(collator, PackedCollator):
-        return collator
-    if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
-        pad = getattr(processing_class, "pad_token_id", None)
-        return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False, says_so=True)
-    # theirs keeps serving stock batches; here it makes the labels of one sample at a time
-    return PackedCollator(example_collator=collator, makes_labels=False)
-
-
-def _fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator) -> PackedCollator:
-    """Return the same packer for this trainer's model, loss and columns."""
-    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
-    if hetero.weight_column is not None and hetero.weight_column not in signature:
-        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
-        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
-    base = base_model(trainer.model)
-    masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
-    return replace(
-        packer,
-        needs_labels=False,
-        model_inputs=signature - PLANNED_INPUTS,
-        columns=signature if trainer.args.remove_unused_columns else None,
-        keeps_labels_unshifted=bool(own_loss.owners(trainer)),
-        limits=limits_of(base),
-        # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
-        counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
-        weight_column=hetero.weight_column,
-    )
-
-
-def columns_kept(trainer: Trainer) -> list[str] | None:
-    """Return the columns of a stream, or keys of rows, that are used; None: all."""
-    if not trainer.args.remove_unused_columns:
-        return None
-    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    return [*(trainer._signature_columns or []), PACKED_COLUMN]  # pyright: ignore[reportPrivateUsage]
-
+from hf_hetero.trainer.packing import fitting_packer
 
 # -------------------------------------------------------------------------------------------------------------- the run
 
@@ -191,7 +141,7 @@ class PlannedRun:
         num_targets = confirm_step(number, digest, targets, error, self.control)
         assert batch is not None
         confirm_rows(number, batch.share.step.shared_rows(), batch.fingerprints, self.control)
-        return ConfirmedStep(batch, num_targets, fetch_s)
+        return ConfirmedStep(seeing_together(batch, self.packer.sight, self.control), num_targets, fetch_s)
 
 
 class ConfirmedStep(NamedTuple):
@@ -293,7 +243,7 @@ class BetweenRuns:
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, hetero, packer), planners)
+        return PlannedRun(trainer.args, hetero, fitted, groups, fitting_packer(trainer, hetero, packer), planners)
 
     def cost_model_of_now(self) -> CostModel:
         """Return the cost model, which is there once there is a run."""

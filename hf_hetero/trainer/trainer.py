@@ -35,7 +35,8 @@ from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
+from hf_hetero.trainer.packing import packer_of
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 

@@ -32,7 +32,8 @@ from hf_hetero.trainer.checkpoints.safekeeping import claim
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
-from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
+from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""

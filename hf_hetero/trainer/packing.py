@@ -1,0 +1,75 @@
+"""What packs rows into tensors is made here, for the user's collator, model, loss and columns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import DataCollatorWithPadding, Trainer
+
+from hf_hetero.checks import own_loss
+from hf_hetero.checks.tiny import build, shrunk
+from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.limits import limits_of
+from hf_hetero.config import HeteroConfig
+from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.features import merging_part
+from hf_hetero.images.sight import Sight
+from hf_hetero.model.wrapped import base_model
+from hf_hetero.samples.rows import PACKED_COLUMN
+
+PLANNED_INPUTS = frozenset(
+    {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
+)
+"""What every batch of a causal language model has; of these, each plan makes its own."""
+
+
+def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
+    """Return what packs rows as a collator of the user's makes them."""
+    if isinstance(collator, PackedCollator):
+        return collator
+    if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
+        pad = getattr(processing_class, "pad_token_id", None)
+        return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False, says_so=True)
+    # theirs keeps serving stock batches; here it makes the labels of one sample at a time
+    return PackedCollator(example_collator=collator, makes_labels=False)
+
+
+def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator) -> PackedCollator:
+    """Return the same packer for this trainer's model, loss and columns."""
+    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
+    signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
+    if hetero.weight_column is not None and hetero.weight_column not in signature:
+        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
+        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
+    base = base_model(trainer.model)
+    masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
+    return replace(
+        packer,
+        needs_labels=False,
+        model_inputs=signature - PLANNED_INPUTS,
+        columns=signature if trainer.args.remove_unused_columns else None,
+        keeps_labels_unshifted=bool(own_loss.owners(trainer)),
+        limits=limits_of(base),
+        # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
+        counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
+        weight_column=hetero.weight_column,
+        sight=_sight_of(base),
+        blind=why_blind(base),
+    )
+
+
+def _sight_of(base: Any) -> Sight | None:
+    """Return how rows hold images; None where such rows are refused."""
+    part = merging_part(base)
+    if part is None or why_blind(base):
+        return None
+    return sight_of(base, build(shrunk(base.config), "meta", type(part)))
+
+
+def columns_kept(trainer: Trainer) -> list[str] | None:
+    """Return the columns of a stream, or keys of rows, that are used; None: all."""
+    if not trainer.args.remove_unused_columns:
+        return None
+    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
+    return [*(trainer._signature_columns or []), PACKED_COLUMN]  # pyright: ignore[reportPrivateUsage]
