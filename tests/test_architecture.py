@@ -59,7 +59,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "mip": {"planner.improve.program"},
     "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
-    "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
+    "datasets": {"fine_tuning.image_chats", "fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
         "attention.interface",
         "attention.kernels.cuda",
