@@ -53,7 +53,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "mistral3": (
         "Mistral3",
         {**TINY, "model_type": "mistral"},
-        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 16},
+        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
         {"image_token_index": IMAGE, "spatial_merge_size": 2},
     ),
     "gemma3": (
@@ -63,7 +63,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
     ),
 }
-SIZES = [(4, 8), (8, 8), (4, 4), (8, 4), (12, 8)]
+SIZES = [(20, 24), (16, 24), (4, 4), (24, 12), (12, 20)]
 """Heights and widths of images, in pixels."""
 LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
 """Tokens of text in each row."""

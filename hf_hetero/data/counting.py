@@ -82,8 +82,10 @@ def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
         BadSample: a row that cannot be a sample.
     """
     has_tokens = "input_ids" in example
-    if isinstance(collate, PackedCollator) and collate.example_collator is not None and (
-        has_tokens or collate.makes_tokens
+    if (
+        isinstance(collate, PackedCollator)
+        and collate.example_collator is not None
+        and (has_tokens or collate.makes_tokens)
     ):
         return collate.num_tokens(example, f"Row {row}")
     return tokens_of_row(example, row)

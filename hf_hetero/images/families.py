@@ -74,7 +74,8 @@ def _stand_in(config: Any, kind: str) -> dict[str, torch.Tensor]:
     size = vision.image_size
     if vision.model_type == "pixtral":  # pictures of any size
         size = vision.patch_size * getattr(config, "spatial_merge_size", 1)
-        return {PIXELS: torch.zeros(1, channels, size, size), SIZES: torch.tensor([[size, size]])}
+        # of two tokens, because models squeeze away the dim of one
+        return {PIXELS: torch.zeros(1, channels, size, 2 * size), SIZES: torch.tensor([[size, 2 * size]])}
     if kind == PICTURES:
         return {PIXELS: torch.zeros(1, channels, size, size)}
     height, width = min(config.image_grid_pinpoints, key=lambda pinpoint: pinpoint[0] * pinpoint[1])

@@ -100,7 +100,9 @@ def _joined(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Join tensors along their first dim, each of the largest size along the others."""
     shapes = [tensor.shape[1:] for tensor in tensors]
     if len({len(shape) for shape in shapes}) > 1:
-        raise BadSample(f"Images have {name} of shapes {sorted(set(map(tuple, shapes)))}. Make them with one processor.")
+        raise BadSample(
+            f"Images have {name} of shapes {sorted(set(map(tuple, shapes)))}. Make them with one processor."
+        )
     largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
     parts: list[torch.Tensor] = []
     for tensor in tensors:

@@ -34,8 +34,8 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 from hf_hetero.trainer.fitting import half_evaluation_dtype
-from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 
 logger = logging.getLogger(__name__)

