@@ -63,7 +63,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
     ),
 }
-SIZES = [(20, 24), (16, 24), (4, 4), (24, 12), (12, 20)]
+SIZES = [(20, 24), (16, 24), (4, 8), (24, 12), (12, 20)]
 """Heights and widths of images, in pixels."""
 LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
 """Tokens of text in each row."""

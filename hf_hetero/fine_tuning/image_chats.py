@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning.settings import explaining
 from hf_hetero.model.loss import IGNORE_INDEX
@@ -24,7 +26,7 @@ COLUMNS = ("images", "image")
 
 @dataclass(frozen=True, slots=True)
 class ImageChats:
-    """An `ImageChats` makes tokens, labels and inputs of the tower of one row of `messages` and images.
+    """An `ImageChats` is a collator that makes tokens, labels and inputs of the tower of `messages` and images.
 
     Args:
         processor: of transformers, with a chat template.
@@ -35,25 +37,24 @@ class ImageChats:
     assistant_only: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return a batch with one row.
+        """Return a batch, padded on the right where rows differ in length.
 
         Raises:
-            HeteroError: the row has no messages, or other images than its messages have room for.
+            HeteroError: a row has no messages, or other images than its messages have room for.
         """
-        [row] = rows
-        chat = with_images(row.get("messages"), images_of(row))
         batch = self.processor.apply_chat_template(
-            [chat],
+            [with_images(row.get("messages"), images_of(row)) for row in rows],
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=self.assistant_only,
+            processor_kwargs={"padding": len(rows) > 1, "padding_side": "right"},
         )
         labels = batch["input_ids"].clone()
-        labels[labels == self.processor.image_token_id] = IGNORE_INDEX
+        labels[(labels == self.processor.image_token_id) | (batch["attention_mask"] == 0)] = IGNORE_INDEX
         if self.assistant_only:
-            said = batch.pop("assistant_masks")
-            if not said.any():
+            said = torch.as_tensor(batch.pop("assistant_masks"))
+            if not said.any(dim=1).all():
                 raise HeteroError(
                     "the chat template does not mark what the assistant says, so assistant_only_loss would learn "
                     "nothing. Put {% generation %} before it and {% endgeneration %} after it."

@@ -252,6 +252,6 @@ def test_trl_learns_from_images(tmp_path: Path) -> None:
         expected = reference(model, rows, steps)
     for found in run_ranks(train_under_trl, 2, str(tmp_path)):
         for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
-            assert largest_difference(mine, theirs) < 1e-12
+            assert largest_difference(mine, theirs) < 1e-6  # TRL computes its loss in fp32
         logged = [entry["loss"] for entry in found["logs"] if "loss" in entry]
         assert logged == pytest.approx(expected["losses"], rel=1e-5)

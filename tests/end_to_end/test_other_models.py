@@ -159,10 +159,10 @@ def test_with_lora(name: str) -> None:
 # -------------------------------------------------------------------------------------------------- rows with images
 
 
-@pytest.mark.parametrize("key", ["pixel_values", "image_grid_thw"])
-def test_rows_with_images_are_refused(key: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("name", "key"), [("gemma3", "pixel_values"), ("qwen2.5-vl", "pixel_values_videos")])
+def test_rows_that_cannot_be_seen_are_refused(name: str, key: str, tmp_path: Any) -> None:
     """Before anything is learnt: a row that has an input of a tower, whatever its length."""
-    model = model_of("qwen2.5-vl")
+    model = model_of(name)
     data = samples([8, 6])
     data[1][key] = [[0.0]] * 6  # as many as tokens, by accident
     data[0][key] = None
