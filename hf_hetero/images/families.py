@@ -47,7 +47,8 @@ def sight_of(model: Any, shell: Any) -> Sight | None:
 
     Args:
         model: of transformers.
-        shell: the part of it that merges features into text, of the same class, without weights.
+        shell: the part of it that merges features into text, of the same class, without weights; None: it makes no
+            positions of its own.
     """
     if why_blind(model):
         return None
@@ -59,7 +60,7 @@ def sight_of(model: Any, shell: Any) -> Sight | None:
         inputs=(PIXELS, GRID) if kind == PATCHES else (PIXELS, SIZES),
         merged=merged,
         stand_in={**_stand_in(config, kind), IMAGE_ROWS: torch.zeros(0, dtype=torch.int64)},
-        positions=RotaryPositions(shell) if hasattr(shell, "get_rope_index") else None,
+        positions=None if shell is None else RotaryPositions(shell),
     )
 
 

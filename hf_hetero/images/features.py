@@ -46,6 +46,7 @@ class FeaturesOfSpans:
             self._handle.remove()
 
 
+@torch.compiler.disable
 def _encode(part: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Encode the images among a call's inputs, in one call of the tower; put the features of tokens in their place."""
     if (rows := kwargs.get(IMAGE_ROWS)) is None:

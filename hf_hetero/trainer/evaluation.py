@@ -34,7 +34,7 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 from hf_hetero.trainer.fitting import half_evaluation_dtype
-from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.packing import columns_kept, makes_tokens, packer_of
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 
@@ -79,7 +79,8 @@ def is_planned(
     if trainer.label_names != ["labels"] or _gives_attentions(trainer.model):
         logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
         return False
-    look = partial(can_be_planned, dataset, trainer.args)
+    makes = makes_tokens(trainer, packer_of(trainer.data_collator, trainer.processing_class))
+    look = partial(can_be_planned, dataset, trainer.args, makes)
     # all ranks can look at a dataset's rows; at a stream one looks for all, since ranks may be given different parts
     return broadcast(look, control()) if is_stream(dataset) else look()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -44,27 +45,36 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
+    sight, inputs = _sight_of(base), signature
+    if sight is not None:  # a collator may make them of columns that are no inputs, as TRL's does of chats and images
+        inputs |= frozenset(inspect.signature(base.forward).parameters)
     return replace(
         packer,
         needs_labels=False,
-        model_inputs=signature - PLANNED_INPUTS,
+        model_inputs=inputs - PLANNED_INPUTS,
         columns=signature if trainer.args.remove_unused_columns else None,
         keeps_labels_unshifted=bool(own_loss.owners(trainer)),
         limits=limits_of(base),
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
         counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
         weight_column=hetero.weight_column,
-        sight=_sight_of(base),
+        sight=sight,
         blind=why_blind(base),
     )
 
 
 def _sight_of(base: Any) -> Sight | None:
     """Return how rows hold images; None where such rows are refused."""
-    part = merging_part(base)
+    part: Any = merging_part(base)
     if part is None or why_blind(base):
         return None
-    return sight_of(base, build(shrunk(base.config), "meta", type(part)))
+    has_positions = hasattr(part, "get_rope_index")
+    return sight_of(base, build(shrunk(base.config), "meta", type(part)) if has_positions else None)
+
+
+def makes_tokens(trainer: Trainer, packer: PackedCollator) -> bool:
+    """Return whether rows may come without tokens, which the user's collator makes of their text and images."""
+    return packer.example_collator is not None and not why_blind(base_model(trainer.model))
 
 
 def columns_kept(trainer: Trainer) -> list[str] | None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    Recorder,
     ScriptedPlanner,
     ScriptedTrainer,
     arguments,
@@ -172,6 +173,33 @@ def test_an_evaluation_sees_images(tmp_path: Any) -> None:
     [expected] = reference(seeing_model("qwen3-vl"), data, [range(8)])["losses"]
     trainer = ScriptedTrainer(model, arguments(str(tmp_path), 1), train_dataset=data)
     assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_collator_makes_rows_of_chats(tmp_path: Any) -> None:
+    """Of columns that are no inputs of the model, as TRL's does, for training and for an evaluation."""
+    rows = rows_with_images("qwen3-vl")[:12]
+
+    def collate(chats: list[Any]) -> dict[str, Any]:
+        row = rows[chats[0]["messages"]]
+        images = {key: values for key, values in row.items() if isinstance(values, torch.Tensor)}
+        return {**{key: torch.tensor([values]) for key, values in row.items() if key not in images}, **images}
+
+    class Trainer(ScriptedTrainer):
+        def _set_signature_columns_if_needed(self) -> None:
+            self._signature_columns = ["messages"]
+
+    recorder, data = Recorder(), [{"messages": n, "other": "x"} for n in range(12)]
+    expected = reference(seeing_model("qwen3-vl"), rows, [range(12)])
+    trainer = Trainer(
+        seeing_model("qwen3-vl"),
+        arguments(str(tmp_path), 1, max_steps=1, remove_unused_columns=True),
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=[recorder],
+    )
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected["losses"][0], rel=1e-5)
+    trainer.train()
+    assert largest_difference(recorder.gradients[0], expected["gradients"][0]) < 1e-5
 
 
 def test_a_model_is_given_back_as_it_was(tmp_path: Any) -> None:
