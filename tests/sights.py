@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from helpers import IGNORE, TINY, gradients_of
+from hybrids import DELTA, HALF
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import _get_current_function_mode_stack
 
@@ -41,6 +42,12 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         "Qwen3VL",
         {**TINY, **MROPE},
         {**PATCHED, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        TOKENS,
+    ),
+    "qwen3.5": (
+        "Qwen3_5",
+        {**TINY, **DELTA, **HALF, "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {**PATCHED, "num_position_embeddings": 16},
         TOKENS,
     ),
     "llava": ("Llava", LLAMA, {**PICTURED, "model_type": "clip_vision_model"}, {"image_token_index": IMAGE}),

@@ -16,7 +16,7 @@ from hf_hetero.images.sight import GRID, PIXELS, Sight
 PATCHES, PICTURES, TILES = "patches", "pictures", "tiles"
 KINDS: Mapping[str, str] = MappingProxyType(
     {
-        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), PATCHES),
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), PATCHES),
         **dict.fromkeys(("llava", "mistral3"), PICTURES),
         "llava_next": TILES,
     }
@@ -54,12 +54,12 @@ def sight_of(model: Any, shell: Any) -> Sight | None:
         return None
     config, kind = model.config, KINDS[model.config.model_type]
     vision = config.vision_config
-    merged = vision.spatial_merge_size**2 if kind == PATCHES else None
+    stand_in = _stand_in(config, kind)
     return Sight(
         token=config.image_token_id,
-        inputs=(PIXELS, GRID) if kind == PATCHES else (PIXELS, SIZES),
-        merged=merged,
-        stand_in={**_stand_in(config, kind), IMAGE_ROWS: torch.zeros(0, dtype=torch.int64)},
+        inputs=tuple(stand_in),
+        merged=vision.spatial_merge_size**2 if kind == PATCHES else None,
+        stand_in={**stand_in, IMAGE_ROWS: torch.zeros(0, dtype=torch.int64)},
         positions=None if shell is None else RotaryPositions(shell),
     )
 
@@ -70,7 +70,9 @@ def _stand_in(config: Any, kind: str) -> dict[str, torch.Tensor]:
     names = ("num_channels", "in_channels", "in_chans")
     channels = next(number for name in names if isinstance(number := getattr(vision, name, None), int))
     if kind == PATCHES:
-        side, numbers = vision.spatial_merge_size, channels * vision.temporal_patch_size * vision.patch_size**2
+        side, size = vision.spatial_merge_size, vision.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        numbers = channels * vision.temporal_patch_size * height * width
         return {PIXELS: torch.zeros(side**2, numbers), GRID: torch.tensor([[1, side, side]])}
     size = vision.image_size
     if vision.model_type == "pixtral":  # pictures of any size

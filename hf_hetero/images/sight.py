@@ -22,7 +22,7 @@ class Sight:
 
     Args:
         token: that features of images take the place of.
-        inputs: of the tower; the first of them are the numbers of the images.
+        inputs: of the tower, all of which a row with images has.
         merged: patches of an image that become one token, where images are rows of patches; None: where they are
             pictures of one size, or of several, of which the model knows how many tokens they become.
         stand_in: inputs of the tower that take the least time.
@@ -49,13 +49,9 @@ class Sight:
                 found[key] = torch.as_tensor(values)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise BadSample(f"{name}: {key} is no tensor, and no lists of one shape. {REMEDY}") from error
-        if found and (missing := [key for key in self._needed if key not in found]):
+        if found and (missing := [key for key in self.inputs if key not in found]):
             raise BadSample(f"{name} has {sorted(found)} and no {', '.join(missing)}. {REMEDY}")
         return found
-
-    @property
-    def _needed(self) -> tuple[str, ...]:
-        return self.inputs if self.merged is not None else (PIXELS,)
 
     def seen(self, images: Mapping[str, torch.Tensor], input_ids: torch.Tensor, name: str) -> Seen | None:
         """Return the images of a sample, and where their tokens are; None where it has none.

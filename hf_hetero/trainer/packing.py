@@ -59,7 +59,7 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
         weight_column=hetero.weight_column,
         sight=sight,
-        blind=why_blind(base),
+        blind=why_blind(base) or "and, for this model, images",
     )
 
 

@@ -37,7 +37,7 @@ LAYERS = {  # accelerate does not find all that transformers names of a Llava
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
-SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "mistral3")
+SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-next", "mistral3")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -94,7 +94,7 @@ def test_plans_cut_images() -> None:
     assert num_cut > 4
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:2])])
+@pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:3])])
 def test_images_are_learnt_the_same(name: str) -> None:
     """On two ranks: positions in three parts, and features that go into later layers, too."""
     check(name, 2)
