@@ -153,8 +153,12 @@ class ClassCollator(PackedCollator):
     def check_padding(self, rows: Any) -> None:
         """Do nothing: no token is learned from the one before it, so padding may stand on either side."""
 
-    def _collated(self, example: Example, name: str) -> dict[str, Any]:
-        row = super()._collated(example, name)
+    def _collated(self, example: Example, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        row, images = super()._collated(example, name)
+        return self._labelled(row, example, name), images
+
+    def _labelled(self, row: dict[str, Any], example: Example, name: str) -> dict[str, Any]:
+        """Return a row with its label as it travels: that of a sequence at each token."""
         given = next((row[key] for key in LABEL_NAMES if row.get(key) is not None), None)
         row = {key: values for key, values in row.items() if key not in LABEL_NAMES}
         if not self.classes.of_sequences:
@@ -182,8 +186,8 @@ class ClassCollator(PackedCollator):
         if labels is not None and labels.ndim == 1:
             self.classes.check_classes(labels, name)
 
-    def _part(self, row: Sample, start: int, end: int) -> Sample:
-        part = super()._part(row, start, end)
+    def _part(self, row: Sample, start: int, end: int, name: str) -> Sample:
+        part = super()._part(row, start, end, name)
         return self.classes.at_last_token(part) if self.classes.of_sequences else part
 
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from hf_hetero.collators.limits import check_whole_numbers
 from hf_hetero.errors import BadSample
+from hf_hetero.images.pictures import Seen
 from hf_hetero.model.loss import IGNORE_INDEX, shift_labels
 from hf_hetero.samples.rows import nested
 
@@ -38,16 +39,20 @@ SEEN = (
 class Sample:
     """A `Sample` is ready to be packed. Each of its tensors has one entry a token, shape (num_tokens, ...).
 
+    Its images have not, so they stay whole.
+
     Args:
         input_ids: tokens.
         labels: what each token is, where it is to be predicted; None where the sample has no labels.
-        positions: given by the row; None: they count from 0.
+        positions: given by the row, shape (num_tokens,), or made of it and its images, (num_tokens, 3); None: they
+            count from 0.
         inputs: what else the model takes of each token.
         weights: what else there is of each label: `LOSS_WEIGHTS`, and more for a loss of one's own.
         padding: for a model that numbers positions from one after its padding token, and leaves padding tokens out,
             that token; None: they count from 0.
         aligned: a label is the target of its own token, and not of the one before it.
         scored: place of the token whose score is that of the whole sample; None: there is none.
+        seen: its images; None: it has none.
     """
 
     input_ids: torch.Tensor
@@ -58,6 +63,7 @@ class Sample:
     padding: int | None = None
     aligned: bool = False
     scored: int | None = None
+    seen: Seen | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -86,10 +92,28 @@ class Sample:
         for tensor in (self.input_ids, self.labels, self.positions, *self.inputs.values(), *self.weights.values()):
             if tensor is not None:
                 digest.update(tensor.contiguous().numpy().data)
+        for picture in self.seen.pictures if self.seen is not None else ():
+            for tensor in picture.inputs.values():  # as bytes, because numpy has no bf16
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return int.from_bytes(digest.digest(), "big") >> 1
 
-    def part(self, start: int, end: int) -> Sample:
-        """Cut out a stretch, as a sample of its own."""
+    def part(self, start: int, end: int, name: str = "A row") -> Sample:
+        """Cut out a stretch, as a sample of its own.
+
+        Args:
+            start, end: of its tokens.
+            name: of its row, for messages.
+
+        Raises:
+            BadSample: it has images, and the stretch is not all of it.
+        """
+        if (start, end) == (0, len(self.input_ids)):
+            return self
+        if self.seen is not None:
+            raise BadSample(
+                f"{name} has images, and only tokens {start} to {end} of {len(self.input_ids)} are to be a sample. "
+                "Rows with images stay whole: do not pack them, and raise HeteroConfig.max_sample_tokens."
+            )
         stretch = slice(start, end)
         return Sample(
             self.input_ids[stretch],
@@ -102,7 +126,7 @@ class Sample:
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:
-        """Return the positions of a span. Shape (end - start,)."""
+        """Return the positions of a span. Shape (end - start,), or (end - start, 3)."""
         if self.positions is not None:
             return self.positions[start:end]
         if self.padding is None:
@@ -154,13 +178,14 @@ class Row:
         return positions
 
 
-def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
+def read_row(example: Example, model_inputs: frozenset[str], name: str, blind: str = "") -> Row:
     """Read a row's values, without its padding.
 
     Args:
-        example: with `input_ids`.
+        example: with `input_ids`, and without the images that its model can be given.
         model_inputs: what the model takes beside them.
         name: of the row, for messages.
+        blind: why there can be no images, in words.
 
     Raises:
         BadSample: something cannot be shared out token by token, or is not what a row may hold.
@@ -170,7 +195,7 @@ def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
         raise nested(name)
     per_token = {key: _per_token(values, len(input_ids)) for key, values in example.items()}
     values = {key: tensor for key, tensor in per_token.items() if tensor is not None}
-    _check_carried(example, values, model_inputs, name)
+    _check_carried(example, values, model_inputs, name, blind)
     mask = values.pop("attention_mask", None)
     check_whole_numbers({key: values[key] for key in NUMBERS if key in values}, name)
     unpadded = _without_padding(mask, name)
@@ -179,11 +204,11 @@ def read_row(example: Example, model_inputs: frozenset[str], name: str) -> Row:
 
 
 def _check_carried(
-    example: Example, per_token: Mapping[str, torch.Tensor], model_inputs: frozenset[str], name: str
+    example: Example, per_token: Mapping[str, torch.Tensor], model_inputs: frozenset[str], name: str, blind: str
 ) -> None:
     """Refuse what a rank that holds a part of the row could not be given its part of."""
     num_tokens = len(per_token["input_ids"])
-    refuse_seen(example, model_inputs, name)
+    refuse_seen(example, model_inputs, name, blind)
     if example.get("labels") is not None and "labels" not in per_token:
         raise BadSample(
             f"{name} has {num_tokens} input_ids but {torch.as_tensor(example['labels']).numel()} labels. Give "
@@ -224,8 +249,14 @@ def weights_of(example: Example, column: str, name: str) -> torch.Tensor:
     return weights
 
 
-def refuse_seen(example: Example, model_inputs: frozenset[str], name: str) -> None:
+def refuse_seen(example: Example, model_inputs: frozenset[str], name: str, blind: str = "") -> None:
     """Refuse what a model sees or hears beside its text, however long it is.
+
+    Args:
+        example: without the images that its model can be given.
+        model_inputs: what the model takes beside its tokens.
+        name: of the row, for messages.
+        blind: why there can be no images, in words.
 
     Raises:
         BadSample: it names the row and the key.
@@ -234,8 +265,8 @@ def refuse_seen(example: Example, model_inputs: frozenset[str], name: str) -> No
         values = example[key]
         if key.startswith(SEEN) and values is not None and (not hasattr(values, "__len__") or len(values)):
             raise BadSample(
-                f"{name} has {key}: images, videos and sounds cannot be shared out among ranks yet, only text. Leave "
-                "such rows out of the dataset, or train with plain Trainer."
+                f"{name} has {key}: images, videos and sounds cannot be shared out among ranks yet, only text"
+                f"{blind and f' ({blind})'}. Leave such rows out of the dataset, or train with plain Trainer."
             )
 
 

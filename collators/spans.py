@@ -18,6 +18,8 @@ def pack_spans(
 ) -> dict[str, torch.Tensor]:
     """Make the model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
 
+    Positions are of shape (3, 1, num_tokens) where those of a sample have three parts.
+
     Positions count within each sample, unless its row gives others. The loss reads `shift_labels`, what each token has
     to predict, since the next token may lie elsewhere; `labels` are each token's own. A rank without tokens runs one
     token that has no target and that attention leaves out: its gradient is zero, and the rank joins every collective.
@@ -36,7 +38,7 @@ def pack_spans(
     stands_in = unshifted or not parts
     inputs = {
         "input_ids": _joined([sample.input_ids[at] for sample, at in parts], stands_in, 0),
-        "position_ids": _joined([sample.position_ids(at.start, at.stop) for sample, at in parts], stands_in, 0),
+        "position_ids": _positions([sample.position_ids(at.start, at.stop) for sample, at in parts], stands_in),
         "attention_mask": planned_mask(num_tokens, num_tokens + stands_in),
     }
     for name in _names(sample.inputs for sample, _ in parts):
@@ -55,6 +57,15 @@ def pack_spans(
         return {**inputs, **weights, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
     weights = {name: _one_later(values, 0) for name, values in weights.items()}
     return {**inputs, **weights, "labels": _one_later(targets, IGNORE_INDEX)}
+
+
+def _positions(values: list[torch.Tensor], stands_in: bool) -> torch.Tensor:
+    """Join positions; beside those of three parts, others have three equal ones, as models take them for text."""
+    parts = max((x.shape[1] for x in values if x.ndim > 1), default=0)
+    if not parts:
+        return _joined(values, stands_in, 0)
+    in_parts = [x if x.ndim > 1 else x.unsqueeze(1).expand(-1, parts) for x in values]
+    return _joined(in_parts, stands_in, 0).permute(2, 0, 1).contiguous()
 
 
 def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:

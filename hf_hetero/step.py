@@ -120,7 +120,8 @@ class RankMicroBatch:
         layout: which tokens each of them holds.
         spans: those that this rank holds, in memory order.
         inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
-            in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`).
+            in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`);
+            positions may be of shape (3, 1, num_tokens). Inputs of images are of their own shapes.
         labels: each token's own label, shape (1, num_tokens), or (1, num_tokens, num_labels) where it is several
             numbers; None where samples have none.
         reaches: for each span, one more than the last position of its whole sample.
@@ -240,4 +241,5 @@ class StepPart(Mapping[str, torch.Tensor]):
         if name == "labels":
             assert micro_batch.labels is not None
             return micro_batch.labels[:, :num_tokens]
-        return micro_batch.inputs[name][:, :num_tokens]
+        values = micro_batch.inputs[name]
+        return (values[0] if values.ndim > 2 else values)[:, :num_tokens]  # of positions in three parts, the first

@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     TrainingArguments,
     set_seed,
@@ -36,9 +37,12 @@ from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan, __version_
 from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.fine_tuning import (
+    ImageChats,
     check_columns,
     check_fields,
+    counted_chats,
     explaining,
+    has_images,
     load_rows,
     make_tokenizer,
     parse_settings,
@@ -125,6 +129,8 @@ def prepare_data(
         HeteroError: nothing to train on, a row that cannot be tokenised, or samples longer than `max_length` under the
             policy "error".
     """
+    if has_images(data):
+        return prepare_images(args, data, tokenizer)
     check_columns(
         data, tokenizer, args.text_column, args.assistant_only_loss, name=args.dataset, split=args.dataset_split
     )
@@ -150,6 +156,14 @@ def prepare_data(
         )
     lengths = [tokens for row in sample_lengths(data) for tokens in row]
     say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {median(lengths):,}, longest {max(lengths):,}")
+    return data
+
+
+def prepare_images(args: RecipeArguments, data: datasets.Dataset, processor: Any) -> datasets.Dataset:
+    """Chats with images, as they are, with a column of how many tokens each has; none is cut."""
+    collate = ImageChats(processor, args.assistant_only_loss)
+    data = counted_chats(data, collate, Path(args.dataset).parent, args.max_length, args.num_proc)
+    say(f"{len(data):,} samples with images, {sum(data['length'][:]):,} tokens")
     return data
 
 
@@ -186,6 +200,8 @@ def load_tokenizer(args: RecipeArguments, data: datasets.Dataset) -> Any:
     """The tokenizer named, or one made of the dataset's text and kept in the user's cache; None if none is needed."""
     if args.tokenizer != "train":
         if (name := args.tokenizer or args.model) is not None:
+            if has_images(data):
+                return AutoProcessor.from_pretrained(name, trust_remote_code=False)
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if "input_ids" in data.column_names:
             return None
@@ -247,12 +263,15 @@ def main(argv: Sequence[str]) -> None:
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     with explaining("Cannot make the model"):
-        model = load_model(args, tokenizer)
+        model = load_model(args, getattr(tokenizer, "tokenizer", tokenizer))
+    collate = None
+    if has_images(data):  # what its rows are made of is no input of the model
+        collate, training_args.remove_unused_columns = ImageChats(tokenizer, args.assistant_only_loss), False
     trainer = HeteroTrainer(
         model=model,
         args=training_args,
         train_dataset=data,
-        data_collator=PackedCollator(),  # rows without labels learn every token
+        data_collator=PackedCollator(collate),  # rows without labels learn every token
         processing_class=tokenizer,
         callbacks=[PlanMetricsCallback(lines=True, record=True)],
         hetero=hetero,

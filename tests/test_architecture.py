@@ -18,7 +18,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"plan", "samples", "topology"},
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
-    {"state_layers"},
+    {"images", "state_layers"},
     {"manners"},
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
@@ -68,6 +68,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     },
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {
+        "fine_tuning.image_chats",
         "fine_tuning.sources",
         "fine_tuning.tables",
         "data.lengths",

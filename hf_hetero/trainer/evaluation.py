@@ -38,7 +38,7 @@ from hf_hetero.step import RankMicroBatch
 from hf_hetero.trainer import routers
 from hf_hetero.trainer.classes.planned import LABELS, classes_of, outputs_by_token
 from hf_hetero.trainer.fitting import half_evaluation_dtype
-from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.packing import columns_kept, makes_tokens, packer_of
 from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, begin_step
 
@@ -88,7 +88,8 @@ def is_planned(
     if labelled_of(base_model(trainer.model)) == SEQUENCES and _wants_tokens(trainer):
         logger.info("Evaluation is not planned: beside scores of sequences, values of tokens are asked for.")
         return False
-    look = partial(can_be_planned, dataset, trainer.args)
+    makes = makes_tokens(trainer, packer_of(trainer.data_collator, trainer.processing_class))
+    look = partial(can_be_planned, dataset, trainer.args, makes)
     # all ranks can look at a dataset's rows; at a stream one looks for all, since ranks may be given different parts
     return broadcast(look, control()) if is_stream(dataset) else look()
 

@@ -27,6 +27,7 @@ from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.estimate.flops import ModelFlops, flops_of
+from hf_hetero.images.features import FeaturesOfSpans
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss
 from hf_hetero.manners.whole_samples import WholeSamples
@@ -237,6 +238,7 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
         base.set_attn_implementation(interface.ATTENTION_NAME)
         undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
+        undone.callback(FeaturesOfSpans(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:

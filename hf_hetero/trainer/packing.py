@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields, replace
 from typing import Any
 
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
 from hf_hetero.checks import own_loss
+from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import ClassCollator, PackedCollator
 from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
+from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.features import merging_part
+from hf_hetero.images.sight import Sight
 from hf_hetero.manners.manner import Manner
 from hf_hetero.model.classes.class_loss import ONE_CLASS
 from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, labelled_of
@@ -53,10 +58,13 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
+    sight, inputs = _sight_of(base), signature
+    if sight is not None:  # a collator may make them of columns that are no inputs, as TRL's does of chats and images
+        inputs |= frozenset(inspect.signature(base.forward).parameters)
     return replace(
         of_classes(packer, trainer),
         needs_labels=False,
-        model_inputs=signature - PLANNED_INPUTS,
+        model_inputs=inputs - PLANNED_INPUTS,
         columns=signature if trainer.args.remove_unused_columns else None,
         keeps_labels_unshifted=bool(own_loss.owners(trainer)),
         limits=limits_of(base),
@@ -64,7 +72,23 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         counts_first_label=not (getattr(trainer, "_loss_shifts_labels", True) or masks_first or manner.outside_loss),
         weight_column=hetero.weight_column,
         aligned=manner.aligned,
+        sight=sight,
+        blind=why_blind(base) or "and, for this model, images",
     )
+
+
+def _sight_of(base: Any) -> Sight | None:
+    """Return how rows hold images; None where such rows are refused."""
+    part: Any = merging_part(base)
+    if part is None or why_blind(base):
+        return None
+    has_positions = hasattr(part, "get_rope_index")
+    return sight_of(base, build(shrunk(base.config), "meta", type(part)) if has_positions else None)
+
+
+def makes_tokens(trainer: Trainer, packer: PackedCollator) -> bool:
+    """Return whether rows may come without tokens, which the user's collator makes of their text and images."""
+    return packer.example_collator is not None and not why_blind(base_model(trainer.model))
 
 
 def of_classes(packer: PackedCollator, trainer: Trainer) -> PackedCollator:

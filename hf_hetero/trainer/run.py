@@ -30,6 +30,7 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
+from hf_hetero.images.together import seeing_together
 from hf_hetero.manners.manner import Manner
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
@@ -141,7 +142,7 @@ class PlannedRun:
         num_targets = confirm_step(number, digest, targets, error, self.control)
         assert batch is not None
         confirm_rows(number, batch.share.step.shared_rows(), batch.fingerprints, self.control)
-        return ConfirmedStep(batch, num_targets, fetch_s)
+        return ConfirmedStep(seeing_together(batch, self.packer.sight, self.control), num_targets, fetch_s)
 
 
 class ConfirmedStep(NamedTuple):
