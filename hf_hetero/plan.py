@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_hetero.errors import HeteroError
@@ -241,6 +241,10 @@ class StepReport:
         unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
             tensors; 0 where it is not measured.
         repeats: how often the step was planned for less memory, and begun again, because memory had run out.
+        planned_s: what the cost model charges, shaped as `busy_s`; 0 for a group of no samples, or that has no price.
+        static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
+        sent_bytes: that all ranks sent each other inside layers, forward and backward; not gradients of weights.
+        by_source: where rows are from -> sum of the losses of its targets, and how many these are.
     """
 
     step: int
@@ -256,6 +260,10 @@ class StepReport:
     expert_load: tuple[float, ...] = ()
     unused_bytes: int = 0
     repeats: int = 0
+    planned_s: tuple[tuple[float, ...], ...] = ()
+    static_s: Mapping[int, float] = field(default_factory=dict[int, float])
+    sent_bytes: int = 0
+    by_source: Mapping[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
 
     @property
     def num_tokens(self) -> int:

@@ -58,6 +58,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
     "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
+    "trackio": {"callbacks.stragglers"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
@@ -68,6 +69,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
+        "callbacks.stragglers",
         "checks.check",
         "checks.exactness",
         "checks.outline",

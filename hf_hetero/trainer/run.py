@@ -64,10 +64,9 @@ def _fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollat
     """Return the same packer for this trainer's model, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
-    if hetero.weight_column is not None and hetero.weight_column not in signature:
-        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
-        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
-    base = base_model(trainer.model)
+    # no inputs of the model; but Trainer keeps what is listed here, in training and evaluation
+    if added := {hetero.weight_column, hetero.source_column} - {None, *signature}:
+        trainer._signature_columns = [*signature, *filter(None, added)]  # pyright: ignore[reportPrivateUsage]
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     return replace(
         packer,
@@ -75,10 +74,11 @@ def _fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollat
         model_inputs=signature - PLANNED_INPUTS,
         columns=signature if trainer.args.remove_unused_columns else None,
         keeps_labels_unshifted=bool(own_loss.owners(trainer)),
-        limits=limits_of(base),
+        limits=limits_of(base_model(trainer.model)),
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
         counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
         weight_column=hetero.weight_column,
+        source_column=hetero.source_column,
     )
 
 
