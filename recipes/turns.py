@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
 
 from hf_hetero import HeteroConfig, HeteroTrainer, Plan, Planner
 
@@ -195,6 +196,7 @@ def train(way: Way, subject: Subject, steps: int) -> tuple[Any, Turn]:
     extra = {"hetero": subject.hetero} if issubclass(way.trainer, HeteroTrainer) else {}
     options = {"data_collator": way.collator, "callbacks": [clock], **subject.common, **extra}
     trainer = clock.trainer = way.trainer(model=subject.make_model(), args=settings, **options)
+    trainer.remove_callback(PrinterCallback)  # what is compared is said by turns, not by steps
     trainer.train()
     (start, before), (end, after) = clock.ends[0], clock.ends[-1]
     peak = peak_bytes(args.device, held)
