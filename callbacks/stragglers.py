@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import TrainingArguments
 
 from hf_hetero.plan import StepReport
 
 logger = logging.getLogger(__name__)
 
+Floats = NDArray[np.float64]
 NUM_STEPS = 20
 """Steps that are looked at together: one step may be disturbed on any rank."""
 SLOWER = 1.25
@@ -33,7 +35,7 @@ class Stragglers:
 
     def __init__(self, num_steps: int = NUM_STEPS, slower: float = SLOWER) -> None:
         self._slower = slower
-        self._steps: deque[tuple[list[float], list[float]]] = deque(maxlen=num_steps)
+        self._steps: deque[Floats] = deque(maxlen=num_steps)  # measured and planned seconds of each rank, (2, ranks)
         self._named: tuple[int, ...] = ()
         self._num_since = 0
 
@@ -41,25 +43,20 @@ class Stragglers:
         """Look at a step. Where all ranks wait for the slowest in each layer, nobody can tell who it is."""
         if report.is_lockstep or not report.planned_s or report.plan.num_ranks < 2:
             return
-        measured, planned = [0.0] * report.plan.num_ranks, [0.0] * report.plan.num_ranks
-        for busy_s, planned_s in zip(report.busy_s, report.planned_s, strict=True):
-            for rank, (seconds, charged) in enumerate(zip(busy_s, planned_s, strict=True)):
-                if charged > 0:
-                    measured[rank] += seconds
-                    planned[rank] += charged
-        self._steps.append((measured, planned))
+        planned = np.array(report.planned_s)
+        measured = np.where(planned > 0, np.array(report.busy_s), 0.0)  # of what has a price
+        self._steps.append(np.stack([measured.sum(axis=0), planned.sum(axis=0)]))
         self._num_since += 1
 
     def slowdowns(self) -> list[float]:
         """Return each rank's ratio by the median of the other ranks'; [] until every rank has computed something."""
         if not self._steps:
             return []
-        steps = zip(*self._steps, strict=True)
-        measured, planned = ([sum(of_rank) for of_rank in zip(*ranks, strict=True)] for ranks in steps)
-        if not all(planned) or not all(measured):
+        measured, planned = np.sum(self._steps, axis=0)
+        if not measured.all() or not planned.all():
             return []
-        ratios = [seconds / charged for seconds, charged in zip(measured, planned, strict=True)]
-        return [ratio / median(ratios[:rank] + ratios[rank + 1 :]) for rank, ratio in enumerate(ratios)]
+        ratios = measured / planned
+        return (ratios / _medians_of_others(ratios)).tolist()
 
     def words(self) -> str:
         """Name the stragglers of the last steps, once for as long as they are the same; "" where there is none to name.
@@ -75,6 +72,20 @@ class Stragglers:
             return ""
         self._named = slow
         return _words(slow, slowdowns, len(self._steps)) if slow else ""
+
+
+def _medians_of_others(values: Floats) -> Floats:
+    """Return for each of some values, two at least, the median of all others: sorted once, for there may be many."""
+    order = values.argsort()
+    rank_of = np.empty(len(values), dtype=np.int64)
+    rank_of[order] = np.arange(len(values))
+    ascending, middle = values[order], (len(values) - 1) // 2
+
+    def of_others(place: int) -> Floats:
+        """Return the value at a place among the others: one further on from where the value itself was taken out."""
+        return ascending[place + (rank_of <= place)]
+
+    return of_others(middle) if len(values) % 2 == 0 else (of_others(middle - 1) + of_others(middle)) / 2
 
 
 def _words(slow: Sequence[int], slowdowns: Sequence[float], num_steps: int) -> str:

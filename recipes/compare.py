@@ -41,7 +41,7 @@ class CompareArguments:
 
     global_batch: int = field(default=16, metadata={"help": "Samples of a step, over all ranks"})
     rounds: int = field(default=3, metadata={"help": "How often each way has its turn"})
-    steps: int = field(default=5, metadata={"help": "Steps that are timed in a turn; one before them is not"})
+    steps: int = field(default=3, metadata={"help": "Steps that are timed in a turn; one before them is not"})
     only: list[str] | None = field(default=None, metadata={"help": "Ways to compare, by parts of their names"})
 
     def __post_init__(self) -> None:
@@ -62,13 +62,13 @@ def ways_of(args: TrainingArguments, batch: int, tokenizer: Any, longest: int, m
         longest: tokens of the longest sample.
         most_tokens: of a rank at once, in planned ways.
     """
-    world, rows, cuda = args.world_size, args.per_device_train_batch_size, args.device.type == "cuda"
+    world, rows = args.world_size, args.per_device_train_batch_size
     if batch % (rows * world):
         raise HeteroError(f"global_batch={batch}: it must be a multiple of {rows} rows at once on {world} ranks.")
     together = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": batch // (rows * world)}
     single = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": batch // world}
     padding = DataCollatorForSeq2Seq(tokenizer)
-    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=cuda and is_flash_attn_2_available())
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=has_flash(args))
     strategies = ("group_by_length", "batch_rebalance")
     ways = [
         Way(PADDED, Counted, together, padding),
@@ -76,7 +76,7 @@ def ways_of(args: TrainingArguments, batch: int, tokenizer: Any, longest: int, m
         *(Way(s, Counted, {**together, "train_sampling_strategy": s}, padding, is_same=False) for s in strategies),
         Way("flattened", Counted, together, flat),
         trl_packing(args, batch, longest),
-        *sequence_parallel(world, batch, tokenizer, cuda),
+        *sequence_parallel(world, batch, tokenizer, args.device.type == "cuda"),
     ]
     for degree in (2**power for power in range(world.bit_length())):
         room = degree * most_tokens
@@ -84,6 +84,19 @@ def ways_of(args: TrainingArguments, batch: int, tokenizer: Any, longest: int, m
         kind = type(f"Degree{degree}", (CountedStatic,), {"degree": degree})
         ways.append(Way(f"static degree {degree}", kind, together, why_not=why_not))
     return [*ways, Way(ADAPTIVE, CountedHetero, together)]
+
+
+def has_flash(args: TrainingArguments) -> bool:
+    """Whether stock ways have an attention that passes over what lies between samples."""
+    return args.device.type == "cuda" and is_flash_attn_2_available()
+
+
+def make_model(recipe: RecipeArguments, tokenizer: Any, flash: bool) -> Any:
+    """The model of the recipe, with the fastest attention of stock ways; planned ones choose their own."""
+    model = load_model(recipe, tokenizer)
+    if flash:
+        model.set_attn_implementation("flash_attention_2")
+    return model
 
 
 def trl_packing(args: TrainingArguments, batch: int, longest: int) -> Way:
@@ -213,7 +226,7 @@ def main(argv: Sequence[str]) -> None:
     most_tokens = hetero.max_tokens_per_rank or 3 * (recipe.max_length or longest) // 4
     hetero = replace(hetero, max_tokens_per_rank=most_tokens)
     common = {"train_dataset": data, "processing_class": tokenizer}
-    subject = Subject(args, partial(load_model, recipe, tokenizer), common, hetero)
+    subject = Subject(args, partial(make_model, recipe, tokenizer, has_flash(args)), common, hetero)
     ways = ways_of(args, how.global_batch, tokenizer, longest, most_tokens)
     asked = [way for way in ways if how.only is None or any(part in way.name for part in how.only)]
     folder = Path(args.output_dir) / short(recipe.max_length or longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from statistics import median
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_the_ratio_by_hand() -> None:
     plan = Plan(3, (MicroBatch(tuple(Group((rank,), (rank,)) for rank in range(3))),))
     stragglers.add(StepReport(1, plan, (1, 1, 1), 1, 1.0, ((1.0, 1.0, 6.0),), planned_s=((1.0, 2.0, 3.0),)))
     assert stragglers.slowdowns() == pytest.approx([1.0 / 1.25, 0.5 / 1.5, 2.0 / 0.75])
+
+
+@pytest.mark.parametrize("num_ranks", range(2, 9))
+def test_the_median_is_of_the_others(num_ranks: int) -> None:
+    """Whatever the number of ranks, and where some are alike, as `statistics` has it."""
+    rng = random.Random(num_ranks)
+    for _ in range(20):
+        measured = [float(rng.randrange(1, 5)) for _ in range(num_ranks)]
+        plan = Plan(num_ranks, (MicroBatch(tuple(Group((rank,), (rank,)) for rank in range(num_ranks))),))
+        stragglers = Stragglers()
+        planned = ((1.0,) * num_ranks,)
+        stragglers.add(StepReport(1, plan, (1,) * num_ranks, 1, 1.0, (tuple(measured),), planned_s=planned))
+        others = [median(measured[:rank] + measured[rank + 1 :]) for rank in range(num_ranks)]
+        expected = [seconds / other for seconds, other in zip(measured, others, strict=True)]
+        assert stragglers.slowdowns() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("breaks", [False, True])
