@@ -125,11 +125,13 @@ def sequence_parallel(world: int, batch: int, tokenizer: Any, cuda: bool) -> lis
     sharded = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2}}
     torch_cp = {**alone, **sharded, "parallelism_config": ParallelismConfig(cp_size=world)}
     if find_spec("deepspeed") is None:
-        return [Way(names[0], Counted, torch_cp, padding), Way(names[1], why_not="deepspeed is not installed")]
+        missing = Way(names[1], why_not="deepspeed is not installed")
+        return [Way(names[0], Counted, torch_cp, padding, is_shared=True), missing]
     zero = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}}
     zero |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     ulysses = {"parallelism_config": ParallelismConfig(sp_backend="deepspeed", sp_size=world), "deepspeed": zero}
-    return [Way(names[0], Counted, torch_cp, padding), Way(names[1], Counted, {**alone, **ulysses}, padding)]
+    shared = partial(Way, trainer=Counted, collator=padding, is_shared=True)
+    return [shared(names[0], arguments=torch_cp), shared(names[1], arguments={**alone, **ulysses})]
 
 
 def calibrated(subject: Subject, adaptive: Way, folder: Path) -> HeteroConfig:
@@ -239,11 +241,18 @@ def main(argv: Sequence[str]) -> None:
     for number, way, turn in take_turns(asked, subject, how.rounds, how.steps):
         if isinstance(turn, Turn):
             turns[way.name].append(turn)
-            said = f"{turn.tokens_per_s:9,.0f} tokens/s"
+            said = f"{turn.seconds:9.1f} s" if way.is_shared else f"{turn.tokens_per_s:9,.0f} tokens/s"
         else:
             said = why_not[way.name] = f"{type(turn).__name__}: {' '.join(str(turn).split()):.200}"
         say(f"round {number + 1}  {way.name:<26}{said}")
-    reference = next((way.name for way in asked if way.is_same and turns[way.name]), None)
+    counted = [way for way in asked if way.is_same and not way.is_shared and turns[way.name]]
+    reference = counted[0].name if counted else None
+    for way in asked:
+        if way.is_shared and turns[way.name]:  # of the same samples, step by step
+            if reference is None:
+                raise HeteroError(f"{way.name} does not count tokens: compare it with {PADDED!r}, too.")
+            tokens = turns[reference][0].tokens
+            turns[way.name] = [replace(turn, tokens=tokens) for turn in turns[way.name]]
     rows = [as_row(way, turns, why_not[way.name], reference) for way in ways]
     if args.process_index == 0:
         write(folder, rows, turns, f"Up to {short(longest)} tokens, {args.world_size} ranks")

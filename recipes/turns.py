@@ -32,6 +32,7 @@ class Way:
         collator: None: the trainer's own.
         kind: of the training arguments.
         is_same: its steps are of the same samples as those of most others, so that losses can be compared.
+        is_shared: ranks are given the same samples, or parts of them, so that what each counts does not add up.
         why_not: it cannot be tried here, for this reason.
     """
 
@@ -41,6 +42,7 @@ class Way:
     collator: Any = None
     kind: Callable[..., Any] = TrainingArguments
     is_same: bool = True
+    is_shared: bool = False
     why_not: str = ""
 
 
