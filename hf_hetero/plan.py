@@ -234,8 +234,7 @@ class StepReport:
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
         wait_s: time the step waited for its plan and its data, in seconds.
         plan_wait_s: the part of it that its plan was late, in seconds.
-        peak_bytes: peak memory of the fullest rank in the step's forward and backward passes, in bytes; 0 where it is
-            not measured.
+        peak_bytes: peak memory of the fullest rank in forward and backward, in bytes; 0 where it is not measured.
         is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
         expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
         unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
