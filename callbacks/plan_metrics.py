@@ -12,7 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_hetero.callbacks.plan_numbers import PlanNumbers
 from hf_hetero.callbacks.step_report import StepReportCallback
+from hf_hetero.callbacks.stragglers import Stragglers, alert
 from hf_hetero.plan import StepReport, describe_degrees
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class PlanMetricsCallback(StepReportCallback):
     def __init__(self, lines: bool = False, record: bool = False) -> None:
         self._lines, self._record = lines, record
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
 
     def on_train_begin(
@@ -38,6 +41,7 @@ class PlanMetricsCallback(StepReportCallback):
     ) -> None:
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
         # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
@@ -47,8 +51,12 @@ class PlanMetricsCallback(StepReportCallback):
         """Print, record, and count for the next log."""
         self._since_log.add(report)
         self._totals.add(report)
+        self._numbers.add(report)
+        self._stragglers.add(report)
         if not state.is_world_process_zero:
             return
+        if words := self._stragglers.words():
+            alert(args, words)
         if self._lines:
             tqdm.write(step_line(report))
         if self._record:
@@ -57,7 +65,11 @@ class PlanMetricsCallback(StepReportCallback):
     def metrics(self) -> dict[str, float]:
         """Return means over the steps since the last log, under `hetero/`."""
         totals, self._since_log = self._since_log, _Totals()
-        return totals.means() if totals.num_steps else {}
+        if not totals.num_steps:
+            return {}
+        slowdowns = self._stragglers.slowdowns()
+        of_slowest = {"hetero/slowest_rank": max(slowdowns)} if slowdowns else {}
+        return {**totals.means(), **self._numbers.take(), **of_slowest}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -18,6 +18,7 @@ from hf_hetero.collators.sample import (
     has_rows,
     read_row,
     refuse_seen,
+    source_of,
     weights_of,
 )
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of, scored_of
@@ -61,6 +62,7 @@ class PackedCollator:
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
         sight: how rows hold images; None: such rows are refused. The trainer sets it.
         blind: why, in words.
+        source_column: where a row is from, for the log; None: nobody asks.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -78,6 +80,7 @@ class PackedCollator:
     weight_column: str | None = None
     sight: Sight | None = field(default=None, repr=False)
     blind: str = field(default="", repr=False)
+    source_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Return the tensors of a step, or of an ordinary batch.
@@ -115,10 +118,25 @@ class PackedCollator:
             total += sum(self.num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
             labels, scored = labels_of(spans, pack), scored_of(spans, pack)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored))
+            sources = self._sources(batch, [group.samples[span.sample] for span in spans])
+            micro_batch = RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored=scored, sources=sources)
+            micro_batches.append(micro_batch)
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
+
+    def _sources(self, batch: StepExamples, positions: Sequence[int]) -> tuple[str, ...] | None:
+        """Return where the rows of some samples are from; None: nobody asks, as in an evaluation.
+
+        Raises:
+            BadSample: a row does not say it.
+        """
+        if self.source_column is None or not self.needs_labels:
+            return None
+        return tuple(
+            source_of(batch.examples[position], self.source_column, f"row {batch.share.step.rows[position]}")
+            for position in positions
+        )
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         """Read one row as what is trained on: without its padding, with its labels.
@@ -202,11 +220,11 @@ class PackedCollator:
         return {key: values for key, values in example.items() if key not in self.sight.inputs}, images
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
-        """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
+        """Return a row without the columns that are not looked at, and those of the plan, which no collator knows."""
         return {
             key: values
             for key, values in example.items()
-            if key != self.weight_column and (self.columns is None or key in self.columns)
+            if key not in (self.weight_column, self.source_column) and (self.columns is None or key in self.columns)
         }
 
     def _of_each_token(self, weights: torch.Tensor, row: Row, num_in_row: int, name: str) -> torch.Tensor:

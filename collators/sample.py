@@ -249,6 +249,26 @@ def weights_of(example: Example, column: str, name: str) -> torch.Tensor:
     return weights
 
 
+def source_of(example: Example, column: str, name: str) -> str:
+    """Return where a row says that it is from, as text.
+
+    Args:
+        example: a row of the dataset.
+        column: that says it.
+        name: of the row, for messages.
+
+    Raises:
+        BadSample: it says nothing, or more than a name or a number.
+    """
+    source = example.get(column)
+    if isinstance(source, bool) or not isinstance(source, str | int):
+        raise BadSample(
+            f"{name}: {column} is {source!r:.60}, and a source is a name or a whole number. Give each row one, or "
+            "remove HeteroConfig.source_column."
+        )
+    return str(source)
+
+
 def refuse_seen(example: Example, model_inputs: frozenset[str], name: str, blind: str = "") -> None:
     """Refuse what a model sees or hears beside its text, however long it is.
 

@@ -134,6 +134,13 @@ class HeteroConfig:
             "tokens, of any sign. The loss is still divided by the step's target tokens. Default: all weigh 1."
         },
     )
+    source_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column that says where a row is from. The loss of each source is logged, over all of its "
+            "target tokens. Default: none is."
+        },
+    )
     group_timeout_s: float = field(
         default=600.0,
         metadata={

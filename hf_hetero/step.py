@@ -33,6 +33,7 @@ class Step:
         drawn: the samples of the global batch; a plan's sample is a position among them.
         plan: who computes what.
         wait_s: how long the planning rank waited for the plan, in seconds.
+        static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
     """
 
     epoch: int
@@ -40,6 +41,7 @@ class Step:
     drawn: Drawn
     plan: Plan
     wait_s: float = 0.0
+    static_s: Mapping[int, float] = field(default_factory=dict[int, float])
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -63,7 +65,7 @@ class Step:
 
     def digest(self) -> int:
         """Return a 63-bit fingerprint of everything that must be the same on all ranks."""
-        # without `wait_s`, which rank 0 alone knows when it plans; 63 bits, because it travels as an int64
+        # without `wait_s`, which rank 0 alone knows when it plans, nor predictions; 63 bits: it travels as an int64
         content = repr((self.epoch, self.index, self.drawn, self.plan.digest()))
         return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
 
@@ -128,6 +130,7 @@ class RankMicroBatch:
         learns: whether there is a backward pass.
         scored: for each span, the place in it of the token whose score is that of its whole sample, or None where that
             lies elsewhere; None where samples have no score.
+        sources: for each span, where its row says that it is from; None: nobody asks.
     """
 
     group: Group
@@ -138,6 +141,7 @@ class RankMicroBatch:
     reaches: tuple[int, ...] | None = None
     learns: bool = True
     scored: tuple[int | None, ...] | None = None
+    sources: tuple[str, ...] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -121,9 +121,15 @@ def stdlib_files(version: str) -> Iterator[dict[str, str]]:
 
 
 def prepare_data(
-    args: RecipeArguments, data: datasets.Dataset, tokenizer: Any, weight_column: str | None = None
+    args: RecipeArguments,
+    data: datasets.Dataset,
+    tokenizer: Any,
+    weight_column: str | None = None,
+    source_column: str | None = None,
 ) -> datasets.Dataset:
-    """Tokenised samples of at most `max_length` tokens, with their weights. What was done about longer ones is printed.
+    """Tokenised samples of at most `max_length` tokens, with their weights and sources.
+
+    What was done about longer ones is printed.
 
     Raises:
         HeteroError: nothing to train on, a row that cannot be tokenised, or samples longer than `max_length` under the
@@ -141,7 +147,7 @@ def prepare_data(
         tokenise,
         with_indices=True,
         fn_kwargs=options,
-        remove_columns=[name for name in data.column_names if name != weight_column],
+        remove_columns=[name for name in data.column_names if name not in (weight_column, source_column)],
         num_proc=args.num_proc,
         desc="Tokenising",
     )
@@ -259,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
             data = load_data(args)
         with explaining(f"Cannot load tokenizer={args.tokenizer or args.model!r}"):
             tokenizer = load_tokenizer(args, data)
-        data = prepare_data(args, data, tokenizer, hetero.weight_column)
+        data = prepare_data(args, data, tokenizer, hetero.weight_column, hetero.source_column)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     with explaining("Cannot make the model"):

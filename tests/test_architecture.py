@@ -66,6 +66,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.pairs.reward",
         "trainer.pairs.without_reference",
     },
+    "trackio": {"callbacks.stragglers"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {
         "fine_tuning.image_chats",
@@ -83,6 +84,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
+        "callbacks.stragglers",
         "checks.check",
         "checks.exactness",
         "checks.outline",

@@ -30,7 +30,9 @@ from hf_hetero.report import read_records
 from hf_hetero.samples.samples import limited
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*/train.yaml"))
+COMPARE = ROOT / "recipes" / "compare" / "train.yaml"
+"""Of a script of its own: `tests/test_compare.py`."""
+RECIPES = sorted(set((ROOT / "recipes").glob("*/train.yaml")) - {COMPARE})
 TEXTS = [
     "def f(x):\n    return x\n",
     "import os\n",
@@ -131,7 +133,7 @@ def test_every_recipe_is_complete() -> None:
     """A recipe is a folder with train.yaml and README.md, without Python, and a row in the table."""
     table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert RECIPES
-    for path in RECIPES:
+    for path in (*RECIPES, COMPARE):
         names = {p.name for p in path.parent.iterdir()}
         assert {"README.md", "train.yaml"} <= names
         assert not [name for name in names if name.endswith(".py")]
@@ -874,12 +876,15 @@ def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
     assert 4 in degrees  # files of more than 5120 tokens need both nodes
 
 
-def test_weights_pass_the_tokenizer(sft: Any) -> None:
-    """The recipe keeps the weight of each row, and no other column that is not tokens."""
+def test_weights_and_sources_pass_the_tokenizer(sft: Any) -> None:
+    """The recipe keeps the weight and the source of each row where asked for, and no other column that is no tokens."""
     table = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "importance": -0.5, "source": "web"}])
     [row] = sft.prepare_data(sft.RecipeArguments(), table, None, weight_column="importance")
     assert row["importance"] == -0.5
     assert "source" not in row
+    [row] = sft.prepare_data(sft.RecipeArguments(), table, None, source_column="source")
+    assert row["source"] == "web"
+    assert "importance" not in row
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2.5-vl", "llava"])

@@ -53,9 +53,9 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
     """Return the same packer for this trainer's model, its manner, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
-    if hetero.weight_column is not None and hetero.weight_column not in signature:
-        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
-        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
+    # no inputs of the model; but Trainer keeps what is listed here, in training and evaluation
+    if added := {hetero.weight_column, hetero.source_column} - {None, *signature}:
+        trainer._signature_columns = [*signature, *filter(None, added)]  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     sight, inputs = _sight_of(base), signature
@@ -71,6 +71,7 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
         counts_first_label=not (getattr(trainer, "_loss_shifts_labels", True) or masks_first or manner.outside_loss),
         weight_column=hetero.weight_column,
+        source_column=hetero.source_column,
         aligned=manner.aligned,
         sight=sight,
         blind=why_blind(base) or "and, for this model, images",

@@ -185,6 +185,8 @@ def setting_problems(hetero: HeteroConfig) -> list[str]:
     reasons: list[str] = []
     if hetero.weight_column is not None:
         reasons.append(f"HeteroConfig.weight_column={hetero.weight_column!r} is of tokens, and the loss is of pairs.")
+    if hetero.source_column is not None:
+        reasons.append(f"HeteroConfig.source_column={hetero.source_column!r} is of tokens, and the loss is of pairs.")
     if hetero.max_sample_tokens is not None and hetero.longer_samples == "split":
         reasons.append("HeteroConfig.longer_samples='split' would make more than two sequences of a pair; use 'error'.")
     return reasons
