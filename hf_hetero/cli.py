@@ -7,6 +7,7 @@ hf-hetero check MODEL                                          can this model be
 hf-hetero estimate MODEL --gpus 8xH100                         what it would cost on GPUs that one does not have
 hf-hetero profile MODEL -o cost.json                           measure a cost model on this machine
 hf-hetero report plans.jsonl                                   picture of a finished run
+hf-hetero recipes list | show | copy | check                   settings to start from, and whether they are right
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.config import MIP_BACKENDS, SOLVERS
+from hf_hetero.cookbook.command import add_recipes
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
@@ -237,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_estimate(verbs)
     add_profile(verbs)
+    add_recipes(verbs)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")

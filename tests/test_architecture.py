@@ -23,6 +23,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},
     {"profile", "report"},
+    {"cookbook"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -59,7 +60,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "mip": {"planner.improve.program"},
     "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
-    "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
+    "datasets": {"cookbook.trial", "fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
         "attention.interface",
         "attention.kernels.cuda",
@@ -82,6 +83,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",
+        "cookbook.sample",
+        "cookbook.trial",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
         "trainer.evaluation",
@@ -124,7 +127,7 @@ def modules() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*.py"):
             parts = [prefix, *path.relative_to(ROOT / folder).with_suffix("").parts]
             name = ".".join(part for part in parts if part and part != "__init__")
-            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks"}):  # the two links
+            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks", "recipes"}):  # links
                 found[name] = path
     return found
 
