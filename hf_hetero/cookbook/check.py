@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from types import ModuleType
 from typing import Any
 
 from hf_hetero.config import HeteroConfig
-from hf_hetero.cookbook.keys import ON_A_CPU, Problem, key_problems, launch_problems, script_of, settings_of
+from hf_hetero.cookbook.keys import ON_A_CPU, Problem, key_in, key_problems, launch_problems, script_of, settings_of
 from hf_hetero.cookbook.sample import Planned, Sample, can_be_looked_at, planned, sample_of
 from hf_hetero.cookbook.shelf import Recipe, read
 from hf_hetero.cookbook.trial import Trial, tried
-from hf_hetero.errors import HeteroError
+from hf_hetero.errors import HeteroError, InfeasibleBatch
 
 LIMITS = ("max_tokens_per_rank", "max_degree", "max_length")
 """Keys that decide whether a sample fits, the most likely first."""
@@ -73,7 +72,7 @@ def check_recipe(
     with _noted(checked, values):
         checked.sample = sample_of(script, parsed[0]) if can_be_looked_at(script) else None
     if checked.ok and checked.sample is not None:
-        _plan(checked, {**known, **values}, script, parsed, gpus, recipe)
+        _plan(checked, values, parsed, gpus, recipe)
     if checked.ok and trains:
         with _noted(checked, values):
             checked.trial = tried(recipe, values, frozenset(known), checked.sample)
@@ -81,29 +80,24 @@ def check_recipe(
 
 
 def _plan(
-    checked: Checked,
-    values: Mapping[str, Any],
-    script: ModuleType,
-    parsed: tuple[Any, ...],
-    gpus: str | None,
-    recipe: Recipe,
+    checked: Checked, values: Mapping[str, Any], parsed: tuple[Any, ...], gpus: str | None, recipe: Recipe
 ) -> None:
     """Plan a step of the sample."""
     assert checked.sample is not None
     hetero = next(settings for settings in parsed if isinstance(settings, HeteroConfig))
     sharded = recipe.launch is not None and read(recipe.launch).get("distributed_type") == "FSDP"
-    with _noted(checked, values, LIMITS):
+    with _noted(checked, values):
         checked.planned = planned(values, checked.sample.lengths, hetero, gpus, sharded)
 
 
 @contextmanager
-def _noted(checked: Checked, values: Mapping[str, Any], likely: tuple[str, ...] = ()) -> Iterator[None]:
-    """Note what is raised within as a problem of the key that it names; else of the first likely one that is set."""
+def _noted(checked: Checked, values: Mapping[str, Any]) -> Iterator[None]:
+    """Note what is raised within as a problem of the key that it is about."""
     try:
         yield
     except HeteroError as error:
         said = " ".join(str(error).split())
-        named = [key for key in values if f"{key}=" in said or f"`{key}`" in said or f"{key}:" in said]
-        named = named or [key for key in values if key in said.replace(".", " ").split()]
-        named = named or [key for key in likely if values.get(key) is not None]
-        checked.problems.append(Problem(named[0] if named else "", said))
+        limits = [key for key in LIMITS if values.get(key) is not None]
+        # a sample that fits nowhere is named by its number: what decides it are the limits
+        key = limits[0] if limits and isinstance(error, InfeasibleBatch) else key_in(said, values)
+        checked.problems.append(Problem(key, said))

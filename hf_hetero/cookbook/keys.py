@@ -76,7 +76,7 @@ def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]
         settings_of(script, {**values, **ON_A_CPU})
     except HeteroError as error:
         problems = [Problem(key, said) for key in values for said in _wrong_alone(script, key, values[key], known)]
-        problems = problems or [Problem(_key_in(str(error), values), str(error))]
+        problems = problems or [Problem(key_in(str(error), values), str(error))]
     counts = [key for key in AT_LEAST_ONE if isinstance(values.get(key), int) and values[key] < 1]
     return problems + [Problem(key, f"{key}={values[key]}: it must be at least 1.") for key in counts]
 
@@ -126,7 +126,14 @@ def _without_help(said: str) -> str:
     return re.sub(r" `python \S+ --help` (says what can be|lists them all)\.$", "", said)
 
 
-def _key_in(said: str, values: Mapping[str, Any]) -> str:
-    """Return the key that a message names; the longest, because some begin as others do."""
-    named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", said)]
-    return max(named, key=len, default="")
+def key_in(said: str, values: Mapping[str, Any]) -> str:
+    """Return the key of settings that a message is about: one that it names, else one whose value it has; else ""."""
+    for marked in ("{}=", "`{}`", "'{}'", "{}:"):
+        if named := [key for key in values if re.search(rf"(?<!\w){re.escape(marked.format(key))}", said)]:
+            return max(named, key=len)  # some begin as others do
+    for key, value in values.items():
+        items: list[Any] = value if isinstance(value, list) else [value]
+        if any(isinstance(item, str) and (repr(item) in said or f'"{item}"' in said) for item in items):
+            return key
+    words = re.findall(r"\w+", said)
+    return next((key for key in values if "_" in key and key in words), "")
