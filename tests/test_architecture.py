@@ -24,6 +24,7 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"fine_tuning", "trainer", "what_if"},
     {"profile", "report"},
     {"cookbook"},
+    {"advice"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
