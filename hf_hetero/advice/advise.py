@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -195,7 +194,8 @@ def _check_batch(batch_size: int | None, num_ranks: int) -> None:
         return
     near = sorted({max(1, batch_size // num_ranks) * num_ranks, (max(0, batch_size) // num_ranks + 1) * num_ranks})
     raise ConfigError(
-        f"--batch-size {batch_size}: {num_ranks} ranks take equal numbers of samples. Take {' or '.join(map(str, near))}."
+        f"--batch-size {batch_size}: {num_ranks} ranks take equal numbers of samples. "
+        f"Take {' or '.join(map(str, near))}."
     )
 
 

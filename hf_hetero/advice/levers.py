@@ -100,9 +100,11 @@ def _other_gpus(run: Run) -> Iterator[tuple[str, Run]]:
     larger = [
         card
         for card in KNOWN_DEVICES
-        if card.generation == machines.card.generation and (card.card_bytes or 0.0) > 1.1 * bytes_now
+        if card.generation == machines.card.generation
+        and (card.card_bytes or 0.0) > 1.1 * bytes_now
         # as fast links and products, or else it is another machine
-        and card.link_bytes_per_s >= machines.card.link_bytes_per_s and card.flops >= machines.card.flops
+        and card.link_bytes_per_s >= machines.card.link_bytes_per_s
+        and card.flops >= machines.card.flops
     ]
     if larger:
         card = min(larger, key=lambda card: card.card_bytes or 0.0)
@@ -110,9 +112,7 @@ def _other_gpus(run: Run) -> Iterator[tuple[str, Run]]:
         yield f"cards with more memory: {other.name}", replace(run, machines=other)
 
 
-def _pulled(
-    name: str, model: Model, run: Run, batches: Sequence[Sequence[int]], context_tokens: int
-) -> Lever:
+def _pulled(name: str, model: Model, run: Run, batches: Sequence[Sequence[int]], context_tokens: int) -> Lever:
     """Estimate one change."""
     try:
         planner = planner_of(model, run)

@@ -43,7 +43,7 @@ class Outlook:
 
 
 def longest_by_degree(cost: CostModel, num_ranks: int) -> dict[str, dict[int, int]]:
-    """Return the tokens of the longest sample that fits: what groups do (`Group.activations`; "") -> degree -> tokens."""
+    """Return the tokens of the longest sample that fits: what groups do (`Group.activations`, or "") -> degree."""
     return {
         doing or "": {degree: degree * way.capacity_tokens for degree in cost.degrees(num_ranks)}
         for doing, way in cost.by_activations.items()

@@ -53,20 +53,19 @@ def _data(advice: Advice) -> str:
     lost = lengths[lengths > max(max(held.values()) for held in advice.holds.values())]
     share = lost.sum() / lengths.sum()
     return (
-        f"{said}. {lost.size:,} of them, with {share:.1%} of the tokens, fit nowhere, and are left out of what follows: "
-        "pull a lever, or cut them (max_length_policy: truncate, or split)"
+        f"{said}. {lost.size:,} of them, with {share:.1%} of the tokens, fit nowhere, and are left out of what "
+        "follows: pull a lever, or cut them (max_length_policy: truncate, or split)"
     )
 
 
 def _speed(advice: Advice) -> str:
     """Say how fast the run is, beside the best single degree."""
     found, total = advice.outlook, f"{advice.num_tokens / 1e9:.3g} billion tokens"
-    ratio = found.tokens_per_s / found.static_tokens_per_s
+    planned, fixed = found.tokens_per_s, found.static_tokens_per_s
     return (
-        f"{found.tokens_per_s:,.0f} tokens/s, {_days(advice.days(found.tokens_per_s))} for {total}; at most "
+        f"{planned:,.0f} tokens/s, {_days(advice.days(planned))} for {total}; at most "
         f"{found.adaptive_s / found.bound_s - 1:.1%} from optimal. The best single degree for all, {found.best_degree}: "
-        f"{found.static_tokens_per_s:,.0f} tokens/s, {_days(advice.days(found.static_tokens_per_s))}; so plans are "
-        f"{ratio:.2f} times as fast"
+        f"{fixed:,.0f} tokens/s, {_days(advice.days(fixed))}; so plans are {planned / fixed:.2f} times as fast"
     )
 
 
@@ -78,7 +77,9 @@ def _levers(advice: Advice) -> list[str]:
         if lever.longest_tokens is None:
             lines.append(f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{'-':>13}  {lever.name}: the model does not fit")
         elif lever.outlook is None:
-            lines.append(f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}: samples do not fit")
+            lines.append(
+                f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}: samples do not fit"
+            )
         else:
             speed = f"{advice.gain(lever):>8.2f}x{lever.outlook.tokens_per_s:>13,.0f}"
             lines.append(f"{speed}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}")

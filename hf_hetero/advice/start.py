@@ -110,7 +110,7 @@ def write_start(start: Start, advice: Advice, said: str, folder: Path) -> list[s
 
 
 def _launch_text(start: Start, advice: Advice) -> str:
-    """Return the launch file for the run: as many ranks, and layers recomputed everywhere only if that was estimated."""
+    """Return the launch file for the run: as many ranks, layers recomputed everywhere if that was estimated."""
     assert start.launch is not None
     text = changed(start.launch.read_text(encoding="utf-8"), start.launch_settings)
     wanted = "true" if advice.run.setting.checkpointing else "false"
@@ -118,15 +118,19 @@ def _launch_text(start: Start, advice: Advice) -> str:
         text = text.replace(f"fsdp_activation_checkpointing: {other}", f"fsdp_activation_checkpointing: {wanted}")
     # what it says of itself in its first lines was of another number of ranks
     body = text[text.index("compute_environment") :] if "compute_environment" in text else text
-    nodes = "" if advice.run.machines.num_nodes == 1 else (
-        "# Start it on each node, with the node's number and the first node's address:\n"
-        "#   accelerate launch --config_file ... --machine_rank 0 --main_process_ip NODE0 ...\n"
+    nodes = (
+        ""
+        if advice.run.machines.num_nodes == 1
+        else (
+            "# Start it on each node, with the node's number and the first node's address:\n"
+            "#   accelerate launch --config_file ... --machine_rank 0 --main_process_ip NODE0 ...\n"
+        )
     )
     return f"# {advice.run.machines.name}\n{nodes}{body}"
 
 
 def _nearest(advice: Advice, model: str) -> Recipe:
-    """Return the recipe of the same kind: GPUs, what is trained, where weights are; then of as many, and a like model."""
+    """Return the recipe of the same kind: what is trained, where weights are; then of as many GPUs, a like model."""
     machines, adapters = advice.run.machines, advice.run.setting.lora_r is not None
 
     def distance(recipe: Recipe) -> tuple[float, ...]:

@@ -29,7 +29,8 @@ def add_recipes(verbs: Any) -> None:
     copied.set_defaults(run=_copy)
 
     checked = what.add_parser(
-        "check", help="are all keys right, does a sample of the data fit, do three steps train? Before a GPU is paid for"
+        "check",
+        help="are all keys right, does a sample of the data fit, do three steps train? Before a GPU is paid for",
     )
     checked.add_argument("file", help="a train.yaml, its folder, or a name that `list` has")
     _add_changes(checked)

@@ -29,8 +29,13 @@ def check_lines(checked: Checked) -> str:
     if checked.trial is not None:
         ranks = "one CPU rank" if checked.trial.num_ranks == 1 else f"{checked.trial.num_ranks} CPU ranks"
         losses = ", ".join(f"{loss:.3f}" for loss in checked.trial.losses)
-        lines.append(_line("training", f"{len(checked.trial.losses)} steps of a small one of its kind, {ranks}: {losses}"))
-    lines += [_line("wrong", f"{problem.key}: {problem.said}" if problem.key else problem.said) for problem in checked.problems]
+        lines.append(
+            _line("training", f"{len(checked.trial.losses)} steps of a small one of its kind, {ranks}: {losses}")
+        )
+    lines += [
+        _line("wrong", f"{problem.key}: {problem.said}" if problem.key else problem.said)
+        for problem in checked.problems
+    ]
     found = len(checked.problems)
     verdict = "nothing wrong was found" if checked.ok else f"{found} thing{'s' if found > 1 else ''} to mend"
     return "\n".join([*lines, _line("verdict", verdict)])

@@ -1,4 +1,4 @@
-"""A trial runs a recipe's script for three steps on CPU ranks, with a small model of the same kind and short samples."""
+"""A trial runs a recipe's script for three steps on CPU ranks, with a small model of its kind and short samples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import datasets
 import yaml
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer
 
 from hf_hetero.checks.tiny import architecture_of, build, shrunk, text_of
 from hf_hetero.cookbook.sample import Sample, config_in
@@ -113,7 +113,7 @@ def _small_model(values: Mapping[str, Any], sample: Sample | None, folder: Path)
                 setattr(text, key, value)
         else:  # rows of tokens, of the whole vocabulary
             text.vocab_size = text_of(config).vocab_size
-        build(small, "cpu", architecture_of(config) or AutoModel).save_pretrained(folder / "model")
+        build(small, "cpu", architecture_of(config)).save_pretrained(folder / "model")
     return {
         **{"model": str(folder / "model"), "model_config": None, "dtype": values.get("dtype")},
         **({"tokenizer": None} if tokenizer is not None else {}),

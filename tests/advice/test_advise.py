@@ -1,4 +1,4 @@
-"""Advice is what planning and estimates say of the same run, with each lever pulled for real; it is written out to start."""
+"""Advice is what planning and estimates say of the same run, with each lever pulled for real; it is written out."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def advice(model: Model) -> Advice:
 
 
 def test_seconds_are_those_of_the_planner(folder: str, advice: Advice) -> None:
-    """Tokens a second are the same steps' by the forecast's cost model, planned here once more; so are those of a degree."""
+    """Tokens a second are the same steps' by the forecast's cost model, planned here once more; a degree's, too."""
     planner = Planner(forecast(folder, "4xA100").cost, 4, solver="fast")
     batches = global_batches(source(), 32, 3)
     tokens = sum(map(sum, batches))
@@ -100,7 +100,9 @@ def test_levers_are_of_many_kinds(model: Model) -> None:
 def test_what_to_do_next(advice: Advice) -> None:
     """It gains 2 % or more, needs no other GPUs where one that does not has as much to give, and trains the same."""
     lever = advice.next_lever()
-    gains = {other.name: advice.gain(other) for other in advice.levers if other.num_gpus == 4 and "lora" not in other.name}
+    gains = {
+        other.name: advice.gain(other) for other in advice.levers if other.num_gpus == 4 and "lora" not in other.name
+    }
     best = max(gains, key=lambda name: gains[name])
     if gains[best] >= 1.02:
         assert lever is not None
@@ -159,7 +161,9 @@ def test_what_is_written_is_a_recipe_for_the_run(
         assert (config.num_processes, config.num_machines) == (run.machines.num_ranks, run.machines.num_nodes)
         sharded = config.distributed_type == "FSDP"
         assert sharded == found.forecast.is_sharded
-        recomputes = config.fsdp_config["fsdp_activation_checkpointing"] if sharded else values.get("activation_checkpointing")
+        recomputes = (
+            config.fsdp_config["fsdp_activation_checkpointing"] if sharded else values.get("activation_checkpointing")
+        )
         assert bool(recomputes) == setting.checkpointing
         assert yaml.safe_load(recipe.launch.read_text())
     with pytest.raises(ConfigError, match="is there already"):

@@ -59,7 +59,10 @@ def test_a_copy_is_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     command = copy_recipe(recipe, folder, {"max_steps": 7})
     copied = recipe_at(str(folder))
-    assert yaml.safe_load(copied.settings.read_text()) == {**yaml.safe_load(recipe.settings.read_text()), "max_steps": 7}
+    assert yaml.safe_load(copied.settings.read_text()) == {
+        **yaml.safe_load(recipe.settings.read_text()),
+        "max_steps": 7,
+    }
     assert copied.script.read_text() == recipe.script.read_text()
     assert (copied.launch and copied.launch.read_text()) == (recipe.launch and recipe.launch.read_text())
     assert [word for word in command if word.startswith(str(folder))]

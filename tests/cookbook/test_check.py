@@ -152,7 +152,7 @@ SAID = [{"role": "user", "content": "import os"}, {"role": "assistant", "content
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", shelf(), ids=lambda recipe: recipe.name)
 def test_every_recipe_passes(recipe: Recipe, rows: str, tmp_path: Path) -> None:
-    """Each is right in all that a check looks at; models and data on the hub are replaced by local ones of their kind."""
+    """Each is right in all that a check looks at; models and data of the hub are replaced by local ones."""
     changes: dict[str, Any] = {"dataset": rows}
     if "model" in read(recipe.settings):
         chats = tmp_path / "chats.jsonl"
