@@ -64,8 +64,9 @@ def _speed(advice: Advice) -> str:
     planned, fixed = found.tokens_per_s, found.static_tokens_per_s
     return (
         f"{planned:,.0f} tokens/s, {_days(advice.days(planned))} for {total}; at most "
-        f"{found.adaptive_s / found.bound_s - 1:.1%} from optimal. The best single degree for all, {found.best_degree}: "
-        f"{fixed:,.0f} tokens/s, {_days(advice.days(fixed))}; so plans are {planned / fixed:.2f} times as fast"
+        f"{found.adaptive_s / found.bound_s - 1:.1%} from optimal. The best single degree for all, "
+        f"{found.best_degree}: {fixed:,.0f} tokens/s, {_days(advice.days(fixed))}; so plans are {planned / fixed:.2f} "
+        "times as fast"
     )
 
 

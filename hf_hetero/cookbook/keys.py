@@ -6,7 +6,7 @@ import importlib.util
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -127,13 +127,19 @@ def _without_help(said: str) -> str:
 
 
 def key_in(said: str, values: Mapping[str, Any]) -> str:
-    """Return the key of settings that a message is about: one that it names, else one whose value it has; else ""."""
-    for marked in ("{}=", "`{}`", "'{}'", "{}:"):
-        if named := [key for key in values if re.search(rf"(?<!\w){re.escape(marked.format(key))}", said)]:
-            return max(named, key=len)  # some begin as others do
+    """Return the key of settings that a message is about: the first it names, else one whose value it has; else ""."""
+    for marked in ("{}=", "`{}`", "'{}'"):
+        if (named := _first(marked, said, values)) is not None:
+            return named
     for key, value in values.items():
         items: list[Any] = value if isinstance(value, list) else [value]
         if any(isinstance(item, str) and (repr(item) in said or f'"{item}"' in said) for item in items):
             return key
     words = re.findall(r"\w+", said)
-    return next((key for key in values if "_" in key and key in words), "")
+    return _first("{}:", said, values) or next((key for key in values if "_" in key and key in words), "")
+
+
+def _first(marked: str, said: str, keys: Iterable[str]) -> str | None:
+    """Return the key that stands first in a message, with marks around it."""
+    found = {key: re.search(rf"(?<!\w){re.escape(marked.format(key))}", said) for key in keys}
+    return min((at.start(), key) for key, at in found.items() if at)[1] if any(found.values()) else None

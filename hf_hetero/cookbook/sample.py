@@ -79,13 +79,13 @@ def sample_of(script: ModuleType, args: Any) -> Sample:
     Raises:
         HeteroError: whatever is wrong with data or tokenizer, with the key that names it first.
     """
-    with explaining(f"dataset={args.dataset!r} cannot be loaded"):
-        data = script.load_data(args)
-    with explaining(f"tokenizer={args.tokenizer or args.model!r} cannot be loaded"):
-        tokenizer = script.load_tokenizer(args, data)
-    if len(data) > MOST_ROWS:
-        data = data.shuffle(seed=0).select(range(MOST_ROWS))
     with contextlib.redirect_stdout(io.StringIO()):  # what a run would say of all its rows
+        with explaining(f"dataset={args.dataset!r} cannot be loaded"):
+            data = script.load_data(args)
+        with explaining(f"tokenizer={args.tokenizer or args.model!r} cannot be loaded"):
+            tokenizer = script.load_tokenizer(args, data)
+        if len(data) > MOST_ROWS:
+            data = data.shuffle(seed=0).select(range(MOST_ROWS))
         prepared = script.prepare_data(args, data, tokenizer)
     limit = args.max_length
     lengths = [tokens for row in sample_lengths(prepared) for tokens in row]
