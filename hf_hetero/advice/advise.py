@@ -15,7 +15,7 @@ from hf_hetero.what_if.sources import Source, global_batches
 
 ADVICE_FORMAT = "hf-hetero-advice/1"
 SAMPLES_A_RANK = 8
-STEPS = 8
+STEPS = 4
 DAY_S = 86_400
 ROUND_TOKENS = 1_000_000_000
 """What days are said for where a mix has no end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ from hf_hetero.advice.outlook import Outlook, longest, outlook
 from hf_hetero.checks.forecast import Model, Setting, forecast_of
 from hf_hetero.checks.machines import MOST_GPUS, MOST_PER_NODE, Machines, doubled
 from hf_hetero.errors import HeteroError
-from hf_hetero.estimate.devices import KNOWN_DEVICES
+from hf_hetero.estimate.devices import KNOWN_DEVICES, Device
 from hf_hetero.estimate.shares import ATTENTION
 from hf_hetero.planner import Planner
 
@@ -96,20 +97,22 @@ def _other_gpus(run: Run) -> Iterator[tuple[str, Run]]:
     ways = [("one card more" if more.num_nodes == machines.num_nodes else "one node more", more)]
     ways += [("twice as many", twice)] if twice != more else []
     yield from ((f"{what}: {m.name}", replace(run, machines=m)) for what, m in ways if m.num_ranks <= MOST_GPUS)
-    bytes_now = machines.card.card_bytes or 0.0
-    larger = [
-        card
-        for card in KNOWN_DEVICES
-        if card.generation == machines.card.generation
-        and (card.card_bytes or 0.0) > 1.1 * bytes_now
-        # as fast links and products, or else it is another machine
-        and card.link_bytes_per_s >= machines.card.link_bytes_per_s
-        and card.flops >= machines.card.flops
-    ]
+    larger = [card for card in KNOWN_DEVICES if _is_larger(card, machines.card)]
     if larger:
         card = min(larger, key=lambda card: card.card_bytes or 0.0)
         other = replace(machines, card=card)
         yield f"cards with more memory: {other.name}", replace(run, machines=other)
+
+
+def _is_larger(card: Device, than: Device) -> bool:
+    """Tell whether a card has more memory, and is otherwise as good: H200 for H100, and not a superchip or PCIe."""
+    line, other_line = (re.sub("[^A-Z].*", "", device.name) for device in (card, than))
+    return (
+        (card.generation, line) == (than.generation, other_line)
+        and (card.card_bytes or 0.0) > 1.1 * (than.card_bytes or 0.0)
+        and card.link_bytes_per_s >= than.link_bytes_per_s
+        and card.flops >= than.flops
+    )
 
 
 def _pulled(name: str, model: Model, run: Run, batches: Sequence[Sequence[int]], context_tokens: int) -> Lever:

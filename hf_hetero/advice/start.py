@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ class Start:
         launch: file of accelerate; None: a single rank.
         settings: values that the run has instead of the recipe's; None: it has no such key.
         launch_settings: the same of the launch file.
+        decided: keys that the advice is about, changed or not.
     """
 
     recipe: Recipe
     launch: Path | None
     settings: Mapping[str, Any]
     launch_settings: Mapping[str, Any]
+    decided: frozenset[str]
 
 
 def start_of(advice: Advice, model: str, dataset: str | None) -> Start:
@@ -70,9 +73,8 @@ def start_of(advice: Advice, model: str, dataset: str | None) -> Start:
     launch_settings: dict[str, Any] = {"num_processes": machines.num_ranks, "num_machines": machines.num_nodes}
     if machines.num_nodes > 1:
         launch_settings |= {"main_process_ip": "127.0.0.1", "main_process_port": 29500}
-    # a file may hold what is not said here; what it already says is left as it is written
-    settings = {key: value for key, value in settings.items() if recipe_has.get(key) != value}
-    return Start(recipe, launch, settings, launch_settings)
+    changes = {key: value for key, value in settings.items() if recipe_has.get(key) != value}
+    return Start(recipe, launch, changes, launch_settings, frozenset(settings))
 
 
 def write_start(start: Start, advice: Advice, said: str, folder: Path) -> list[str]:
@@ -93,8 +95,8 @@ def write_start(start: Start, advice: Advice, said: str, folder: Path) -> list[s
     for file in written:
         if file.exists():
             raise ConfigError(f"{file} is there already. Name another folder, or move it away.")
+    text = _without_comments(start.recipe.settings.read_text(encoding="utf-8"), start.decided)
     about = f"# {advice.forecast.trained} on {advice.run.machines.name}; from the recipe {start.recipe.name}\n"
-    text = start.recipe.settings.read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(about + changed(text.partition("\n")[2], start.settings), encoding="utf-8")
@@ -107,6 +109,12 @@ def write_start(start: Start, advice: Advice, said: str, folder: Path) -> list[s
     advice.forecast.cost.save(str(folder / COST_MODEL))
     words = ["accelerate", "launch", "--config_file", str(launch)] if launch else ["python"]
     return [*words, str(script), "--config", str(settings)]
+
+
+def _without_comments(text: str, keys: Collection[str]) -> str:
+    """Leave out what a recipe says of its own values of these keys: sums of other ranks, for one."""
+    lines = (re.sub(r"\s+#.*$", "", line) if line.partition(":")[0] in keys else line for line in text.splitlines())
+    return "\n".join(lines) + "\n"
 
 
 def _launch_text(start: Start, advice: Advice) -> str:
