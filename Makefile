@@ -40,7 +40,7 @@ check: install
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/mkdocs.yml --site-dir $(CURDIR)/outputs/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml --site-dir $(CURDIR)/outputs/docs
 
 # with the machine's own interpreter: one with a GPU may have no network to install anything from
 gpu:
