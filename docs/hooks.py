@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ def _section(text: str, heading: str | None, path: str) -> str:
     """Return what stands under a heading of a page, or all below its title.
 
     Raises:
-        KeyError: the page has no such heading; the build ends with it.
+        PluginError: the page has no such heading; the build ends with it.
     """
     lines = text.splitlines()
     if heading is None:
@@ -62,7 +63,7 @@ def _section(text: str, heading: str | None, path: str) -> str:
         if title == heading:
             after = [n for n, (other, _) in marks[place + 1 :] if len(other) <= len(mark)]
             return "\n".join(lines[number + 1 : after[0] if after else len(lines)])
-    raise KeyError(f"{path} has no heading {heading!r}")
+    raise PluginError(f"{path} has no heading {heading!r}")
 
 
 def _headings(lines: list[str]) -> list[tuple[int, str]]:
