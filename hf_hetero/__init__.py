@@ -6,9 +6,13 @@ Names are imported when first used, so that planning and the command line need n
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("hf-hetero")
+except PackageNotFoundError:  # sources that were never installed
+    __version__ = "0+unknown"
 
 if TYPE_CHECKING:
     from hf_hetero.config import HeteroConfig

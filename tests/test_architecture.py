@@ -24,6 +24,8 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},
     {"profile", "report"},
+    {"cookbook"},
+    {"advice"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -69,6 +71,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "trackio": {"callbacks.stragglers"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
     "datasets": {
+        "cookbook.trial",
         "fine_tuning.image_chats",
         "fine_tuning.sources",
         "fine_tuning.tables",
@@ -100,6 +103,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",
+        "cookbook.sample",
+        "cookbook.trial",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
         "trainer.classes.planned",
@@ -148,7 +153,7 @@ def modules() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*.py"):
             parts = [prefix, *path.relative_to(ROOT / folder).with_suffix("").parts]
             name = ".".join(part for part in parts if part and part != "__init__")
-            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks"}):  # the two links
+            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks", "recipes"}):  # links
                 found[name] = path
     return found
 
