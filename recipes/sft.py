@@ -46,7 +46,7 @@ from hf_hetero.fine_tuning import (
     tokenise,
     truncate,
 )
-from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
+from hf_hetero.report import draw_plan, most_mixed, read_records, report_run
 
 IGNORED = -100  # the label of a token that is not learned
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
@@ -282,14 +282,13 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(folder: Path, cost_model: Any) -> None:
     """The run as a page, and one of its steps as a picture."""
-    records = read_records(folder / "plans.jsonl")
+    step = most_mixed(read_records(folder))
+    report_run(folder, folder / "report.html", cost_model)
     try:
-        write_report(records, folder / "report.html", cost_model)
-        step = most_mixed(records)
         for name in ("step.png", "step.svg"):
             draw_plan(Plan.from_dict(step["plan"]), step["lengths"], cost_model, folder / name)
     except HeteroError as error:  # no matplotlib: the run itself is done
-        say(f"No pictures: {error}")
+        say(f"Wrote {folder / 'report.html'} (the run). No pictures: {error}")
     else:
         say(f"Wrote {folder / 'report.html'} (the run), {folder / 'step.png'} and .svg (step {step['step']}).")
 

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"plan", "samples", "topology"},
+    {"plan", "progress", "samples", "topology"},
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
     {"state_layers"},
@@ -58,7 +58,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
     "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
-    "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
+    "matplotlib": {"report.drawing", "report.plan_picture", "report.simulation_picture"},
     "datasets": {"fine_tuning.tables", "data.lengths", "what_if.corpora"},
     "transformers": {
         "attention.interface",
@@ -67,6 +67,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "attention.kernels.hub",
         "callbacks.calibration",
         "callbacks.plan_metrics",
+        "callbacks.progress",
+        "callbacks.recording",
         "callbacks.step_report",
         "checks.check",
         "checks.exactness",
@@ -107,6 +109,7 @@ WITHOUT_TORCH = {
     "costs",
     "layout",
     "planner",
+    "progress",
     "report",
     "samples",
     "what_if",

@@ -17,6 +17,8 @@ EXPECTED = {
     "hf_hetero/costs/cost_model.py",
     "hf_hetero/costs/gpt-7b_64xa100_192k.json",
     "hf_hetero/py.typed",
+    "hf_hetero/report/page/page.css",
+    "hf_hetero/report/page/page.js",
 }
 
 

@@ -20,7 +20,6 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
@@ -80,8 +79,7 @@ class HeteroTrainerMixin(Trainer):
         accept(self)
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
-        if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(PlanMetricsCallback())
+        reporting.add_callbacks(self)
         if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
             theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         self._stop = StopWhenAsked()
