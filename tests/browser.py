@@ -31,11 +31,11 @@ class Page:
     def __init__(self, send: Any, receive: Any) -> None:
         self._send, self._receive, self._last, self._session = send, receive, 0, None
         self.errors: list[str] = []
+        self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.requests: list[str] = []
 
     def call(self, method: str, **values: Any) -> Any:
         """Call a method and wait for its answer; events on the way are looked at."""

@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import Plan
@@ -118,7 +118,7 @@ def _checked(record: object, place: str) -> dict[str, Any]:
         raise ConfigError(f"{place}: {error}") from error
     lengths, busy_s = values["lengths"], values["busy_s"]
     rules = {
-        "step": _is_whole(values["step"], MOST_STEPS, least=0),
+        "step": is_step(values["step"]),
         "lengths": _is_list(lengths, plan.num_samples) and all(_is_whole(n, MOST_TOKENS, least=1) for n in lengths),
         "seconds": _is_seconds(values["seconds"]),
         "wait_s": _is_seconds(values["wait_s"]),
@@ -132,6 +132,11 @@ def _checked(record: object, place: str) -> dict[str, Any]:
     if not lengths or not all(map(_is_seconds, (plan.seconds, plan.lower_bound_s, plan.planning_s))):
         raise ConfigError(f"{place}: its plan is of no samples, or takes {plan.seconds} seconds.")
     return values
+
+
+def is_step(value: object) -> TypeGuard[int]:
+    """Tell whether a value from JSON is a number of a step."""
+    return _is_whole(value, MOST_STEPS, least=0)
 
 
 def _is_list(value: object, size: int) -> bool:

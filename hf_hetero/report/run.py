@@ -6,7 +6,6 @@ A long run is not held in memory: of each step stays its row, and the few that a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,12 @@ from typing import Any
 
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
-from hf_hetero.report.records import Record, file_of, record_at, scan
+from hf_hetero.report.records import Record, file_of, is_step, record_at, scan
 from hf_hetero.report.rows import StepRow, row_of
 
 RUN_FORMAT = "hf-hetero-run/1"
 """Of `run.json`, which `callbacks.recording` writes."""
+MOST_LOSS = 1e9
 MOST_WORDS = 200
 """Letters of a setting that are shown."""
 
@@ -82,7 +82,7 @@ def read_run(path: str | Path, cost_model: CostModel | None = None) -> Run:
         rows=[rows[step][0] for step in sorted(rows)],
         record_of=lambda step: record_at(path, rows[step][1]),
         settings=_settings(said.get("settings")),
-        num_steps=num_steps if isinstance(num_steps, int) and num_steps > 0 else None,
+        num_steps=num_steps if is_step(num_steps) and num_steps > 0 else None,
         has_ended=has_ended if isinstance(has_ended, bool) else None,
         losses=_losses(folder / "logs.jsonl"),
         cost_model=cost_model or _cost_model(said.get("cost_model")),
@@ -127,7 +127,7 @@ def _losses(path: Path) -> dict[int, float]:
             step, loss = entry["step"], entry["loss"]
         except (ValueError, RecursionError, KeyError, TypeError):
             continue
-        if isinstance(step, int) and isinstance(loss, float | int) and math.isfinite(loss):
+        if is_step(step) and isinstance(loss, float | int) and abs(loss) <= MOST_LOSS:  # which NaN is not
             losses[step] = float(loss)
     return dict(sorted(losses.items()))
 

@@ -92,8 +92,8 @@ def knows(cost: CostModel, plan: Plan) -> bool:
 
 
 def model_words(cost: CostModel) -> str:
-    """Name a cost model, and where its seconds come from."""
-    return ", ".join(word for word in (cost.name or "unnamed", cost.provenance, cost.source) if word)
+    """Name a cost model, and say where its seconds come from."""
+    return f"{cost.name or 'unnamed'}{f', {cost.provenance}' if cost.provenance else ''}"
 
 
 def _seconds(planner: Planner, records: list[Record], degree: int) -> float:

@@ -34,11 +34,13 @@ def across(low: float, high: float) -> Scale:
     return Scale(low, high, LEFT, WIDTH - RIGHT)
 
 
-def upwards(high: float) -> Scale:
-    """Make a scale from the bottom, which is 0, to the top: the first round number that is not below `high`."""
-    ticks = round_ticks(0.0, high if high > 0 else 1.0)
+def upwards(high: float, low: float = 0.0) -> Scale:
+    """Make a scale from the bottom, which is 0 or below, to the top; both are round numbers around the values."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    ticks = round_ticks(low, high if high > low else low + 1.0)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    return Scale(0.0, ticks[-1] if ticks[-1] >= high else ticks[-1] + step, HEIGHT - BOTTOM, TOP)
+    bottom = ticks[0] if ticks[0] <= low else ticks[0] - step
+    return Scale(bottom, ticks[-1] if ticks[-1] >= high else ticks[-1] + step, HEIGHT - BOTTOM, TOP)
 
 
 def round_ticks(low: float, high: float, most: int = MOST_TICKS, least_step: float = 0.0) -> list[float]:
@@ -65,7 +67,10 @@ def number(value: float) -> str:
 
 def tokens(count: float) -> str:
     """Write a length: 1536 as 1.5K, in thousands of 1024, as models' contexts are."""
-    return f"{_digits(count / 1024)}K" if count >= 1024 else f"{count:.0f}"
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if count >= size:
+            return f"{_digits(count / size)}{unit}"
+    return f"{count:.0f}"
 
 
 def duration(seconds: float) -> str:

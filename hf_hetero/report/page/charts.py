@@ -33,7 +33,8 @@ class Chart:
         picture: what is inside the SVG.
         table: its numbers, head first.
         stops: where the pointer may rest: position in the chart, and what is said there.
-        height: in units of the chart.
+        legend: classes and words.
+        width, height: in units of the chart.
     """
 
     name: str
@@ -43,19 +44,16 @@ class Chart:
     table: Sequence[Sequence[str]]
     stops: Sequence[tuple[float, str]] = ()
     legend: Sequence[tuple[str, str]] = ()
+    width: float = WIDTH
     height: float = HEIGHT
 
     def to_html(self) -> Html:
         """Return the figure."""
-        legend = [
-            joined(element("span", class_=f"key {kind}"), element("span", words, class_="key-name"))
-            for kind, words in self.legend
-        ]
         svg = element(
             "svg",
             self.picture,
             element("line", class_="cursor", x1=0.0, x2=0.0, y1=axes.TOP, y2=self.height - axes.BOTTOM),
-            viewBox=f"0 0 {WIDTH:.0f} {self.height:.0f}",
+            viewBox=f"0 0 {self.width:.0f} {self.height:.0f}",
             role="img",
             aria_label=f"{self.title}. {self.words}",
         )
@@ -65,11 +63,12 @@ class Chart:
                 "figcaption",
                 element("h3", self.title),
                 element("p", self.words),
-                *([element("div", *legend, class_="legend")] if legend else []),
+                *([legend_of(self.legend)] if self.legend else []),
             ),
             element("div", svg, class_="chart", data_chart=self.name if self.stops else None),
             table_of(self.table),
             id=self.name,
+            class_="wide" if self.width > WIDTH else None,
         )
 
     def data(self) -> dict[str, Any]:
@@ -141,7 +140,9 @@ def lines_chart(
     steps = [step for line in lines for step, _ in line.points]
     joint = [buckets(line.points) for line in lines]
     top = max(bucket.high for line in joint for bucket in line)
-    x, y = across(min(steps), max(steps)), upwards(max(top, limit[0]) if limit and limit[0] < 2 * top else top)
+    lowest = min(bucket.low for line in joint for bucket in line)
+    shown = limit if limit and limit[0] < 2 * top else None  # one far above would press the values to the ground
+    x, y = across(min(steps), max(steps)), upwards(max(top, shown[0]) if shown else top, lowest)
     parts = [frame(x, y, axes.step_ticks(x), "step", unit)]
     for line, points in zip(lines, joint, strict=True):
         if any(bucket.low < bucket.high for bucket in points):
@@ -155,10 +156,10 @@ def lines_chart(
                 element("circle", cx=x.at(b.middle), cy=y.at(b.mean), r=2.2, class_=f"dot {line.kind}") for b in points
             ]
             parts.extend(dots)
-    if limit and limit[0] < 2 * top:
-        at = y.at(limit[0])
+    if shown:
+        at = y.at(shown[0])
         parts.append(element("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="limit"))
-        parts.append(element("text", limit[1], x=x.end, y=at - 4, class_="tick end"))
+        parts.append(element("text", shown[1], x=x.end, y=at - 4, class_="tick end"))
     said = [
         (x.at(own[0].middle), f"{own[0].words}\n" + "\n".join(_value(line, b, unit) for line, b in zip(lines, own)))  # noqa: B905
         for own in zip(*joint, strict=False)
@@ -247,9 +248,9 @@ def bars_chart(
         unit: of the values.
         reference: value that the others are compared with.
     """
-    row, top, left = 24.0, 6.0, 128.0
+    width, row, top, left = 2 * WIDTH + 40, 24.0, 6.0, 96.0
     high = max(value for _, _, value in bars)
-    x = Scale(0.0, high or 1.0, left, WIDTH - 92.0)
+    x = Scale(0.0, high or 1.0, left, width - 110.0)
     parts: list[Html] = []
     for place, (label, kind, value) in enumerate(bars):
         y = top + row * place
@@ -260,7 +261,16 @@ def bars_chart(
             element("text", f"{number(value)} {unit}{ratio}", x=x.at(value) + 6, y=y + 14, class_="bar-value"),
         ]
     table = [["", unit], *([label, number(value)] for label, _, value in bars)]
-    return Chart(name, title, words, joined(*parts), table, height=top + row * len(bars) + 4)
+    return Chart(name, title, words, joined(*parts), table, width=width, height=top + row * len(bars) + 4)
+
+
+def legend_of(keys: Sequence[tuple[str, str]]) -> Html:
+    """Write a legend: the class of each sign, and what it stands for."""
+    return element(
+        "div",
+        *(element("span", element("span", class_=f"key {kind}"), words) for kind, words in keys),
+        class_="legend",
+    )
 
 
 def table_of(rows: Sequence[Sequence[str]], summary: str = "Numbers") -> Html:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from html import escape
 
-VOID = {"meta", "br", "circle", "line", "path", "rect"}
-"""Elements without content."""
+VOID = {"meta", "br"}
+"""Elements of HTML without an end."""
+EMPTY = {"circle", "line", "path", "rect"}
+"""Elements of SVG that end where they begin; HTML would take what follows for their content."""
 
 
 class Html(str):
@@ -29,7 +31,9 @@ def element(tag: str, *content: str, **attributes: object) -> Html:
         for name, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{tag}{named}>" if tag in VOID else f"<{tag}{named}>{joined(*content)}</{tag}>")
+    if tag in VOID or tag in EMPTY:
+        return Html(f"<{tag}{named}{'/' if tag in EMPTY else ''}>")
+    return Html(f"<{tag}{named}>{joined(*content)}</{tag}>")
 
 
 def joined(*content: str) -> Html:

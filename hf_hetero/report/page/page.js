@@ -15,7 +15,7 @@
   const count = (value) => value.toLocaleString("en");
   const digits = (value) => Number(value.toPrecision(3)).toString();
   const seconds = (value) => (value < 1 ? `${digits(1000 * value)} ms` : `${digits(value)} s`);
-  const tokens = (value) => (value >= 1024 ? `${digits(value / 1024)}K` : `${value}`);
+  const tokens = (value) => (value >= 2 ** 20 ? `${digits(value / 2 ** 20)}M` : value >= 1024 ? `${digits(value / 1024)}K` : `${value}`);
   const ranks = (first, degree) => (degree === 1 ? `rank ${first}` : `ranks ${first} to ${first + degree - 1}`);
 
   // ------------------------------------------------------------------------------------ what is under the pointer
@@ -34,7 +34,8 @@
         tip.textContent = words;
         tip.hidden = false;
         const left = Math.min(Math.max(x + 14, 0), Math.max(host.clientWidth - tip.offsetWidth, 0));
-        const top = y + 16 + tip.offsetHeight > host.clientHeight ? y - tip.offsetHeight - 10 : y + 16;
+        const below = host.getBoundingClientRect().top + y + 16 + tip.offsetHeight;
+        const top = below > window.innerHeight ? y - tip.offsetHeight - 10 : y + 16;
         tip.style.transform = `translate(${left}px, ${top}px)`;
         if (document.activeElement === host) said.textContent = words;
       },
@@ -180,8 +181,8 @@
     const samples = place.whole ? [-1] : one.group[9].map((_, index) => index);
     for (const index of samples) {
       const width = (index < 0 ? one.total - one.fixed : one.parts[index]) * place.perSecond;
-      const element = make("rect", { x, y: place.top, width, height: place.height, class: `sample ${stop}` });
-      if (place.height < 3 || width < 2) element.setAttribute("stroke-width", 0.2);
+      const thin = place.height < 4 || width < 3 ? " thin" : ""; // its edge would hide it
+      const element = make("rect", { x, y: place.top, width, height: place.height, class: `sample ${stop}${thin}` });
       svg.append(element);
       bars.push({ group: one.group, index, batch: place.number, x, y: place.top, width, height: place.height, element, seconds: width / place.perSecond });
       const label = index < 0 ? "" : tokens(one.group[10][index]);
@@ -263,7 +264,7 @@
 
   if (host) {
     const controls = document.getElementById("controls");
-    controls.hidden = false;
+    controls.hidden = document.getElementById("hint").hidden = false;
     host.tabIndex = 0;
     host.setAttribute("role", "group");
     host.setAttribute("aria-label", "Timeline of a step. Arrow keys go from sample to sample.");

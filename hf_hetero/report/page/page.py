@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_hetero.report.page import palette, timeline
 from hf_hetero.report.page.axes import duration, number
-from hf_hetero.report.page.charts import table_of
+from hf_hetero.report.page.charts import MOST_POINTS, legend_of, table_of
 from hf_hetero.report.page.markup import Html, data_block, element, joined
 from hf_hetero.report.page.sections import charts, measured_to_planned
 from hf_hetero.report.page.timeline import Timeline
@@ -97,7 +97,11 @@ def _header(run: Run, static: StaticRuns | None) -> Html:
         (duration(seconds), "", "of training, waits included"),
         *([(f"{100 * sum(measured) / len(measured):.0f}", "%", "of the rank-seconds waiting")] if measured else []),
         *([(f"{ratio:.2f}", "x", "measured by planned")] if 0 < (ratio := measured_to_planned(rows)) < 1e9 else []),
-        *([(f"{static.speedup:.2f}", "x", f"best static run, degree {static.best}, predicted")] if static else []),
+        *(
+            [(f"{static.speedup:.2f}", "x", f"seconds of the best static run, degree {static.best}, predicted")]
+            if static
+            else []
+        ),
     ]
     return element(
         "header",
@@ -120,11 +124,9 @@ def _header(run: Run, static: StaticRuns | None) -> Html:
 
 def _how_aggregated(run: Run) -> str:
     """Say how a chart shows the steps, and how it is read."""
-    from hf_hetero.report.page.charts import MOST_POINTS
-
     every = -(-len(run.rows) // MOST_POINTS)
     joint = f" Each point of a line is the mean of {every} steps, the band behind it their range." if every > 1 else ""
-    return f"Point at a chart, or focus it and use the arrow keys, to read its values.{joint}"
+    return f"Below each chart are its numbers; with scripts, so they are under the pointer and the arrow keys.{joint}"
 
 
 def _steps(run: Run, kept: Sequence[Timeline], degrees: Sequence[int]) -> list[Html]:
@@ -163,18 +165,10 @@ def _steps(run: Run, kept: Sequence[Timeline], degrees: Sequence[int]) -> list[H
         hidden="hidden",
     )
     keys = ("Tab", "to the timeline, "), ("← ↑ → ↓", "from sample to sample, "), ("Page Down", "to the next step.")
-    legend = [
-        joined(
-            element("span", class_=f"key block {palette.colour_of(d, degrees)}"),
-            element("span", f"degree {d}", class_="key-name"),
-        )
-        for d in degrees
-    ]
-    legend.append(
-        joined(
-            element("span", class_="key waiting"), element("span", "waiting for the slowest group", class_="key-name")
-        )
-    )
+    legend = [(f"block {palette.colour_of(degree, degrees)}", f"degree {degree}") for degree in degrees]
+    legend.append(("waiting", "waiting for the slowest group"))
+    if run.cost_model is not None:
+        legend.append(("fixed", "fixed part of a group, predicted"))
     return [
         element("h2", "Step by step", id="steps"),
         element("p", words),
@@ -182,9 +176,15 @@ def _steps(run: Run, kept: Sequence[Timeline], degrees: Sequence[int]) -> list[H
             "figure",
             controls,
             element("p", f"Step {show.step:,}: {show.data['degrees']}", class_="facts", id="facts"),
-            element("div", *legend, class_="legend"),
+            legend_of(legend),
             element("div", timeline.timeline_svg(show.data, degrees), class_="timeline", id="timeline"),
-            element("p", *(joined(element("kbd", key), f" {what}") for key, what in keys), class_="hint"),
+            element(
+                "p",
+                *(joined(element("kbd", key), f" {what}") for key, what in keys),
+                class_="hint",
+                id="hint",
+                hidden="hidden",
+            ),
             table_of(timeline.table_rows(show.data)[:400], f"Groups of step {show.step:,}"),
         ),
     ]

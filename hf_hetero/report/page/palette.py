@@ -16,10 +16,11 @@ INK, PAPER = "#12181d", "#ffffff"
 
 
 def colour_of(degree: int, degrees: Sequence[int]) -> str:
-    """Return the class of a degree, among those of the run, ascending."""
+    """Return the class of a degree, among those of the run, ascending; few of them keep away from the ramp's ends."""
     if len(degrees) == 1:
         return f"ramp-{STOPS // 3}"
-    return f"ramp-{degrees.index(degree) * (STOPS - 1) // (len(degrees) - 1)}"
+    first, last = (0, STOPS - 1) if len(degrees) > 4 else (1, 2 + 2 * len(degrees))
+    return f"ramp-{first + round(degrees.index(degree) * (last - first) / (len(degrees) - 1))}"
 
 
 def ramp_css(anchors: Sequence[str]) -> str:

@@ -93,12 +93,13 @@ def _waiting(rows: Sequence[StepRow]) -> Iterator[Chart]:
 def _static(static: StaticRuns) -> Iterator[Chart]:
     """Draw what one degree for the whole run would have cost."""
     steps = static.num_steps
+    ratio = f"{static.speedup:.2f} x"
     bars = [("as planned", "ours", static.planned_s / steps)]
     bars += [(f"degree {degree}", "other", seconds / steps) for degree, seconds in static.by_degree.items()]
-    what = f"the fastest, degree {static.best}, would take {static.speedup:.2f} x as long"
     words = (
-        f"Predicted seconds a step with one degree for the whole run, packed as well as it can be; {what}. Degrees "
-        f"that do not hold the longest sample are left out. Means of {steps:,} steps, evenly over the run. All bars "
-        f"are predicted by one cost model ({static.model}); these steps measured {static.measured_s / steps:.3g} s."
+        "Seconds a step with one degree for the whole run, packed as well as it can be: the fastest, degree "
+        f"{static.best}, takes {ratio} as long as what was planned. Degrees that cannot hold the longest sample are "
+        f"left out. All bars are predicted by one cost model ({static.model}): means of {steps:,} steps, evenly over "
+        f"the run; these steps measured {duration(static.measured_s / steps)}."
     )
     yield bars_chart("static", "What a static run would have cost", words, bars, "s", static.planned_s / steps)

@@ -174,13 +174,14 @@ def _group(
     stop = colour_of(degree, degrees)
     left, total = x.at(start), sum(tokens)
     width = x.at(start + seconds) - left
+    thin = " thin" if height < 4 else ""
     if shows_samples:
         for length in tokens:
             part = width * length / total
-            yield _rect(left, top, part, height, f"sample {stop}")
+            yield _rect(left, top, part, height, f"sample {stop}{thin}")
             left += part
     else:
-        yield _rect(left, top, width, height, f"sample {stop}")
+        yield _rect(left, top, width, height, f"sample {stop}{thin}")
     if height >= 11 and width >= 14:
         yield element("text", str(degree), x=x.at(start) + 5, y=top + 12, class_=f"chip on-{stop}")
 
