@@ -6,10 +6,12 @@ Its protocol is JSON, a zero byte after each message (https://chromedevtools.git
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -109,16 +111,17 @@ def browsing(path: str) -> Iterator[Page]:
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory() as folder:
-        # the browser reads from its descriptor 3 and writes to 4
-        script = f'exec "$0" "$@" 3<&{to_read} 4>&{from_write}'
+        # the browser reads from its descriptor 3 and writes to 4; ours may have these numbers, too
+        ours = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (to_read, from_write)]
+        script = f"import os, sys; os.dup2({ours[0]}, 3); os.dup2({ours[1]}, 4); os.execv(sys.argv[1], sys.argv[1:])"
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--hide-scrollbars"]
         running = subprocess.Popen(
-            ["sh", "-c", script, path, *options, f"--user-data-dir={folder}"],
-            pass_fds=(to_read, from_write),
+            [sys.executable, "-c", script, path, *options, f"--user-data-dir={folder}"],
+            pass_fds=ours,
             stderr=subprocess.DEVNULL,
         )
-        os.close(to_read)
-        os.close(from_write)
+        for descriptor in (to_read, from_write, *ours):
+            os.close(descriptor)
         try:
             with os.fdopen(to_write, "wb", buffering=0) as out, os.fdopen(from_read, "rb") as into:
                 rest = b""

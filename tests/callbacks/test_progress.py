@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
+from helpers import arguments, tiny_model
 from screens import on_a_terminal, screen
-from transformers import ProgressCallback
+from transformers import ProgressCallback, Trainer
 
+from hf_hetero import HeteroTrainer
+from hf_hetero.callbacks import StepProgressCallback
 from hf_hetero.callbacks.progress import log_lines
 
 NUM_STEPS = 12
@@ -121,5 +124,17 @@ class Own(ProgressCallback):
     """A user's own bar."""
 
 
-def bars_of(trainer: Any) -> list[type]:
-    return [type(callback) for callback in trainer.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_the_bar_takes_the_place_of_trainers(is_shown: bool, tmp_path: Path) -> None:
+    """Where `Trainer` has its bar, stands ours, once; a user's own stays; without bars there is none."""
+    data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    args = arguments(str(tmp_path), 1, 1, disable_tqdm=not is_shown)
+    trainer = HeteroTrainer(model=tiny_model("llama"), args=args, train_dataset=data, callbacks=[Own()])
+    stock = Trainer(model=tiny_model("llama"), args=args, train_dataset=data, callbacks=[Own()])
+    ours, theirs = (
+        [type(callback) for callback in one.callback_handler.callbacks if isinstance(callback, ProgressCallback)]
+        for one in (trainer, stock)
+    )
+    assert theirs == [Own, ProgressCallback][: 1 + is_shown]
+    assert ours == [Own, StepProgressCallback][: 1 + is_shown]
+    trainer.remove_callback(StepProgressCallback if is_shown else Own)

@@ -12,7 +12,7 @@ STOPS = 12
 """Colours of a ramp; a run of more degrees shows two of them alike."""
 LIGHT = ("#d3e9cd", "#93d1c1", "#4eb3c6", "#2c8bbf", "#2b62ab", "#31398f", "#1b1a55")
 DARK = ("#2b3f78", "#2f63a3", "#3289b8", "#4fb0bf", "#8ccfb8", "#c8e6b2", "#f5f6cf")
-INK, PAPER = "#12181d", "#ffffff"
+INK, PAPER = "#000000", "#ffffff"
 
 
 def colour_of(degree: int, degrees: Sequence[int]) -> str:
