@@ -99,6 +99,12 @@ class StepProgressCallback(ProgressCallback, StepReportCallback):
             width = shutil.get_terminal_size().columns
             say(log_lines(logs, state.global_step, state.max_steps, width))
 
+    def close(self) -> None:
+        """Leave the bar as it is, wherever a run has ended; what is written next begins a line."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
     def _speed(self) -> str:
         """Say tokens a second over the last steps, and the degrees of the last."""
         tokens, seconds = sum(n for n, _ in self._steps), sum(s for _, s in self._steps)

@@ -79,6 +79,13 @@ def add_callbacks(trainer: Trainer) -> None:
         trainer.add_callback(PlanMetricsCallback())
 
 
+def close_bars(trainer: Trainer) -> None:
+    """Close the bars of a run that may have failed, so that what is said of it stands below them."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, StepProgressCallback):
+            callback.close()
+
+
 def _tell(trainer: Trainer, hetero: HeteroConfig, cost: CostModel) -> None:
     """Tell the callbacks what plans are made by from now on."""
     for callback in step_callbacks(trainer):

@@ -142,6 +142,7 @@ class HeteroTrainerMixin(Trainer):
         self.add_callback(self._decision)  # after all that were added meanwhile, whose wishes it joins
         with self._between_runs.running(), ExitStack() as opened:
             opened.callback(setattr, self, "_training", None)
+            opened.callback(reporting.close_bars, self)
             self._training = training.Training(opened)
             if resume_from_checkpoint:
                 resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)
