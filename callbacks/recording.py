@@ -53,6 +53,8 @@ def describe_run(
     if hetero is not None:
         standard = asdict(HeteroConfig())
         changed = {name: value for name, value in asdict(hetero).items() if value != standard[name]}
+        if hetero.cost_model is not None:
+            changed["cost_model"] = Path(hetero.cost_model).name
         settings["Planning"] = changed or {"all settings": "as they come"}
     settings["Versions"] = _versions()
     return {

@@ -145,6 +145,9 @@ def prepare_data(
     # only what changes the tokens, because `datasets` caches by these arguments
     options = {"tokenizer": tokenizer, "text_column": args.text_column, "assistant_only": args.assistant_only_loss}
     options["version"] = __version__
+    if not sys.stderr.isatty():  # bars are for terminals; a log takes a line
+        datasets.disable_progress_bars()
+        say(f"Tokenising {len(data):,} rows.")
     data = data.with_format(None).map(
         tokenise,
         with_indices=True,
