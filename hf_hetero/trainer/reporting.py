@@ -27,7 +27,7 @@ from hf_hetero.step import StepBatch
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed
 from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
-from hf_hetero.trainer.training import Seen, Training
+from hf_hetero.trainer.training import Observed, Training
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
     assert training.step.batch is not None
     assert training.clock is not None
     batch, step, means = training.step.batch, training.step.batch.share.step, between.means
-    busy_s, seen, training.seen = training.clock.read(), training.seen, Seen()
+    busy_s, seen, training.seen = training.clock.read(), training.seen, Observed()
     totals = [training.clock.peak_bytes(), training.clock.unused_bytes(), seen.sent_bytes]
     charged = _charges(between.cost_model_of_now(), batch)
     counts, own = [m.num_targets for m in batch.micro_batches] if means else [], _by_source(run, training, seen)
@@ -105,7 +105,7 @@ def _charges(cost: CostModel, batch: StepBatch) -> list[float]:
     ]
 
 
-def _by_source(run: PlannedRun, training: Training, seen: Seen) -> dict[str, Tally]:
+def _by_source(run: PlannedRun, training: Training, seen: Observed) -> dict[str, Tally]:
     """Return the loss of each source on this rank; nothing where not each target of the rank was seen."""
     found = seen.tallies()
     assert training.step is not None
