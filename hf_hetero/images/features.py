@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,8 +37,8 @@ class FeaturesOfSpans:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        part = merging_part(model)
-        self._handle = None if part is None else part.register_forward_pre_hook(_encode, with_kwargs=True)
+        part, hook = merging_part(model), cast("Any", _encode)  # torch's types do not see a function that is decorated
+        self._handle = None if part is None else part.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
         """Leave the model as it was."""
