@@ -38,7 +38,8 @@ class FeaturesOfSpans:
 
     def __init__(self, model: torch.nn.Module) -> None:
         part = merging_part(model)
-        self._handle = None if part is None else part.register_forward_pre_hook(_encode, with_kwargs=True)
+        hook: Any = _encode  # torch's types do not see that a decorated function is still one
+        self._handle = None if part is None else part.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:
         """Leave the model as it was."""
