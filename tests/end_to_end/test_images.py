@@ -37,7 +37,7 @@ LAYERS = {  # accelerate does not find all that transformers names of a Llava
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
-SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-next", "mistral3")
+SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3")
 
 
 def model_of(name: str, lora: bool) -> Any:
