@@ -1,6 +1,7 @@
 # make demo    a fresh venv, everything installed, the CPU quickstart on 4 ranks, a report
 # make test    the tests (slow and GPU ones left out)
 # make check   lint, format, types
+# make docs    the pages as a site, in outputs/docs; every link is checked; needs no network
 # make gpu     all that one GPU can show (benchmarks/gpu/README.md); installs nothing, needs no network
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,14 +14,14 @@ OUT ?= outputs/gpu
 DEVICE ?= cuda
 STAGES ?=
 
-.PHONY: demo test test-all check gpu install clean
+.PHONY: demo test test-all check docs gpu install clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,report]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,report]"
 	touch $@
 
 demo: install
@@ -37,6 +38,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file docs/mkdocs.yml --site-dir $(CURDIR)/outputs/docs
 
 # with the machine's own interpreter: one with a GPU may have no network to install anything from
 gpu:

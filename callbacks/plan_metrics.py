@@ -12,7 +12,9 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_hetero.callbacks.plan_numbers import PlanNumbers
 from hf_hetero.callbacks.step_report import StepReportCallback
+from hf_hetero.callbacks.stragglers import Stragglers, alert
 from hf_hetero.plan import StepReport, describe_degrees
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class PlanMetricsCallback(StepReportCallback):
     def __init__(self, lines: bool = False, record: bool = False) -> None:
         self._lines, self._record = lines, record
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
 
     def on_train_begin(
@@ -38,6 +41,7 @@ class PlanMetricsCallback(StepReportCallback):
     ) -> None:
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
         # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
@@ -47,8 +51,12 @@ class PlanMetricsCallback(StepReportCallback):
         """Print, record, and count for the next log."""
         self._since_log.add(report)
         self._totals.add(report)
+        self._numbers.add(report)
+        self._stragglers.add(report)
         if not state.is_world_process_zero:
             return
+        if words := self._stragglers.words():
+            alert(args, words)
         if self._lines:
             tqdm.write(step_line(report))
         if self._record:
@@ -57,7 +65,11 @@ class PlanMetricsCallback(StepReportCallback):
     def metrics(self) -> dict[str, float]:
         """Return means over the steps since the last log, under `hetero/`."""
         totals, self._since_log = self._since_log, _Totals()
-        return totals.means() if totals.num_steps else {}
+        if not totals.num_steps:
+            return {}
+        slowdowns = self._stragglers.slowdowns()
+        of_slowest = {"hetero/slowest_rank": max(slowdowns)} if slowdowns else {}
+        return {**totals.means(), **self._numbers.take(), **of_slowest}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -120,8 +132,10 @@ class _Totals:
 
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
+        self.num_routed = 0
+        self.flops = self.peak_flop = 0.0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
-        self.load = self.worst_load = 0.0
+        self.load = self.worst_load = self.router_loss = 0.0
         self.num_repeats = self.unused_bytes = 0
         self.is_lockstep = False
         self.degrees: dict[int, int] = {}
@@ -140,6 +154,11 @@ class _Totals:
         self.num_loads += len(report.expert_load)
         self.load += sum(report.expert_load)
         self.worst_load = max((self.worst_load, *report.expert_load))
+        if report.mfu is not None:
+            self.flops += report.flops
+            self.peak_flop += report.flops / report.mfu  # what the cards could have computed meanwhile
+        self.num_routed += report.router_loss is not None
+        self.router_loss += report.router_loss or 0.0
         self.is_lockstep = report.is_lockstep
         self.num_repeats += report.repeats
         self.unused_bytes = max(self.unused_bytes, report.unused_bytes)
@@ -159,6 +178,10 @@ class _Totals:
             means["hetero/idle_share"] = self.idle_share / self.num_idle
         if self.num_loads:
             means |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        if self.peak_flop:
+            means["hetero/mfu"] = self.flops / self.peak_flop
+        if self.num_routed:
+            means["hetero/router_loss"] = self.router_loss / self.num_routed
         if self.unused_bytes:
             means["hetero/unused_gib"] = self.unused_bytes / 2**30
         if self.num_repeats:

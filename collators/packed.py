@@ -18,9 +18,10 @@ from hf_hetero.collators.sample import (
     has_rows,
     read_row,
     refuse_seen,
+    source_of,
     weights_of,
 )
-from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
+from hf_hetero.collators.spans import labels_of, pack_spans, sample_of, scored_of
 from hf_hetero.errors import BadSample
 from hf_hetero.images.pictures import packed_pictures
 from hf_hetero.images.positions import KINDS
@@ -56,10 +57,12 @@ class PackedCollator:
         limits: what the model has room for. The trainer sets it.
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
+        aligned: a label is the target of its own token, and not of the one before it. The trainer sets it.
         length_column: of the dataset, by which steps are planned; None: its tokens were counted.
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
         sight: how rows hold images; None: such rows are refused. The trainer sets it.
         blind: why, in words.
+        source_column: where a row is from, for the log; None: nobody asks.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -72,10 +75,12 @@ class PackedCollator:
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
+    aligned: bool = field(default=False, repr=False)
     length_column: str | None = None
     weight_column: str | None = None
     sight: Sight | None = field(default=None, repr=False)
     blind: str = field(default="", repr=False)
+    source_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Return the tensors of a step, or of an ordinary batch.
@@ -95,7 +100,8 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self.sample(example, f"row {row}", drawn.row_tokens[position])
-            samples[position] = whole[row].part(start, start + drawn.lengths[position], f"row {row}")
+            end = start + drawn.lengths[position]
+            samples[position] = self._part(whole[row], start, end, f"row {row}")
             self.limits.check_length(samples[position].num_positions, f"row {row}")
         micro_batches: list[RankMicroBatch] = []
         total = 0
@@ -111,10 +117,26 @@ class PackedCollator:
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
             total += sum(self.num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, pack), reaches))
+            labels, scored = labels_of(spans, pack), scored_of(spans, pack)
+            sources = self._sources(batch, [group.samples[span.sample] for span in spans])
+            micro_batch = RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored=scored, sources=sources)
+            micro_batches.append(micro_batch)
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
+
+    def _sources(self, batch: StepExamples, positions: Sequence[int]) -> tuple[str, ...] | None:
+        """Return where the rows of some samples are from; None: nobody asks, as in an evaluation.
+
+        Raises:
+            BadSample: a row does not say it.
+        """
+        if self.source_column is None or not self.needs_labels:
+            return None
+        return tuple(
+            source_of(batch.examples[position], self.source_column, f"row {batch.share.step.rows[position]}")
+            for position in positions
+        )
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         """Read one row as what is trained on: without its padding, with its labels.
@@ -131,16 +153,7 @@ class PackedCollator:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
         is_packed = PACKED_COLUMN in example
         loss_weights = None if self.weight_column is None else weights_of(example, self.weight_column, name)
-        example = self._looked_at(example)
-        example, images = self._without_images(example, name)
-        if self.example_collator is not None:
-            # patches of an image need not be one row a sample; a collator may give them another dim for that
-            batch, made = self._without_images(self.example_collator([{**example, **images}]), name)
-            images = images or made
-            refuse_seen(batch, self.model_inputs, name, self.blind)
-            example = {key: values[0] for key, values in batch.items() if has_rows(values)}
-        if "input_ids" not in example:
-            raise BadSample(f"{name}: the data_collator makes no input_ids of it, only {sorted(example)}.")
+        example, images = self._collated(example, name)
         num_in_row = len(example["input_ids"])
         row = read_row(example, self.model_inputs, name, self.blind)
         positions, others = row.positions(is_packed, name), dict(row.values)
@@ -155,8 +168,7 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        self.limits.check_tokens(input_ids, labels, name)
-        self._check_first_label(labels, row.unpadded, name)
+        self._check(input_ids, labels, row, name)
         inputs = {key: values for key, values in others.items() if key in self.model_inputs}
         seen = None if self.sight is None else self.sight.seen(images, input_ids, name)
         if seen is not None and self.sight is not None and self.sight.positions is not None and not has_positions:
@@ -170,7 +182,30 @@ class PackedCollator:
         if self.sight is not None:  # beside rows with images, which have them
             marks = {key: torch.zeros_like(input_ids) for key in self.model_inputs & MARKS_OF_TEXT}
             inputs = {**marks, **inputs}
-        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding, seen)
+        aligned, padding = self.aligned, self.limits.padding
+        return Sample(input_ids, labels, positions, inputs, weights, padding, aligned, seen=seen)
+
+    def _part(self, row: Sample, start: int, end: int, name: str) -> Sample:
+        """Cut a sample out of its row."""
+        return row.part(start, end, name)
+
+    def _collated(self, example: Example, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Return what is looked at of a row, and its images, as the user's collator makes them."""
+        example, images = self._without_images(self._looked_at(example), name)
+        if self.example_collator is not None:
+            # patches of an image need not be one row a sample; a collator may give them another dim for that
+            batch, made = self._without_images(self.example_collator([{**example, **images}]), name)
+            images = images or made
+            refuse_seen(batch, self.model_inputs, name, self.blind)
+            example = {key: values[0] for key, values in batch.items() if has_rows(values)}
+        if "input_ids" not in example:
+            raise BadSample(f"{name}: the data_collator makes no input_ids of it, only {sorted(example)}.")
+        return example, images
+
+    def _check(self, input_ids: torch.Tensor, labels: torch.Tensor | None, row: Row, name: str) -> None:
+        """Refuse tokens and labels that the model does not have, or that plain training would learn otherwise."""
+        self.limits.check_tokens(input_ids, labels, name, self.aligned)
+        self._check_first_label(labels, row.unpadded, name)
 
     @property
     def makes_tokens(self) -> bool:
@@ -185,11 +220,11 @@ class PackedCollator:
         return {key: values for key, values in example.items() if key not in self.sight.inputs}, images
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
-        """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
+        """Return a row without the columns that are not looked at, and those of the plan, which no collator knows."""
         return {
             key: values
             for key, values in example.items()
-            if key != self.weight_column and (self.columns is None or key in self.columns)
+            if key not in (self.weight_column, self.source_column) and (self.columns is None or key in self.columns)
         }
 
     def _of_each_token(self, weights: torch.Tensor, row: Row, num_in_row: int, name: str) -> torch.Tensor:
@@ -249,7 +284,7 @@ class PackedCollator:
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded
-        if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
+        if first and int(batch["labels"][0][first]) != IGNORE_INDEX and not self.aligned:
             raise BadSample(
                 "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
                 'padding before it. Pad on the right: tokenizer.padding_side = "right".'
@@ -257,7 +292,8 @@ class PackedCollator:
 
     def _check_first_label(self, labels: torch.Tensor | None, unpadded: slice, name: str) -> None:
         """Refuse a first token with a label after padding, from which Trainer's loss would learn it."""
-        if self.needs_labels and unpadded.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
+        is_learned = labels is not None and int(labels[0]) != IGNORE_INDEX
+        if self.needs_labels and unpadded.start and is_learned and not self.aligned:
             raise BadSample(
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."

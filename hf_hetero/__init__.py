@@ -6,9 +6,13 @@ Names are imported when first used, so that planning and the command line need n
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("hf-hetero")
+except PackageNotFoundError:  # sources that were never installed
+    __version__ = "0+unknown"
 
 if TYPE_CHECKING:
     from hf_hetero.config import HeteroConfig
@@ -18,16 +22,23 @@ if TYPE_CHECKING:
     from hf_hetero.planner import Planner
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.embeddings.embedding import HeteroEmbeddingTrainer
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.kto import HeteroKTOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
+    from hf_hetero.trainer.pairs.without_reference import HeteroCPOTrainer, HeteroORPOTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
     "CostModel",
     "Group",
+    "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
+    "HeteroORPOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
@@ -54,7 +65,11 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
+        "HeteroCPOTrainer": "trainer.pairs.without_reference",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroKTOTrainer": "trainer.pairs.kto",
+        "HeteroORPOTrainer": "trainer.pairs.without_reference",
+        "HeteroEmbeddingTrainer": "trainer.embeddings.embedding",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

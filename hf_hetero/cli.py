@@ -7,6 +7,8 @@ hf-hetero check MODEL                                          can this model be
 hf-hetero estimate MODEL --gpus 8xH100                         what it would cost on GPUs that one does not have
 hf-hetero profile MODEL -o cost.json                           measure a cost model on this machine
 hf-hetero report plans.jsonl                                   picture of a finished run
+hf-hetero advise SOURCE MODEL --gpus 16xH100                   what fits, how fast, how to start, what to change next
+hf-hetero recipes list | show | copy | check                   settings to start from, and whether they are right
 
 SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a file, or a name from `costs`.
 """
@@ -24,7 +26,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hf_hetero.advice.command import add_advise
+from hf_hetero.checks.arguments import add_setting
 from hf_hetero.config import MIP_BACKENDS, SOLVERS
+from hf_hetero.cookbook.command import add_recipes
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.plan import METHODS
@@ -32,9 +37,10 @@ from hf_hetero.planner import Planner
 from hf_hetero.profile.command import add_profile
 from hf_hetero.report.drawing import picture_format
 from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
+from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
 from hf_hetero.what_if.simulate import simulate
-from hf_hetero.what_if.sources import Reading, Source, global_batches, read_source
+from hf_hetero.what_if.sources import Source, global_batches
 
 STEPS = 20  # of a simulation, unless the user says otherwise or the source has fewer
 
@@ -130,12 +136,9 @@ def _check(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate a run's cost model; print it in words, and write it where the user says."""
-    from hf_hetero.checks.forecast import Setting, forecast  # torch and transformers, which planning does without
+    from hf_hetero.checks.forecast import forecast, setting_of  # torch and transformers, which planning does without
 
-    setting = Setting(
-        args.lora_r, args.checkpointing, args.offload, args.dtype, args.sharded, args.network, args.attention
-    )
-    found = forecast(args.model, args.gpus, setting)
+    found = forecast(args.model, args.gpus, setting_of(args))
     print(estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))
     if args.output:
         found.cost.save(args.output)
@@ -177,19 +180,10 @@ def _planner(args: argparse.Namespace) -> Planner:
 
 
 def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
-    """Read the lengths; say what is left out on stderr, where it disturbs no table and no JSON."""
+    """Read the lengths; refuse first what could not be drawn."""
     if args.plot:
         picture_format(args.plot)  # a wrong name is said now, not after the planning
-    reading = Reading(args.split, args.dataset_config, args.length_column, args.text_column, args.tokenizer)
-    source = read_source(args.source, num_samples or 0, args.seed, args.max_length, reading)
-    if source.num_dropped:
-        total = source.num_dropped + source.lengths.size
-        print(
-            f"{source.num_dropped:,} of {total:,} samples have more than --max-length {args.max_length:,} tokens "
-            "and are left out.",
-            file=sys.stderr,
-        )
-    return source
+    return source_of(args, num_samples or 0)
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments
@@ -201,7 +195,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     plan = verbs.add_parser("plan", help="plan one global batch; needs no GPU and no model")
-    _add_source(plan)
+    add_source(plan)
     _add_machine(plan)
     plan.add_argument("--batch-size", type=int, help="samples to pick from the source; default: all, in its order")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON (hf-hetero-plan/1) with its lengths")
@@ -209,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan)
 
     simulated = verbs.add_parser("simulate", help="compare ways to share many batches; needs no GPU and no model")
-    _add_source(simulated)
+    add_source(simulated)
     _add_machine(simulated)
     simulated.add_argument("--batch-size", type=int, required=True, help="samples of a step, over all ranks")
     simulated.add_argument("--steps", type=int, help=f"steps to simulate; default: {STEPS}, or as many as there are")
@@ -237,6 +231,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_estimate(verbs)
     add_profile(verbs)
+    add_recipes(verbs)
+    add_advise(verbs)
 
     report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
     report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
@@ -250,34 +246,9 @@ def _add_estimate(verbs: Any) -> None:
     estimated = verbs.add_parser("estimate", help="what a model would cost on GPUs that one does not have")
     estimated.add_argument("model", help="name on the hub, folder, or config.json; no weights are loaded")
     estimated.add_argument("--gpus", required=True, help="such as 8xH100, or 2x8xH100 for two nodes of eight")
-    estimated.add_argument("--lora-r", type=int, help="train adapters of this rank on all linear layers")
-    estimated.add_argument("--checkpointing", action="store_true", help="every group recomputes its layers")
-    estimated.add_argument("--offload", action="store_true", help="groups may also offload to the host")
-    estimated.add_argument("--dtype", default="bfloat16", help="computed in; default: bfloat16")
-    where = estimated.add_mutually_exclusive_group()
-    where.add_argument("--fsdp", dest="sharded", action="store_const", const=True, help="weights over all ranks")
-    where.add_argument("--ddp", dest="sharded", action="store_const", const=False, help="all weights on each rank")
-    estimated.add_argument("--network", type=float, metavar="GBPS", help="line rate of a node, in gigabits a second")
-    estimated.add_argument("--attention", default="fa2", help="fa2 (torch's own kernel, too), fa3 or fa4; default: fa2")
+    add_setting(estimated)
     estimated.add_argument("-o", "--output", metavar="FILE", help="write the cost model (hf-hetero-cost/1)")
     estimated.set_defaults(run=_estimate)
-
-
-def _add_source(verb: argparse.ArgumentParser) -> None:
-    """Add the arguments that say which lengths to plan with."""
-    verb.add_argument(
-        "source",
-        help="a text file with the tokens of each sample, one a line; a dataset (a folder of save_to_disk, a json, "
-        f"jsonl, parquet, csv or arrow file, or owner/name on the hub); or a mix: {', '.join(MIXES)}",
-    )
-    verb.add_argument("--max-length", type=int, help="leave longer samples out, and say how many")
-    verb.add_argument("--seed", type=int, default=0, help="of the mix, and of the order in which samples are drawn")
-    dataset = verb.add_argument_group("datasets")
-    dataset.add_argument("--split", default="train", help="default: train")
-    dataset.add_argument("--dataset-config", metavar="NAME", help="of a hub dataset that has several")
-    dataset.add_argument("--length-column", default="length", help="tokens of each row; else input_ids are counted")
-    dataset.add_argument("--tokenizer", metavar="NAME", help="folder or hub name; counts text, or messages as chats")
-    dataset.add_argument("--text-column", default="text", help="what the tokenizer counts; default: text")
 
 
 def _add_machine(verb: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ the command line overrides it. This script uses the public API only: copy it and
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import platform
@@ -44,6 +43,7 @@ from hf_hetero.fine_tuning import (
     counted_chats,
     explaining,
     has_images,
+    load_rows,
     make_tokenizer,
     parse_settings,
     sample_lengths,
@@ -53,7 +53,6 @@ from hf_hetero.fine_tuning import (
 from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
 
 IGNORED = -100  # the label of a token that is not learned
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
@@ -105,23 +104,10 @@ def say(line: str) -> None:
 
 def load_data(args: RecipeArguments) -> datasets.Dataset:
     """The dataset as it is found, one row a sample; a .txt file is one sample."""
-    source = Path(args.dataset)
     if args.dataset == "python-stdlib":
         # the version is an argument because `datasets` caches by them
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
-    if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(args.dataset)
-        if not isinstance(found, dict):
-            return found
-        if args.dataset_split not in found:
-            raise HeteroError(f"dataset_split={args.dataset_split!r}: {args.dataset!r} has only {', '.join(found)}.")
-        return found[args.dataset_split]
-    if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
-        if not (files := sorted(glob.glob(args.dataset))):
-            raise HeteroError(f"dataset={args.dataset!r}: there is no such file.")
-        options = {"sample_by": "document"} if file_format == "text" else {}
-        return datasets.load_dataset(file_format, data_files=files, split="train", **options)
-    return datasets.load_dataset(args.dataset, args.dataset_config, split=args.dataset_split)
+    return load_rows(args.dataset, args.dataset_config, args.dataset_split)
 
 
 def stdlib_files(version: str) -> Iterator[dict[str, str]]:
@@ -135,9 +121,15 @@ def stdlib_files(version: str) -> Iterator[dict[str, str]]:
 
 
 def prepare_data(
-    args: RecipeArguments, data: datasets.Dataset, tokenizer: Any, weight_column: str | None = None
+    args: RecipeArguments,
+    data: datasets.Dataset,
+    tokenizer: Any,
+    weight_column: str | None = None,
+    source_column: str | None = None,
 ) -> datasets.Dataset:
-    """Tokenised samples of at most `max_length` tokens, with their weights. What was done about longer ones is printed.
+    """Tokenised samples of at most `max_length` tokens, with their weights and sources.
+
+    What was done about longer ones is printed.
 
     Raises:
         HeteroError: nothing to train on, a row that cannot be tokenised, or samples longer than `max_length` under the
@@ -155,7 +147,7 @@ def prepare_data(
         tokenise,
         with_indices=True,
         fn_kwargs=options,
-        remove_columns=[name for name in data.column_names if name != weight_column],
+        remove_columns=[name for name in data.column_names if name not in (weight_column, source_column)],
         num_proc=args.num_proc,
         desc="Tokenising",
     )
@@ -273,7 +265,7 @@ def main(argv: Sequence[str]) -> None:
             data = load_data(args)
         with explaining(f"Cannot load tokenizer={args.tokenizer or args.model!r}"):
             tokenizer = load_tokenizer(args, data)
-        data = prepare_data(args, data, tokenizer, hetero.weight_column)
+        data = prepare_data(args, data, tokenizer, hetero.weight_column, hetero.source_column)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     with explaining("Cannot make the model"):

@@ -19,10 +19,13 @@ FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
     {"images", "state_layers"},
+    {"manners"},
     {"callbacks", "collators", "estimate", "planner"},
     {"checks", "data"},
     {"fine_tuning", "trainer", "what_if"},
     {"profile", "report"},
+    {"cookbook"},
+    {"advice"},
     {""},  # hf_hetero/__init__.py, the catalogue
     {"cli"},
 ]
@@ -57,9 +60,25 @@ DOORS = {  # third-party package -> the only rooms that may import it
     "flash_attn_interface": {"attention.kernels.flash"},
     "kernels": {"attention.kernels.hub"},
     "mip": {"planner.improve.program"},
-    "trl": {"trainer.sft", "trainer.pairs.dpo", "trainer.pairs.reward"},
+    "trl": {
+        "trainer.sft",
+        "trainer.pairs.dpo",
+        "trainer.pairs.kto",
+        "trainer.pairs.reference",
+        "trainer.pairs.reward",
+        "trainer.pairs.without_reference",
+    },
+    "trackio": {"callbacks.stragglers"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
-    "datasets": {"fine_tuning.image_chats", "fine_tuning.tables", "data.lengths", "what_if.corpora"},
+    "datasets": {
+        "cookbook.trial",
+        "fine_tuning.image_chats",
+        "fine_tuning.sources",
+        "fine_tuning.tables",
+        "data.lengths",
+        "trainer.pairs.reference",
+        "what_if.corpora",
+    },
     "transformers": {
         "attention.interface",
         "attention.kernels.cuda",
@@ -68,6 +87,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "callbacks.calibration",
         "callbacks.plan_metrics",
         "callbacks.step_report",
+        "callbacks.stragglers",
         "checks.check",
         "checks.exactness",
         "checks.outline",
@@ -76,23 +96,31 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.loader",
         "data.evaluation_loader",
         "model.activations",
+        "model.classes.labelled",
         "model.wrapped",
         "profile.models",
         "profile.timing",
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",
+        "cookbook.sample",
+        "cookbook.trial",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
+        "trainer.classes.planned",
+        "trainer.embeddings.embedding",
         "trainer.evaluation",
         "trainer.fitting",
         "trainer.machine",
         "trainer.out_of_memory",
-        "trainer.pairs.dpo",
-        "trainer.pairs.reward",
         "trainer.packing",
+        "trainer.pairs.dpo",
+        "trainer.pairs.kto",
+        "trainer.pairs.reward",
+        "trainer.pairs.without_reference",
         "trainer.predictions",
         "trainer.reporting",
+        "trainer.routers",
         "trainer.run",
         "trainer.stopping",
         "trainer.trainer",
@@ -125,7 +153,7 @@ def modules() -> dict[str, Path]:
         for path in (ROOT / folder).rglob("*.py"):
             parts = [prefix, *path.relative_to(ROOT / folder).with_suffix("").parts]
             name = ".".join(part for part in parts if part and part != "__init__")
-            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks"}):  # the two links
+            if not (folder == "hf_hetero" and name.split(".")[0] in {"collators", "callbacks", "recipes"}):  # links
                 found[name] = path
     return found
 

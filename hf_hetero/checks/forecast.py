@@ -5,7 +5,6 @@ It is what a trainer on such GPUs would start from (`estimate.first_estimate`), 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,27 +13,26 @@ from typing import Any
 import torch
 
 from hf_hetero.checks import exactness
+from hf_hetero.checks.machines import MOST_GPUS, Machines, doubled, machines_named
 from hf_hetero.checks.outline import config_of, outline_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.estimate.clusters import NETWORK_SHARE
-from hf_hetero.estimate.devices import GIB, Device, device_named
+from hf_hetero.estimate.devices import GIB
 from hf_hetero.estimate.first_estimate import first_estimate
-from hf_hetero.estimate.memory import Shards, model_state_bytes, usable_bytes
+from hf_hetero.estimate.memory import Shards, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import ATTENTION, reached
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
-from hf_hetero.topology import Topology
 
 DTYPES = {
     **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
     **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
 }
-MOST_GPUS, MOST_PER_NODE = 65_536, 8
 MOST_RANK = 4096
 TRAINED_BYTES = 4
 """Weights that are trained are held in fp32, as `recipes/sft.py` loads them."""
@@ -78,39 +76,6 @@ class Setting:
 
 
 @dataclass(frozen=True, slots=True)
-class Machines:
-    """`Machines` are the GPUs of a run.
-
-    Args:
-        num_nodes, ranks_per_node: how many.
-        card: which, by its data sheet.
-    """
-
-    num_nodes: int
-    ranks_per_node: int
-    card: Device
-
-    @property
-    def num_ranks(self) -> int:
-        """Count the GPUs."""
-        return self.num_nodes * self.ranks_per_node
-
-    @property
-    def name(self) -> str:
-        """Return "8xH100", or "2x8xH100" for two nodes, as `machines_named` reads it."""
-        nodes = f"{self.num_nodes}x" if self.num_nodes > 1 or self.ranks_per_node > MOST_PER_NODE else ""
-        return f"{nodes}{self.ranks_per_node}x{self.card.name}"
-
-    @property
-    def topology(self) -> Topology:
-        """Return how ranks stand on nodes, and what memory each has."""
-        assert self.card.card_bytes is not None
-        num_communicators = len(Topology(self.num_ranks).degrees)
-        memory_bytes = int(usable_bytes(self.card.card_bytes, num_communicators))
-        return Topology(self.num_ranks, self.ranks_per_node, memory_bytes)
-
-
-@dataclass(frozen=True, slots=True)
 class Forecast:
     """A `Forecast` is a cost model, and in words what it is of.
 
@@ -118,11 +83,22 @@ class Forecast:
         cost: of the run.
         machines: its GPUs.
         trained: the model and its weights, and where they are.
+        is_sharded: weights are in parts over all ranks.
     """
 
     cost: CostModel
     machines: Machines
     trained: str
+    is_sharded: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A `Model` is what a name leads to: its config, and an outline without weights."""
+
+    name: str
+    config: Any
+    outline: Any
 
 
 def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
@@ -137,47 +113,51 @@ def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
         ConfigError: no such model or GPU, or not a single token fits, with what would help.
         UnsupportedModel: the model cannot be trained under plans.
     """
-    setting, machines = setting or Setting(), machines_named(gpus)
-    outline = outline_of(config := config_of(model))
-    if outline is None:
-        raise ConfigError(f"transformers builds no causal language model from {model!r}; `hf-hetero check` says why.")
-    if problems := list(exactness.model_problems(outline)):
-        raise UnsupportedModel(" ".join(problems))
-    text = config.get_text_config(decoder=True)
-    shape, policies = trained_shape(outline, text, setting)
-    shards = Shards() if _is_sharded(shape, machines, setting) else None
-    estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(outline, text))
-    try:
-        subject = subject_of(shape, config.model_type, DTYPES[setting.dtype])
-        cost = replace(estimated(shape, machines, shards), model=subject)
-    except ConfigError:
-        raise ConfigError(_what_would_fit(model, shape, machines, shards, setting, estimated)) from None
-    how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
-    where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
-    return Forecast(cost, machines, f"{model}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}")
+    machines = machines_named(gpus)  # what is wrong with the GPUs is said before a model is looked for
+    return forecast_of(model_named(model), machines, setting or Setting())
 
 
-def machines_named(gpus: str) -> Machines:
-    """Read "8xH100", or "2x8xH100" for two nodes of eight.
+def model_named(name: str) -> Model:
+    """Build the outline of a model by its name on the hub, its folder, or its config.json.
 
     Raises:
-        ConfigError: no such GPU, or a number that leaves open how many share a node.
+        ConfigError: there is no such model.
+        UnsupportedModel: it cannot be trained under plans.
     """
-    found = re.fullmatch(r"((?:\d{1,9}\s*x\s*){0,2})(\S.*)", gpus.strip(), re.IGNORECASE)
-    counts = [int(count) for count in re.findall(r"\d+", found[1])] if found else []
-    if found is None or 0 in counts:
-        raise ConfigError(f"{gpus!r:.60} names no GPUs. Write 8xH100, or 2x8xH100 for two nodes of eight.")
-    card = device_named(found[2])
-    if len(counts) < 2:
-        counts = [1, *(counts or [1])]
-        if counts[1] > MOST_PER_NODE:
-            half = f"{-(-counts[1] // MOST_PER_NODE)}x{MOST_PER_NODE}x{card.name}"
-            raise ConfigError(
-                f"{gpus!r:.60}: how many share a node's links? Write {half}, or 1x{counts[1]}x{card.name} for all."
-            )
-    if counts[0] * counts[1] > MOST_GPUS:
-        raise ConfigError(f"{gpus!r:.60}: that is {counts[0] * counts[1]:,} GPUs; at most {MOST_GPUS:,} are estimated.")
-    return Machines(counts[0], counts[1], card)
+    outline = outline_of(config := config_of(name))
+    if outline is None:
+        raise ConfigError(f"transformers builds no causal language model from {name!r}; `hf-hetero check` says why.")
+    if problems := list(exactness.model_problems(outline)):
+        raise UnsupportedModel(" ".join(problems))
+    return Model(name, config, outline)
+
+
+def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
+    """Estimate what a model would cost on GPUs; several forecasts may be of one outline.
+
+    Raises:
+        ConfigError: not a single token fits, with what would help.
+    """
+    text = model.config.get_text_config(decoder=True)
+    shape, policies = trained_shape(model.outline, text, setting)
+    shards = Shards() if _is_sharded(shape, machines, setting) else None
+    estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(model.outline, text))
+    try:
+        subject = subject_of(shape, model.config.model_type, DTYPES[setting.dtype])
+        cost = replace(estimated(shape, machines, shards), model=subject)
+    except ConfigError:
+        raise ConfigError(_what_would_fit(model.name, shape, machines, shards, setting, estimated)) from None
+    how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
+    where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
+    trained = f"{model.name}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}"
+    return Forecast(cost, machines, trained, shards is not None)
+
+
+def setting_of(args: Any) -> Setting:
+    """Read what `arguments.add_setting` adds to a command line."""
+    return Setting(
+        args.lora_r, args.checkpointing, args.offload, args.dtype, args.sharded, args.network, args.attention
+    )
 
 
 def trained_shape(outline: Any, config: Any, setting: Setting) -> tuple[ModelShape, tuple[str, ...]]:
@@ -270,9 +250,9 @@ def _what_would_fit(
     ways: list[str] = []
     if shards is None and machines.num_ranks > 1 and fits(machines, Shards()):
         ways.append("weights sharded over the ranks (--fsdp)")
-    more = _doubled(machines)
+    more = doubled(machines)
     while more.num_ranks <= MOST_GPUS and not fits(more, Shards()):
-        more = _doubled(more)
+        more = doubled(more)
     if more.num_ranks <= MOST_GPUS:
         ways.append(f"{more.num_ranks} GPUs ({more.name}), with weights sharded over them")
     # adapters of rank 16 are less than a hundredth of any model's weights
@@ -289,10 +269,3 @@ def _what_would_fit(
         f"{model_state_bytes(shape) / GIB:,.1f} GiB {'over all ranks' if shards else 'on each rank'}, and a rank has "
         f"{machines.topology.memory_bytes / GIB:.1f} GiB for its part and its tokens. What would do: {'; '.join(ways)}."
     )
-
-
-def _doubled(machines: Machines) -> Machines:
-    """Return twice as many GPUs: in the node while it is one, and has room for them; else in more nodes."""
-    if machines.num_nodes == 1 and 2 * machines.ranks_per_node <= MOST_PER_NODE:
-        return replace(machines, ranks_per_node=2 * machines.ranks_per_node)
-    return replace(machines, num_nodes=2 * machines.num_nodes)

@@ -25,6 +25,7 @@ class Reading:
         length_column: tokens of each row, where the dataset has them; else `input_ids` are counted.
         text_column: what a tokenizer counts; rows with `messages` instead go through its chat template.
         tokenizer: folder or hub name; None leaves text uncounted.
+        usual_tokenizer: the same, for rows that nothing else counts.
     """
 
     split: str = "train"
@@ -32,6 +33,7 @@ class Reading:
     length_column: str = "length"
     text_column: str = "text"
     tokenizer: str | None = None
+    usual_tokenizer: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +157,11 @@ def _of_table(where: str, reading: Reading) -> Lengths:
 
     table = corpora.open_table(where, TABLE_SUFFIXES.get(Path(where).suffix), reading.split, reading.config)
     texts = [name for name in (reading.text_column, "messages") if name in table.column_names]
-    if texts and reading.tokenizer is not None:
-        lengths = corpora.tokenised_lengths(table, texts[0], reading.tokenizer)
-    elif texts and not {reading.length_column, "input_ids"} & set(table.column_names):
+    uncounted = bool(texts) and not {reading.length_column, "input_ids"} & set(table.column_names)
+    tokenizer = reading.tokenizer or (reading.usual_tokenizer if uncounted else None)
+    if texts and tokenizer is not None:
+        lengths = corpora.tokenised_lengths(table, texts[0], tokenizer)
+    elif uncounted:
         raise ConfigError(
             f"{where!r} has text in {texts[0]!r} but neither {reading.length_column!r} nor 'input_ids'. "
             "Name a tokenizer (--tokenizer) to count its tokens."

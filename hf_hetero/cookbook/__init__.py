@@ -1,0 +1,1 @@
+"""The room of the recipes that come with the package: found, shown, copied, checked."""

@@ -1,0 +1,145 @@
+"""This module tries each key of a recipe's settings by itself, so that whatever is wrong is said with its key."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+from hf_hetero.cookbook.shelf import Recipe, read
+from hf_hetero.errors import HeteroError
+from hf_hetero.fine_tuning import explaining
+
+ON_A_CPU: Mapping[str, Any] = {"use_cpu": True}
+"""What lets a machine without a GPU read settings that want one."""
+AT_LEAST_ONE = ("per_device_train_batch_size", "gradient_accumulation_steps")
+"""Counts that `TrainingArguments` takes whatever they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A `Problem` is what is wrong with a key of a recipe, and what to do.
+
+    Args:
+        key: of the settings; empty: it is about none in particular.
+        said: reason and remedy.
+    """
+
+    key: str
+    said: str
+
+
+def script_of(recipe: Recipe) -> ModuleType:
+    """Load a recipe's script, without running it.
+
+    Raises:
+        HeteroError: it cannot be loaded, or is no script of recipes.
+    """
+    name = f"_recipe_script_{recipe.script.stem}"
+    spec = importlib.util.spec_from_file_location(name, recipe.script)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their types up there
+    with explaining(f"Cannot load {recipe.script}"):
+        spec.loader.exec_module(module)
+    if not hasattr(module, "parse") or not hasattr(module, "main"):
+        raise HeteroError(f"{recipe.script} has no `parse` and `main`: it is no script of recipes.")
+    return module
+
+
+def settings_of(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Let a script read settings, as from a file.
+
+    Raises:
+        HeteroError: as the script says it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "settings.yaml"
+        path.write_text(yaml.safe_dump(dict(values)), encoding="utf-8")
+        return script.parse(["--config", str(path)])
+
+
+def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with settings: each key that cannot be by itself, else what they cannot be together."""
+    known = {item.name: item for settings in settings_of(script, ON_A_CPU) for item in fields(settings)}
+    problems: list[Problem] = []
+    try:
+        settings_of(script, {**values, **ON_A_CPU})
+    except HeteroError as error:
+        problems = [Problem(key, said) for key in values for said in _wrong_alone(script, key, values[key], known)]
+        problems = problems or [Problem(key_in(str(error), values), str(error))]
+    counts = [key for key in AT_LEAST_ONE if isinstance(values.get(key), int) and values[key] < 1]
+    return problems + [Problem(key, f"{key}={values[key]}: it must be at least 1.") for key in counts]
+
+
+def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
+    """Return whether the launch file starts another number of ranks than the settings insist on."""
+    wanted = values.get("num_ranks")
+    if wanted is None or (recipe.launch is None and wanted == 1):
+        return []
+    if recipe.launch is None:
+        return [
+            Problem("num_ranks", f"num_ranks={wanted}, but there is no launch file beside it, so one rank would start.")
+        ]
+    starts = read(recipe.launch).get("num_processes")
+    if starts == wanted:
+        return []
+    return [
+        Problem(
+            "num_ranks",
+            f"num_ranks={wanted}, but {recipe.launch.name} starts num_processes={starts} ranks. Make them equal: "
+            f"set num_ranks to {starts}, or num_processes to {wanted} in a copy of {recipe.launch.name}.",
+        )
+    ]
+
+
+def _wrong_alone(script: ModuleType, key: str, value: Any, known: Mapping[str, Field[Any]]) -> Iterator[str]:
+    """Say what is wrong with one key, if anything, and what it is for."""
+    try:
+        settings_of(script, {**ON_A_CPU, key: value})
+    except HeteroError as error:
+        yield _without_help(str(error)) + _described(known.get(key))
+
+
+def _described(item: Field[Any] | None) -> str:
+    """Say a field's default, and what it is for."""
+    if item is None:
+        return ""
+    default = f" Its default is {item.default!r}." if item.default is not MISSING else ""
+    # long ones go on about rare cases
+    about = str(item.metadata.get("help", "")).split(". ")[0].strip().rstrip(".")
+    return f"{default} {about}." if about else default
+
+
+def _without_help(said: str) -> str:
+    """Leave out where the error was found, which is a copy, and where all keys are listed, which is in its place."""
+    said = re.sub(r"^\S*settings\.yaml: ", "", said)
+    return re.sub(r" `python \S+ --help` (says what can be|lists them all)\.$", "", said)
+
+
+def key_in(said: str, values: Mapping[str, Any]) -> str:
+    """Return the key of settings that a message is about: the first it names, else one whose value it has; else ""."""
+    for marked in ("{}=", "`{}`", "'{}'"):
+        if (named := _first(marked, said, values)) is not None:
+            return named
+    for key, value in values.items():
+        items: list[Any] = value if isinstance(value, list) else [value]
+        if any(isinstance(item, str) and (repr(item) in said or f'"{item}"' in said) for item in items):
+            return key
+    words = re.findall(r"\w+", said)
+    return _first("{}:", said, values) or next((key for key in values if "_" in key and key in words), "")
+
+
+def _first(marked: str, said: str, keys: Iterable[str]) -> str | None:
+    """Return the key that stands first in a message, with marks around it."""
+    found = {key: re.search(rf"(?<!\w){re.escape(marked.format(key))}", said) for key in keys}
+    return min((at.start(), key) for key, at in found.items() if at)[1] if any(found.values()) else None
