@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero.callbacks.plan_numbers import PlanNumbers
+from hf_hetero.callbacks.recording import append, describe_run, numbers_of, record_path, write_object
 from hf_hetero.callbacks.step_report import StepReportCallback
 from hf_hetero.callbacks.stragglers import Stragglers, alert
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import StepReport, describe_degrees
+from hf_hetero.progress import say
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ class PlanMetricsCallback(StepReportCallback):
 
     Args:
         lines: print a line a step on rank 0.
-        record: keep each step's lengths, plan and times in `plans.jsonl` under the output folder.
+        record: keep each step's lengths, plan and times in `plans.jsonl` under the output folder; beside it what the
+            run is (`run.json`), and what it logs (`logs.jsonl`), for its report.
     """
 
     def __init__(self, lines: bool = False, record: bool = False) -> None:
@@ -35,6 +37,16 @@ class PlanMetricsCallback(StepReportCallback):
         self._since_log, self._totals = _Totals(), _Totals()
         self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
+        self._planned_by: tuple[HeteroConfig, CostModel] | None = None
+        self._run: dict[str, Any] = {}
+
+    def on_cost_model(
+        self, args: TrainingArguments, state: TrainerState, hetero: HeteroConfig, cost_model: CostModel
+    ) -> None:
+        """Note what plans are made by; a refit is written down at once, for a report of the run so far."""
+        self._planned_by = hetero, cost_model
+        if self._run:
+            self._note(args, state, cost_model=cost_model.to_dict())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -45,7 +57,12 @@ class PlanMetricsCallback(StepReportCallback):
         self._is_incomplete = False
         # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
-            self._without_failing(lambda: record_path(args).unlink(missing_ok=True))
+            for name in ("plans.jsonl", "logs.jsonl"):
+                self._without_failing(record_path(args, name).unlink, missing_ok=True)
+        if self._record:
+            hetero, cost = self._planned_by or (None, None)
+            self._run = {}
+            self._note(args, state, **describe_run(args, kwargs.get("model"), state.max_steps, hetero, cost))
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Print, record, and count for the next log."""
@@ -58,9 +75,9 @@ class PlanMetricsCallback(StepReportCallback):
         if words := self._stragglers.words():
             alert(args, words)
         if self._lines:
-            tqdm.write(step_line(report))
+            say(step_line(report))
         if self._record:
-            self._without_failing(lambda: append(record_path(args), json.dumps(to_record(report))))
+            self._without_failing(append, record_path(args), json.dumps(to_record(report)))
 
     def metrics(self) -> dict[str, float]:
         """Return means over the steps since the last log, under `hetero/`."""
@@ -76,31 +93,37 @@ class PlanMetricsCallback(StepReportCallback):
     ) -> None:
         """Print what the run did as a whole."""
         if self._lines and state.is_world_process_zero and self._totals.num_steps:
-            tqdm.write(self._totals.summary())
+            say(self._totals.summary())
+        if self._run:
+            self._note(args, state, has_ended=True)
 
-    def _without_failing(self, write: Callable[[], object]) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record the numbers that are logged."""
+        if self._record and logs and state.is_world_process_zero:
+            line = json.dumps(numbers_of(logs, state.global_step))
+            self._without_failing(append, record_path(args, "logs.jsonl"), line)
+
+    def _note(self, args: TrainingArguments, state: TrainerState, **facts: Any) -> None:
+        """Write down, on rank 0, what the run is, with these facts changed."""
+        self._run |= facts
+        if state.is_world_process_zero:
+            self._without_failing(write_object, record_path(args, "run.json"), self._run)
+
+    def _without_failing(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
         """Write, and say once if that fails: a missing record costs a picture, and is no reason to end a run."""
         try:
-            write()
+            write(*values, **options)
         except OSError as error:
             if not self._is_incomplete:
                 logger.warning("Steps are missing from the record of plans, because it cannot be written: %s.", error)
             self._is_incomplete = True
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line to a file, and begin a new one where the last was cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
-
-
-def record_path(args: TrainingArguments) -> Path:
-    """Return the file in which `record=True` keeps its lines."""
-    return Path(args.output_dir or ".") / "plans.jsonl"
 
 
 def step_line(report: StepReport) -> str:
@@ -124,6 +147,7 @@ def to_record(report: StepReport) -> dict[str, Any]:
         "busy_s": [list(ranks) for ranks in report.busy_s],
         "wait_s": report.wait_s,
         "is_lockstep": report.is_lockstep,
+        "peak_bytes": report.peak_bytes,
     }
 
 

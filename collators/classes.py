@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.packed import PackedCollator
-from hf_hetero.collators.sample import Example, Row, Sample
+from hf_hetero.collators.row import Row
+from hf_hetero.collators.sample import Example, Sample
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.model.classes.class_loss import MANY_CLASSES, ONE_CLASS, REGRESSION, numbers_of

@@ -10,24 +10,15 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.limits import Limits
-from hf_hetero.collators.sample import (
-    LOSS_WEIGHTS,
-    Example,
-    Row,
-    Sample,
-    has_rows,
-    read_row,
-    refuse_seen,
-    source_of,
-    weights_of,
-)
+from hf_hetero.collators.row import Row, has_rows, of_each_token, read_row, refuse_seen, source_of, weights_of
+from hf_hetero.collators.sample import LOSS_WEIGHTS, Example, Sample
 from hf_hetero.collators.spans import labels_of, pack_spans, sample_of, scored_of
 from hf_hetero.errors import BadSample
 from hf_hetero.images.pictures import packed_pictures
 from hf_hetero.images.positions import KINDS
 from hf_hetero.images.sight import Sight, all_inputs
 from hf_hetero.layout import Span
-from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, num_targets
+from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
@@ -178,7 +169,7 @@ class PackedCollator:
             {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
         if loss_weights is not None:
-            weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
+            weights[LOSS_WEIGHTS] = of_each_token(loss_weights, row, num_in_row, name, self.weight_column)
         if self.sight is not None:  # beside rows with images, which have them
             marks = {key: torch.zeros_like(input_ids) for key in self.model_inputs & MARKS_OF_TEXT}
             inputs = {**marks, **inputs}
@@ -226,18 +217,6 @@ class PackedCollator:
             for key, values in example.items()
             if key not in (self.weight_column, self.source_column) and (self.columns is None or key in self.columns)
         }
-
-    def _of_each_token(self, weights: torch.Tensor, row: Row, num_in_row: int, name: str) -> torch.Tensor:
-        """Return the weight of each token of a row that is no padding, as it travels. Shape (num_tokens,)."""
-        num_tokens = len(row.values["input_ids"])
-        if weights.ndim == 0:
-            return carried_weights(weights.repeat(num_tokens))
-        if len(weights) != num_in_row:
-            raise BadSample(
-                f"{name} has {len(weights)} {self.weight_column} and {num_in_row} input_ids. Give each token a weight, "
-                "or the row one number."
-            )
-        return carried_weights(weights[row.unpadded])
 
     def _labels(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> torch.Tensor | None:
         """Return a row's labels, or make them of its tokens; None where it has none and needs none."""

@@ -50,7 +50,7 @@ from hf_hetero.fine_tuning import (
     tokenise,
     truncate,
 )
-from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
+from hf_hetero.report import draw_plan, most_mixed, read_records, report_run
 
 IGNORED = -100  # the label of a token that is not learned
 
@@ -143,6 +143,9 @@ def prepare_data(
     # only what changes the tokens, because `datasets` caches by these arguments
     options = {"tokenizer": tokenizer, "text_column": args.text_column, "assistant_only": args.assistant_only_loss}
     options["version"] = __version__
+    if not sys.stderr.isatty():  # bars are for terminals; a log takes a line
+        datasets.disable_progress_bars()
+        say(f"Tokenising {len(data):,} rows.")
     data = data.with_format(None).map(
         tokenise,
         with_indices=True,
@@ -293,14 +296,13 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(folder: Path, cost_model: Any) -> None:
     """The run as a page, and one of its steps as a picture."""
-    records = read_records(folder / "plans.jsonl")
+    step = most_mixed(read_records(folder))
+    report_run(folder, folder / "report.html", cost_model)
     try:
-        write_report(records, folder / "report.html", cost_model)
-        step = most_mixed(records)
         for name in ("step.png", "step.svg"):
             draw_plan(Plan.from_dict(step["plan"]), step["lengths"], cost_model, folder / name)
     except HeteroError as error:  # no matplotlib: the run itself is done
-        say(f"No pictures: {error}")
+        say(f"Wrote {folder / 'report.html'} (the run). No pictures: {error}")
     else:
         say(f"Wrote {folder / 'report.html'} (the run), {folder / 'step.png'} and .svg (step {step['step']}).")
 

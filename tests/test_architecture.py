@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"plan", "samples", "topology"},
+    {"plan", "progress", "samples", "topology"},
     {"config", "layout", "model", "ranks"},
     {"attention", "costs", "step"},
     {"images", "state_layers"},
@@ -69,7 +69,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.pairs.without_reference",
     },
     "trackio": {"callbacks.stragglers"},
-    "matplotlib": {"report.drawing", "report.plan_picture", "report.report", "report.simulation_picture"},
+    "matplotlib": {"report.drawing", "report.plan_picture", "report.simulation_picture"},
     "datasets": {
         "cookbook.trial",
         "fine_tuning.image_chats",
@@ -86,6 +86,8 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "attention.kernels.hub",
         "callbacks.calibration",
         "callbacks.plan_metrics",
+        "callbacks.progress",
+        "callbacks.recording",
         "callbacks.step_report",
         "callbacks.stragglers",
         "checks.check",
@@ -136,6 +138,7 @@ WITHOUT_TORCH = {
     "costs",
     "layout",
     "planner",
+    "progress",
     "report",
     "samples",
     "what_if",

@@ -23,6 +23,7 @@ from hf_hetero.profile.fitting_memory import with_measured_memory
 from hf_hetero.profile.models import Subject
 from hf_hetero.profile.timing import ScriptedTrainer, temporary_folder, timed, trainer_for
 from hf_hetero.profile.trials import Trial, in_steps, trials
+from hf_hetero.progress import shows_bars
 from hf_hetero.trainer.machine import Ground
 
 MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -209,7 +210,7 @@ def _whole_shape(subject: Subject, part: ModelShape) -> ModelShape:
 @contextmanager
 def _bar(seconds: float, shows: bool) -> Iterator[Callable[[float], None]]:
     """Show how much of the time is over."""
-    is_hidden = not shows or os.environ.get("RANK", "0") != "0"
+    is_hidden = not shows or os.environ.get("RANK", "0") != "0" or not shows_bars()
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=seconds, desc="Timing groups", bar_format=form, disable=is_hidden, leave=False) as bar:
 

@@ -8,9 +8,14 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import ProgressCallback, Trainer
 
-from hf_hetero.callbacks import CalibrationCallback, StepReportCallback
+from hf_hetero.callbacks import (
+    CalibrationCallback,
+    PlanMetricsCallback,
+    StepProgressCallback,
+    StepReportCallback,
+)
 from hf_hetero.callbacks.refitting import is_priced
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
@@ -22,7 +27,7 @@ from hf_hetero.step import StepBatch
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed
 from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
-from hf_hetero.trainer.training import Seen, Training
+from hf_hetero.trainer.training import Observed, Training
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ def report(trainer: Trainer, run: PlannedRun, training: Training, between: Betwe
             assert training.data is not None
             # planned anew at once: a run that resumes here has no older plans, and must train by the same
             training.data.plans.forget()
+            _tell(trainer, run.hetero, cost)
 
 
 def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: BetweenRuns, number: int) -> StepReport:
@@ -45,7 +51,7 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
     assert training.step.batch is not None
     assert training.clock is not None
     batch, step, means = training.step.batch, training.step.batch.share.step, between.means
-    busy_s, seen, training.seen = training.clock.read(), training.seen, Seen()
+    busy_s, seen, training.seen = training.clock.read(), training.seen, Observed()
     totals = [training.clock.peak_bytes(), training.clock.unused_bytes(), seen.sent_bytes]
     charged = _charges(between.cost_model_of_now(), batch)
     counts, own = [m.num_targets for m in batch.micro_batches] if means else [], _by_source(run, training, seen)
@@ -99,7 +105,7 @@ def _charges(cost: CostModel, batch: StepBatch) -> list[float]:
     ]
 
 
-def _by_source(run: PlannedRun, training: Training, seen: Seen) -> dict[str, Tally]:
+def _by_source(run: PlannedRun, training: Training, seen: Observed) -> dict[str, Tally]:
     """Return the loss of each source on this rank; nothing where not each target of the rank was seen."""
     found = seen.tallies()
     assert training.step is not None
@@ -118,6 +124,29 @@ def _by_source(run: PlannedRun, training: Training, seen: Seen) -> dict[str, Tal
     return {}
 
 
+def add_callbacks(trainer: Trainer) -> None:
+    """Add the callback that counts planned steps, unless the user did; the bar that shows them replaces Trainer's."""
+    callbacks = trainer.callback_handler.callbacks
+    for place, callback in enumerate(callbacks):
+        if type(callback) is ProgressCallback:
+            callbacks[place] = StepProgressCallback(callback.max_str_len)
+    if not any(isinstance(callback, PlanMetricsCallback) for callback in callbacks):
+        trainer.add_callback(PlanMetricsCallback())
+
+
+def close_bars(trainer: Trainer) -> None:
+    """Close the bars of a run that may have failed, so that what is said of it stands below them."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, StepProgressCallback):
+            callback.close()
+
+
+def _tell(trainer: Trainer, hetero: HeteroConfig, cost: CostModel) -> None:
+    """Tell the callbacks what plans are made by from now on."""
+    for callback in step_callbacks(trainer):
+        callback.on_cost_model(trainer.args, trainer.state, hetero, cost)
+
+
 def step_callbacks(trainer: Trainer) -> Sequence[StepReportCallback]:
     """Return the trainer's callbacks that are told of each step."""
     return [c for c in trainer.callback_handler.callbacks if isinstance(c, StepReportCallback)]
@@ -134,6 +163,7 @@ def begin_calibrating(trainer: Trainer, hetero: HeteroConfig, between: BetweenRu
     """
     machine, wanted = between.machine, hetero.calibrate
     assert machine is not None
+    _tell(trainer, hetero, between.cost_model_of_now())
     if wanted is None:  # by measured times no two runs are planned alike
         wanted = machine.is_estimate and not trainer.args.full_determinism
     if wanted and not _calibrations(trainer):

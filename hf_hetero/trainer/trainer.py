@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
@@ -81,8 +80,7 @@ class HeteroTrainerMixin(LearnsClasses):
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
         accept(self, self._between_runs.manner)
-        if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(PlanMetricsCallback())
+        reporting.add_callbacks(self)
         if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
             theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         self._stop = StopWhenAsked()
@@ -145,6 +143,7 @@ class HeteroTrainerMixin(LearnsClasses):
         self.add_callback(self._decision)  # after all that were added meanwhile, whose wishes it joins
         with self._between_runs.running(), ExitStack() as opened:
             opened.callback(setattr, self, "_training", None)
+            opened.callback(reporting.close_bars, self)
             self._training = training.Training(opened)
             if resume_from_checkpoint:
                 resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)

@@ -42,8 +42,8 @@ ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 
 
 @dataclass(slots=True)
-class Seen:
-    """`Seen` is what is seen of the step underway, on this rank, beside its times.
+class Observed:
+    """An `Observed` is what was observed of the step underway, on this rank, beside its times.
 
     Args:
         sent_bytes: that were sent to other ranks inside layers.
@@ -89,7 +89,7 @@ class Training:
     step: ConfirmedStep | None = None
     step_s: float = 0.0
     repeats: Repeats = field(default_factory=Repeats)
-    seen: Seen = field(default_factory=Seen)
+    seen: Observed = field(default_factory=Observed)
     sources: SourcesOfAll = field(default_factory=SourcesOfAll)
     has_said_sources: bool = False
 
@@ -231,7 +231,7 @@ def train_part(
 
     def forget() -> None:
         clock.forget()
-        training.seen = Seen()
+        training.seen = Observed()
 
     assert training.step is not None
     assert training.data is not None
@@ -259,8 +259,7 @@ def _watch_sources(context: AttentionContext, micro_batch: RankMicroBatch, train
     """Have the loss of each source of a micro-batch added up, where rows say what they are from."""
     if not micro_batch.sources:
         return
-    names = [training.sources.named(source) for source in micro_batch.sources]
-    slots = sorted(set(names))
+    slots = sorted(set(names := [training.sources.named(source) for source in micro_batch.sources]))
     # a token that stands in at the end has no target, and so no source
     of_tokens = torch.zeros(micro_batch.inputs["input_ids"].shape[1], dtype=torch.long)
     of_spans = torch.tensor([slots.index(name) for name in names])

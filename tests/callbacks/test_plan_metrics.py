@@ -18,8 +18,8 @@ from hf_hetero.plan import StepReport
 
 PLAN = Plan(2, (MicroBatch((Group((0, 1), (1,)),)), MicroBatch((Group((0,), (0,)), Group((1,), (2,))))), seconds=1.5)
 REPORT = StepReport(7, PLAN, (100, 800, 100), 900, seconds=2.0, busy_s=((1.0, 1.0), (1.0, 0.5)), wait_s=0.0)
-RANK_0: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
-RANK_1: Any = SimpleNamespace(is_world_process_zero=False, global_step=0)
+RANK_0: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=9)
+RANK_1: Any = SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=9)
 
 
 def test_line() -> None:

@@ -10,11 +10,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from hf_hetero.data.contents import LEARNT_COLUMNS, checksum_of
 from hf_hetero.data.lengths import tells_where_it_is
 from hf_hetero.errors import BadSample
+from hf_hetero.progress import each
 from hf_hetero.samples.samples import Drawn, Samples
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class Reading:
             logger.warning(
                 "The stream cannot be entered in the middle: its first %d rows are read again.", position.rows
             )
-        for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
+        for row in each(range(position.rows), "Reading trained samples again", "rows"):
             if not wanted() or (example := next(examples, None)) is None:
                 raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
             checksum = self._checksum([self._with_wanted_columns(example)], checksum)
