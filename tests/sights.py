@@ -51,6 +51,12 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         TOKENS,
     ),
     "llava": ("Llava", LLAMA, {**PICTURED, "model_type": "clip_vision_model"}, {"image_token_index": IMAGE}),
+    "llava-pixtral": (
+        "Llava",
+        LLAMA,
+        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
+        {"image_token_index": IMAGE, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+    ),
     "llava-next": (
         "LlavaNext",
         LLAMA,

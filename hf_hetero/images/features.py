@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -37,7 +37,8 @@ class FeaturesOfSpans:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        part, hook = merging_part(model), cast("Any", _encode)  # torch's types do not see a function that is decorated
+        part = merging_part(model)
+        hook: Any = _encode  # torch's types do not see that a decorated function is still one
         self._handle = None if part is None else part.register_forward_pre_hook(hook, with_kwargs=True)
 
     def remove(self) -> None:

@@ -27,6 +27,7 @@ from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.estimate.flops import ModelFlops, flops_of
+from hf_hetero.images.families import why_blind
 from hf_hetero.images.features import FeaturesOfSpans
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss
@@ -234,8 +235,10 @@ def _router_loss(trainer: Trainer, base: Any, last_step: bool) -> RouterLoss:
 def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) -> LeanHead | None:
     """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
     if not manner.whole:  # whole samples are computed as transformers does
-        undone.callback(_give_back_attention, base, base.config._attn_implementation)
-        base.set_attn_implementation(interface.ATTENTION_NAME)
+        before = _attention_of(base)
+        undone.callback(_give_back_attention, base, before)
+        name = interface.ATTENTION_NAME
+        base.set_attn_implementation(dict.fromkeys(before, name) if isinstance(before, dict) else name)
         undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
         undone.callback(FeaturesOfSpans(base).remove)
@@ -258,8 +261,19 @@ def _lean_head(base: Any, undone: ExitStack) -> LeanHead | None:
     return head
 
 
-def _give_back_attention(base: Any, name: str) -> None:
-    base.set_attn_implementation(name)
+def _attention_of(base: Any) -> str | dict[str, str]:
+    """Return what attention is called where this package's comes: everywhere, but not in towers that see images.
+
+    These run on whole images, so theirs may stay, and with it what a library does about images of many sizes.
+    """
+    config = base.config
+    if why_blind(base):
+        return config._attn_implementation
+    return {"": config._attn_implementation, "text_config": config.text_config._attn_implementation}
+
+
+def _give_back_attention(base: Any, names: str | dict[str, str]) -> None:
+    base.set_attn_implementation(names)
 
 
 def choose_kernel(base: Any, device_type: str, dtype: torch.dtype, manner: Manner) -> Kernel:

@@ -58,7 +58,8 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         trainer._signature_columns = [*signature, *filter(None, added)]  # pyright: ignore[reportPrivateUsage]
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
-    sight, inputs = _sight_of(base), signature
+    blind = why_blind(base) or (manner.whole and "its samples go whole, which was not tried with images")
+    sight, inputs = None if blind else _sight_of(base), signature
     if sight is not None:  # a collator may make them of columns that are no inputs, as TRL's does of chats and images
         inputs |= frozenset(inspect.signature(base.forward).parameters)
     return replace(
@@ -74,15 +75,13 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
         source_column=hetero.source_column,
         aligned=manner.aligned,
         sight=sight,
-        blind=why_blind(base) or "and, for this model, images",
+        blind=blind or "and, for this model, images",
     )
 
 
 def _sight_of(base: Any) -> Sight | None:
-    """Return how rows hold images; None where such rows are refused."""
+    """Return how rows hold the images of a model that is not blind."""
     part: Any = merging_part(base)
-    if part is None or why_blind(base):
-        return None
     has_positions = hasattr(part, "get_rope_index")
     return sight_of(base, build(shrunk(base.config), "meta", type(part)) if has_positions else None)
 

@@ -37,7 +37,7 @@ LAYERS = {  # accelerate does not find all that transformers names of a Llava
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
-SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-next", "mistral3")
+SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -203,9 +203,24 @@ def test_a_collator_makes_rows_of_chats(tmp_path: Any) -> None:
 
 
 def test_a_model_is_given_back_as_it_was(tmp_path: Any) -> None:
-    """After training no hook is left, and stock transformers sees images as before."""
+    """After training no hook is left; meanwhile the tower keeps the attention that it has."""
     model, data = seeing_model("llava"), rows_with_images("llava")[:12]
-    HeteroTrainer(model, arguments(str(tmp_path), 1, max_steps=1), train_dataset=data).train()
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+
+    def names() -> list[str]:
+        parts = (model.config, model.config.text_config, model.config.vision_config)
+        return [part._attn_implementation for part in parts]
+
+    class Looking(Recorder):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            assert names() == ["hf_hetero", "hf_hetero", "eager"]
+            seen.append(1)
+
+    seen: list[int] = []
+    args = arguments(str(tmp_path), 1, max_steps=1)
+    HeteroTrainer(model, args, train_dataset=data, callbacks=[Looking()]).train()
+    assert seen == [1]
+    assert names() == ["sdpa", "sdpa", "eager"]
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
