@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ import torch.distributed as dist
 from helpers import (
     IGNORE,
     LENGTHS,
+    Recorder,
+    ScriptedPlanner,
     ScriptedTrainer,
     arguments,
     gradients_of,
     largest_difference,
     run_ranks,
     samples,
+    scripted,
     shard_on_cpu,
     tiny_model,
     trained,
@@ -30,6 +34,7 @@ from helpers import (
 )
 from torch.nn import functional as F
 from transformers import Trainer
+from words import tokenizer
 
 from hf_hetero import HeteroConfig, UnsupportedModel
 from hf_hetero.collators import PackedCollator
@@ -159,7 +164,7 @@ def test_the_approximation_is_what_it_says() -> None:
     check(run_ranks(train_case, 2, case)[1], reference({}, 3, last_step=True))
 
 
-def test_a_plain_trainer_with_one_batch_a_step_learns_the_same(tmp_path: Any) -> None:
+def test_a_plain_trainer_with_one_batch_a_step_learns_the_same(tmp_path: Path) -> None:
     """What is defined is transformers' own loss where one rank takes the whole step as one batch, to its fp32."""
     model = model_of({}).float()
     args = arguments(str(tmp_path), 1, max_steps=1)
@@ -208,3 +213,37 @@ def test_reentrant_checkpoints_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="use_reentrant"):
         train_case({"args": reentrant})
     train_case({"args": args})
+
+
+def train_sft(folder: str) -> dict[str, Any]:
+    import datasets
+    import trl
+
+    from hf_hetero import HeteroSFTTrainer
+
+    class Scripted(HeteroSFTTrainer):
+        def _plan_source(self) -> Any:
+            return scripted(ScriptedPlanner(self.args.world_size))
+
+    plain = arguments(folder, dist.get_world_size(), max_steps=2).to_dict()
+    names = ("per_device_train_batch_size", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm")
+    names += ("use_cpu", "seed", "logging_steps", "save_strategy", "disable_tqdm")
+    options = {"bf16": False, "report_to": [], "max_length": None, "activation_checkpointing": False}
+    args = trl.SFTConfig(folder, router_aux_loss_coef=COEFFICIENT, **{name: plain[name] for name in names}, **options)
+    recorder, data = Recorder(), datasets.Dataset.from_list(samples(LENGTHS))
+    model = model_of({}).float()
+    model.router_aux_loss_coef = 100.0  # TRL's own factor counts, and not that which the model was built with
+    trainer = Scripted(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=[recorder])
+    trainer.train()
+    return {"gradients": recorder.gradients, "logs": trainer.state.log_history}
+
+
+def test_trl_learns_and_logs_the_same(tmp_path: Path) -> None:
+    """TRL's SFTTrainer adds and logs the loss by itself: its gradients, and what it logs, are the step's, in fp32."""
+    pytest.importorskip("trl")
+    found, expected = run_ranks(train_sft, 2, str(tmp_path))[1], reference({}, 2)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert largest_difference(ours, {name: theirs[name].float() for name in ours}) <= 1e-4
+    logs = [entry for entry in found["logs"] if "loss" in entry]
+    assert [entry["loss"] for entry in logs] == pytest.approx(expected["losses"], rel=1e-5)
+    assert [entry["aux_loss"] for entry in logs] == pytest.approx(expected["routers"], rel=1e-4)
