@@ -36,8 +36,10 @@ from torch.nn import functional as F
 from transformers import Trainer
 from words import tokenizer
 
-from hf_hetero import HeteroConfig, UnsupportedModel
+from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
+from hf_hetero.plan import StepReport
 from hf_hetero.trainer import routers
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
@@ -213,6 +215,41 @@ def test_reentrant_checkpoints_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="use_reentrant"):
         train_case({"args": reentrant})
     train_case({"args": args})
+
+
+class Repeats(StepReportCallback):
+    """Counts how often steps were begun again."""
+
+    number = 0
+
+    def on_step_report(self, args: Any, state: Any, report: StepReport) -> None:
+        self.number += report.repeats
+
+
+def train_short_of_memory(looks: bool) -> dict[str, Any]:
+    """Rank 1 holds 35 tokens, where plans are for 60: in what is looked at before a step, or in the step alone."""
+    model, repeats = model_of({}), Repeats()
+
+    def full(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if module.training and output.shape[1] > 35 and torch.is_grad_enabled() != looks:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return output
+
+    if dist.get_rank() == 1:
+        model.model.layers[1].register_forward_hook(full)
+    hetero = HeteroConfig(max_tokens_per_rank=60)
+    found = trained(model, samples(LENGTHS), HeteroTrainer, hetero, callbacks=[repeats], max_steps=3)
+    return {**found, "repeats": repeats.number}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", [True, False], ids=["look", "step"])
+def test_memory_that_runs_out(looks: bool) -> None:
+    """A step that is left, wherever, and planned anew for less, is begun with another look, and learns the same."""
+    expected = reference({}, 3)
+    for rank in run_ranks(train_short_of_memory, 2, looks):
+        assert rank["repeats"]
+        check(rank, expected)
 
 
 def train_sft(folder: str) -> dict[str, Any]:
