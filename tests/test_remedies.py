@@ -129,16 +129,20 @@ def test_router_loss_in_trl(tmp_path: Path) -> None:
         options = {
             "max_steps": 1,
             "bf16": False,
-            "activation_checkpointing": False,
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": True},
             "report_to": [],
             "max_length": None,
         }
-        args = trl.SFTConfig(str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **options, **changes)
+        args = trl.SFTConfig(
+            str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **{**options, **changes}
+        )
         data = datasets.Dataset.from_list(samples(LENGTHS))
         HeteroSFTTrainer(tiny_model("qwen3-moe"), args, train_dataset=data, processing_class=tokenizer).train()
 
     assert "SFTConfig(router_aux_loss_coef=0.0)" in refusal(sft)
     sft(router_aux_loss_coef=0.0)
+    sft(activation_checkpointing_kwargs={"use_reentrant": False})
 
 
 def test_virtual_tokens(tmp_path: Path) -> None:

@@ -196,6 +196,11 @@ def model_problems(model: torch.nn.Module, labelled: Sequence[Labelled] = LABELL
             # its layers have read the config already
             yield f"{name}={dropout} draws another mask for every layout; load it by from_pretrained(..., {name}=0.0)."
     yield from router_loss.problems(base)
+    if factor := getattr(base, "z_loss_coefficient", 0.0):  # Bamba's
+        yield (
+            f"z_loss_coefficient={factor} adds a mean over a micro-batch's tokens, of which a step may have several; "
+            "load it by from_pretrained(..., z_loss_coefficient=0.0)."
+        )
 
 
 def sharing_problems(base: PreTrainedModel) -> Iterator[str]:

@@ -66,7 +66,7 @@ def _look(
     prepared: Any = trainer._prepare_inputs({**inputs, "hetero": context})  # pyright: ignore
     seeing = fitted.router_loss.looked_at(context.num_tokens)
     with trainer.compute_loss_context_manager(), fitted.as_looked_at(micro_batch, context), seeing:
-        model(**prepared, use_cache=False, output_router_logits=True)
+        model(**prepared, use_cache=False)
 
 
 def _of_all(sums: torch.Tensor, run: PlannedRun, where: str) -> torch.Tensor:

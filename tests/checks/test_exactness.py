@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from helpers import LENGTHS, arguments, samples, tiny_model
+from hybrids import hybrid_model
 
 from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
 from hf_hetero.checks.exactness import check_arguments
@@ -84,6 +85,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
         "encoder": (transformers.BertForMaskedLM(bert), "only decoder-only"),
         "own state space": (with_own_mixers(transformers.Mamba2ForCausalLM(mamba)), "carry state along a sample"),
         "router loss": (transformers.DogeForCausalLM(moe), "loss of its routers"),
+        "z loss": (hybrid_model("bamba", torch.float32, z_loss_coefficient=0.1), "z_loss_coefficient=0.1 adds a mean"),
         "no transformer": (torch.nn.Linear(2, 2), "not a transformers model"),
     }
 

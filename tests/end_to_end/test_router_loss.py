@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ import torch.distributed as dist
 from helpers import (
     IGNORE,
     LENGTHS,
+    Recorder,
+    ScriptedPlanner,
     ScriptedTrainer,
     arguments,
     gradients_of,
     largest_difference,
     run_ranks,
     samples,
+    scripted,
     shard_on_cpu,
     tiny_model,
     trained,
@@ -30,9 +34,12 @@ from helpers import (
 )
 from torch.nn import functional as F
 from transformers import Trainer
+from words import tokenizer
 
-from hf_hetero import HeteroConfig, UnsupportedModel
+from hf_hetero import HeteroConfig, HeteroTrainer, UnsupportedModel
+from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
+from hf_hetero.plan import StepReport
 from hf_hetero.trainer import routers
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
@@ -159,7 +166,7 @@ def test_the_approximation_is_what_it_says() -> None:
     check(run_ranks(train_case, 2, case)[1], reference({}, 3, last_step=True))
 
 
-def test_a_plain_trainer_with_one_batch_a_step_learns_the_same(tmp_path: Any) -> None:
+def test_a_plain_trainer_with_one_batch_a_step_learns_the_same(tmp_path: Path) -> None:
     """What is defined is transformers' own loss where one rank takes the whole step as one batch, to its fp32."""
     model = model_of({}).float()
     args = arguments(str(tmp_path), 1, max_steps=1)
@@ -208,3 +215,72 @@ def test_reentrant_checkpoints_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match="use_reentrant"):
         train_case({"args": reentrant})
     train_case({"args": args})
+
+
+class Repeats(StepReportCallback):
+    """Counts how often steps were begun again."""
+
+    number = 0
+
+    def on_step_report(self, args: Any, state: Any, report: StepReport) -> None:
+        self.number += report.repeats
+
+
+def train_short_of_memory(looks: bool) -> dict[str, Any]:
+    """Rank 1 holds 35 tokens, where plans are for 60: in what is looked at before a step, or in the step alone."""
+    model, repeats = model_of({}), Repeats()
+
+    def full(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
+        if module.training and output.shape[1] > 35 and torch.is_grad_enabled() != looks:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return output
+
+    if dist.get_rank() == 1:
+        model.model.layers[1].register_forward_hook(full)
+    hetero = HeteroConfig(max_tokens_per_rank=60)
+    found = trained(model, samples(LENGTHS), HeteroTrainer, hetero, callbacks=[repeats], max_steps=3)
+    return {**found, "repeats": repeats.number}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", [True, False], ids=["look", "step"])
+def test_memory_that_runs_out(looks: bool) -> None:
+    """A step that is left, wherever, and planned anew for less, is begun with another look, and learns the same."""
+    expected = reference({}, 3)
+    for rank in run_ranks(train_short_of_memory, 2, looks):
+        assert rank["repeats"]
+        check(rank, expected)
+
+
+def train_sft(folder: str) -> dict[str, Any]:
+    import datasets
+    import trl
+
+    from hf_hetero import HeteroSFTTrainer
+
+    class Scripted(HeteroSFTTrainer):
+        def _plan_source(self) -> Any:
+            return scripted(ScriptedPlanner(self.args.world_size))
+
+    plain = arguments(folder, dist.get_world_size(), max_steps=2).to_dict()
+    names = ("per_device_train_batch_size", "max_steps", "learning_rate", "optim", "lr_scheduler_type", "max_grad_norm")
+    names += ("use_cpu", "seed", "logging_steps", "save_strategy", "disable_tqdm")
+    options = {"bf16": False, "report_to": [], "max_length": None, "activation_checkpointing": False}
+    args = trl.SFTConfig(folder, router_aux_loss_coef=COEFFICIENT, **{name: plain[name] for name in names}, **options)
+    recorder, data = Recorder(), datasets.Dataset.from_list(samples(LENGTHS))
+    model = model_of({}).float()
+    model.router_aux_loss_coef = 100.0  # TRL's own factor counts, and not that which the model was built with
+    trainer = Scripted(model, args, train_dataset=data, processing_class=tokenizer(), callbacks=[recorder])
+    trainer.train()
+    return {"gradients": recorder.gradients, "logs": trainer.state.log_history}
+
+
+def test_trl_learns_and_logs_the_same(tmp_path: Path) -> None:
+    """TRL's SFTTrainer adds and logs the loss by itself: its gradients, and what it logs, are the step's, in fp32."""
+    pytest.importorskip("trl")
+    found, expected = run_ranks(train_sft, 2, str(tmp_path))[1], reference({}, 2)
+    for ours, theirs in zip(found["gradients"], expected["gradients"], strict=True):
+        assert largest_difference(ours, {name: theirs[name].float() for name in ours}) <= 1e-4
+    logs = [entry for entry in found["logs"] if "loss" in entry]
+    assert [entry["loss"] for entry in logs] == pytest.approx(expected["losses"], rel=1e-5)
+    assert [entry["aux_loss"] for entry in logs] == pytest.approx(expected["routers"], rel=1e-4)

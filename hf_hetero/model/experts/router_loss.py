@@ -24,6 +24,8 @@ from hf_hetero.model.activations import set_until
 
 COEFFICIENT = "router_aux_loss_coef"
 """What models, and configs of text, call the factor of this loss in the whole."""
+ASKS = "output_router_logits"
+"""What configs of text, and keywords, call whether routers give their logits."""
 Total = Callable[[torch.Tensor], torch.Tensor]
 """A tensor of each rank -> their sum. A collective of all ranks."""
 
@@ -169,7 +171,7 @@ class RouterLoss:
             output["aux_loss"] = whole + (known.loss - whole).detach()
             return output
 
-        with self._watched() as layers, self._left_to(wrapped, add):
+        with self._watched() as layers, _changed(wrapped, add):
             yield
 
     @contextmanager
@@ -186,7 +188,7 @@ class RouterLoss:
                 output["aux_loss"] = torch.zeros_like(output["aux_loss"])
             return output
 
-        with self._watched() as layers, self._left_to(wrapped, leave_out):
+        with self._watched() as layers, _changed(wrapped, leave_out):
             yield
 
     def take(self, total: Total) -> float:
@@ -212,27 +214,39 @@ class RouterLoss:
 
     @contextmanager
     def _watched(self) -> Iterator[list[torch.Tensor]]:
-        """Watch the model below its head, which gives the logits of all routers; give them, layer by layer."""
+        """Watch the model below its head, which is asked for the logits of all routers; give them, layer by layer.
+
+        The head is not asked for them: it would compute a loss of its own from these, which is one of a micro-batch,
+        and no number where a rank has no tokens.
+        """
         layers: list[torch.Tensor] = []
+        text = self._model.config.get_text_config(decoder=True)
+
+        def ask(_: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, {**kwargs, ASKS: True}
 
         def note(_: torch.nn.Module, __: Any, output: Any) -> None:
             layers[:] = getattr(output, "router_logits", None) or ()
 
-        hook = self._model.base_model.register_forward_hook(note)
-        try:
-            yield layers
-        finally:
-            hook.remove()
-
-    @contextmanager
-    def _left_to(self, wrapped: torch.nn.Module, change: Callable[..., Any]) -> Iterator[None]:
-        """Have the model add no loss of its routers, which would be one of a micro-batch; change what it gives."""
         with ExitStack() as undone:
-            for place in (self._model, self._model.config.get_text_config(decoder=True)):
+            set_until(undone, text, ASKS, False)
+            for place in (self._model, text):  # for those that are asked by whoever calls them
                 if hasattr(place, COEFFICIENT):
                     set_until(undone, place, COEFFICIENT, 0.0)
-            undone.callback(wrapped.register_forward_hook(change).remove)
-            yield
+            below = self._model.base_model
+            undone.callback(below.register_forward_pre_hook(ask, with_kwargs=True).remove)
+            undone.callback(below.register_forward_hook(note).remove)
+            yield layers
+
+
+@contextmanager
+def _changed(wrapped: torch.nn.Module, change: Callable[..., Any]) -> Iterator[None]:
+    """Change what a model gives."""
+    hook = wrapped.register_forward_hook(change)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _check_gradient(part: torch.Tensor, loss: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ class Routed(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        inner = tiny_model("qwen3-moe")
+        inner = tiny_model("qwen3-moe", output_router_logits=True)
         self.config, self.router_aux_loss_coef = inner.config, 0.5
         self.num_experts, self.num_experts_per_tok = NUM_EXPERTS, NUM_USED
         self.base_model = Below()
@@ -61,8 +61,8 @@ class Output(dict[str, list[torch.Tensor]]):
 
 
 class Below(torch.nn.Module):
-    def forward(self, layers: list[torch.Tensor]) -> Output:
-        return Output(layers=layers)
+    def forward(self, layers: list[torch.Tensor], output_router_logits: bool = False) -> Output:
+        return Output(layers=layers if output_router_logits else [])
 
 
 def parts_of(layers: list[torch.Tensor], cuts: list[tuple[int, int]], local: bool = False) -> dict[str, torch.Tensor]:
@@ -92,6 +92,7 @@ def parts_of(layers: list[torch.Tensor], cuts: list[tuple[int, int]], local: boo
     of_aux = torch.autograd.grad(torch.stack(aux).mean(), leaves)
     routers.end()
     assert model.router_aux_loss_coef == 0.5
+    assert model.config.output_router_logits
     return {
         "loss": losses.detach(),
         "aux": torch.stack(aux).detach(),
