@@ -178,7 +178,7 @@ def train_part(
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
         total = torch.zeros((), device=trainer.args.device)
         last = len(batch.micro_batches) - 1
-        if not numbers.start:
+        if numbers and not numbers.start:
             begin_step(trainer, model, batch, note)
         with named("The exchange of gradients", f"step {number}", limit=limit_of):
             for index in numbers:
