@@ -41,6 +41,10 @@ EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_a
     "indexed_attention",  # these two for samples so short that nothing is left out (`collators.limits`)
     "minimax_m3_sparse",
 }
+SEES_TARGETS = (
+    "it looks at tokens after its own, which it is to predict. Train a causal language model, or classes or embeddings "
+    "by this one, or use plain Trainer."
+)
 LABELLED: tuple[Labelled, ...] = (NEXT, TOKENS, SEQUENCES)
 """What the labels of a model may be of, where its trainer does not say otherwise."""
 PLAIN_LOSSES: Mapping[Labelled, Callable[..., Any]] = MappingProxyType(

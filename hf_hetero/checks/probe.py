@@ -185,6 +185,8 @@ def _probe(model: Any) -> Probe:
     finally:
         for hook in hooks:
             hook.remove()
+    if kind == NEXT and context.looked_ahead:
+        return Probe(problem=exactness.SEES_TARGETS)
     kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers -= {number for number, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
     return _judged(layers, context.reached, planned, expected)

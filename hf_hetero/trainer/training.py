@@ -16,11 +16,13 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.checks.exactness import SEES_TARGETS
 from hf_hetero.data.loader import LOOKED_AT, sampler_of, streamed_data, training_data
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.data.training_steps import TrainingData, check_order
 from hf_hetero.errors import BadSample, UnsupportedModel
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.model.timing import StepClock
 from hf_hetero.ranks import sharding
@@ -219,6 +221,8 @@ def _check_reached(fitted: Fitted, context: AttentionContext) -> None:
             f"{type(fitted.model).__name__} never called its attention through transformers' interface, so samples "
             "cannot be shared among ranks. Use plain Trainer."
         )
+    if context.looked_ahead and labelled_of(fitted.model) == NEXT:
+        raise UnsupportedModel(f"{type(fitted.model).__name__}: {SEES_TARGETS}")
 
 
 # ------------------------------------------------------------------------------------------------------ the checkpoint
