@@ -73,6 +73,7 @@ class AttentionContext:
         num_tokens: tokens of this rank that belong to a sample.
         reached: layers that attention was called for; shows whether the model hands its keywords down.
         by_source: adds up the loss of each source, where that is asked for; the loss is handed the same keywords.
+        looked_ahead: some of them look at tokens after their own.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class AttentionContext:
         spans = layout.spans[self.group_rank]
         self.reaches = reaches or tuple(layout.lengths[span.sample] for span in spans)
         self.reached: set[int] = set()
+        self.looked_ahead = False
         self._shared: dict[Any, Any] = {}
         self._exchanged: dict[tuple[int, str], tuple[torch.Tensor | SavedTensor, ...] | None] = {}
 

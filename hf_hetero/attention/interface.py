@@ -6,6 +6,7 @@ is stock scaled-dot-product attention.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,10 +65,12 @@ def hetero_attention(
         )
     is_causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise UnsupportedModel(
-            f"{type(module).__name__} looks at tokens after its own; attention across ranks is causal. "
-            "Train a causal language model, or this one with plain Trainer."
-        )
+        if sliding_window is not None:
+            raise UnsupportedModel(
+                f"{type(module).__name__} looks at tokens after its own, in a window of {sliding_window}; windows "
+                "across ranks look back only. Train a model without windows, or this one with plain Trainer."
+            )
+        scores, hetero.looked_ahead = replace(scores, causal=False), True
     # layers without a number share 0; the context then keeps nothing of them, since nothing tells their calls apart
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)

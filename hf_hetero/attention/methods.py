@@ -12,10 +12,11 @@ from hf_hetero.attention.gather import gather
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.ring import ring
 from hf_hetero.attention.ulysses import ulysses, ulysses_ring
+from hf_hetero.errors import UnsupportedModel
 
 Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, Place], torch.Tensor]
 """(q, k, v, scores, place) -> out. q: (t, H, D); k: (t, Hk, D); v: (t, Hk, Dv); out: (t, H, Dv). Exact causal attention
-in forward and backward, whatever the layout holds."""
+in forward and backward, whatever the layout holds; by Ulysses also where tokens look at those after them."""
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {"ulysses": ulysses, "gather": gather, "ring": ring, "ulysses_ring": ulysses_ring}
@@ -38,6 +39,11 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, pl
         UnsupportedModel: the kernel cannot do what the layer or the method needs.
     """
     context = place.context
+    if not scores.causal and context.layout.degree > 1 and context.method != "ulysses":
+        raise UnsupportedModel(
+            f"Tokens look at those after them, for which only 'ulysses' is exact across ranks, not {context.method!r}. "
+            "Have it among HeteroConfig.methods."
+        )
     # without an exchange, `ulysses` is the kernel alone, which then need not tell its log-sum-exp
     method = ulysses if context.layout.degree == 1 else METHODS[context.method]
     return method(q, k, v, scores, place)

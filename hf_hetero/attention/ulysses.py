@@ -33,7 +33,9 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tens
 def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
     """Compute attention of a pack that is spread over a group in consecutive slices (`methods.attend`)."""
     context, layout = place.context, place.context.layout
-    segments: Segments = context.shared("pack", lambda: Segments.packed(layout.lengths, context.device))
+    segments: Segments = context.shared(
+        ("pack", scores.causal), lambda: Segments.packed(layout.lengths, context.device, scores.causal)
+    )
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         return context.kernel(q, k, v, segments, scores)

@@ -42,6 +42,10 @@ EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_a
 }
 KNOWN_MAKERS = frozenset({"torch", "transformers", "peft", "hf_hetero"})
 """Packages whose modules a model may be built of."""
+SEES_TARGETS = (
+    "it looks at tokens after its own, which it is to predict. Train a causal language model, or classes or embeddings "
+    "by this one, or use plain Trainer."
+)
 LABELLED: tuple[Labelled, ...] = (NEXT, TOKENS, SEQUENCES)
 """What the labels of a model may be of, where its trainer does not say otherwise."""
 PLAIN_LOSSES: Mapping[Labelled, Callable[..., Any]] = MappingProxyType(

@@ -35,6 +35,7 @@ from hf_hetero.layout import contiguous
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss, keywords_of
 from hf_hetero.manners.whole_samples import WholeSamples
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers
 
@@ -211,6 +212,8 @@ def _probe(model: Any, cause: str) -> Probe:
         if not context.reached and not model._supports_attention_backend:
             return Probe(problem=NO_INTERFACE)
         return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
+    if labelled_of(model) == NEXT and context.looked_ahead:
+        return Probe(problem=exactness.SEES_TARGETS)
     kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers -= {number for number, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
     return _judged(layers, context.reached, planned, alone.values, manner)

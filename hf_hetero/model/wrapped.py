@@ -18,6 +18,11 @@ def base_model(model: torch.nn.Module | None) -> Any:
     return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped.base_model.model
 
 
+def looks_ahead(base: PreTrainedModel) -> bool:
+    """Return whether tokens of text see those after them, as in encoders; parts that see images are not asked."""
+    return any(getattr(module, "is_causal", True) is False for module in text_part(base).modules())
+
+
 def text_part(base: PreTrainedModel) -> PreTrainedModel:
     """Return the part of a transformers model that reads text: of one that sees images, what its towers feed."""
     config: Any = base.config

@@ -148,6 +148,21 @@ def check_manner(trainer: Trainer, manner: Manner) -> None:
         )
 
 
+def check_reached(fitted: Fitted, context: AttentionContext) -> None:
+    """Refuse a model whose micro-batch did not go the way that its plan needs.
+
+    Raises:
+        UnsupportedModel: in words.
+    """
+    if not context.reached:
+        raise UnsupportedModel(
+            f"{type(fitted.model).__name__} never called its attention through transformers' interface, so samples "
+            "cannot be shared among ranks. Use plain Trainer."
+        )
+    if context.looked_ahead and labelled_of(fitted.model) == NEXT:
+        raise UnsupportedModel(f"{type(fitted.model).__name__}: {SEES_TARGETS}")
+
+
 def settings_for(manner: Manner, hetero: HeteroConfig) -> HeteroConfig:
     """Return settings as they are meant: ranks that share a whole sample all do its work, so none do unasked."""
     return replace(hetero, max_degree=1) if manner.whole and hetero.max_degree is None else hetero

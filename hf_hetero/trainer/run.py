@@ -32,8 +32,9 @@ from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
 from hf_hetero.images.together import seeing_together
 from hf_hetero.manners.manner import Manner
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.logged_means import LoggedMeans
-from hf_hetero.model.wrapped import base_model
+from hf_hetero.model.wrapped import base_model, looks_ahead
 from hf_hetero.ranks.agreement import confirm_rows, confirm_step
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.step import RankMicroBatch, StepBatch
@@ -269,6 +270,8 @@ class BetweenRuns:
         groups.open()
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
+        if labelled_of(fitted.model) != NEXT and looks_ahead(fitted.model):
+            methods = ["ulysses"]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
         fits = fitting_packer(trainer, hetero, packer, self.manner)
         return PlannedRun(trainer.args, hetero, fitted, groups, fits, planners)

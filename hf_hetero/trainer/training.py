@@ -31,7 +31,7 @@ from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.checkpoints.safekeeping import claim
-from hf_hetero.trainer.fitting import Fitted
+from hf_hetero.trainer.fitting import check_reached
 from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
 from hf_hetero.trainer.packing import columns_kept
@@ -208,7 +208,7 @@ def train_part(
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
         total = torch.zeros((), device=trainer.args.device)
         last = len(batch.micro_batches) - 1
-        if not numbers.start:
+        if numbers and not numbers.start:
             begin_step(trainer, model, batch, note)
         router_loss = run.fitted.router_loss if numbers else None
         with named("The exchange of gradients", f"step {number}", limit=limit_of):
@@ -223,7 +223,7 @@ def train_part(
                 adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
                 with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
-                _check_reached(run.fitted, context)
+                check_reached(run.fitted, context)
                 training.seen.sent_bytes += context.sent.num_bytes
             if router_loss and numbers.stop == last + 1:
                 router_loss.end()
@@ -267,14 +267,6 @@ def _watch_sources(context: AttentionContext, micro_batch: RankMicroBatch, train
     of_tokens[: micro_batch.num_tokens] = of_spans.repeat_interleave(lengths)
     context.by_source = SumsBySource(of_tokens.to(context.device), len(slots))
     training.seen.by_source.append((slots, context.by_source))
-
-
-def _check_reached(fitted: Fitted, context: AttentionContext) -> None:
-    if not context.reached:
-        raise UnsupportedModel(
-            f"{type(fitted.model).__name__} never called its attention through transformers' interface, so samples "
-            "cannot be shared among ranks. Use plain Trainer."
-        )
 
 
 # ------------------------------------------------------------------------------------------------------ the checkpoint

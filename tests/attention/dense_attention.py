@@ -27,6 +27,7 @@ class Case:
     value_dim: int = 8
     scaling: float = 0.35
     dtype: torch.dtype = torch.float64
+    causal: bool = True
 
     def tensors(self) -> list[torch.Tensor]:
         """q, k, v, the weights of the outputs in a loss, and sinks; the same in every process."""
@@ -49,7 +50,7 @@ def dense(case: Case) -> list[torch.Tensor]:
     logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, dim=1)) * case.scaling
     if case.softcap is not None:
         logits = case.softcap * (logits / case.softcap).tanh()
-    logits = logits.masked_fill(~visible(case.lengths, case.window), -torch.inf)
+    logits = logits.masked_fill(~visible(case.lengths, case.window, case.causal), -torch.inf)
     if case.has_sinks:
         logits = torch.cat([logits, sinks[:, None, None].expand(-1, logits.shape[1], 1)], dim=2)
     shares = logits.softmax(dim=2)[..., : k.shape[0]]
@@ -58,10 +59,10 @@ def dense(case: Case) -> list[torch.Tensor]:
     return [out.detach(), *(torch.zeros_like(sinks) if g is None else g.detach() for g in grads)]
 
 
-def visible(lengths: Sequence[int], window: int | None) -> torch.Tensor:
-    """Which key each query sees: of its own sample, not after it, and within the window. Bool, (tokens, tokens)."""
+def visible(lengths: Sequence[int], window: int | None, causal: bool = True) -> torch.Tensor:
+    """Which key each query sees: of its sample, not after it if causal, within the window. Bool, (tokens, tokens)."""
     sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
     position = torch.arange(sum(lengths))
     distance = position[:, None] - position[None, :]
-    seen = (sample[:, None] == sample[None, :]) & (distance >= 0)
+    seen = (sample[:, None] == sample[None, :]) & ((distance >= 0) | (not causal))
     return seen if window is None else seen & (distance < window)

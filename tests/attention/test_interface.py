@@ -102,10 +102,18 @@ def test_rank_without_tokens() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
-def test_attention_in_both_directions_is_refused() -> None:
-    """A layer that is not causal is not quietly made so; whether the module or the call says it."""
+def test_attention_in_both_directions() -> None:
+    """A layer that is not causal is not quietly made so, whether module or call says it; a window is refused."""
     module, x = torch.nn.Identity(), torch.randn(1, 2, 5, 4)
+    expected = [
+        torch.nn.functional.scaled_dot_product_attention(*[x[:, :, tokens]] * 3)
+        for tokens in (slice(0, 2), slice(2, 5))
+    ]
     for changes in ({"is_causal": False}, {}):
         module.is_causal = bool(changes)  # type: ignore[assignment]
-        with pytest.raises(UnsupportedModel, match="tokens after its own"):
-            interface.hetero_attention(module, x, x, x, None, hetero=context_of([5]), **changes)
+        context = context_of([2, 3])
+        found, _ = interface.hetero_attention(module, x, x, x, None, hetero=context, **changes)
+        torch.testing.assert_close(found, torch.cat(expected, dim=2).transpose(1, 2))
+        assert context.looked_ahead
+        with pytest.raises(UnsupportedModel, match="tokens after its own, in a window of 3"):
+            interface.hetero_attention(module, x, x, x, None, sliding_window=3, hetero=context_of([5]), **changes)

@@ -16,6 +16,7 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Scores, Segments
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.attention.methods import attend
+from hf_hetero.errors import UnsupportedModel
 from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group
 from hf_hetero.ranks.groups import GroupPool
@@ -74,7 +75,7 @@ def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | Non
     rows = rows_of(context.layout, context.group_rank)
     q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None)
+    scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None, case.causal)
     out = attend(q, k, v, scores, context.at(0))
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     return [rows, out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]
@@ -110,6 +111,30 @@ def test_equals_dense_attention(num_ranks: int) -> None:
     """Every kind of pack, of heads, and of features; ranks without tokens or heads included."""
     cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in product(PACKS, HEADS, FEATURES)]
     assert_equals_dense(num_ranks, cases, 2)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_both_directions_equal_dense_attention(num_ranks: int) -> None:
+    """So does Ulysses where tokens see those after them, too; it is not the same as if they did not."""
+    keys = list(product(PACKS, HEADS, ("plain", "softcap", "sinks")))
+    cases = [("ulysses", replace(case_of(*key), causal=False)) for key in keys]
+    assert_equals_dense(num_ranks, cases, 2)
+    case = case_of("one long", "gqa", "plain")
+    assert (dense(case)[0] - dense(replace(case, causal=False))[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["gather", "ring", "ulysses_ring"])
+def test_both_directions_by_other_methods_are_refused(method: str) -> None:
+    """They send keys to those that come after them only; a group of one rank sends nothing, whatever its method."""
+    x = torch.randn(4, 2, 8)
+    scores = Scores(1.0, causal=False)
+    layout = layout_of(Group((0, 1), (0,), method, 1 if method == "ulysses_ring" else None), [8])
+    two = AttentionContext(layout, (0, 1), 0, None, method, CPU, torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match=f"only 'ulysses' is exact across ranks, not '{method}'"):
+        attend(x, x, x, scores, two.at(0))
+    one = AttentionContext(layout_of(Group((0,), (0,), "gather"), [4]), (0,), 0, None, method, CPU, torch.device("cpu"))
+    expected = torch.nn.functional.scaled_dot_product_attention(*[x.transpose(0, 1)] * 3, scale=1.0)
+    torch.testing.assert_close(attend(x, x, x, scores, one.at(0)), expected.transpose(0, 1))
 
 
 @pytest.mark.slow

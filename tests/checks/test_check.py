@@ -80,7 +80,8 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         ("Bart", {}, "it has an encoder and a decoder"),
         ("Siglip", {}, "no causal language model of type 'siglip'"),
         ("Bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is none"),
-        ("Llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is none"),
+        ("Llama", {"architectures": ["LlamaForQuestionAnswering"]}, "LlamaForQuestionAnswering is none"),
+        ("Bert", {"architectures": ["BertForSequenceClassification"]}, "does not score sequences"),
         ("Bert", {}, "attention_probs_dropout_prob=0.1 draws another mask"),
     ],
 )
@@ -94,6 +95,15 @@ def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: 
     assert words in " ".join(found.reasons), found
     assert found.verdict.startswith("refused because ")
     assert words in found.verdict
+
+
+@pytest.mark.parametrize("name", ["LlamaForSequenceClassification", "Qwen2ForTokenClassification"])
+def test_models_of_classes_can_be_trained(name: str, tmp_path: Path) -> None:
+    """A config that names a model of classes is tried as one: what it says of each token, alone and in a pack."""
+    config = getattr(transformers, f"{name.partition('For')[0]}Config")(architectures=[name])
+    found = checked(tmp_path, config)
+    assert found.verdict.startswith("can be trained"), found
+    assert found.probe.reached == found.probe.num_layers > 0
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,9 @@ class Segments:
         return cls(tuple(q_lengths), tuple(k_lengths), cu_q, cu_k, max_q, max_k, causal)
 
     @classmethod
-    def packed(cls, lengths: Sequence[int], device: torch.device) -> Segments:
+    def packed(cls, lengths: Sequence[int], device: torch.device, causal: bool = True) -> Segments:
         """Make segments of whole samples, each of which meets itself."""
-        return cls.of(lengths, lengths, device)
+        return cls.of(lengths, lengths, device, causal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +82,14 @@ class Scores:
         window: a token sees itself and the `window - 1` tokens before it; None means all before it.
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: one logit a query head that takes part in the softmax and has no value. Shape (H,).
+        causal: a token sees none after it. A kernel is told by its segments.
     """
 
     scaling: float
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    causal: bool = True
 
     @property
     def features(self) -> frozenset[str]:
