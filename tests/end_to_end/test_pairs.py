@@ -108,13 +108,19 @@ def test_recomputed_layers(adapters: bool, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_adapters(sharded: bool, tmp_path: Any) -> None:
-    """The reference is TRL's copy of the adapter as it was, where weights are sharded, too."""
-    expected = train(str(tmp_path / "stock"), {}, trl.DPOTrainer, True)
-    found = run_ranks(train, 2, str(tmp_path / "planned"), SHARDED if sharded else {}, Scripted, True)[0]
+def test_adapters(sharded: bool, fresh: bool, tmp_path: Any) -> None:
+    """The reference is TRL's copy of the adapter as it was, or the model without; where weights are sharded, too."""
+    expected = _adapted(str(tmp_path / "stock"), {}, trl.DPOTrainer, fresh)
+    options = (SHARDED if sharded else {}, Scripted, fresh)
+    found = run_ranks(_adapted, 2, str(tmp_path / "planned"), *options)[0]
     assert found["wrapper"].startswith("FSDP") == sharded
     compare(found, expected)
+
+
+def _adapted(folder: str, changes: dict[str, Any], kind: Any, fresh: bool) -> dict[str, Any]:
+    return train(folder, changes, kind, adapters=True, fresh=fresh)
 
 
 @pytest.mark.slow
