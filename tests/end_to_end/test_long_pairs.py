@@ -13,7 +13,7 @@ from helpers import largest_difference, run_ranks
 from transformers import TrainerCallback
 from words import say, tokenizer
 
-from hf_hetero import CostModel, HeteroConfig, HeteroDPOTrainer
+from hf_hetero import CostModel, HeteroConfig, HeteroDPOTrainer, InfeasibleBatch
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.costs import ActivationPolicy
 from hf_hetero.plan import StepReport
@@ -25,8 +25,8 @@ DEEP = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 256, "h
 DEEP |= {"num_key_value_heads": 4, "max_position_embeddings": 65536}
 LIMIT_BYTES = 72 << 20
 """What a rank may allocate beyond what it had after a step of short pairs."""
-HELD = 280
-"""Tokens of a pair that a rank holds under this limit if it keeps all that backward needs; not half as many more."""
+TOO_LONG = 480
+"""Tokens of a pair that a rank does not hold under this limit, if it keeps all that backward needs; of 320 it does."""
 
 
 class Limit(TrainerCallback):
@@ -63,9 +63,10 @@ def cost_file(folder: str) -> str:
     """Which ranks hold so many tokens, and five times as many when they recompute."""
     policy = ActivationPolicy(0.2, 1.4e-9, 1.4e-6)
     made = CostModel(
-        1e-9, 1e-6, 1e-3, 10.0, {2: 1e9, 4: 1e9}, 1.0, 0.0, HELD, activation_policies={"recompute": policy}
+        1e-9, 1e-6, 1e-3, 10.0, {2: 1e9, 4: 1e9}, 1.0, 0.0, TOO_LONG, activation_policies={"recompute": policy}
     )
     path = Path(folder) / "cost.json"
+    path.parent.mkdir(exist_ok=True)
     if not dist.is_initialized() or dist.get_rank() == 0:
         made.save(path)
     if dist.is_initialized():
@@ -116,15 +117,15 @@ def on_one_rank(folder: str, tokens: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_ten_times_a_rank(tmp_path: Any) -> None:
-    """One rank holds a pair of `HELD` tokens, and none of half as many more; four hold ten times that, recomputing."""
-    [one] = run_ranks(on_one_rank, 1, str(tmp_path / "held"), HELD)
-    assert one["repeats"] == 0
-    [failed] = run_ranks(on_one_rank, 1, str(tmp_path / "longer"), 3 * HELD // 2, expect_errors=True)
-    assert isinstance(failed, Exception)
-    assert "memory" in str(failed).lower() or "fit" in str(failed)
-    found = run_ranks(train, 4, str(tmp_path / "planned"), 10 * HELD, LIMIT_BYTES, True)
-    expected = train(str(tmp_path / "free"), 10 * HELD, None, False)
+    """One rank holds a pair of 320 tokens, and none of 480; four hold one of ten times as many, recomputing layers."""
+    [held] = run_ranks(on_one_rank, 1, str(tmp_path / "held"), 2 * TOO_LONG // 3)
+    assert held["repeats"] == 0
+    [failed] = run_ranks(on_one_rank, 1, str(tmp_path / "longer"), TOO_LONG, expect_errors=True)
+    assert isinstance(failed, InfeasibleBatch)
+    assert "memory held since it ran out" in str(failed)
+    found = run_ranks(train, 4, str(tmp_path / "planned"), 10 * TOO_LONG, LIMIT_BYTES, True)
+    expected = train(str(tmp_path / "free"), 10 * TOO_LONG, None, False)
     for rank in found:
-        assert rank["longest"] >= 10 * HELD
+        assert rank["longest"] >= 10 * TOO_LONG
         assert rank["group"] == (4, "recompute")
         assert largest_difference(rank["weights"], expected["weights"]) < 1e-4
