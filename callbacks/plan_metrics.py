@@ -120,8 +120,10 @@ class _Totals:
 
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
+        self.num_routed = 0
+        self.flops = self.peak_flop = 0.0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
-        self.load = self.worst_load = 0.0
+        self.load = self.worst_load = self.router_loss = 0.0
         self.num_repeats = self.unused_bytes = 0
         self.is_lockstep = False
         self.degrees: dict[int, int] = {}
@@ -140,6 +142,11 @@ class _Totals:
         self.num_loads += len(report.expert_load)
         self.load += sum(report.expert_load)
         self.worst_load = max((self.worst_load, *report.expert_load))
+        if report.mfu is not None:
+            self.flops += report.flops
+            self.peak_flop += report.flops / report.mfu  # what the cards could have computed meanwhile
+        self.num_routed += report.router_loss is not None
+        self.router_loss += report.router_loss or 0.0
         self.is_lockstep = report.is_lockstep
         self.num_repeats += report.repeats
         self.unused_bytes = max(self.unused_bytes, report.unused_bytes)
@@ -159,6 +166,10 @@ class _Totals:
             means["hetero/idle_share"] = self.idle_share / self.num_idle
         if self.num_loads:
             means |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        if self.peak_flop:
+            means["hetero/mfu"] = self.flops / self.peak_flop
+        if self.num_routed:
+            means["hetero/router_loss"] = self.router_loss / self.num_routed
         if self.unused_bytes:
             means["hetero/unused_gib"] = self.unused_bytes / 2**30
         if self.num_repeats:

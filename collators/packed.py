@@ -20,7 +20,7 @@ from hf_hetero.collators.sample import (
     refuse_seen,
     weights_of,
 )
-from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
+from hf_hetero.collators.spans import labels_of, pack_spans, sample_of, scored_of
 from hf_hetero.errors import BadSample
 from hf_hetero.layout import Span
 from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, num_targets
@@ -53,6 +53,7 @@ class PackedCollator:
         limits: what the model has room for. The trainer sets it.
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
+        aligned: a label is the target of its own token, and not of the one before it. The trainer sets it.
         length_column: of the dataset, by which steps are planned; None: its tokens were counted.
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
     """
@@ -67,6 +68,7 @@ class PackedCollator:
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
+    aligned: bool = field(default=False, repr=False)
     length_column: str | None = None
     weight_column: str | None = None
 
@@ -88,7 +90,7 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self.sample(example, f"row {row}", drawn.row_tokens[position])
-            samples[position] = whole[row].part(start, start + drawn.lengths[position])
+            samples[position] = self._part(whole[row], start, start + drawn.lengths[position])
             self.limits.check_length(samples[position].num_positions, f"row {row}")
         micro_batches: list[RankMicroBatch] = []
         total = 0
@@ -102,7 +104,8 @@ class PackedCollator:
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
             total += sum(self.num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, pack), reaches))
+            labels, scored = labels_of(spans, pack), scored_of(spans, pack)
+            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored))
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
@@ -122,11 +125,7 @@ class PackedCollator:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
         is_packed = PACKED_COLUMN in example
         loss_weights = None if self.weight_column is None else weights_of(example, self.weight_column, name)
-        example = self._looked_at(example)
-        if self.example_collator is not None:
-            batch = self.example_collator([dict(example)])
-            refuse_seen(batch, self.model_inputs, name)  # patches of an image need not be one row a sample
-            example = {key: values[0] for key, values in batch.items() if has_rows(values)}
+        example = self._collated(example, name)
         num_in_row = len(example["input_ids"])
         row = read_row(example, self.model_inputs, name)
         positions, others = row.positions(is_packed, name), dict(row.values)
@@ -141,8 +140,7 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        self.limits.check_tokens(input_ids, labels, name)
-        self._check_first_label(labels, row.unpadded, name)
+        self._check(input_ids, labels, row, name)
         inputs = {key: values for key, values in others.items() if key in self.model_inputs}
         # only a loss of the user's own, which gets labels as transformers has them, could read anything else
         weights = (
@@ -150,7 +148,25 @@ class PackedCollator:
         )
         if loss_weights is not None:
             weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
-        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding)
+        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding, self.aligned)
+
+    def _part(self, row: Sample, start: int, end: int) -> Sample:
+        """Cut a sample out of its row."""
+        return row.part(start, end)
+
+    def _collated(self, example: Example, name: str) -> dict[str, Any]:
+        """Return what is looked at of a row, as the user's collator makes it."""
+        example = self._looked_at(example)
+        if self.example_collator is None:
+            return example
+        batch = self.example_collator([dict(example)])
+        refuse_seen(batch, self.model_inputs, name)  # patches of an image need not be one row a sample
+        return {key: values[0] for key, values in batch.items() if has_rows(values)}
+
+    def _check(self, input_ids: torch.Tensor, labels: torch.Tensor | None, row: Row, name: str) -> None:
+        """Refuse tokens and labels that the model does not have, or that plain training would learn otherwise."""
+        self.limits.check_tokens(input_ids, labels, name, self.aligned)
+        self._check_first_label(labels, row.unpadded, name)
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
         """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
@@ -217,7 +233,7 @@ class PackedCollator:
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded
-        if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
+        if first and int(batch["labels"][0][first]) != IGNORE_INDEX and not self.aligned:
             raise BadSample(
                 "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
                 'padding before it. Pad on the right: tokenizer.padding_side = "right".'
@@ -225,7 +241,8 @@ class PackedCollator:
 
     def _check_first_label(self, labels: torch.Tensor | None, unpadded: slice, name: str) -> None:
         """Refuse a first token with a label after padding, from which Trainer's loss would learn it."""
-        if self.needs_labels and unpadded.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
+        is_learned = labels is not None and int(labels[0]) != IGNORE_INDEX
+        if self.needs_labels and unpadded.start and is_learned and not self.aligned:
             raise BadSample(
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."

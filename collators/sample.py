@@ -46,6 +46,8 @@ class Sample:
         weights: what else there is of each label: `LOSS_WEIGHTS`, and more for a loss of one's own.
         padding: for a model that numbers positions from one after its padding token, and leaves padding tokens out,
             that token; None: they count from 0.
+        aligned: a label is the target of its own token, and not of the one before it.
+        scored: place of the token whose score is that of the whole sample; None: there is none.
     """
 
     input_ids: torch.Tensor
@@ -54,13 +56,24 @@ class Sample:
     inputs: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict[str, torch.Tensor])
     padding: int | None = None
+    aligned: bool = False
+    scored: int | None = None
 
     @property
     def targets(self) -> torch.Tensor:
-        """Return the label after each token; the last one has nothing to predict."""
+        """Return the label after each token, the last of which has nothing to predict; or else each token's own."""
         if self.labels is None:
             return torch.full_like(self.input_ids, IGNORE_INDEX)
-        return shift_labels(self.labels)
+        return self.labels if self.aligned else shift_labels(self.labels)
+
+    def of_targets(self, name: str) -> torch.Tensor:
+        """Return one of its weights beside the token that is to predict the label. Shape (num_tokens, ...)."""
+        values = self.weights[name]
+        if self.aligned:
+            return values
+        moved = values.roll(-1, dims=0)
+        moved[-1] = 0
+        return moved
 
     @property
     def num_positions(self) -> int:
@@ -85,6 +98,7 @@ class Sample:
             {name: values[stretch] for name, values in self.inputs.items()},
             {name: values[stretch] for name, values in self.weights.items()},
             self.padding,
+            self.aligned,
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:
@@ -266,6 +280,7 @@ def _check_padding_labels(mask: torch.Tensor | None, labels: torch.Tensor | None
     """Refuse labels on padding, which is left out here: Trainer's loss would learn it."""
     if mask is None or labels is None:
         return
+    labels = labels if labels.ndim == 1 else labels[:, 0]  # a label may be several numbers
     if bool((learnt := (mask == 0) & (labels != IGNORE_INDEX)).any()):
         place = int(torch.nonzero(learnt)[0])
         raise BadSample(

@@ -47,7 +47,7 @@ def pack_spans(
     targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
     # of a label, so they are where the label is: beside the token that is to predict it
     weights = {
-        name: _joined([_shifted(sample.weights[name])[at] for sample, at in parts], stands_in, 0)
+        name: _joined([sample.of_targets(name)[at] for sample, at in parts], stands_in, 0)
         for name in _names(sample.weights for sample, _ in parts)
     }
     if not unshifted:
@@ -72,18 +72,17 @@ def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
     return moved
 
 
-def _shifted(values: torch.Tensor) -> torch.Tensor:
-    """Give each token what the token after it has; the last one gets 0. Shape (num_tokens, ...)."""
-    moved = values.roll(-1, dims=0)
-    moved[-1] = 0
-    return moved
-
-
 def labels_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> torch.Tensor | None:
     """Return each token's own label, shape (1, num_tokens); None where a sample has none."""
     parts = [(sample_of(samples, span), span) for span in spans]
     labels = [sample.labels[span.start : span.end] for sample, span in parts if sample.labels is not None]
     return _joined(labels, stands_in=not parts, filling=IGNORE_INDEX) if len(labels) == len(parts) else None
+
+
+def scored_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> tuple[int | None, ...]:
+    """Return for each span the place in it of the token whose score is its sample's; None where that lies elsewhere."""
+    places = [(sample_of(samples, span).scored, span) for span in spans]
+    return tuple(None if p is None or not span.start <= p < span.end else p - span.start for p, span in places)
 
 
 def sample_of(samples: Sequence[Sample | None], span: Span) -> Sample:

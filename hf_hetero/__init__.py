@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_hetero.planner import Planner
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.embeddings.embedding import HeteroEmbeddingTrainer
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
     from hf_hetero.trainer.pairs.kto import HeteroKTOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
@@ -30,6 +31,7 @@ __all__ = [
     "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
     "HeteroKTOTrainer",
     "HeteroORPOTrainer",
@@ -63,6 +65,7 @@ def __getattr__(name: str) -> Any:
         "HeteroDPOTrainer": "trainer.pairs.dpo",
         "HeteroKTOTrainer": "trainer.pairs.kto",
         "HeteroORPOTrainer": "trainer.pairs.without_reference",
+        "HeteroEmbeddingTrainer": "trainer.embeddings.embedding",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

@@ -240,6 +240,9 @@ class StepReport:
         expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
         unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
             tensors; 0 where it is not measured.
+        flops: operations that learning from these samples needs, whatever a plan computes twice; 0: not known.
+        peak_flops: operations a second of all ranks' cards together, by their data sheet; None: not known.
+        router_loss: of the step, without its coefficient, where a mixture of experts has one.
         repeats: how often the step was planned for less memory, and begun again, because memory had run out.
         forward_only: micro-batches without a backward pass, which take less than is predicted.
     """
@@ -257,6 +260,9 @@ class StepReport:
     expert_load: tuple[float, ...] = ()
     unused_bytes: int = 0
     repeats: int = 0
+    router_loss: float | None = None
+    flops: float = 0.0
+    peak_flops: float | None = None
     forward_only: tuple[int, ...] = ()
 
     @property
@@ -269,6 +275,12 @@ class StepReport:
         """Return tokens a second, over all ranks, waiting included."""
         total = self.seconds + self.wait_s
         return self.num_tokens / total if total > 0 else 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """Return what the step needs by what all cards compute in its time at their peak; None: not known."""
+        total = self.seconds + self.wait_s
+        return self.flops / (total * self.peak_flops) if self.flops and self.peak_flops and total > 0 else None
 
     @property
     def idle_share(self) -> float | None:

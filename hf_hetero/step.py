@@ -121,9 +121,12 @@ class RankMicroBatch:
         spans: those that this rank holds, in memory order.
         inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
             in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`).
-        labels: each token's own label, shape (1, num_tokens); None where samples have none.
+        labels: each token's own label, shape (1, num_tokens), or (1, num_tokens, num_labels) where it is several
+            numbers; None where samples have none.
         reaches: for each span, one more than the last position of its whole sample.
         learns: whether there is a backward pass.
+        scored: for each span, the place in it of the token whose score is that of its whole sample, or None where that
+            lies elsewhere; None where samples have no score.
     """
 
     group: Group
@@ -133,6 +136,7 @@ class RankMicroBatch:
     labels: torch.Tensor | None = None
     reaches: tuple[int, ...] | None = None
     learns: bool = True
+    scored: tuple[int | None, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -143,7 +147,9 @@ class RankMicroBatch:
     def num_targets(self) -> int:
         """Return how many tokens of this rank have something to predict."""
         targets = self.inputs.get("shift_labels", self.inputs.get("labels"))
-        return 0 if targets is None else num_targets(targets)
+        if targets is None:
+            return 0
+        return num_targets(targets if targets.ndim == 2 else targets[..., 0])  # a label may be several numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ PROMISED = {
     "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
     "HeteroKTOTrainer",
     "HeteroORPOTrainer",

@@ -268,7 +268,8 @@ def _content(example: Mapping[str, Any]) -> int:
         if (values := example.get(name)) is None:
             continue
         try:
-            digest.update(as_array(values).astype(np.int64).tobytes())
+            numbers = as_array(values)
+            digest.update(numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64).tobytes())
         except (TypeError, ValueError):  # what only the user's collator makes numbers of
             digest.update(repr(values).encode())
     return int.from_bytes(digest.digest(), "big", signed=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.estimate.devices import Device
-from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, model_state_bytes, sharded_bytes
+from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, state_bytes
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.operations import (
     attention_flops,
@@ -80,12 +80,12 @@ def estimate_cost_model(
     asked = shape.reference_passes
     exchanges = (4 + 2 * asked) * shape.num_layers  # two all-to-alls forward, two backward; two for a reference
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
+    states = state_bytes(shape, topology.num_ranks, shards)
     # backward begins as much twice as forward does
-    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers * (1 + asked / 3)
+    micro_batch_s = device.layer_s * shape.num_layers * (1 + asked / 3)
     if shards is not None:
-        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
         micro_batch_s += gather_s(shape, device, topology)
-    token_bytes, fixed_bytes = memory_of(shape, state_bytes, topology.memory_bytes)
+    token_bytes, fixed_bytes = memory_of(shape, states, topology.memory_bytes)
     return CostModel(
         name="estimate",
         provenance="estimated",
@@ -113,7 +113,7 @@ def estimate_cost_model(
         activation_bytes_per_token=token_bytes,
         model_state_bytes_per_rank=fixed_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
-        activation_policies=_policies(shape, device, state_bytes, topology.memory_bytes, policies),
+        activation_policies=_policies(shape, device, states, topology.memory_bytes, policies),
         host_memory_bytes_per_rank=topology.host_memory_bytes,
     )
 

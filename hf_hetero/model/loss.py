@@ -127,10 +127,13 @@ def token_loss(
 
 
 def token_scores(logits: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Return the score of each token, where a model with a score for its loss picks one of them. Shape (1, n).
+    """Return the scores of each token, where a model with scores for its loss picks those of one of them.
 
     Args:
-        logits: of a model with one label, shape (1, n, 1).
+        logits: shape (1, n, num_labels).
+
+    Returns:
+        Shape (1, n, num_labels), or (1, n) where there is one label.
     """
     return logits.squeeze(-1)
 

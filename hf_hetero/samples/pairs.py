@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_hetero.errors import BadSample, HeteroError
-from hf_hetero.samples.rows import PACKED_COLUMN
+from hf_hetero.samples.rows import PACKED_COLUMN, last_token
 
 PROMPT, CHOSEN, REJECTED = "prompt_ids", "chosen_ids", "rejected_ids"
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -121,7 +121,7 @@ class ScoredRows(PairRows):
 
     def _label(self, ids: list[int]) -> list[int]:
         """Return labels of which one is a token; of a sequence of padding alone it is the first."""
-        scored = max((place for place, token in enumerate(ids) if token != self.pad_token_id), default=0)
+        scored = last_token(ids, self.pad_token_id)
         return [token if place == scored else NOT_LEARNED for place, token in enumerate(ids)]
 
 

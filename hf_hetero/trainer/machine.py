@@ -62,6 +62,11 @@ class Ground:
     hetero: HeteroConfig
     states: StateShape | None
 
+    @property
+    def state_bytes(self) -> float:
+        """Count the bytes of weights, gradients and optimizer on a rank's device."""
+        return memory.state_bytes(self.shape, self.topology.num_ranks, self.spread)
+
     def estimated(self) -> CostModel:
         """Estimate the cost model."""
         where = self.speed, self.topology, self.spread
@@ -234,11 +239,11 @@ def _topology(device: torch.device, num_ranks: int) -> Topology:
     """Return how the ranks stand on nodes, and what memory each of them has."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     ranks_per_node = int(local) if local and dist.is_initialized() else None
-    ranks, num_communicators = ranks_per_node or num_ranks, len(Topology(num_ranks).degrees)
+    ranks = ranks_per_node or num_ranks
     return Topology(
         num_ranks,
         ranks_per_node,
-        memory.free_memory_bytes(device, ranks, num_communicators),
+        memory.free_memory_bytes(device, ranks, num_ranks),
         memory.host_memory_bytes(device, ranks),
     )
 

@@ -6,14 +6,17 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 from hf_hetero.callbacks import CalibrationCallback, StepReportCallback
 from hf_hetero.config import HeteroConfig
+from hf_hetero.estimate.devices import known_device
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.plan import StepReport
 from hf_hetero.ranks.agreement import gather
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed
+from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.training import Training
 
@@ -22,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 def report(trainer: Trainer, run: PlannedRun, training: Training, between: BetweenRuns) -> None:
     """Tell the callbacks how a step went; they may know a better cost model for plans to come. A collective."""
-    step = _report_of(run, training, between.means, trainer.state.global_step + 1)
+    step = _report_of(trainer, run, training, between.means, trainer.state.global_step + 1)
     for callback in step_callbacks(trainer):
         callback.on_step_report(trainer.args, trainer.state, step)
         if (cost := callback.recalibrated(between.cost_model_of_now())) is not None:
@@ -32,7 +35,7 @@ def report(trainer: Trainer, run: PlannedRun, training: Training, between: Betwe
             training.data.plans.forget()
 
 
-def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: int) -> StepReport:
+def _report_of(trainer: Trainer, run: PlannedRun, training: Training, means: LoggedMeans, number: int) -> StepReport:
     """Report how a step went, on all ranks, after its last micro-batch."""
     assert training.step is not None
     assert training.step.batch is not None
@@ -59,8 +62,20 @@ def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: 
         repeats=training.repeats.number,
         forward_only=tuple(index for index, m in enumerate(batch.micro_batches) if not m.learns),
         is_lockstep=run.fitted.sharding.is_sharded,
+        flops=0.0 if run.fitted.flops is None else run.fitted.flops.of(step.lengths),
+        peak_flops=_peak_flops(trainer),
+        router_loss=run.fitted.router_loss.value,
         expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
     )
+
+
+def _peak_flops(trainer: Trainer) -> float | None:
+    """Return the operations a second of all ranks' cards by their data sheet, for models that compute in 16 bits."""
+    device = trainer.args.device
+    if device.type != "cuda" or compute_dtype(trainer) not in (torch.bfloat16, torch.float16):
+        return None
+    card = known_device(torch.cuda.get_device_name(device))
+    return None if card is None else card.flops * trainer.args.world_size
 
 
 def step_callbacks(trainer: Trainer) -> Sequence[StepReportCallback]:

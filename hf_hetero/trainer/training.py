@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,14 @@ from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import StepBatch, StepPart
+from hf_hetero.trainer import routers
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.checkpoints.safekeeping import claim
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
-from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
+from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_step
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
@@ -177,15 +179,23 @@ def train_part(
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
         total = torch.zeros((), device=trainer.args.device)
         last = len(batch.micro_batches) - 1
+        if not numbers.start:
+            begin_step(trainer, model, batch, note)
+        router_loss = run.fitted.router_loss if numbers else None
         with named("The exchange of gradients", f"step {number}", limit=limit_of):
+            if router_loss and numbers.start == 0:
+                routers.begin(trainer, run, model, batch, number, note)
             for index in numbers:
                 note(index)
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
-                with run.fitted.as_planned(micro_batch, context), syncs, clock.micro_batch():
+                adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
+                with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
                 _check_reached(run.fitted, context)
+            if router_loss and numbers.stop == last + 1:
+                router_loss.end()
         return total
 
     assert training.step is not None

@@ -49,6 +49,28 @@ def test_memory_that_ran_out_is_said(tmp_path: Path) -> None:
     assert (logged["hetero/repeats"], logged["hetero/unused_gib"]) == (3, 2)
 
 
+def test_shares_of_the_peak(tmp_path: Path) -> None:
+    """3 and 6 TFLOP in 2 s and 1 s of two cards of 3 TFLOP/s; nothing where the peak is not known."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    known = replace(REPORT, flops=3e12, peak_flops=2 * 3e12)
+    assert known.mfu == pytest.approx(3 / 12)
+    for report in (known, replace(known, seconds=0.75, wait_s=0.25, flops=6e12), REPORT):
+        callback.on_step_report(args, RANK_0, report)  # pyright: ignore
+    assert callback.metrics()["hetero/mfu"] == pytest.approx(9 / (12 + 6))
+    callback.on_step_report(args, RANK_0, replace(known, peak_flops=None))  # pyright: ignore
+    assert "hetero/mfu" not in callback.metrics()
+
+
+def test_losses_of_routers(tmp_path: Path) -> None:
+    """The mean over steps, where there are some."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    for value in (2.0, 3.0, None):
+        callback.on_step_report(args, RANK_0, replace(REPORT, router_loss=value))  # pyright: ignore
+    assert callback.metrics()["hetero/router_loss"] == 2.5
+    callback.on_step_report(args, RANK_0, REPORT)  # pyright: ignore
+    assert "hetero/router_loss" not in callback.metrics()
+
+
 def test_metrics_since_the_last_log(tmp_path: Path) -> None:
     """The trainer's log gets means over the steps since the last one, and nothing twice."""
     callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))

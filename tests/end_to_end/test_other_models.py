@@ -36,7 +36,7 @@ from hf_hetero.checks.in_double import InDouble, in_double
 from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.errors import BadSample
-from hf_hetero.trainer.run import packer_of
+from hf_hetero.trainer.packing import packer_of
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 TOWER: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -25,7 +25,8 @@ from helpers import (
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from words import tokenizer
 
-from hf_hetero import HeteroRewardTrainer, UnsupportedModel
+from hf_hetero import HeteroDPOTrainer, HeteroRewardTrainer, HeteroSFTTrainer, UnsupportedModel
+from hf_hetero.checks.exactness import model_problems
 from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 trl = pytest.importorskip("trl")
@@ -159,13 +160,12 @@ def test_rewards_of_one_rank_are_caught(tmp_path: Any) -> None:
 
 
 def test_other_models_are_refused(tmp_path: Any) -> None:
-    """A model that predicts tokens has no score; and no other trainer takes one that has."""
-    from hf_hetero import HeteroTrainer
-
+    """A model that predicts tokens has no score; and no trainer of tokens takes one that has."""
     model = tiny_model()
     model.config.num_labels = 1
     data = datasets.Dataset.from_list(pairs())
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM does not score sequences"):
         HeteroRewardTrainer(model, config(str(tmp_path)), train_dataset=data, processing_class=tokenizer())
-    with pytest.raises(UnsupportedModel, match="only decoder-only language models"):
-        HeteroTrainer(scoring_model(), arguments(str(tmp_path), 1), train_dataset=data)
+    for kind in (HeteroDPOTrainer, HeteroSFTTrainer):
+        (problem,) = model_problems(scoring_model(), kind.labelled)
+        assert problem.startswith("only decoder-only language models are supported")

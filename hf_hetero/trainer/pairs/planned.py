@@ -18,6 +18,7 @@ from hf_hetero.collators import PackedCollator, PairCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.data.planning import Planners
 from hf_hetero.errors import UnsupportedModel
+from hf_hetero.model.classes.labelled import NEXT
 from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.means import Means
@@ -32,12 +33,15 @@ class PlannedPairs(HeteroTrainerMixin):
     Attributes:
         _pairs: makes packed rows of its dataset's.
         _views: datasets as packed rows.
+        learns_pairs: says so to what does not go with it.
         _means: what is logged, until it is.
         _packs, _plans: what packs such rows, and plans them.
         counts_chosen: whether a loss is a mean over the tokens of chosen samples.
         _per_chosen_token: pairs of the step for each such token, if that is counted.
     """
 
+    labelled = (NEXT,)
+    learns_pairs = True
     loss_is_scaled_for_ga = True  # by the pairs of the whole step
     counts_chosen: bool = False
     _per_chosen_token: torch.Tensor | float = 0.0
