@@ -179,5 +179,6 @@ def train(
         "logs": trainer.state.log_history,
         "degrees": degrees.found,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "source": trainer.cost_model.source if issubclass(kind, HeteroDPOTrainer) else "",
         "reference": None if reference is None else reference.config._attn_implementation,
     }

@@ -61,6 +61,7 @@ def test_pairs_are_learned_the_same(tmp_path: Any) -> None:
     for rank in found:
         compare(rank, expected)
         assert rank["reference"] == "sdpa"
+        assert "beside a reference" in rank["source"]
     counts = [entry["hetero/micro_batches"] for entry in found[0]["logs"] if "loss" in entry]
     assert len(set(counts)) > 1
 
@@ -141,6 +142,7 @@ def test_precomputed_references(tmp_path: Any) -> None:
         expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, adapters)
         found = run_ranks(train, 4, str(tmp_path / "planned"), planned, Scripted, adapters)[0]
         compare(found, expected)
+        assert "beside a reference" not in found["source"]
 
 
 @pytest.mark.slow
