@@ -22,6 +22,7 @@ from helpers import (
     whole,
     with_lora,
 )
+from peft import LoraConfig
 from torch.nn import functional as F
 from words import say, tokenizer
 
@@ -136,8 +137,12 @@ def train(
     resume: str | None = None,
     data: Any = None,
     streamed: bool = False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Gradients, weights and logs of a run; `changes` are of the arguments, `data` pairs, or a folder with a table."""
+    """Gradients, weights and logs of a run; `changes` are of the arguments, `data` pairs, or a folder with a table.
+
+    `fresh` adapters are made by the trainer, so that the reference is the model without any.
+    """
     if changes.get("fsdp"):
         shard_on_cpu()
     recorder, degrees = Recorder(), Degrees()
@@ -148,9 +153,13 @@ def train(
         options = {"hetero": HeteroConfig(**(hetero or {}))}
     if changes.get("eval_strategy"):
         options["eval_dataset"] = table
+    if fresh:
+        options["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        )
     reference = None if adapters else model_of(1, False, dtype=dtype)
     trainer = kind(
-        model_of(0, adapters, dtype=dtype),
+        model_of(0, adapters and not fresh, dtype=dtype),
         ref_model=reference,
         args=config(folder, **changes),
         train_dataset=table.to_iterable_dataset() if streamed else table,
@@ -170,5 +179,6 @@ def train(
         "logs": trainer.state.log_history,
         "degrees": degrees.found,
         "wrapper": type(trainer.model_wrapped).__name__,
+        "source": trainer.cost_model.source if issubclass(kind, HeteroDPOTrainer) else "",
         "reference": None if reference is None else reference.config._attn_implementation,
     }

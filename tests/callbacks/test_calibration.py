@@ -80,6 +80,17 @@ def test_groups_of_other_costs_teach_nothing(is_lockstep: bool) -> None:
     assert len(observations(cost, [report, *others]).measured) == known > 0
 
 
+def test_passes_without_gradients_teach_nothing() -> None:
+    """What micro-batches take that have no backward pass is not what the cost model predicts."""
+    cost = a_cost_model()
+    report = measured_by(cost, random.Random(0), False)
+    known, num_micro_batches = len(observations(cost, [report]).measured), len(report.plan.micro_batches)
+    left = [len(observations(cost, [replace(report, forward_only=(n,))]).measured) for n in range(num_micro_batches)]
+    filled = [sum(bool(group.samples) for group in m.groups) for m in report.plan.micro_batches]
+    assert left == [known - count for count in filled]
+    assert not len(observations(cost, [replace(report, forward_only=tuple(range(num_micro_batches)))]).measured)
+
+
 def test_memory_is_left_alone() -> None:
     """What a rank can hold is not a matter of time."""
     cost = a_cost_model()

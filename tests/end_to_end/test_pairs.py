@@ -61,6 +61,7 @@ def test_pairs_are_learned_the_same(tmp_path: Any) -> None:
     for rank in found:
         compare(rank, expected)
         assert rank["reference"] == "sdpa"
+        assert "beside a reference" in rank["source"]
     counts = [entry["hetero/micro_batches"] for entry in found[0]["logs"] if "loss" in entry]
     assert len(set(counts)) > 1
 
@@ -108,13 +109,19 @@ def test_recomputed_layers(adapters: bool, tmp_path: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_adapters(sharded: bool, tmp_path: Any) -> None:
-    """The reference is TRL's copy of the adapter as it was, where weights are sharded, too."""
-    expected = train(str(tmp_path / "stock"), {}, trl.DPOTrainer, True)
-    found = run_ranks(train, 2, str(tmp_path / "planned"), SHARDED if sharded else {}, Scripted, True)[0]
+def test_adapters(sharded: bool, fresh: bool, tmp_path: Any) -> None:
+    """The reference is TRL's copy of the adapter as it was, or the model without; where weights are sharded, too."""
+    expected = _adapted(str(tmp_path / "stock"), {}, trl.DPOTrainer, fresh)
+    options = (SHARDED if sharded else {}, Scripted, fresh)
+    found = run_ranks(_adapted, 2, str(tmp_path / "planned"), *options)[0]
     assert found["wrapper"].startswith("FSDP") == sharded
     compare(found, expected)
+
+
+def _adapted(folder: str, changes: dict[str, Any], kind: Any, fresh: bool) -> dict[str, Any]:
+    return train(folder, changes, kind, adapters=True, fresh=fresh)
 
 
 @pytest.mark.slow
@@ -135,6 +142,7 @@ def test_precomputed_references(tmp_path: Any) -> None:
         expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, adapters)
         found = run_ranks(train, 4, str(tmp_path / "planned"), planned, Scripted, adapters)[0]
         compare(found, expected)
+        assert "beside a reference" not in found["source"]
 
 
 @pytest.mark.slow

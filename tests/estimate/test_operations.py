@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import tiny_model, with_lora
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_hetero.estimate.memory import activation_bytes
+from hf_hetero.estimate.memory import activation_bytes, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.operations import (
     LOGIT_BYTES,
@@ -95,3 +96,18 @@ def test_checkpointing_saves_memory_and_costs_time() -> None:
     """Recompute trades activations for operations."""
     assert activation_bytes(shape(checkpointing=True)) < activation_bytes(shape())
     assert linear_flops(shape(checkpointing=True)) > linear_flops(shape())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_reference_is_asked_forward(checkpointing: bool) -> None:
+    """A pass through a reference takes a forward pass's operations and bytes more; its weights are held beside."""
+    plain = shape(checkpointing)
+    beside = replace(plain, reference_passes=1, reference_bytes=1000)
+    worked = plain.num_params - plain.looked_up_params
+    assert linear_flops(beside) - linear_flops(plain) == 2 * worked
+    assert attention_flops(beside) - attention_flops(plain) == attention_flops(shape()) / 3.5
+    assert exchange_bytes(beside) - exchange_bytes(plain) == exchange_bytes(shape()) / 2
+    passes = traffic_bytes(shape(True)) - traffic_bytes(shape())  # one forward pass is what recompute adds
+    assert traffic_bytes(beside) - traffic_bytes(plain) == passes
+    assert model_state_bytes(beside) - model_state_bytes(plain) == 1000
+    assert activation_bytes(beside) == activation_bytes(plain)
