@@ -2,6 +2,7 @@
 
 from hf_hetero.callbacks.calibration import CalibrationCallback
 from hf_hetero.callbacks.plan_metrics import PlanMetricsCallback
+from hf_hetero.callbacks.progress import StepProgressCallback
 from hf_hetero.callbacks.step_report import StepReportCallback
 
-__all__ = ["CalibrationCallback", "PlanMetricsCallback", "StepReportCallback"]
+__all__ = ["CalibrationCallback", "PlanMetricsCallback", "StepProgressCallback", "StepReportCallback"]

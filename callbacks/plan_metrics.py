@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from hf_hetero.callbacks.plan_numbers import PlanNumbers
+from hf_hetero.callbacks.recording import append, describe_run, numbers_of, record_path, write_object
 from hf_hetero.callbacks.step_report import StepReportCallback
+from hf_hetero.callbacks.stragglers import Stragglers, alert
+from hf_hetero.config import HeteroConfig
+from hf_hetero.costs import CostModel
 from hf_hetero.plan import StepReport, describe_degrees
+from hf_hetero.progress import say
 
 logger = logging.getLogger(__name__)
 
@@ -25,70 +28,102 @@ class PlanMetricsCallback(StepReportCallback):
 
     Args:
         lines: print a line a step on rank 0.
-        record: keep each step's lengths, plan and times in `plans.jsonl` under the output folder.
+        record: keep each step's lengths, plan and times in `plans.jsonl` under the output folder; beside it what the
+            run is (`run.json`), and what it logs (`logs.jsonl`), for its report.
     """
 
     def __init__(self, lines: bool = False, record: bool = False) -> None:
         self._lines, self._record = lines, record
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
+        self._planned_by: tuple[HeteroConfig, CostModel] | None = None
+        self._run: dict[str, Any] = {}
+
+    def on_cost_model(
+        self, args: TrainingArguments, state: TrainerState, hetero: HeteroConfig, cost_model: CostModel
+    ) -> None:
+        """Note what plans are made by; a refit is written down at once, for a report of the run so far."""
+        self._planned_by = hetero, cost_model
+        if self._run:
+            self._note(args, state, cost_model=cost_model.to_dict())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start a new record, unless a checkpoint is resumed."""
         self._since_log, self._totals = _Totals(), _Totals()
+        self._numbers, self._stragglers = PlanNumbers(), Stragglers()
         self._is_incomplete = False
         # a resumed run adds to its record; of a step that was trained twice, `read_records` takes the last
         if self._record and state.is_world_process_zero and state.global_step == 0:
-            self._without_failing(lambda: record_path(args).unlink(missing_ok=True))
+            for name in ("plans.jsonl", "logs.jsonl"):
+                self._without_failing(record_path(args, name).unlink, missing_ok=True)
+        if self._record:
+            hetero, cost = self._planned_by or (None, None)
+            self._run = {}
+            self._note(args, state, **describe_run(args, kwargs.get("model"), state.max_steps, hetero, cost))
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Print, record, and count for the next log."""
         self._since_log.add(report)
         self._totals.add(report)
+        self._numbers.add(report)
+        self._stragglers.add(report)
         if not state.is_world_process_zero:
             return
+        if words := self._stragglers.words():
+            alert(args, words)
         if self._lines:
-            tqdm.write(step_line(report))
+            say(step_line(report))
         if self._record:
-            self._without_failing(lambda: append(record_path(args), json.dumps(to_record(report))))
+            self._without_failing(append, record_path(args), json.dumps(to_record(report)))
 
     def metrics(self) -> dict[str, float]:
         """Return means over the steps since the last log, under `hetero/`."""
         totals, self._since_log = self._since_log, _Totals()
-        return totals.means() if totals.num_steps else {}
+        if not totals.num_steps:
+            return {}
+        slowdowns = self._stragglers.slowdowns()
+        of_slowest = {"hetero/slowest_rank": max(slowdowns)} if slowdowns else {}
+        return {**totals.means(), **self._numbers.take(), **of_slowest}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Print what the run did as a whole."""
         if self._lines and state.is_world_process_zero and self._totals.num_steps:
-            tqdm.write(self._totals.summary())
+            say(self._totals.summary())
+        if self._run:
+            self._note(args, state, has_ended=True)
 
-    def _without_failing(self, write: Callable[[], object]) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record the numbers that are logged."""
+        if self._record and logs and state.is_world_process_zero:
+            line = json.dumps(numbers_of(logs, state.global_step))
+            self._without_failing(append, record_path(args, "logs.jsonl"), line)
+
+    def _note(self, args: TrainingArguments, state: TrainerState, **facts: Any) -> None:
+        """Write down, on rank 0, what the run is, with these facts changed."""
+        self._run |= facts
+        if state.is_world_process_zero:
+            self._without_failing(write_object, record_path(args, "run.json"), self._run)
+
+    def _without_failing(self, write: Callable[..., object], *values: Any, **options: Any) -> None:
         """Write, and say once if that fails: a missing record costs a picture, and is no reason to end a run."""
         try:
-            write()
+            write(*values, **options)
         except OSError as error:
             if not self._is_incomplete:
                 logger.warning("Steps are missing from the record of plans, because it cannot be written: %s.", error)
             self._is_incomplete = True
-
-
-def append(path: Path, line: str) -> None:
-    """Add a line to a file, and begin a new one where the last was cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
-
-
-def record_path(args: TrainingArguments) -> Path:
-    """Return the file in which `record=True` keeps its lines."""
-    return Path(args.output_dir or ".") / "plans.jsonl"
 
 
 def step_line(report: StepReport) -> str:
@@ -112,6 +147,7 @@ def to_record(report: StepReport) -> dict[str, Any]:
         "busy_s": [list(ranks) for ranks in report.busy_s],
         "wait_s": report.wait_s,
         "is_lockstep": report.is_lockstep,
+        "peak_bytes": report.peak_bytes,
     }
 
 
@@ -120,8 +156,10 @@ class _Totals:
 
     def __init__(self) -> None:
         self.num_steps = self.num_tokens = self.num_micro_batches = self.num_idle = self.num_loads = 0
+        self.num_routed = 0
+        self.flops = self.peak_flop = 0.0
         self.seconds = self.planned_s = self.planning_s = self.wait_s = self.idle_share = 0.0
-        self.load = self.worst_load = 0.0
+        self.load = self.worst_load = self.router_loss = 0.0
         self.num_repeats = self.unused_bytes = 0
         self.is_lockstep = False
         self.degrees: dict[int, int] = {}
@@ -140,6 +178,11 @@ class _Totals:
         self.num_loads += len(report.expert_load)
         self.load += sum(report.expert_load)
         self.worst_load = max((self.worst_load, *report.expert_load))
+        if report.mfu is not None:
+            self.flops += report.flops
+            self.peak_flop += report.flops / report.mfu  # what the cards could have computed meanwhile
+        self.num_routed += report.router_loss is not None
+        self.router_loss += report.router_loss or 0.0
         self.is_lockstep = report.is_lockstep
         self.num_repeats += report.repeats
         self.unused_bytes = max(self.unused_bytes, report.unused_bytes)
@@ -159,6 +202,10 @@ class _Totals:
             means["hetero/idle_share"] = self.idle_share / self.num_idle
         if self.num_loads:
             means |= {"hetero/expert_load": self.load / self.num_loads, "hetero/expert_load_worst": self.worst_load}
+        if self.peak_flop:
+            means["hetero/mfu"] = self.flops / self.peak_flop
+        if self.num_routed:
+            means["hetero/router_loss"] = self.router_loss / self.num_routed
         if self.unused_bytes:
             means["hetero/unused_gib"] = self.unused_bytes / 2**30
         if self.num_repeats:

@@ -58,14 +58,16 @@ def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations
     """Pair what the model charges for each group with what was measured.
 
     Of a group that was planned otherwise, at a degree, with activations or by a method that the model knows nothing of,
-    nothing is learned.
+    nothing is learned, nor of micro-batches without a backward pass.
     """
     charged: list[list[float]] = []
     measured: list[float] = []
     for report in reports:
-        for micro_batch, busy_s in zip(report.plan.micro_batches, report.busy_s, strict=True):
+        for number, (micro_batch, busy_s) in enumerate(zip(report.plan.micro_batches, report.busy_s, strict=True)):
+            if number in report.forward_only:
+                continue
             groups = [group for group in micro_batch.groups if group.samples]
-            filled = [group for group in groups if _is_priced(cost, group, report.lengths)]
+            filled = [group for group in groups if is_priced(cost, group, report.lengths)]
             if report.is_lockstep and len(filled) < len(groups):
                 continue  # the slowest may be one of those
             # under sharded weights every rank measures the slowest group: one observation, of the one predicted slowest
@@ -80,7 +82,7 @@ def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations
     return Observations(np.array(charged).reshape(-1, len(PARTS)), np.array(measured))
 
 
-def _is_priced(cost: CostModel, group: Group, lengths: Sequence[int]) -> bool:
+def is_priced(cost: CostModel, group: Group, lengths: Sequence[int]) -> bool:
     """Tell whether a group is one that the cost model offers; alone, a rank exchanges nothing, whatever its method."""
     under = cost.by_activations.get(group.activations)
     if under is None or group.degree == 1:

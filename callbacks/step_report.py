@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
+from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.plan import StepReport
 
 
 class StepReportCallback(TrainerCallback):
-    """`StepReportCallback` has three events more than `TrainerCallback`; none of them may change what is trained."""
+    """`StepReportCallback` has four events more than `TrainerCallback`; none of them may change what is trained."""
+
+    def on_cost_model(
+        self, args: TrainingArguments, state: TrainerState, hetero: HeteroConfig, cost_model: CostModel
+    ) -> None:
+        """Look at what plans are made by; the trainer calls this on every rank before training, and after a refit."""
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Look at a step; the trainer calls this on every rank after the backward pass of each one."""

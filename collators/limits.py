@@ -37,12 +37,15 @@ class Limits:
     reason: str = ""
     padding: int | None = None
 
-    def check_tokens(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> None:
+    def check_tokens(
+        self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str, aligned: bool = False
+    ) -> None:
         """Refuse tokens and targets that the model does not have. Both are of shape (num_tokens,).
 
         Args:
             input_ids, labels: of a row.
             name: of the row, for the message.
+            aligned: each label is a target, the first, too.
 
         Raises:
             BadSample: it names the row, the token, its position and the vocabulary.
@@ -50,9 +53,15 @@ class Limits:
         _check(input_ids, self.num_tokens, f"{name} has token", 0, "")
         if labels is None:
             return
-        targets = shift_labels(labels.long())  # the first label is never learned from
+        targets = labels.long() if aligned else shift_labels(labels.long())  # which never learns from the first
         learned = targets.masked_fill(targets == IGNORE_INDEX, 0)
-        _check(learned, self.num_labels, f"{name} has label", 1, f", and {IGNORE_INDEX} for those not to learn from")
+        _check(
+            learned,
+            self.num_labels,
+            f"{name} has label",
+            0 if aligned else 1,
+            f", and {IGNORE_INDEX} for those not to learn from",
+        )
 
     def check_length(self, num_positions: int, name: str) -> None:
         """Refuse a sample that is too long.
@@ -143,8 +152,9 @@ def _learned_positions(text: Any) -> Iterator[tuple[int, str]]:
             padding = padding_of(text)
             unused = 0 if padding is None else padding + 1
             # some tables have rows that are no position, as the first two of OPT's
+            most = getattr(text.config, "max_position_embeddings", module.num_embeddings)
             yield (
-                min(module.num_embeddings, text.config.max_position_embeddings) - unused,
+                min(module.num_embeddings, most) - unused,
                 (f"the model has no more positions ({name}). Set HeteroConfig.max_sample_tokens and longer_samples."),
             )
 

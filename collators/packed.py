@@ -10,24 +10,19 @@ from typing import Any
 import torch
 
 from hf_hetero.collators.limits import Limits
-from hf_hetero.collators.sample import (
-    LOSS_WEIGHTS,
-    Example,
-    Row,
-    Sample,
-    has_rows,
-    read_row,
-    refuse_seen,
-    weights_of,
-)
-from hf_hetero.collators.spans import labels_of, pack_spans, sample_of
+from hf_hetero.collators.row import Row, has_rows, of_each_token, read_row, refuse_seen, source_of, weights_of
+from hf_hetero.collators.sample import LOSS_WEIGHTS, Example, Sample
+from hf_hetero.collators.spans import labels_of, pack_spans, sample_of, scored_of
 from hf_hetero.errors import BadSample
+from hf_hetero.images.pictures import packed_pictures
+from hf_hetero.images.positions import KINDS
+from hf_hetero.images.sight import Sight, all_inputs
 from hf_hetero.layout import Span
-from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, num_targets
+from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
-MARKS_OF_TEXT = frozenset({"mm_token_type_ids"})
+MARKS_OF_TEXT = frozenset({KINDS})
 """Inputs that are 0 for a token of text, which some models that see images want in training."""
 
 logger = logging.getLogger(__name__)
@@ -53,8 +48,12 @@ class PackedCollator:
         limits: what the model has room for. The trainer sets it.
         counts_first_label: whether the loss of a step is divided by all labels, the first of each sample too, which
             nothing predicts: Trainer does so for some models. The trainer sets it.
+        aligned: a label is the target of its own token, and not of the one before it. The trainer sets it.
         length_column: of the dataset, by which steps are planned; None: its tokens were counted.
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
+        sight: how rows hold images; None: such rows are refused. The trainer sets it.
+        blind: why, in words.
+        source_column: where a row is from, for the log; None: nobody asks.
     """
 
     example_collator: Callable[[list[Any]], Mapping[str, Any]] | None = None
@@ -67,8 +66,12 @@ class PackedCollator:
     keeps_labels_unshifted: bool = False
     limits: Limits = field(default_factory=Limits, repr=False)
     counts_first_label: bool = field(default=False, repr=False)
+    aligned: bool = field(default=False, repr=False)
     length_column: str | None = None
     weight_column: str | None = None
+    sight: Sight | None = field(default=None, repr=False)
+    blind: str = field(default="", repr=False)
+    source_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:
         """Return the tensors of a step, or of an ordinary batch.
@@ -88,7 +91,8 @@ class PackedCollator:
             row, start = drawn.rows[position], drawn.starts[position]
             if row not in whole:
                 whole[row] = self.sample(example, f"row {row}", drawn.row_tokens[position])
-            samples[position] = whole[row].part(start, start + drawn.lengths[position])
+            end = start + drawn.lengths[position]
+            samples[position] = self._part(whole[row], start, end, f"row {row}")
             self.limits.check_length(samples[position].num_positions, f"row {row}")
         micro_batches: list[RankMicroBatch] = []
         total = 0
@@ -99,13 +103,31 @@ class PackedCollator:
             inputs = pack_spans(spans, pack, unshifted=self.keeps_labels_unshifted)
             for name in self.model_inputs & MARKS_OF_TEXT - set(inputs):
                 inputs[name] = torch.zeros_like(inputs["input_ids"])
+            seen = {n: sample.seen for n, sample in enumerate(pack) if sample is not None and sample.seen is not None}
+            inputs |= packed_pictures(spans, seen)
             # a span counts its own targets, and the spans of a sample partition it: over all ranks each counts once
             total += sum(self.num_counted(sample_of(pack, span), span) for span in spans)
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
-            micro_batches.append(RankMicroBatch(group, layout, spans, inputs, labels_of(spans, pack), reaches))
+            labels, scored = labels_of(spans, pack), scored_of(spans, pack)
+            sources = self._sources(batch, [group.samples[span.sample] for span in spans])
+            micro_batch = RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored=scored, sources=sources)
+            micro_batches.append(micro_batch)
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
+
+    def _sources(self, batch: StepExamples, positions: Sequence[int]) -> tuple[str, ...] | None:
+        """Return where the rows of some samples are from; None: nobody asks, as in an evaluation.
+
+        Raises:
+            BadSample: a row does not say it.
+        """
+        if self.source_column is None or not self.needs_labels:
+            return None
+        return tuple(
+            source_of(batch.examples[position], self.source_column, f"row {batch.share.step.rows[position]}")
+            for position in positions
+        )
 
     def sample(self, example: Example, name: str, planned_tokens: int | None = None) -> Sample:
         """Read one row as what is trained on: without its padding, with its labels.
@@ -118,21 +140,17 @@ class PackedCollator:
         Raises:
             BadSample: as for a call.
         """
-        if "input_ids" not in example:
+        if "input_ids" not in example and not self.makes_tokens:
             raise BadSample(f"{name} has no input_ids, only {sorted(example)}. Tokenise the dataset first.")
         is_packed = PACKED_COLUMN in example
         loss_weights = None if self.weight_column is None else weights_of(example, self.weight_column, name)
-        example = self._looked_at(example)
-        if self.example_collator is not None:
-            batch = self.example_collator([dict(example)])
-            refuse_seen(batch, self.model_inputs, name)  # patches of an image need not be one row a sample
-            example = {key: values[0] for key, values in batch.items() if has_rows(values)}
+        example, images = self._collated(example, name)
         num_in_row = len(example["input_ids"])
-        row = read_row(example, self.model_inputs, name)
+        row = read_row(example, self.model_inputs, name, self.blind)
         positions, others = row.positions(is_packed, name), dict(row.values)
         if self.limits.padding is not None and "position_ids" not in others:
             positions = None  # padding before a sample takes no positions there
-        others.pop("position_ids", None)
+        has_positions = others.pop("position_ids", None) is not None
         input_ids, labels = others.pop("input_ids").long(), others.pop("labels", None)
         labels = self._labels(input_ids, labels, name)
         if planned_tokens is not None and input_ids.numel() != planned_tokens:
@@ -141,36 +159,64 @@ class PackedCollator:
             )
         if not input_ids.numel():
             raise BadSample(f"{name} has no tokens. Filter empty samples out of the dataset.")
-        self.limits.check_tokens(input_ids, labels, name)
-        self._check_first_label(labels, row.unpadded, name)
+        self._check(input_ids, labels, row, name)
         inputs = {key: values for key, values in others.items() if key in self.model_inputs}
+        seen = None if self.sight is None else self.sight.seen(images, input_ids, name)
+        if seen is not None and self.sight is not None and self.sight.positions is not None and not has_positions:
+            positions = self.sight.positions.of(input_ids, inputs, all_inputs(seen), name)
         # only a loss of the user's own, which gets labels as transformers has them, could read anything else
         weights = (
             {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
         if loss_weights is not None:
-            weights[LOSS_WEIGHTS] = self._of_each_token(loss_weights, row, num_in_row, name)
-        return Sample(input_ids, labels, positions, inputs, weights, self.limits.padding)
+            weights[LOSS_WEIGHTS] = of_each_token(loss_weights, row, num_in_row, name, self.weight_column)
+        if self.sight is not None:  # beside rows with images, which have them
+            marks = {key: torch.zeros_like(input_ids) for key in self.model_inputs & MARKS_OF_TEXT}
+            inputs = {**marks, **inputs}
+        aligned, padding = self.aligned, self.limits.padding
+        return Sample(input_ids, labels, positions, inputs, weights, padding, aligned, seen=seen)
+
+    def _part(self, row: Sample, start: int, end: int, name: str) -> Sample:
+        """Cut a sample out of its row."""
+        return row.part(start, end, name)
+
+    def _collated(self, example: Example, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Return what is looked at of a row, and its images, as the user's collator makes them."""
+        example, images = self._without_images(self._looked_at(example), name)
+        if self.example_collator is not None:
+            # patches of an image need not be one row a sample; a collator may give them another dim for that
+            batch, made = self._without_images(self.example_collator([{**example, **images}]), name)
+            images = images or made
+            refuse_seen(batch, self.model_inputs, name, self.blind)
+            example = {key: values[0] for key, values in batch.items() if has_rows(values)}
+        if "input_ids" not in example:
+            raise BadSample(f"{name}: the data_collator makes no input_ids of it, only {sorted(example)}.")
+        return example, images
+
+    def _check(self, input_ids: torch.Tensor, labels: torch.Tensor | None, row: Row, name: str) -> None:
+        """Refuse tokens and labels that the model does not have, or that plain training would learn otherwise."""
+        self.limits.check_tokens(input_ids, labels, name, self.aligned)
+        self._check_first_label(labels, row.unpadded, name)
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Return whether rows may come without tokens, which the collator makes of their text and images."""
+        return self.sight is not None and self.example_collator is not None
+
+    def _without_images(self, example: Example, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Take the images that the model can be given out of a row, or out of a batch with one row."""
+        if self.sight is None:
+            return dict(example), {}
+        images = self.sight.inputs_of(example, name)
+        return {key: values for key, values in example.items() if key not in self.sight.inputs}, images
 
     def _looked_at(self, example: Example) -> dict[str, Any]:
-        """Return a row without the columns that are not looked at, and without weights, which no collator knows."""
+        """Return a row without the columns that are not looked at, and those of the plan, which no collator knows."""
         return {
             key: values
             for key, values in example.items()
-            if key != self.weight_column and (self.columns is None or key in self.columns)
+            if key not in (self.weight_column, self.source_column) and (self.columns is None or key in self.columns)
         }
-
-    def _of_each_token(self, weights: torch.Tensor, row: Row, num_in_row: int, name: str) -> torch.Tensor:
-        """Return the weight of each token of a row that is no padding, as it travels. Shape (num_tokens,)."""
-        num_tokens = len(row.values["input_ids"])
-        if weights.ndim == 0:
-            return carried_weights(weights.repeat(num_tokens))
-        if len(weights) != num_in_row:
-            raise BadSample(
-                f"{name} has {len(weights)} {self.weight_column} and {num_in_row} input_ids. Give each token a weight, "
-                "or the row one number."
-            )
-        return carried_weights(weights[row.unpadded])
 
     def _labels(self, input_ids: torch.Tensor, labels: torch.Tensor | None, name: str) -> torch.Tensor | None:
         """Return a row's labels, or make them of its tokens; None where it has none and needs none."""
@@ -217,7 +263,7 @@ class PackedCollator:
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded
-        if first and int(batch["labels"][0][first]) != IGNORE_INDEX:
+        if first and int(batch["labels"][0][first]) != IGNORE_INDEX and not self.aligned:
             raise BadSample(
                 "The data_collator pads on the left, where Trainer's loss learns the first token of a sample from the "
                 'padding before it. Pad on the right: tokenizer.padding_side = "right".'
@@ -225,7 +271,8 @@ class PackedCollator:
 
     def _check_first_label(self, labels: torch.Tensor | None, unpadded: slice, name: str) -> None:
         """Refuse a first token with a label after padding, from which Trainer's loss would learn it."""
-        if self.needs_labels and unpadded.start and labels is not None and int(labels[0]) != IGNORE_INDEX:
+        is_learned = labels is not None and int(labels[0]) != IGNORE_INDEX
+        if self.needs_labels and unpadded.start and is_learned and not self.aligned:
             raise BadSample(
                 f"{name} is padded on the left and its first token has a label: Trainer would learn it from the "
                 f"padding. Pad on the right, or give the first token the label {IGNORE_INDEX}."
@@ -250,6 +297,8 @@ class PackedCollator:
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Make an ordinary batch: rows padded on the right to the longest of them."""
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
+        if any(row.seen is not None for row in rows):
+            raise BadSample("Rows with images are packed by a plan only. Leave HeteroConfig.plan_evaluation on.")
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)

@@ -18,6 +18,8 @@ def pack_spans(
 ) -> dict[str, torch.Tensor]:
     """Make the model inputs of one rank: its spans, one after the other. Shapes (1, num_tokens).
 
+    Positions are of shape (3, 1, num_tokens) where those of a sample have three parts.
+
     Positions count within each sample, unless its row gives others. The loss reads `shift_labels`, what each token has
     to predict, since the next token may lie elsewhere; `labels` are each token's own. A rank without tokens runs one
     token that has no target and that attention leaves out: its gradient is zero, and the rank joins every collective.
@@ -36,7 +38,7 @@ def pack_spans(
     stands_in = unshifted or not parts
     inputs = {
         "input_ids": _joined([sample.input_ids[at] for sample, at in parts], stands_in, 0),
-        "position_ids": _joined([sample.position_ids(at.start, at.stop) for sample, at in parts], stands_in, 0),
+        "position_ids": _positions([sample.position_ids(at.start, at.stop) for sample, at in parts], stands_in),
         "attention_mask": planned_mask(num_tokens, num_tokens + stands_in),
     }
     for name in _names(sample.inputs for sample, _ in parts):
@@ -47,7 +49,7 @@ def pack_spans(
     targets = _joined([sample.targets[at] for sample, at in parts], stands_in, IGNORE_INDEX)
     # of a label, so they are where the label is: beside the token that is to predict it
     weights = {
-        name: _joined([_shifted(sample.weights[name])[at] for sample, at in parts], stands_in, 0)
+        name: _joined([sample.of_targets(name)[at] for sample, at in parts], stands_in, 0)
         for name in _names(sample.weights for sample, _ in parts)
     }
     if not unshifted:
@@ -55,6 +57,15 @@ def pack_spans(
         return {**inputs, **weights, "labels": _joined(labels, stands_in, IGNORE_INDEX), "shift_labels": targets}
     weights = {name: _one_later(values, 0) for name, values in weights.items()}
     return {**inputs, **weights, "labels": _one_later(targets, IGNORE_INDEX)}
+
+
+def _positions(values: list[torch.Tensor], stands_in: bool) -> torch.Tensor:
+    """Join positions; beside those of three parts, others have three equal ones, as models take them for text."""
+    parts = max((x.shape[1] for x in values if x.ndim > 1), default=0)
+    if not parts:
+        return _joined(values, stands_in, 0)
+    in_parts = [x if x.ndim > 1 else x.unsqueeze(1).expand(-1, parts) for x in values]
+    return _joined(in_parts, stands_in, 0).permute(2, 0, 1).contiguous()
 
 
 def _joined(values: list[torch.Tensor], stands_in: bool, filling: int) -> torch.Tensor:
@@ -72,18 +83,17 @@ def _one_later(values: torch.Tensor, filling: int) -> torch.Tensor:
     return moved
 
 
-def _shifted(values: torch.Tensor) -> torch.Tensor:
-    """Give each token what the token after it has; the last one gets 0. Shape (num_tokens, ...)."""
-    moved = values.roll(-1, dims=0)
-    moved[-1] = 0
-    return moved
-
-
 def labels_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> torch.Tensor | None:
     """Return each token's own label, shape (1, num_tokens); None where a sample has none."""
     parts = [(sample_of(samples, span), span) for span in spans]
     labels = [sample.labels[span.start : span.end] for sample, span in parts if sample.labels is not None]
     return _joined(labels, stands_in=not parts, filling=IGNORE_INDEX) if len(labels) == len(parts) else None
+
+
+def scored_of(spans: Sequence[Span], samples: Sequence[Sample | None]) -> tuple[int | None, ...]:
+    """Return for each span the place in it of the token whose score is its sample's; None where that lies elsewhere."""
+    places = [(sample_of(samples, span).scored, span) for span in spans]
+    return tuple(None if p is None or not span.start <= p < span.end else p - span.start for p, span in places)
 
 
 def sample_of(samples: Sequence[Sample | None], span: Span) -> Sample:

@@ -22,16 +22,23 @@ if TYPE_CHECKING:
     from hf_hetero.planner import Planner
     from hf_hetero.topology import Topology
     from hf_hetero.trainer import HeteroTrainer, HeteroTrainerMixin
+    from hf_hetero.trainer.embeddings.embedding import HeteroEmbeddingTrainer
     from hf_hetero.trainer.pairs.dpo import HeteroDPOTrainer
+    from hf_hetero.trainer.pairs.kto import HeteroKTOTrainer
     from hf_hetero.trainer.pairs.reward import HeteroRewardTrainer
+    from hf_hetero.trainer.pairs.without_reference import HeteroCPOTrainer, HeteroORPOTrainer
     from hf_hetero.trainer.sft import HeteroSFTTrainer
 
 __all__ = [
     "CostModel",
     "Group",
+    "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
+    "HeteroORPOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",
@@ -58,7 +65,11 @@ def __getattr__(name: str) -> Any:
         "Plan": "plan",
         "Planner": "planner",
         "Topology": "topology",
+        "HeteroCPOTrainer": "trainer.pairs.without_reference",
         "HeteroDPOTrainer": "trainer.pairs.dpo",
+        "HeteroKTOTrainer": "trainer.pairs.kto",
+        "HeteroORPOTrainer": "trainer.pairs.without_reference",
+        "HeteroEmbeddingTrainer": "trainer.embeddings.embedding",
         "HeteroRewardTrainer": "trainer.pairs.reward",
         "HeteroSFTTrainer": "trainer.sft",
         "HeteroTrainer": "trainer",

@@ -6,7 +6,7 @@ hf-hetero costs [NAME]                                         cost models that 
 hf-hetero check MODEL                                          can this model be trained under changing plans?
 hf-hetero estimate MODEL --gpus 8xH100                         what it would cost on GPUs that one does not have
 hf-hetero profile MODEL -o cost.json                           measure a cost model on this machine
-hf-hetero report plans.jsonl                                   picture of a finished run
+hf-hetero report RUN                                           page of a run, finished or not
 hf-hetero advise SOURCE MODEL --gpus 16xH100                   what fits, how fast, how to start, what to change next
 hf-hetero recipes list | show | copy | check                   settings to start from, and whether they are right
 
@@ -90,7 +90,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _simulate(args: argparse.Namespace) -> None:
     """Compare ways to share many batches and print what they come to."""
-    from tqdm.auto import tqdm
+    from hf_hetero.progress import each  # tqdm, which the other verbs do without
 
     planner = _planner(args)
     asked = STEPS if args.steps is None else args.steps
@@ -103,9 +103,7 @@ def _simulate(args: argparse.Namespace) -> None:
             f"--context {context}: {source.name!r} has samples of up to {source.longest_tokens:,} tokens. "
             "Raise it, or leave longer samples out with --max-length."
         )
-    simulation = simulate(
-        batches, planner, context, lambda steps: tqdm(steps, desc="Planning", unit=" steps", leave=False)
-    )
+    simulation = simulate(batches, planner, context, lambda steps: each(steps, "Planning", "steps"))
     if args.plot:
         from hf_hetero.report.simulation_picture import draw_simulation
 
@@ -146,13 +144,12 @@ def _estimate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    """Write the report of a finished run beside its records, or where the user says."""
-    from hf_hetero.report import read_records, write_report
+    """Write the report of a run beside its records, or where the user says."""
+    from hf_hetero.report import report_run
 
-    records = read_records(args.records)
     folder = Path(args.records) if Path(args.records).is_dir() else Path(args.records).parent
     output = args.output or str(folder / "report.html")
-    write_report(records, output)
+    report_run(args.records, output, None if args.cost is None else CostModel.load(args.cost))
     print(f"Wrote {output}")
 
 
@@ -234,8 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     add_recipes(verbs)
     add_advise(verbs)
 
-    report = verbs.add_parser("report", help="draw a finished run from its plans.jsonl")
-    report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True)")
+    report = verbs.add_parser("report", help="draw a run, finished or not, from its plans.jsonl")
+    report.add_argument("records", help="plans.jsonl of a run with PlanMetricsCallback(record=True), or its folder")
+    report.add_argument("--cost", help="cost model to compare with static runs by; default: what the run noted")
     report.add_argument("-o", "--output", help="default: report.html beside the records")
     report.set_defaults(run=_report)
     return parser

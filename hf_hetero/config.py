@@ -29,6 +29,7 @@ MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_
 """Plans wait in memory; and who waits for more than a week waits for ever."""
 MOST_COUNTED = 1 << 40
 LONGER = ("error", "truncate", "split")
+ROUTER_LOSSES = ("exact", "last_step")
 
 
 @dataclass
@@ -103,6 +104,14 @@ class HeteroConfig:
             "micro-batch never exist as a whole."
         },
     )
+    router_loss: str = field(
+        default="exact",
+        metadata={
+            "help": "Where a mixture of experts adds the loss of its routers (config.output_router_logits), which is a "
+            "product of two means over a step's tokens, what the choices of experts are those of. exact: of this step; "
+            "micro-batches after the first are run forward once more. last_step: of the step before, an approximation."
+        },
+    )
     plan_evaluation: bool = field(
         default=True,
         metadata={"help": "Plan evaluation and prediction, too; otherwise they are stock, each sample on one rank."},
@@ -123,6 +132,13 @@ class HeteroConfig:
         metadata={
             "help": "Dataset column with what losses are multiplied by: a number for the row, or one for each of its "
             "tokens, of any sign. The loss is still divided by the step's target tokens. Default: all weigh 1."
+        },
+    )
+    source_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dataset column that says where a row is from. The loss of each source is logged, over all of its "
+            "target tokens. Default: none is."
         },
     )
     group_timeout_s: float = field(
@@ -164,6 +180,10 @@ class HeteroConfig:
         if self.longer_samples not in LONGER:
             raise ConfigError(
                 f"HeteroConfig.longer_samples={self.longer_samples!r}: choose one of {', '.join(LONGER)}."
+            )
+        if self.router_loss not in ROUTER_LOSSES:
+            raise ConfigError(
+                f"HeteroConfig.router_loss={self.router_loss!r}: choose one of {', '.join(ROUTER_LOSSES)}."
             )
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:

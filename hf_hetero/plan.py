@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_hetero.errors import HeteroError
@@ -234,13 +234,20 @@ class StepReport:
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
         wait_s: time the step waited for its plan and its data, in seconds.
         plan_wait_s: the part of it that its plan was late, in seconds.
-        peak_bytes: peak memory of the fullest rank in the step's forward and backward passes, in bytes; 0 where it is
-            not measured.
+        peak_bytes: peak memory of the fullest rank in forward and backward, in bytes; 0 where it is not measured.
         is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
         expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
         unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
             tensors; 0 where it is not measured.
+        flops: operations that learning from these samples needs, whatever a plan computes twice; 0: not known.
+        peak_flops: operations a second of all ranks' cards together, by their data sheet; None: not known.
+        router_loss: of the step, without its coefficient, where a mixture of experts has one.
         repeats: how often the step was planned for less memory, and begun again, because memory had run out.
+        forward_only: micro-batches without a backward pass, which take less than is predicted.
+        planned_s: what the cost model charges, shaped as `busy_s`; 0 for a group of no samples, or that has no price.
+        static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
+        sent_bytes: that all ranks sent each other inside layers, forward and backward; not gradients of weights.
+        by_source: where rows are from -> sum of the losses of its targets, and how many these are.
     """
 
     step: int
@@ -256,6 +263,14 @@ class StepReport:
     expert_load: tuple[float, ...] = ()
     unused_bytes: int = 0
     repeats: int = 0
+    router_loss: float | None = None
+    flops: float = 0.0
+    peak_flops: float | None = None
+    forward_only: tuple[int, ...] = ()
+    planned_s: tuple[tuple[float, ...], ...] = ()
+    static_s: Mapping[int, float] = field(default_factory=dict[int, float])
+    sent_bytes: int = 0
+    by_source: Mapping[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
 
     @property
     def num_tokens(self) -> int:
@@ -267,6 +282,12 @@ class StepReport:
         """Return tokens a second, over all ranks, waiting included."""
         total = self.seconds + self.wait_s
         return self.num_tokens / total if total > 0 else 0.0
+
+    @property
+    def mfu(self) -> float | None:
+        """Return what the step needs by what all cards compute in its time at their peak; None: not known."""
+        total = self.seconds + self.wait_s
+        return self.flops / (total * self.peak_flops) if self.flops and self.peak_flops and total > 0 else None
 
     @property
     def idle_share(self) -> float | None:

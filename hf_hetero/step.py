@@ -33,6 +33,7 @@ class Step:
         drawn: the samples of the global batch; a plan's sample is a position among them.
         plan: who computes what.
         wait_s: how long the planning rank waited for the plan, in seconds.
+        static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
     """
 
     epoch: int
@@ -40,6 +41,7 @@ class Step:
     drawn: Drawn
     plan: Plan
     wait_s: float = 0.0
+    static_s: Mapping[int, float] = field(default_factory=dict[int, float])
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -63,7 +65,7 @@ class Step:
 
     def digest(self) -> int:
         """Return a 63-bit fingerprint of everything that must be the same on all ranks."""
-        # without `wait_s`, which rank 0 alone knows when it plans; 63 bits, because it travels as an int64
+        # without `wait_s`, which rank 0 alone knows when it plans, nor predictions; 63 bits: it travels as an int64
         content = repr((self.epoch, self.index, self.drawn, self.plan.digest()))
         return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
 
@@ -120,9 +122,15 @@ class RankMicroBatch:
         layout: which tokens each of them holds.
         spans: those that this rank holds, in memory order.
         inputs: keywords of the model's forward, tensors of shape (1, num_tokens), and one token more where one stands
-            in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`).
-        labels: each token's own label, shape (1, num_tokens); None where samples have none.
+            in: on a rank without tokens, or as the place of the last target (see `collators.spans.pack_spans`);
+            positions may be of shape (3, 1, num_tokens). Inputs of images are of their own shapes.
+        labels: each token's own label, shape (1, num_tokens), or (1, num_tokens, num_labels) where it is several
+            numbers; None where samples have none.
         reaches: for each span, one more than the last position of its whole sample.
+        learns: whether there is a backward pass.
+        scored: for each span, the place in it of the token whose score is that of its whole sample, or None where that
+            lies elsewhere; None where samples have no score.
+        sources: for each span, where its row says that it is from; None: nobody asks.
     """
 
     group: Group
@@ -131,6 +139,9 @@ class RankMicroBatch:
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor | None = None
     reaches: tuple[int, ...] | None = None
+    learns: bool = True
+    scored: tuple[int | None, ...] | None = None
+    sources: tuple[str, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +152,9 @@ class RankMicroBatch:
     def num_targets(self) -> int:
         """Return how many tokens of this rank have something to predict."""
         targets = self.inputs.get("shift_labels", self.inputs.get("labels"))
-        return 0 if targets is None else num_targets(targets)
+        if targets is None:
+            return 0
+        return num_targets(targets if targets.ndim == 2 else targets[..., 0])  # a label may be several numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,4 +245,5 @@ class StepPart(Mapping[str, torch.Tensor]):
         if name == "labels":
             assert micro_batch.labels is not None
             return micro_batch.labels[:, :num_tokens]
-        return micro_batch.inputs[name][:, :num_tokens]
+        values = micro_batch.inputs[name]
+        return (values[0] if values.ndim > 2 else values)[:, :num_tokens]  # of positions in three parts, the first

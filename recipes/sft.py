@@ -9,7 +9,6 @@ the command line overrides it. This script uses the public API only: copy it and
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import platform
@@ -27,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
     AutoTokenizer,
     TrainingArguments,
     set_seed,
@@ -37,19 +37,22 @@ from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, Plan, __version_
 from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.collators import PackedCollator
 from hf_hetero.fine_tuning import (
+    ImageChats,
     check_columns,
     check_fields,
+    counted_chats,
     explaining,
+    has_images,
+    load_rows,
     make_tokenizer,
     parse_settings,
     sample_lengths,
     tokenise,
     truncate,
 )
-from hf_hetero.report import draw_plan, most_mixed, read_records, write_report
+from hf_hetero.report import draw_plan, most_mixed, read_records, report_run
 
 IGNORED = -100  # the label of a token that is not learned
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 
 
 @dataclass
@@ -101,23 +104,10 @@ def say(line: str) -> None:
 
 def load_data(args: RecipeArguments) -> datasets.Dataset:
     """The dataset as it is found, one row a sample; a .txt file is one sample."""
-    source = Path(args.dataset)
     if args.dataset == "python-stdlib":
         # the version is an argument because `datasets` caches by them
         return datasets.Dataset.from_generator(stdlib_files, gen_kwargs={"version": platform.python_version()})
-    if any((source / name).exists() for name in ("state.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(args.dataset)
-        if not isinstance(found, dict):
-            return found
-        if args.dataset_split not in found:
-            raise HeteroError(f"dataset_split={args.dataset_split!r}: {args.dataset!r} has only {', '.join(found)}.")
-        return found[args.dataset_split]
-    if (file_format := FILE_FORMATS.get(source.suffix)) is not None:
-        if not (files := sorted(glob.glob(args.dataset))):
-            raise HeteroError(f"dataset={args.dataset!r}: there is no such file.")
-        options = {"sample_by": "document"} if file_format == "text" else {}
-        return datasets.load_dataset(file_format, data_files=files, split="train", **options)
-    return datasets.load_dataset(args.dataset, args.dataset_config, split=args.dataset_split)
+    return load_rows(args.dataset, args.dataset_config, args.dataset_split)
 
 
 def stdlib_files(version: str) -> Iterator[dict[str, str]]:
@@ -131,25 +121,36 @@ def stdlib_files(version: str) -> Iterator[dict[str, str]]:
 
 
 def prepare_data(
-    args: RecipeArguments, data: datasets.Dataset, tokenizer: Any, weight_column: str | None = None
+    args: RecipeArguments,
+    data: datasets.Dataset,
+    tokenizer: Any,
+    weight_column: str | None = None,
+    source_column: str | None = None,
 ) -> datasets.Dataset:
-    """Tokenised samples of at most `max_length` tokens, with their weights. What was done about longer ones is printed.
+    """Tokenised samples of at most `max_length` tokens, with their weights and sources.
+
+    What was done about longer ones is printed.
 
     Raises:
         HeteroError: nothing to train on, a row that cannot be tokenised, or samples longer than `max_length` under the
             policy "error".
     """
+    if has_images(data):
+        return prepare_images(args, data, tokenizer)
     check_columns(
         data, tokenizer, args.text_column, args.assistant_only_loss, name=args.dataset, split=args.dataset_split
     )
     # only what changes the tokens, because `datasets` caches by these arguments
     options = {"tokenizer": tokenizer, "text_column": args.text_column, "assistant_only": args.assistant_only_loss}
     options["version"] = __version__
+    if not sys.stderr.isatty():  # bars are for terminals; a log takes a line
+        datasets.disable_progress_bars()
+        say(f"Tokenising {len(data):,} rows.")
     data = data.with_format(None).map(
         tokenise,
         with_indices=True,
         fn_kwargs=options,
-        remove_columns=[name for name in data.column_names if name != weight_column],
+        remove_columns=[name for name in data.column_names if name not in (weight_column, source_column)],
         num_proc=args.num_proc,
         desc="Tokenising",
     )
@@ -164,6 +165,14 @@ def prepare_data(
         )
     lengths = [tokens for row in sample_lengths(data) for tokens in row]
     say(f"{len(lengths):,} samples, {sum(lengths):,} tokens; median {median(lengths):,}, longest {max(lengths):,}")
+    return data
+
+
+def prepare_images(args: RecipeArguments, data: datasets.Dataset, processor: Any) -> datasets.Dataset:
+    """Chats with images, as they are, with a column of how many tokens each has; none is cut."""
+    collate = ImageChats(processor, args.assistant_only_loss)
+    data = counted_chats(data, collate, Path(args.dataset).parent, args.max_length, args.num_proc)
+    say(f"{len(data):,} samples with images, {sum(data['length'][:]):,} tokens")
     return data
 
 
@@ -200,6 +209,8 @@ def load_tokenizer(args: RecipeArguments, data: datasets.Dataset) -> Any:
     """The tokenizer named, or one made of the dataset's text and kept in the user's cache; None if none is needed."""
     if args.tokenizer != "train":
         if (name := args.tokenizer or args.model) is not None:
+            if has_images(data):
+                return AutoProcessor.from_pretrained(name, trust_remote_code=False)
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         if "input_ids" in data.column_names:
             return None
@@ -257,16 +268,19 @@ def main(argv: Sequence[str]) -> None:
             data = load_data(args)
         with explaining(f"Cannot load tokenizer={args.tokenizer or args.model!r}"):
             tokenizer = load_tokenizer(args, data)
-        data = prepare_data(args, data, tokenizer, hetero.weight_column)
+        data = prepare_data(args, data, tokenizer, hetero.weight_column, hetero.source_column)
     if args.max_length_policy == "split":
         hetero = replace(hetero, max_sample_tokens=args.max_length, longer_samples="split")
     with explaining("Cannot make the model"):
-        model = load_model(args, tokenizer)
+        model = load_model(args, getattr(tokenizer, "tokenizer", tokenizer))
+    collate = None
+    if has_images(data):  # what its rows are made of is no input of the model
+        collate, training_args.remove_unused_columns = ImageChats(tokenizer, args.assistant_only_loss), False
     trainer = HeteroTrainer(
         model=model,
         args=training_args,
         train_dataset=data,
-        data_collator=PackedCollator(),  # rows without labels learn every token
+        data_collator=PackedCollator(collate),  # rows without labels learn every token
         processing_class=tokenizer,
         callbacks=[PlanMetricsCallback(lines=True, record=True)],
         hetero=hetero,
@@ -282,14 +296,13 @@ def main(argv: Sequence[str]) -> None:
 
 def draw(folder: Path, cost_model: Any) -> None:
     """The run as a page, and one of its steps as a picture."""
-    records = read_records(folder / "plans.jsonl")
+    step = most_mixed(read_records(folder))
+    report_run(folder, folder / "report.html", cost_model)
     try:
-        write_report(records, folder / "report.html", cost_model)
-        step = most_mixed(records)
         for name in ("step.png", "step.svg"):
             draw_plan(Plan.from_dict(step["plan"]), step["lengths"], cost_model, folder / name)
     except HeteroError as error:  # no matplotlib: the run itself is done
-        say(f"No pictures: {error}")
+        say(f"Wrote {folder / 'report.html'} (the run). No pictures: {error}")
     else:
         say(f"Wrote {folder / 'report.html'} (the run), {folder / 'step.png'} and .svg (step {step['step']}).")
 

@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "reformer": {"is_decoder": True},
     "rwkv": {"hidden_size": 64, "attention_hidden_size": 64},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 4, "num_hidden_layers": 2},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "num_hidden_layers": 2},
 }
 
 

@@ -76,9 +76,9 @@ class Scripted(HeteroDPOTrainer):
         return SimpleNamespace(for_evaluation=self._plan_source)
 
 
-def config(folder: str, **changes: Any) -> Any:
+def config(folder: str, kind: Any = trl.DPOConfig, global_batch: int = 4, **changes: Any) -> Any:
     world = dist.get_world_size() if dist.is_initialized() else 1
-    plain = arguments(folder, world, global_batch=4).to_dict()
+    plain = arguments(folder, world, global_batch).to_dict()
     options = {
         "use_cpu": True,
         "bf16": False,
@@ -91,7 +91,7 @@ def config(folder: str, **changes: Any) -> Any:
         "activation_checkpointing": False,
         "dataloader_pin_memory": False,
     }
-    return trl.DPOConfig(folder, **{**{name: plain[name] for name in PLAIN}, **options, **changes})
+    return kind(folder, **{**{name: plain[name] for name in PLAIN}, **options, **changes})
 
 
 def model_of(seed: int, adapters: bool, **options: Any) -> Any:

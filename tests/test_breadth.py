@@ -13,7 +13,16 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "checks" / "measure_models.py"
-EXPECTED = {"llama": "exact", "roberta": "exact", "llama4_text": "exact", "doge": "refused", "musicgen": "stock cannot"}
+EXPECTED = {
+    "llama": "exact",
+    "roberta": "exact",
+    "llama4_text": "exact",
+    "bart": "exact",
+    "doge": "exact",
+    "prophetnet": "refused",
+    "musicgen": "stock cannot",
+}
+WHOLE = {"doge"}
 
 
 def script() -> Any:
@@ -35,7 +44,8 @@ def test_a_sample_of_types(tmp_path: Path) -> None:
         found = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
         assert len(found) == len(EXPECTED)
         assert {one["type"]: one["result"] for one in found} == EXPECTED, found
-    assert "Of 5 types 3 exact, 1 refused, 1 stock cannot: 75 % of those" in page.read_text(encoding="utf-8")
+    assert {one["type"] for one in found if one["why"].startswith("whole samples: ")} == WHOLE
+    assert "Of 7 types 5 exact, 1 refused, 1 stock cannot: 83 % of those" in page.read_text(encoding="utf-8")
 
 
 def test_another_movement_is_wrong() -> None:
@@ -43,10 +53,10 @@ def test_another_movement_is_wrong() -> None:
     judged = script().judged
     before = {"a": torch.zeros(3, dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
     after = {"a": before["a"] + 0.5, "b": before["b"] - 0.25}
-    assert judged(("", before, after), [(after, "", False)] * 2)["result"] == "exact"
+    assert judged(("", before, after), [((after, ""), "", False)] * 2)["result"] == "exact"
     for off in (1e-6, float("nan")):
         other = {"a": after["a"], "b": after["b"] + torch.tensor([0.0, off])}
-        assert judged(("", before, after), [(after, "", False), (other, "", False)])["result"] == "wrong"
-    assert judged(("", before, before), [(before, "", False)] * 2)["result"] == "stock cannot"
+        assert judged(("", before, after), [((after, ""), "", False), ((other, ""), "", False)])["result"] == "wrong"
+    assert judged(("", before, before), [((before, ""), "", False)] * 2)["result"] == "stock cannot"
     assert judged(("", before, after), [(None, "words", True), (None, "", False)])["result"] == "refused"
-    assert judged(("", before, after), [(after, "", False), (None, "IndexError", False)])["result"] == "crash"
+    assert judged(("", before, after), [((after, ""), "", False), (None, "IndexError", False)])["result"] == "crash"

@@ -248,7 +248,7 @@ def test_every_cost_model_in_a_report(name: str, tmp_path: Path, capsys: pytest.
     record = {"step": 1, "lengths": lengths, "plan": plan.to_dict(), "seconds": plan.seconds, "wait_s": 0.0}
     (tmp_path / "plans.jsonl").write_text(json.dumps({**record, "busy_s": busy_seconds(plan, lengths, cost)}) + "\n")
     assert main(["report", str(tmp_path / "plans.jsonl")]) == 0
-    assert "data:image/svg+xml" in (tmp_path / "report.html").read_text()
+    assert "<svg" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

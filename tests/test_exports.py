@@ -12,9 +12,13 @@ import hf_hetero.collators
 PROMISED = {
     "CostModel",
     "Group",
+    "HeteroCPOTrainer",
     "HeteroConfig",
     "HeteroDPOTrainer",
+    "HeteroEmbeddingTrainer",
     "HeteroError",
+    "HeteroKTOTrainer",
+    "HeteroORPOTrainer",
     "HeteroRewardTrainer",
     "HeteroSFTTrainer",
     "HeteroTrainer",

@@ -27,6 +27,8 @@ EXPECTED = {
     "hf_hetero/recipes/accelerate/fsdp2.yaml",
     "hf_hetero/recipes/quickstart_cpu/train.yaml",
     "hf_hetero/recipes/sft.py",
+    "hf_hetero/report/page/page.css",
+    "hf_hetero/report/page/page.js",
 }
 
 

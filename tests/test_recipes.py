@@ -30,7 +30,9 @@ from hf_hetero.report import read_records
 from hf_hetero.samples.samples import limited
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*/train.yaml"))
+COMPARE = ROOT / "recipes" / "compare" / "train.yaml"
+"""Of a script of its own: `tests/test_compare.py`."""
+RECIPES = sorted(set((ROOT / "recipes").glob("*/train.yaml")) - {COMPARE})
 TEXTS = [
     "def f(x):\n    return x\n",
     "import os\n",
@@ -44,19 +46,26 @@ CHAT_TEMPLATE = (
 CHAT = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "x = 1"}]
 
 
-def load_sft() -> Any:
-    spec = importlib.util.spec_from_file_location("sft", ROOT / "recipes" / "sft.py")
+def load_script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["sft"] = module  # dataclasses look their types up there
+    sys.modules[name] = module  # dataclasses look their types up there
     spec.loader.exec_module(module)
     return module
 
 
+def script_of(recipe: Path) -> str:
+    """The script in the command of a recipe's README."""
+    found = re.search(r"recipes/(\w+)\.py --config", (recipe.parent / "README.md").read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
+
+
 @pytest.fixture(scope="module")
 def sft() -> ModuleType:
-    return load_sft()
+    return load_script("sft")
 
 
 @pytest.fixture(autouse=True)
@@ -108,13 +117,15 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
-def test_every_recipe_parses(sft: ModuleType, path: Path, tmp_path: Path) -> None:
+def test_every_recipe_parses(path: Path, tmp_path: Path) -> None:
     """A train.yaml holds only keys that the real dataclasses have, with values that they take."""
+    script = load_script(script_of(path))
     words = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]  # bf16 wants a device
-    args, training_args, hetero = sft.parse(words)
+    args, training_args, hetero = script.parse(words)
     parsed = {**vars(args), **vars(training_args), **vars(hetero)}
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        if key not in {"output_dir", "report_to", "save_strategy", "lr_scheduler_type"}:  # turned into other types
+        # these are turned into other types
+        if key not in {"output_dir", "report_to", "save_strategy", "eval_strategy", "lr_scheduler_type"}:
             assert parsed[key] == value
 
 
@@ -122,7 +133,7 @@ def test_every_recipe_is_complete() -> None:
     """A recipe is a folder with train.yaml and README.md, without Python, and a row in the table."""
     table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     assert RECIPES
-    for path in RECIPES:
+    for path in (*RECIPES, COMPARE):
         names = {p.name for p in path.parent.iterdir()}
         assert {"README.md", "train.yaml"} <= names
         assert not [name for name in names if name.endswith(".py")]
@@ -188,7 +199,7 @@ def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
         os.environ |= environment_of(Path(launch_file))
     if "fsdp2" in str(launch_file):
         shard_on_cpu()
-    script, wrappers = load_sft(), list[str]()
+    script, wrappers = load_script("sft"), list[str]()
 
     class Recording(script.HeteroTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +212,7 @@ def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
     return wrappers[0]
 
 
-GPU_RECIPES = [path for path in RECIPES if not path.parent.name.endswith("_cpu")]
+GPU_RECIPES = [path for path in RECIPES if script_of(path) == "sft" and not path.parent.name.endswith("_cpu")]
 
 
 @pytest.mark.parametrize("path", GPU_RECIPES, ids=lambda path: path.parent.name)
@@ -865,12 +876,15 @@ def test_two_nodes_of_two_ranks(tmp_path: Path) -> None:
     assert 4 in degrees  # files of more than 5120 tokens need both nodes
 
 
-def test_weights_pass_the_tokenizer(sft: Any) -> None:
-    """The recipe keeps the weight of each row, and no other column that is not tokens."""
+def test_weights_and_sources_pass_the_tokenizer(sft: Any) -> None:
+    """The recipe keeps the weight and the source of each row where asked for, and no other column that is no tokens."""
     table = datasets.Dataset.from_list([{"input_ids": [5, 6, 7], "importance": -0.5, "source": "web"}])
     [row] = sft.prepare_data(sft.RecipeArguments(), table, None, weight_column="importance")
     assert row["importance"] == -0.5
     assert "source" not in row
+    [row] = sft.prepare_data(sft.RecipeArguments(), table, None, source_column="source")
+    assert row["source"] == "web"
+    assert "importance" not in row
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen2.5-vl", "llava"])

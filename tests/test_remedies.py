@@ -106,11 +106,15 @@ def test_attention_dropout(tmp_path: Path, name: str) -> None:
 
 
 def test_router_loss(tmp_path: Path) -> None:
-    """A mixture of experts that reports its routers."""
-    model = tiny_model("qwen3-moe", output_router_logits=True)
-    assert "set config.output_router_logits = False" in refusal(train, tmp_path, model)
+    """Checkpoints that cut off the gradient of routers; those that do not, or no loss of routers."""
+    model, reentrant = tiny_model("qwen3-moe", output_router_logits=True), {"use_reentrant": True}
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": reentrant}
+    said = refusal(train, tmp_path, model, **options)
+    assert 'activation_checkpointing_kwargs={"use_reentrant": False}' in said
+    assert "Set config.output_router_logits = False" in said
+    train(tmp_path, model, **{**options, "activation_checkpointing_kwargs": {"use_reentrant": False}})
     model.config.output_router_logits = False
-    train(tmp_path, model)
+    train(tmp_path, model, **options)
 
 
 def test_router_loss_in_trl(tmp_path: Path) -> None:

@@ -7,22 +7,25 @@ weights are compared:
 
     exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or, under
                     1e-6, less than 10 times what plain Trainer differs from itself with torch's attention, all samples
-                    of a step together
+                    of a step together; "whole samples": ranks cannot share one, so each goes over all of it
     refused         HeteroTrainer refuses the model when it is made, in words
     wrong           they differ by more
     crash           HeteroTrainer accepts the model and then fails
     stock cannot    plain Trainer fails, too: on this config, without a package that is missing, or by itself
 
-Each type has processes of its own and a bound on its time. A type whose result is in FILE is not measured again.
-`--markdown FILE` writes the table.
+Each type has processes of its own, forked from this one, and a bound on the seconds that they compute: another load of
+the machine changes no result. A type whose result is in FILE is not measured again. `--markdown FILE` writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import multiprocessing as mp
 import os
+import resource
+import signal
 import socket
 import sys
 import tempfile
@@ -42,12 +45,17 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from instances import KINDS, model_of
 
-from hf_hetero import Group, HeteroError, HeteroTrainer, MicroBatch, Plan
+from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
+LEFT = frozenset({"cpmant"})
+"""Types that expect padding on the left, where a batch's first tokens would be learned from padding: samples of these
+have one length."""
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
+MOST_WAITING = 300
+"""Seconds in which no process of a type computes, before it counts as one that hangs."""
 PLANS = (
     [[((0, 1), (7, 0, 1), "ulysses")], [((0,), (3,), None), ((1,), (2, 4), None)], [((0, 1), (5, 6), "ring")]],
     [
@@ -57,8 +65,31 @@ PLANS = (
     ],
 )
 """Micro-batches of each step: ranks, samples and method of each group."""
+WHOLE = "whole samples: "
 EXACT = 1e-9  # of the movement; fp64 rounds at 1e-16, and two steps of a deep sum lose a few digits of that
 STEEP = 1e-6  # a model may lose more, under plain Trainer, too; a sample that sees another gives 1e-3 and more
+
+
+PREFACE = """# Which models are exact
+
+Two steps of training on two ranks, under plans of mixed degrees with each method, against plain Trainer on one process,
+in fp64: whatever else a model asks for is given as fp64, too (`in_double`). Measured, and this page written, by
+
+```console
+$ python benchmarks/checks/measure_models.py --results models.jsonl --markdown hf_hetero/checks/MODELS.md
+```
+
+- **exact**: the weights of both ranks differ from plain Trainer's by less than {exact:g} of the farthest that training
+  has moved a weight. A few models are steep, or compute in less than fp64 even so: under {steep:g} they count as exact,
+  too, where they differ by less than 10 times what plain Trainer differs from itself, with torch's attention and all
+  samples of a step in one padded batch. A sample that sees another makes 1e-3 and more.
+- **exact, whole samples**: ranks cannot share a sample, for the reason that is given, and each goes over all of it
+  ([how](../manners/README.md)).
+- **refused**: `HeteroTrainer` says so, in words, when it is made. **wrong**, **crash**: it does not.
+- **stock cannot**: plain Trainer fails, too, on the tiny instance of the type's default config.
+
+A model whose loss cannot be divided by a step's targets is compared with plain Trainer's one batch a step.
+"""
 
 
 class ScriptedTrainer(HeteroTrainer):
@@ -66,7 +97,7 @@ class ScriptedTrainer(HeteroTrainer):
 
     def _plan_source(self) -> PlanSource:
         def plan(lengths: Sequence[int]) -> Plan:
-            step = STEPS.index(tuple(lengths))
+            step = steps_of(self.model).index(tuple(lengths))
             groups = [[Group(ranks, samples, method or "ulysses") for ranks, samples, method in m] for m in PLANS[step]]
             return Plan(2, tuple(MicroBatch(tuple(m)) for m in groups), seconds=1.0, lower_bound_s=1.0)
 
@@ -82,11 +113,16 @@ class Scripted:
         self.close = lambda: None
 
 
-def rows(vocab: int, extras: Sequence[str]) -> list[dict[str, Any]]:
+def steps_of(model: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of the samples of each step."""
+    return tuple((max(step) - 9,) * len(step) for step in STEPS) if model.config.model_type in LEFT else STEPS
+
+
+def rows(model: Any, extras: Sequence[str]) -> list[dict[str, Any]]:
     """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
-    generator = torch.Generator().manual_seed(0)
+    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config(decoder=True).vocab_size
     found: list[dict[str, Any]] = []
-    for length in (length for step in STEPS for length in step):
+    for length in (length for step in steps_of(model) for length in step):
         ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
         found.append({"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}})
     return found
@@ -109,11 +145,9 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 def trained(
     model: Any, trainer_class: type[Trainer], num_ranks: int, extras: Sequence[str] = (), together: bool = False
 ) -> Any:
-    """Train two steps, one process's samples one by one or together; return the weights."""
-    data = rows(model.config.get_text_config(decoder=True).vocab_size, extras)
-    # where plain Trainer would take the mean of means, all samples are one batch
-    whole = together or num_ranks > 1 or not getattr(model, "accepts_loss_kwargs", True)
-    batch = (len(STEPS[0]) // num_ranks, 1) if whole else (1, len(STEPS[0]))
+    """Train two steps, one process's samples one by one or together; return the weights, and the trainer."""
+    data = rows(model, extras)
+    batch = (len(STEPS[0]) // num_ranks, 1) if together or num_ranks > 1 else (1, len(STEPS[0]))
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder,
@@ -132,9 +166,27 @@ def trained(
             disable_tqdm=True,
             remove_unused_columns=False,
         )
-        options = {} if issubclass(trainer_class, HeteroTrainer) else {"data_collator": as_batch}
-        trainer_class(model, args, train_dataset=data, **options).train()  # pyright: ignore[reportArgumentType]
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+        options: dict[str, Any] = {"data_collator": as_batch}
+        if issubclass(trainer_class, HeteroTrainer):
+            # two ranks may share what nobody would have them share unasked, too
+            options = {"hetero": HeteroConfig(max_degree=num_ranks)}
+        trainer: Any = trainer_class(model, args, train_dataset=data, **options)  # pyright: ignore[reportArgumentType]
+        trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}, trainer
+
+
+def takes_divisor(model: Any) -> bool:
+    """Return whether a model divides its loss by what it is told to, so that samples of a step may come one by one.
+
+    Else plain Trainer adds up the means of its batches: then all samples of a step are one batch.
+    """
+    ids = torch.tensor([rows(model, ())[0]["input_ids"]])
+    try:
+        with torch.no_grad():
+            mean, sum_ = (model(ids, labels=ids, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
+    except Exception:  # it knows no such keyword, or needs others than these
+        return getattr(model, "accepts_loss_kwargs", True)
+    return getattr(model, "accepts_loss_kwargs", True) and not torch.isclose(mean, sum_)
 
 
 def stock(model_type: str, kind: str, extras: Sequence[str], together: bool = False) -> Any:
@@ -143,19 +195,22 @@ def stock(model_type: str, kind: str, extras: Sequence[str], together: bool = Fa
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     if together:
         model.set_attn_implementation("sdpa")
-    return type(model).__name__, before, trained(model, Trainer, 1, extras, together)
+    after, _ = trained(model, Trainer, 1, extras, together or not takes_divisor(model))
+    return type(model).__name__, before, after
 
 
 def hetero(model_type: str, kind: str, rank: int, port: int) -> Any:
-    """Train on one of two ranks; return the weights, or why not."""
+    """Train on one of two ranks; return the weights, and why the ranks could not share a sample, if so."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    return trained(model_of(model_type, kind), ScriptedTrainer, 2)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=MOST_WAITING))
+    weights, trainer = trained(model_of(model_type, kind), ScriptedTrainer, 2)
+    return weights, trainer._between_runs.manner.whole
 
 
-def into(path: str, function: Any, *args: Any) -> None:
+def into(path: str, seconds: int, function: Any, *args: Any) -> None:
     """Call in this process, in fp64; write what it returns, or its error in words."""
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # the process ends with it
     torch.set_default_dtype(torch.float64)
@@ -170,25 +225,46 @@ def into(path: str, function: Any, *args: Any) -> None:
     os._exit(0)
 
 
-def called(tasks: Sequence[tuple[Any, ...]], seconds: float) -> list[tuple[Any, str, bool]]:
+def called(tasks: Sequence[tuple[Any, ...]], seconds: int) -> list[tuple[Any, str, bool]]:
     """Call functions in a process each; return what each returns, its error, and whether that is a refusal."""
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{number}" for number in range(len(tasks))]
-        processes = [context.Process(target=into, args=(path, *task)) for path, task in zip(paths, tasks, strict=True)]
+        processes = [
+            context.Process(target=into, args=(path, seconds, *task)) for path, task in zip(paths, tasks, strict=True)
+        ]
         for process in processes:
             process.start()
-        end = time.monotonic() + seconds
+        last, since = 0.0, time.monotonic()
+        while any(process.is_alive() for process in processes) and time.monotonic() - since < MOST_WAITING:
+            for process in processes:
+                process.join(0.05)
+            if (now := sum(cpu_seconds(process.pid) for process in processes)) > last:
+                last, since = now, time.monotonic()
+        lost: list[str] = []
         for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-            if process.is_alive():
+            waited = process.is_alive()
+            if waited:
                 process.kill()
-                process.join()
-        lost = (None, f"no result within {seconds:g} s", False)
-        return [torch.load(path, weights_only=False) if Path(path).exists() else lost for path in paths]
+            process.join()
+            used_up = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) and not waited
+            lost.append(f"more than {seconds} s of computing" if used_up else f"ended with {process.exitcode}")
+        return [
+            torch.load(path, weights_only=False) if Path(path).exists() else (None, words, False)
+            for path, words in zip(paths, lost, strict=True)
+        ]
 
 
-def measured(model_type: str, kind: str, seconds: float) -> dict[str, Any]:
+def cpu_seconds(pid: int | None) -> float:
+    """Return the seconds that a process has computed; 0 once it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     """Measure one type."""
     start = time.monotonic()
     [[plain, stock_error, _]] = called([(stock, model_type, kind, ())], seconds)
@@ -211,7 +287,7 @@ def measured(model_type: str, kind: str, seconds: float) -> dict[str, Any]:
         found |= judged(plain, ranks)
         if found["result"] == "wrong" and found["error"] < STEEP:
             [[other, _, _]] = called([(stock, model_type, kind, (), True)], seconds)
-            found["floor"] = judged(plain, [(other[2], "", False)])["error"] if other is not None else 0.0
+            found["floor"] = judged(plain, [((other[2], ""), "", False)])["error"] if other is not None else 0.0
             found["result"] = "exact" if found["error"] <= 10 * found["floor"] else "wrong"
     return {**found, "seconds": round(time.monotonic() - start, 1)}
 
@@ -219,39 +295,45 @@ def measured(model_type: str, kind: str, seconds: float) -> dict[str, Any]:
 def judged(plain: Any, ranks: list[tuple[Any, str, bool]]) -> dict[str, Any]:
     """Compare the weights of both ranks with those of plain training."""
     _, before, after = plain
-    errors = [(error, refused) for weights, error, refused in ranks if weights is None]
+    errors = [(error, refused) for value, error, refused in ranks if value is None]
     if errors:
         error, refused = max(errors, key=lambda one: one[1])
         return {"result": "refused" if refused else "crash", "why": error}
+    found, whole = [value[0] for value, _, _ in ranks], ranks[0][0][1]
     # by torch, whose largest of nan and anything is nan
     movement = float(torch.stack([(after[name] - before[name]).abs().max() for name in before]).max())
-    error = float(torch.stack([(w[name] - after[name]).abs().max() for w, _, _ in ranks for name in after]).max())
+    error = float(torch.stack([(weights[name] - after[name]).abs().max() for weights in found for name in after]).max())
     if not 0 < movement < float("inf"):
         return {"result": "stock cannot", "why": f"plain training moves the weights by {movement}"}
     # "not <=", so that nan is wrong
-    return {"result": "wrong" if not error <= EXACT * movement else "exact", "why": "", "error": error / movement}
+    result, why = "wrong" if not error <= EXACT * movement else "exact", f"{WHOLE}{whole}" if whole else ""
+    return {"result": result, "why": why, "error": error / movement}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Write results as Markdown: counts, then a row a type."""
-    lines: list[str] = []
+    lines = [PREFACE.format(exact=EXACT, steep=STEEP)]
     for kind in KINDS:
         ours = sorted((one for one in results if one["kind"] == kind), key=lambda one: one["type"])
+        if not ours:
+            continue
         counts = Counter(one["result"] for one in ours)
         trainable = len(ours) - counts["stock cannot"]
         share = 100 * counts["exact"] / max(trainable, 1)
+        whole = sum(one["why"].startswith(WHOLE) for one in ours if one["result"] == "exact")
         title = "Causal language models" if kind == "text" else "Models of images and text, on text"
         words = ", ".join(f"{number} {result}" for result, number in sorted(counts.items()))
         lines += [
             f"## {title}",
             "",
-            f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train.",
+            f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train are exact, {whole} of "
+            "these by whole samples.",
         ]
-        lines += ["", "| type | class | result | why |", "|---|---|---|---|"]
+        lines += ["", "| type | class | result | difference | why |", "|---|---|---|---|---|"]
         for one in ours:
             why = one["why"].partition("under changing plans: ")[2] or one["why"]
-            cell = why.replace("|", "\\|")[:200]
-            lines.append(f"| `{one['type']}` | {one['class']} | {one['result']} | {cell} |")
+            cell, error = why.replace("|", "\\|")[:200], f"{one['error']:.0e}" if "error" in one else ""
+            lines.append(f"| `{one['type']}` | {one['class']} | {one['result']} | {error} | {cell} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -262,11 +344,12 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="JSON lines; what is there is not measured again")
     parser.add_argument("--types", nargs="*", help="model types; all without")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
-    parser.add_argument("--seconds", type=float, default=120, help="that each training may take")
+    parser.add_argument("--seconds", type=int, default=120, help="that each training may compute")
     parser.add_argument("--again", action="store_true", help="measure recorded types again")
     parser.add_argument("--markdown", type=Path, help="write the table there")
     asked = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    gc.freeze()  # what all processes share is not looked through, and so not copied, in each
     found: dict[tuple[str, str], dict[str, Any]] = {}
     if asked.results.exists():
         lines = map(json.loads, asked.results.read_text(encoding="utf-8").splitlines())

@@ -37,6 +37,13 @@ class Peers:
     tokens: tuple[int, ...]
 
 
+class Sent:
+    """`Sent` counts the bytes that this rank has sent to others inside the layers of a micro-batch."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+
 class AttentionContext:
     """An `AttentionContext` is one group, one pack, one kernel: what the layers share for a micro-batch.
 
@@ -58,12 +65,14 @@ class AttentionContext:
         store: keep it there; None: on the device.
         reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
         waits: says so where an exchange takes long; two ranks of a group are enough, one of which may be who is late.
+        sent: counts the bytes that leave this rank; None: a new one.
 
     Attributes:
         peers: the ranks of the group.
         group_rank: this rank's position in the group.
         num_tokens: tokens of this rank that belong to a sample.
         reached: layers that attention was called for; shows whether the model hands its keywords down.
+        by_source: adds up the loss of each source, where that is asked for; the loss is handed the same keywords.
     """
 
     def __init__(
@@ -82,7 +91,10 @@ class AttentionContext:
         store: HostStore | None = None,
         reaches: tuple[int, ...] | None = None,
         waits: Waits | None = None,
+        sent: Sent | None = None,
     ) -> None:
+        self.sent = Sent() if sent is None else sent
+        self.by_source: Any = None
         self.layout, self.inner_group = layout, inner_group
         self.method, self.kernel, self.device, self.keeps = method, kernel, device, keeps
         self.store = store
@@ -113,6 +125,7 @@ class AttentionContext:
             self.inner_group,
             reaches=self.reaches,
             waits=self._waits,
+            sent=self.sent,
         )
 
     def at(self, layer: int) -> Place:
@@ -138,6 +151,7 @@ class AttentionContext:
                 keeps=self.keeps,
                 store=self.store,
                 waits=self.waits,
+                sent=self.sent,
             )
 
         return self.shared(("chunks", num_tokens), make)

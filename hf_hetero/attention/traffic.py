@@ -50,6 +50,7 @@ def _exchange(
     """Exchange parts of a flat buffer, without a gradient; the error of a failing exchange names it."""
     group = peers.group
     assert group is not None
+    place.context.sent.num_bytes += (sum(in_splits) - in_splits[peers.me]) * buffer.itemsize
     in_splits, out_splits = (_over_group(splits, peers, group) for splits in (in_splits, out_splits))
     with named(operation, place.where), noted(place.context.waits, operation, place.where):
         return collectives.wait_tensor(collectives.all_to_all_single(buffer, out_splits, in_splits, group))
@@ -113,6 +114,7 @@ class Shift:
         ops: list[dist.P2POp] = []
         if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
             ops.append(dist.P2POp(dist.isend, outgoing, peers.ranks[send_to], peers.group, tag))
+            place.context.sent.num_bytes += outgoing.nbytes
         if incoming is not None and incoming.numel():
             ops.append(dist.P2POp(dist.irecv, incoming, peers.ranks[receive_from], peers.group, tag))
         # as one batch: alone, a send that waits for its receiver could hold up the receive behind it

@@ -64,12 +64,15 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """Say "can be trained", maybe up to some length, "refused because ..." or "not tested: ..."."""
+        """Say "can be trained", up to some length or by whole samples, "refused because ..." or "not tested: ..."."""
         if self.reasons:
             return f"refused because {' and because '.join(reason.rstrip('.') for reason in self.reasons)}"
         if self.probe.failure:
             return f"not tested: {self.probe.failure}"
-        return "can be trained" if self.longest is None else f"can be trained on samples of up to {self.longest} tokens"
+        how = "" if self.longest is None else f" on samples of up to {self.longest} tokens"
+        if why := self.probe.manner.whole:
+            how += f", by whole samples, which ranks do not share, because {why.rstrip('.')}"
+        return f"can be trained{how}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that is ready for JSON."""
@@ -181,10 +184,12 @@ def _try(config: PretrainedConfig) -> tuple[tuple[str, ...], Probe]:
     if (architecture := architecture_of(config)) is None:
         return (f"transformers has no causal language model of type {config.model_type!r}.",), untried
     try:
-        reasons = tuple(exactness.model_problems(build(config, "meta", architecture)))
+        model = build(config, "meta", architecture)
+        reasons = tuple(exactness.model_problems(model))
+        cause = " ".join(exactness.sharing_problems(model))
     except Exception as error:
         return (), Probe(failure=f"transformers cannot build it: {type(error).__name__}: {one_line(error)}")
     if reasons:
         return reasons, untried
-    trial = tried(config, architecture)
+    trial = tried(config, architecture, cause)
     return (trial.problem,) if trial.problem else (), trial

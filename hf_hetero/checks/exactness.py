@@ -5,18 +5,19 @@ Nothing here is approximated in silence. Each refusal says what was found, why i
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss
-from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss, ForTokenClassification
 
 from hf_hetero.attention import rotary
+from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.errors import ConfigError, UnsupportedModel
+from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import sharding
 from hf_hetero.state_layers.families import mixers_of
@@ -39,6 +40,13 @@ EXACT_LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "chunked_a
     "indexed_attention",  # these two for samples so short that nothing is left out (`collators.limits`)
     "minimax_m3_sparse",
 }
+KNOWN_MAKERS = frozenset({"torch", "transformers", "peft", "hf_hetero"})
+"""Packages whose modules a model may be built of."""
+LABELLED: tuple[Labelled, ...] = (NEXT, TOKENS, SEQUENCES)
+"""What the labels of a model may be of, where its trainer does not say otherwise."""
+PLAIN_LOSSES: Mapping[Labelled, Callable[..., Any]] = MappingProxyType(
+    {NEXT: ForCausalLMLoss, SEQUENCES: ForSequenceClassificationLoss, TOKENS: ForTokenClassification}
+)
 STATE_LAYER_TYPES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 
 
@@ -67,7 +75,8 @@ def check_model(trainer: Trainer) -> None:
         UnsupportedModel: with every reason found.
     """
     model: torch.nn.Module = trainer.model  # pyright: ignore[reportAssignmentType]
-    problems = model_problems(model, scores=getattr(trainer, "learns_scores", False))
+    scores = getattr(trainer, "learns_scores", False)
+    problems = model_problems(model, (SEQUENCES,) if scores else getattr(trainer, "labelled", LABELLED))
     _raise_all(type(base_model(model)).__name__, [*problems, *_trainer_problems(trainer)])
     if dropouts := sorted({m.p for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0}):
         logger.warning(
@@ -126,9 +135,11 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
 def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
-    parameters = inspect.signature(base_model(trainer.model).forward).parameters.values()
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        yield "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
+    if getattr(trainer, "is_distributed_loading_by_transformers", False):
+        yield from sharding.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
+    yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
+    if labelled_of(base_model(trainer.model)) in (TOKENS, SEQUENCES):
+        yield from _class_problems(trainer)
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
@@ -137,12 +148,22 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
         yield "device_map spreads the model over several devices; load it without."
 
 
-def model_problems(model: torch.nn.Module, scores: bool = False) -> Iterator[str]:
+def _class_problems(trainer: Any) -> Iterator[str]:
+    """Yield, in words, why a trainer of classes is refused; one that learns scores in a way of its own is not."""
+    if getattr(trainer, "learns_scores", False):
+        return
+    if what := own_loss.owners(trainer):
+        yield f"{what} would be given logits of tokens, of which some count; the loss of classes is this package's."
+    if trainer.hetero.longer_samples == "split" and labelled_of(base_model(trainer.model)) == SEQUENCES:
+        yield "HeteroConfig.longer_samples='split' would make several sequences of one that has one label."
+
+
+def model_problems(model: torch.nn.Module, labelled: Sequence[Labelled] = LABELLED) -> Iterator[str]:
     """Yield, in words, why a model is refused.
 
     Args:
         model: in adapters or not.
-        scores: it should give sequences a score, instead of predicting tokens.
+        labelled: what its labels may be of.
     """
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
@@ -154,41 +175,65 @@ def model_problems(model: torch.nn.Module, scores: bool = False) -> Iterator[str
         if getattr(adapter, "num_virtual_tokens", None):
             yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
     # what writes text token by token, whatever its class is called: of text alone, or of images and text
-    if scores:
-        yield from _score_problems(base)
-    elif config.is_encoder_decoder or not base.can_generate():
-        yield f"only decoder-only language models are supported, and {type(base).__name__} is none."
+    kind = labelled_of(base)
+    if kind not in labelled or config.is_encoder_decoder:
+        yield _unlearned(base, labelled)
         return
+    if kind == SEQUENCES and not pools_last_token(base):
+        yield _unlearned(base, (SEQUENCES,))
     config = config.get_text_config(decoder=True)
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    kinds: list[str] = getattr(config, "layer_types", None) or []
-    layer_types = set(kinds)
-    if sum(1 for _ in mixers_of(base)) < sum(kind in STATE_LAYER_TYPES for kind in kinds):
-        with_state = sorted(layer_types & STATE_LAYER_TYPES)
-        yield f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
-    if other := sorted(layer_types - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
-        known = " and ".join(sorted(EXACT_LAYER_TYPES))
-        yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
+    if has_unknown_states(base) and not _is_stock(base):
+        yield _unknown_states(getattr(config, "layer_types", None) or [])
     # a model that another trainer has fitted computes this package's loss
-    plain = ForSequenceClassificationLoss if scores else ForCausalLMLoss
-    if base.loss_function is not plain and "hf_hetero" not in base.loss_function.__module__:
-        yield f"its loss is {base.loss_function.__name__}, not the causal language model loss."
-    yield from rotary.problems(base)
+    plain = PLAIN_LOSSES.get(kind)
+    if plain is not None and base.loss_function is not plain and "hf_hetero" not in base.loss_function.__module__:
+        what = "the causal language model loss" if kind == NEXT else f"transformers' loss of labels of {kind}"
+        yield f"its loss is {base.loss_function.__name__}, not {what}."
     for name in ATTENTION_DROPOUTS:
         if dropout := getattr(config, name, 0.0):
             # its layers have read the config already
             yield f"{name}={dropout} draws another mask for every layout; load it by from_pretrained(..., {name}=0.0)."
-    if getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", 0.0):
-        yield (
-            "the router's auxiliary loss is a statistic of a micro-batch; set config.output_router_logits = False, or "
-            "under TRL, whose trainer sets that itself, SFTConfig(router_aux_loss_coef=0.0)."
-        )
+    yield from router_loss.problems(base)
 
 
-def _score_problems(base: PreTrainedModel) -> Iterator[str]:
-    """Yield, in words, why a model that gives scores is refused."""
-    if not isinstance(base, GenericForSequenceClassification):
-        yield f"{type(base).__name__} does not score sequences as AutoModelForSequenceClassification of decoders does."
-    elif not is_tested(base):
-        yield f"scores of the type {base.config.model_type!r} were not compared with plain training yet."
+def sharing_problems(base: PreTrainedModel) -> Iterator[str]:
+    """Yield, in words, why ranks cannot share a sample of a model, so that each must go over whole ones.
+
+    Args:
+        base: of transformers.
+    """
+    kinds: list[str] = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    if has_unknown_states(base) and _is_stock(base):
+        yield _unknown_states(kinds)
+    if other := sorted(set(kinds) - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
+        known = " and ".join(sorted(EXACT_LAYER_TYPES))
+        yield f"layers of type {', '.join(other)} are not known to be exact; {known} are."
+    yield from rotary.problems(base)
+
+
+def has_unknown_states(base: PreTrainedModel) -> bool:
+    """Return whether layers carry state along a sample in a way that is not known."""
+    kinds: list[str] = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
+    return sum(1 for _ in mixers_of(base)) < sum(kind in STATE_LAYER_TYPES for kind in kinds)
+
+
+def _unknown_states(kinds: list[str]) -> str:
+    with_state = sorted(set(kinds) & STATE_LAYER_TYPES)
+    return f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
+
+
+def _is_stock(base: PreTrainedModel) -> bool:
+    """Return whether a model is built of transformers' parts, as the tiny instance that is tried will be."""
+    return all(type(module).__module__.split(".")[0] in KNOWN_MAKERS for module in base.modules())
+
+
+def _unlearned(base: PreTrainedModel, labelled: Sequence[Labelled]) -> str:
+    """Say that a model is of no kind that a trainer learns."""
+    name = type(base).__name__
+    if NOTHING in labelled:
+        return f"{name} has a head, and embeddings are what comes before it: load it by AutoModel.from_pretrained(...)."
+    if labelled != (SEQUENCES,) and (SEQUENCES not in labelled or labelled_of(base) not in (SEQUENCES, TOKENS)):
+        return f"only decoder-only language models are supported, and {name} is none."
+    return f"{name} does not score sequences as AutoModelForSequenceClassification of decoders does, by the last token."

@@ -41,8 +41,7 @@ class Machines:
     def topology(self) -> Topology:
         """Return how ranks stand on nodes, and what memory each has."""
         assert self.card.card_bytes is not None
-        num_communicators = len(Topology(self.num_ranks).degrees)
-        memory_bytes = int(usable_bytes(self.card.card_bytes, num_communicators))
+        memory_bytes = int(usable_bytes(self.card.card_bytes, self.num_ranks))
         return Topology(self.num_ranks, self.ranks_per_node, memory_bytes)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from hf_hetero.errors import UnsupportedModel
 
-PLANNED = {"DPOTrainer": "HeteroDPOTrainer", "RewardTrainer": "HeteroRewardTrainer"}
+PLANNED = {name: f"Hetero{name}" for name in ("CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer")}
 """Trainers of TRL that a class of this package plans, with a loss of its own in the place of theirs."""
 KNOWN_MODULES = frozenset({"transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer"})
 LOSS = ("compute_loss", "_prepare_inputs")

@@ -226,4 +226,7 @@ def _log_probs(logits: torch.Tensor, labels: torch.Tensor | None, shift_labels: 
     log_probs = all_log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) * is_target
     entropy = -(all_log_probs.exp() * all_log_probs).sum(-1) * is_target
     is_top1 = (logits.argmax(-1) == shift_labels) & is_target
-    return SimpleNamespace(log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_target, aux_loss=None)
+    nothing = torch.zeros((), device=logits.device)
+    return SimpleNamespace(
+        log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=is_target, aux_loss=nothing
+    )

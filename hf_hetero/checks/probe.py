@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -22,16 +22,19 @@ from hf_hetero.attention import interface, rotary
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels.cpu import CPU
-from hf_hetero.checks import exactness
+from hf_hetero.checks import exactness, router_loss
+from hf_hetero.checks.alone import OWN_LOSS, learnt, learnt_alone, loss_of
 from hf_hetero.checks.in_double import in_double
-from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, undisturbed
+from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, text_of, undisturbed
 from hf_hetero.collators.limits import padding_of
 from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
-from hf_hetero.model.loss import shift_labels, token_loss
+from hf_hetero.manners.manner import Manner
+from hf_hetero.manners.outside_loss import OutsideLoss, keywords_of
+from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.state_layers.planned import StateLayers
 
@@ -40,6 +43,7 @@ logger = logging.getLogger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Of differences, relative: rounding gives 1e-6 and 1e-14, a sample that sees another 1e-2 and more."""
 NO_INTERFACE = "it does not use transformers' attention interface, so samples cannot be shared among ranks."
+NO_KEYWORDS = "its forward takes no keyword arguments, so the loss cannot be divided by the step's tokens."
 DIFFERS = "a tiny instance learns differently"
 MOST_NUMBERS = 80_000_000  # weights and buffers that a tiny instance may have
 
@@ -54,6 +58,7 @@ class Probe:
         loss_error, gradient_error: largest difference from stock attention, relative to the largest value.
         problem: what it does under a plan that plain training does not, in words; empty if nothing.
         failure: why it could not be tried, in words; empty if it could.
+        manner: how it is trained.
     """
 
     num_layers: int = 0
@@ -62,6 +67,7 @@ class Probe:
     gradient_error: float = 0.0
     problem: str = ""
     failure: str = ""
+    manner: Manner = field(default_factory=Manner)
 
     @property
     def ok(self) -> bool:
@@ -69,12 +75,13 @@ class Probe:
         return not self.failure and not self.problem
 
 
-def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None = None) -> Probe:
+def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None = None, cause: str = "") -> Probe:
     """Try a tiny instance of a config; return what it does, or why there is none.
 
     Args:
         config: of transformers; stays as it is.
         architecture: as for `build`.
+        cause: as for `probe`.
     """
     try:
         small = shrunk(config)
@@ -82,27 +89,39 @@ def tried(config: PretrainedConfig, architecture: type[PreTrainedModel] | None =
         if (numbers := num_numbers(build(small, "meta", architecture))) > MOST_NUMBERS:
             return Probe(failure=f"an instance that should be tiny would still have {numbers:,} weights")
         model = build(small, "cpu", architecture)
+        if router_loss.is_wanted(model):  # a statistic of all tokens, which no sample alone has
+            text_of(model.config).output_router_logits = False
     except Exception as error:
         return Probe(failure=f"a tiny instance cannot be built: {_said(error)}")
-    return probe(model)
+    return probe(model, cause)
 
 
-def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) -> None:
+def needs_trial(model: PreTrainedModel) -> bool:
+    """Return whether a tiny instance of a model must be tried before it is trained."""
+    return not exactness.is_tested(model) or any(exactness.sharing_problems(model))
+
+
+def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) -> Manner:
     """Try a tiny instance of an architecture that is not among the tested ones. A collective of all ranks.
 
     Args:
         model: of transformers; its config and its class are read.
         control: carries what rank 0 saw to the others; None for a single process.
 
+    Returns:
+        How it is trained.
+
     Raises:
         UnsupportedModel: with what the tiny instance does under a plan; on every rank.
     """
-    name, kind = type(model).__name__, model.config.model_type
+    name, kind, cause = type(model).__name__, model.config.model_type, " ".join(exactness.sharing_problems(model))
     # tried on rank 0 for all: ranks that came to other ends, by a machine's rounding, would not all go on
-    trial = broadcast(lambda: tried(model.config, type(model)), control)
+    trial = broadcast(lambda: tried(model.config, type(model), cause), control)
     # what says that it does not use the interface may be wrong about that, but only a trial can tell
-    unproved = trial.failure and not model._supports_attention_backend  # pyright: ignore[reportPrivateUsage]
-    if problem := trial.problem or (NO_INTERFACE if unproved else ""):
+    unproved = NO_INTERFACE if not model._supports_attention_backend else cause  # pyright: ignore[reportPrivateUsage]
+    if keywords_of(model) is not None:
+        unproved = unproved or NO_KEYWORDS
+    if problem := trial.problem or (unproved if trial.failure else ""):
         raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {problem}")
     if trial.failure:
         logger.warning(
@@ -112,80 +131,102 @@ def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) ->
             ", ".join(sorted(exactness.TESTED_MODEL_TYPES)),
             trial.failure,
         )
+    elif trial.manner.whole:
+        logger.warning(
+            "%s (model type %r): ranks cannot share its samples, so each goes over whole ones, and HeteroConfig."
+            "max_degree is 1 unless it is set. For %s",
+            name,
+            kind,
+            trial.manner.whole,
+        )
     else:
         logger.info("%s (model type %r): a tiny instance learns the same under a plan.", name, kind)
+    return trial.manner
 
 
-def probe(model: Any) -> Probe:
+def probe(model: Any, cause: str = "") -> Probe:
     """Compare one packed pass under a plan with each sample alone.
 
     Both in evaluation mode, so that dropout outside of attention, which is allowed, does not hide other differences;
-    then one forward pass in training mode, for what is refused only there.
+    then one forward pass in training mode, for what is refused only there. What does not learn the same where ranks
+    can share samples is tried with each rank going over whole ones.
+
+    Args:
+        model: a tiny instance.
+        cause: why ranks cannot share samples, if that is known; then it is not tried.
     """
+    attention = model.config._attn_implementation
     with undisturbed():
-        attention = model.config._attn_implementation
-        found = _probe(model.float())
-        if not found.problem.startswith(DIFFERS):
+        found = Probe(problem=cause) if cause else _precisely(model, attention, "")
+        if not found.problem or found.problem == OWN_LOSS:
             return found
-        # a model may be so steep that fp32 rounds by more than the tolerance: fp64 tells that from an error
-        model.set_attn_implementation(attention)
-        with in_double(model):
-            return _probe(model)
+        whole = _precisely(model, attention, found.problem)
+        return whole if whole.ok or (cause and whole.failure) else found
 
 
-def _probe(model: Any) -> Probe:
+def _precisely(model: Any, attention: str, cause: str) -> Probe:
+    """Compare in fp32, and again in fp64 where that differs."""
+    model.set_attn_implementation(attention)
+    found = _probe(model.float(), cause)
+    if not found.problem.startswith(DIFFERS):
+        return found
+    # a model may be so steep that fp32 rounds by more than the tolerance: fp64 tells that from an error
+    model.set_attn_implementation(attention)
+    with in_double(model):
+        return _probe(model, cause)
+
+
+def _probe(model: Any, cause: str) -> Probe:
     """Compare as `probe`; what the process shares is the caller's to restore."""
     generator = torch.Generator().manual_seed(0)
     vocab = model.config.get_text_config(decoder=True).vocab_size
     # none of the first three numbers, which tiny configs have for padding, begin and end
     ids = [torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator) for length in LENGTHS]
-    num_targets = sum(length - 1 for length in LENGTHS)
     model = model.eval()
-    losses: list[str] = []
-
-    def counted_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-        losses.append("")
-        return token_loss(*args, **kwargs)
-
-    model.loss_function = counted_loss
     layers: set[int] = set()
     try:
         with _watched(model, layers):
-            expected = _pass(model, [_alone(sample, num_targets) for sample in ids])
+            alone = learnt_alone(model, ids)
     except Exception as error:
         return Probe(failure=f"a tiny instance fails with stock attention, too: {_said(error)}")
-    if len(losses) != len(ids):
-        return Probe(
-            problem="its forward computes a cross-entropy of its own instead of calling its loss_function, so targets "
-            "of packed samples, counted over all ranks, do not reach it."
-        )
-    if not all(bool(x.isfinite().all()) for x in expected.values()):
+    if alone is None:
+        return Probe(problem=OWN_LOSS)
+    if not all(bool(x.isfinite().all()) for x in alone.values.values()):
         return Probe(failure="the loss or a gradient of a tiny instance is not finite with stock attention")
-    context = _context()
+    manner, context = replace(alone.manner, whole=cause), _context()
     padding = padding_of(model)
-    inputs = pack_spans(context.layout.spans[0], [Sample(sample, sample, padding=padding) for sample in ids])
+    pack = [Sample(sample, sample, padding=padding, aligned=manner.aligned) for sample in ids]
+    inputs = pack_spans(context.layout.spans[0], pack)
     marks = {name: torch.zeros_like(inputs["input_ids"]) for name in MARKS_OF_TEXT & _named_inputs(model)}
-    batch = {**inputs, **marks, "hetero": context, "num_items_in_batch": num_targets}
-    interface.register()
-    hooks = HandedDown(model), rotary.TablesBySample(model)
+    batch = {**inputs, **marks, "hetero": context, "num_items_in_batch": alone.num_targets}
     try:
-        model.set_attn_implementation(interface.ATTENTION_NAME)
-        with StateLayers(model).planned(context):
-            planned = _pass(model, [batch])
+        with ExitStack() as undone:
+            undone.enter_context(_fitted(model, manner, undone).planned(context))
+            planned = learnt(model, [(batch, 1.0)])
             with torch.no_grad():
-                model.train()(**batch, use_cache=False)
+                loss_of(model.train(), batch)
     except HeteroError as error:
         return Probe(problem=str(error))
     except Exception as error:
         if not context.reached and not model._supports_attention_backend:
             return Probe(problem=NO_INTERFACE)
         return Probe(problem=f"a tiny instance fails under a plan, and not with stock attention: {_said(error)}")
-    finally:
-        for hook in hooks:
-            hook.remove()
     kinds: list[str] = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
     layers -= {number for number, kind in enumerate(kinds) if kind in exactness.TOKEN_LAYER_TYPES}
-    return _judged(layers, context.reached, planned, expected)
+    return _judged(layers, context.reached, planned, alone.values, manner)
+
+
+def _fitted(model: Any, manner: Manner, undone: ExitStack) -> StateLayers | WholeSamples:
+    """Fit a tiny instance for a plan, as `trainer.fitting` does; return what goes over samples."""
+    if manner.outside_loss:
+        undone.callback(OutsideLoss(model, model, manner.aligned).remove)
+    if manner.whole:
+        return WholeSamples(model)
+    interface.register()
+    for hooks in (HandedDown(model), rotary.TablesBySample(model)):
+        undone.callback(hooks.remove)
+    model.set_attn_implementation(interface.ATTENTION_NAME)
+    return StateLayers(model)
 
 
 def _named_inputs(model: Any) -> set[str]:
@@ -215,14 +256,18 @@ def _context() -> AttentionContext:
 
 
 def _judged(
-    layers: set[int], reached: set[int], planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+    layers: set[int],
+    reached: set[int],
+    planned: dict[str, torch.Tensor],
+    expected: dict[str, torch.Tensor],
+    manner: Manner,
 ) -> Probe:
     """Say in words what differs, the cause before its effects: layers, then missing gradients, then their values."""
     loss_error, gradient_error = _errors(planned, expected)
     problem = ""
     if not reached:
         problem = NO_INTERFACE
-    elif layers - reached:
+    elif layers - reached and not manner.whole:
         missing = ", ".join(map(str, sorted(layers - reached)))
         problem = (
             f"under a plan {len(reached)} of {len(layers)} layers of a tiny instance call transformers' attention "
@@ -239,28 +284,11 @@ def _judged(
             f"gradients by {gradient_error:.0e} of the largest value. Something other than attention mixes samples, "
             "or positions are not taken from position_ids."
         )
-    return Probe(len(layers), len(reached), loss_error, gradient_error, problem)
+    return Probe(len(layers), len(reached), loss_error, gradient_error, problem, manner=manner)
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _alone(sample: torch.Tensor, num_targets: int) -> dict[str, Any]:
-    row = sample.unsqueeze(0)
-    shifted = shift_labels(sample).unsqueeze(0)
-    return {"input_ids": row, "labels": row, "shift_labels": shifted, "num_items_in_batch": num_targets}
-
-
-def _pass(model: Any, batches: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Return the loss, under "", and the gradients, by name, of all batches together."""
-    model.zero_grad()
-    total = torch.zeros(())
-    for batch in batches:
-        loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        total = total + loss.detach()
-    return {"": total, **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
 
 
 def _errors(planned: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, float]:

@@ -22,14 +22,19 @@ LEARNT_COLUMNS = ("input_ids", "labels")
 """The columns that learning depends on; a row without the first is told by all of its columns."""
 
 
-def contents_of(dataset: Any, num_rows: int) -> dict[str, int]:
+def contents_of(dataset: Any, num_rows: int, columns: Sequence[str] = LEARNT_COLUMNS) -> dict[str, int]:
     """Return checksums of some rows of a map-style dataset, by row; none of a row that is another at each reading.
 
     Reading them leaves no trace in the random states.
+
+    Args:
+        dataset: map-style.
+        num_rows: of the dataset.
+        columns: that learning depends on.
     """
     rows = sorted({int(row) for row in np.linspace(0, num_rows - 1, min(num_rows, NUM_ROWS))})
-    if (raw := raw_rows(dataset, rows, LEARNT_COLUMNS)) is not None:
-        return {str(row): checksum_of([example]) for row, example in zip(rows, raw, strict=True)}
+    if (raw := raw_rows(dataset, rows, columns)) is not None:
+        return {str(row): checksum_of([example], columns=columns) for row, example in zip(rows, raw, strict=True)}
     random.Random(0).shuffle(rows)  # as many as there is time for are spread, too
     checksums: dict[str, int] = {}
     end = time.monotonic() + MOST_S
@@ -38,22 +43,28 @@ def contents_of(dataset: Any, num_rows: int) -> dict[str, int]:
             if time.monotonic() > end:
                 break
             # augmentation draws anew at each reading: such a row would differ in a resumed run whose data are the same
-            first, second = (checksum_of([dataset[row]]) for _ in range(2))
+            first, second = (checksum_of([dataset[row]], columns=columns) for _ in range(2))
             if first == second:
                 checksums[str(row)] = first
     return checksums
 
 
-def checksum_of(examples: Sequence[Mapping[str, Any]], before: int = 0) -> int:
-    """Return a 32-bit checksum of tokens and labels, whatever holds them; of all columns where there are no tokens.
+def learnt_columns(weight_column: str | None) -> tuple[str, ...]:
+    """Return the columns that learning depends on, where one weighs the loss, or none does."""
+    return LEARNT_COLUMNS if weight_column is None else (*LEARNT_COLUMNS, weight_column)
+
+
+def checksum_of(examples: Sequence[Mapping[str, Any]], before: int = 0, columns: Sequence[str] = LEARNT_COLUMNS) -> int:
+    """Return a 32-bit checksum of what is learnt, whatever holds it; of all columns where there are no tokens.
 
     Args:
         examples: rows.
         before: checksum of the rows before them.
+        columns: that learning depends on; the first is of tokens.
     """
     for example in examples:
-        is_tokenised = LEARNT_COLUMNS[0] in example
-        names = [name for name in LEARNT_COLUMNS if name in example] if is_tokenised else sorted(example)
+        is_tokenised = columns[0] in example
+        names = [name for name in columns if name in example] if is_tokenised else sorted(example)
         for name in names:
             before = zlib.crc32(_bytes_of(example[name]), zlib.crc32(name.encode(), before))
     return before
@@ -65,9 +76,11 @@ def _bytes_of(value: Any) -> bytes:
         numbers = np.asarray(value)
     except ValueError:  # lists of other lengths
         return repr(value).encode()
-    is_whole = numbers.dtype.kind in "iub"
-    # in one type, because the same tokens are int64 in a list and maybe int32 in a table
-    return repr(numbers.shape).encode() + (numbers.astype(np.int64).tobytes() if is_whole else repr(value).encode())
+    # in one type, because the same tokens are int64 in a list and maybe int32 in a table, and weights fp32 in a tensor
+    kinds = {"i": np.int64, "u": np.int64, "b": np.int64, "f": np.float32}
+    if (kind := kinds.get(numbers.dtype.kind)) is None:
+        return repr(numbers.shape).encode() + repr(value).encode()
+    return repr(numbers.shape).encode() + numbers.astype(kind).tobytes()
 
 
 @contextmanager

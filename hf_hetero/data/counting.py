@@ -65,6 +65,11 @@ class Source:
         return is_table(self.dataset) and self.column in self.dataset.column_names
 
     @property
+    def makes_tokens(self) -> bool:
+        """Return whether a collator makes tokens of rows that have none."""
+        return isinstance(self.collate, PackedCollator) and self.collate.makes_tokens
+
+    @property
     def collator(self) -> Any:
         """Return the user's own collator; None: samples are made of rows as they are."""
         return self.collate.example_collator if isinstance(self.collate, PackedCollator) else None
@@ -76,7 +81,12 @@ def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
     Raises:
         BadSample: a row that cannot be a sample.
     """
-    if isinstance(collate, PackedCollator) and collate.example_collator is not None and "input_ids" in example:
+    has_tokens = "input_ids" in example
+    if (
+        isinstance(collate, PackedCollator)
+        and collate.example_collator is not None
+        and (has_tokens or collate.makes_tokens)
+    ):
         return collate.num_tokens(example, f"Row {row}")
     return tokens_of_row(example, row)
 
@@ -163,6 +173,8 @@ def _stored(source: Source) -> Work[Samples | None]:
     dataset, collator = source.dataset, source.collator
     is_known = is_plain_table(dataset) and (collator is None or _module(collator) in KNOWN)
     if not is_table(dataset) or not (is_known or source.has_column):
+        return None
+    if source.makes_tokens and not {source.column, "input_ids"} & set(dataset.column_names):
         return None
     lengths = yield from table_lengths(dataset, source.column)
     # what a transform or a collator of the user's makes of rows is only known by reading: the longest row is asked
@@ -268,7 +280,8 @@ def _content(example: Mapping[str, Any]) -> int:
         if (values := example.get(name)) is None:
             continue
         try:
-            digest.update(as_array(values).astype(np.int64).tobytes())
+            numbers = as_array(values)
+            digest.update(numbers.astype(np.float64 if numbers.dtype.kind == "f" else np.int64).tobytes())
         except (TypeError, ValueError):  # what only the user's collator makes numbers of
             digest.update(repr(values).encode())
     return int.from_bytes(digest.digest(), "big", signed=True)

@@ -35,10 +35,18 @@ class EvaluationLoader(DataLoader[Any]):
             self.stream.close()
 
 
-def can_be_planned(dataset: Any, args: TrainingArguments) -> bool:
-    """Return whether an evaluation can be planned: it has samples of tokens, and generates nothing from them."""
+def can_be_planned(dataset: Any, args: TrainingArguments, makes_tokens: bool = False) -> bool:
+    """Return whether an evaluation can be planned: it has samples of tokens, and generates nothing from them.
+
+    Args:
+        dataset: map-style, or one that can only be iterated.
+        args: of the trainer.
+        makes_tokens: a collator makes them of rows that have none.
+    """
     if getattr(args, "predict_with_generate", False):
         return False
+    if makes_tokens:
+        return True
     if isinstance(dataset, IterableDataset):
         return _gives_tokens(dataset)
     return gives_tokens(dataset)

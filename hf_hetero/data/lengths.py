@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample
+from hf_hetero.progress import each, progress
 from hf_hetero.samples.rows import PACKED_COLUMN, checked, documents_of_row, nested, tokens_of_row
 from hf_hetero.samples.samples import Samples, samples_of
 
@@ -44,9 +44,8 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
     """
     if is_plain_table(dataset):
         return finished(table_lengths(dataset, column), len(dataset))
-    counting = (tokens_of_row(dataset[row], row) for row in range(len(dataset)))
-    bar = tqdm(counting, total=len(dataset), desc="Counting tokens", unit=" samples", leave=False, delay=1)
-    return checked(np.fromiter(bar, dtype=np.int64, count=len(dataset)))
+    rows = each(range(len(dataset)), "Counting tokens", "samples")
+    return checked(np.fromiter((tokens_of_row(dataset[row], row) for row in rows), np.int64, len(dataset)))
 
 
 def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | None = None) -> Samples:
@@ -105,10 +104,10 @@ def table_documents(dataset: datasets.Dataset) -> list[list[int]] | None:
 
 def finished(counting: Counting, num_rows: int) -> Lengths:
     """Count to the end, under a progress bar."""
-    with tqdm(total=num_rows, desc="Counting tokens", unit=" samples", leave=False, delay=1) as bar:
+    with progress(num_rows, "Counting tokens", "samples") as count:
         while True:
             try:
-                bar.update(next(counting))
+                count(next(counting))
             except StopIteration as end:
                 return end.value
 

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from hf_hetero.collators import PackedCollator
-from hf_hetero.data.contents import contents_of
+from hf_hetero.data.contents import contents_of, learnt_columns
 from hf_hetero.data.counting import tokens_of
 from hf_hetero.data.epochs import Epochs, read_rows, within_limits
 from hf_hetero.data.epochs import draws_of as draws_of
@@ -85,7 +85,8 @@ def training_data(
     loader = step_loader(rows, step_sampler, informed, args, is_training=True)
     order: dict[str, Any] = {**batches.to_dict(), **epochs.content}
     if not rows.changes_with_epochs:
-        order["contents"] = broadcast(lambda: contents_of(dataset, len(rows)), planning.control)
+        learnt = learnt_columns(planning.weight_column)
+        order["contents"] = broadcast(lambda: contents_of(dataset, len(rows), learnt), planning.control)
 
     def read(step: Step) -> StepBatch:
         return informed(rows.__getitems__(StepShare(step, rank)))
@@ -119,7 +120,14 @@ def streamed_data(
     if planning.control is None or args.process_index == 0:
         accumulation, seed = args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
         stream = Stream(
-            Reading(dataset, batch_size, watching_padding(samples_of(planning, collate), collate), names, seed),
+            Reading(
+                dataset,
+                batch_size,
+                watching_padding(samples_of(planning, collate), collate),
+                names,
+                seed,
+                learnt_columns(planning.weight_column),
+            ),
             planning.num_ahead,
             num_steps=args.max_steps if args.max_steps > 0 else None,
             min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,

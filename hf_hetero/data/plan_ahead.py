@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-from hf_hetero.data.plan_sources import Closeable, PlanSource
+from hf_hetero.data.plan_sources import Closeable, Comparing, PlanSource
 from hf_hetero.data.plan_sources import planned_elsewhere as planned_elsewhere
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
@@ -165,8 +165,18 @@ class PlanAhead:
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
         except Exception as error:
             self._warn(f"Planning step {index} of epoch {epoch} failed; using a simpler plan", error)
-            plan = self._source.static(drawn.lengths)
-        return Step(epoch, index, drawn, plan)
+            return Step(epoch, index, drawn, self._source.static(drawn.lengths))
+        return Step(epoch, index, drawn, plan, static_s=self._static_seconds(epoch, index, drawn.lengths))
+
+    def _static_seconds(self, epoch: int, index: int, lengths: Sequence[int]) -> dict[int, float]:
+        """Return what runs with one degree would take, by degree; nothing where that is not known."""
+        if not isinstance(self._source, Comparing):
+            return {}
+        try:
+            return self._source.static_seconds(lengths)
+        except Exception as error:  # it is for the log, and costs no step its plan
+            self._warn(f"Step {index} of epoch {epoch} is not compared with runs of one degree", error)
+            return {}
 
     def _warn(self, what: str, error: Exception) -> None:
         """Say what failed, and where in the code if it should never fail; not once plans are no longer wanted."""

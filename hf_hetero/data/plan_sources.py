@@ -49,6 +49,15 @@ class Closeable(Protocol):
         ...
 
 
+@runtime_checkable
+class Comparing(Protocol):
+    """A `Comparing` source also knows what runs with one degree would take, for a number in the log."""
+
+    def static_seconds(self, lengths: Sequence[int], /) -> dict[int, float]:
+        """Return the seconds of a batch, by degree, for each degree that holds its samples."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlansOfThisProcess:
     """`PlansOfThisProcess` is a source that plans in the thread that asks, and improves nothing.
@@ -103,6 +112,10 @@ class PlansOfProcesses:
         is_of_this_model = math.isclose(cost.plan_seconds(by_sequence, tokens), plan.seconds, rel_tol=1e-9)
         is_of_this_model = is_of_this_model and (not cost.ran_out or fits(cost, by_sequence, tokens))
         return self.improving.improve(plan, lengths) if is_of_this_model else plan
+
+    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+        """Tell the seconds of runs with one degree as `PlannerProcess.static_seconds`."""
+        return self.planning.static_seconds(lengths)
 
     def close(self) -> None:
         """End both processes."""

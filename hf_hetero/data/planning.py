@@ -30,6 +30,7 @@ class Planning:
         most_tokens: of a sample; None: any number.
         longer: what to do with longer ones: "error", "truncate" or "split".
         limits: what the model has room for.
+        weight_column: what weighs the loss, by which the data are known again when a run is resumed; None: nothing.
         control: group that carries the plans; None for a single process.
     """
 
@@ -40,6 +41,7 @@ class Planning:
     most_tokens: int | None = None
     longer: str = "error"
     limits: Limits = field(default_factory=Limits)
+    weight_column: str | None = None
 
 
 def planning_of(
@@ -54,6 +56,7 @@ def planning_of(
         most_tokens=hetero.max_sample_tokens,
         longer=hetero.longer_samples,
         limits=limits,
+        weight_column=hetero.weight_column,
     )
 
 

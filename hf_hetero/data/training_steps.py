@@ -76,7 +76,7 @@ def check_order(current: dict[str, Any], saved: dict[str, Any]) -> None:
     rows: dict[str, int] = saved.get("contents", {})
     if changed := sorted(int(row) for row in rows if current.get("contents", {}).get(row, rows[row]) != rows[row]):
         raise ConfigError(
-            f"Row {changed[0]} of the data holds other tokens or labels than when the checkpoint was written "
+            f"Row {changed[0]} of the data holds other tokens, labels or weights than when the checkpoint was written "
             f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
             "anew with ignore_data_skip=True."
         )

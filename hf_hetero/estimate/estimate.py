@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hf_hetero.costs import ActivationPolicy, CostModel
 from hf_hetero.estimate.devices import Device
-from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, model_state_bytes, sharded_bytes
+from hf_hetero.estimate.memory import Shards, boundary_bytes, memory_of, state_bytes
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.operations import (
     attention_flops,
@@ -35,6 +35,8 @@ GATHER_GAIN, SWITCHED_BYTES_PER_S = 2.0, 40e9
 def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
     """Return the seconds that sharding adds to a micro-batch: weights gathered twice, gradients scattered once.
 
+    Those of a reference are gathered once more for each of its passes.
+
     All ranks of a node share what the network brings. Part of it hides behind computation (`EXPOSED_GATHER`).
     """
     weight_bytes = shape.num_params * shape.element_bytes
@@ -42,7 +44,7 @@ def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
     if topology.crosses_nodes(topology.num_ranks):
         assert topology.ranks_per_node is not None
         speed = min(speed, device.network_bytes_per_s * topology.ranks_per_node)
-    return EXPOSED_GATHER * 3 * weight_bytes * (1 - 1 / topology.num_ranks) / speed
+    return EXPOSED_GATHER * (3 + shape.reference_passes) * weight_bytes * (1 - 1 / topology.num_ranks) / speed
 
 
 def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, degree: int) -> float:
@@ -75,19 +77,22 @@ def estimate_cost_model(
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
     """
     assert topology.memory_bytes is not None
-    exchanges = 4 * shape.num_layers  # two all-to-alls forward, two backward
+    asked = shape.reference_passes
+    exchanges = (4 + 2 * asked) * shape.num_layers  # two all-to-alls forward, two backward; two for a reference
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
-    state_bytes, micro_batch_s = model_state_bytes(shape), device.layer_s * shape.num_layers
+    states = state_bytes(shape, topology.num_ranks, shards)
+    # backward begins as much twice as forward does
+    micro_batch_s = device.layer_s * shape.num_layers * (1 + asked / 3)
     if shards is not None:
-        state_bytes = sharded_bytes(shape, topology.num_ranks, shards)
         micro_batch_s += gather_s(shape, device, topology)
-    token_bytes, fixed_bytes = memory_of(shape, state_bytes, topology.memory_bytes)
+    token_bytes, fixed_bytes = memory_of(shape, states, topology.memory_bytes)
     return CostModel(
         name="estimate",
         provenance="estimated",
         source=(
             f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
-            f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}; "
+            f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}"
+            f"{', beside a reference' if asked else ''}; "
             f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s in products, "
             f"{(device.attention_flops or device.flops) / 1e12:.3g} in attention, "
             f"{device.link_bytes_per_s / 1e9:.3g} GB/s in a node, {device.network_bytes_per_s / 1e9:.3g} GB/s across; "
@@ -108,7 +113,7 @@ def estimate_cost_model(
         activation_bytes_per_token=token_bytes,
         model_state_bytes_per_rank=fixed_bytes,
         memory_bytes_per_rank=topology.memory_bytes,
-        activation_policies=_policies(shape, device, state_bytes, topology.memory_bytes, policies),
+        activation_policies=_policies(shape, device, states, topology.memory_bytes, policies),
         host_memory_bytes_per_rank=topology.host_memory_bytes,
     )
 

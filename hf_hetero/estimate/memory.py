@@ -145,9 +145,9 @@ def moments(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple
 
 
 def model_state_bytes(shape: ModelShape) -> float:
-    """Count the bytes of weights, of gradients and two fp32 moments of Adam for the trainable ones."""
+    """Count the bytes of weights, of gradients and two fp32 moments of Adam for the trainable ones; of a reference."""
     per_trainable = shape.param_bytes / shape.num_params + 8
-    return shape.param_bytes + shape.trainable_params * per_trainable
+    return shape.param_bytes + shape.trainable_params * per_trainable + shape.reference_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +161,11 @@ class Shards:
 
     offloaded: bool = False
     whole_gradients: bool = False
+
+
+def state_bytes(shape: ModelShape, num_ranks: int, shards: Shards | None) -> float:
+    """Count the bytes of the model's states on a rank's device; without shards each rank holds them all."""
+    return model_state_bytes(shape) if shards is None else sharded_bytes(shape, num_ranks, shards)
 
 
 def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
@@ -182,19 +187,24 @@ def gathered_bytes(shape: ModelShape) -> float:
     return (2 * layer + outside + gradients) * shape.element_bytes
 
 
-def free_memory_bytes(device: torch.device, ranks_on_node: int, num_communicators: int = 0) -> int:
+def free_memory_bytes(device: torch.device, ranks_on_node: int, num_ranks: int = 1) -> int:
     """Return what one rank may use: of the GPU's memory, or its part of what the host gives without swapping.
 
     See `usable_bytes` for a GPU.
     """
     if device.type == "cuda":
-        return int(usable_bytes(torch.cuda.get_device_properties(device).total_memory, num_communicators))
+        return int(usable_bytes(torch.cuda.get_device_properties(device).total_memory, num_ranks))
     return int(0.9 * psutil.virtual_memory().available / max(ranks_on_node, 1))
 
 
-def usable_bytes(card_bytes: float, num_communicators: int) -> float:
+def num_communicators(num_ranks: int) -> int:
+    """Count the communicators of a run: one for groups of each degree above 1, torch's own, and that of gradients."""
+    return len(Topology(num_ranks).degrees) + 1 if num_ranks > 1 else 0
+
+
+def usable_bytes(card_bytes: float, num_ranks: int) -> float:
     """Return what CUDA's context, the allocator's losses and communicators leave of a card; half of it at least."""
-    return max(0.5 * card_bytes, 0.95 * card_bytes - num_communicators * COMMUNICATOR_BYTES)
+    return max(0.5 * card_bytes, 0.95 * card_bytes - num_communicators(num_ranks) * COMMUNICATOR_BYTES)
 
 
 def allocator_advice(device: torch.device) -> str:
@@ -220,7 +230,7 @@ def tokens_by_lever(shape: ModelShape, num_ranks: int, card_bytes: float) -> dic
         num_ranks: of the run.
         card_bytes: memory of a card.
     """
-    memory_bytes = usable_bytes(card_bytes, len(Topology(num_ranks).degrees))
+    memory_bytes = usable_bytes(card_bytes, num_ranks)
     tokens: dict[str, int] = {}
     shape = replace(shape, checkpointing=False, keeps_exchanged=True, chunked_loss=False, chunked_mlp=False)
     for lever, change in LEVERS.items():

@@ -25,6 +25,8 @@ class ModelShape:
         chunked_loss: whether the loss does without whole logits.
         chunked_mlp: whether recomputed MLPs do without whole inner tensors.
         offloads: whether what recompute needs waits in the host's memory.
+        reference_passes: of each token through a reference, forward only: its adapters off, or a frozen model.
+        reference_bytes: weights of a frozen model that is the reference.
     """
 
     num_layers: int
@@ -44,6 +46,8 @@ class ModelShape:
     chunked_loss: bool = False
     chunked_mlp: bool = False
     offloads: bool = False
+    reference_passes: int = 0
+    reference_bytes: int = 0
 
     @property
     def has_adapters(self) -> bool:

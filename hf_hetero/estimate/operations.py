@@ -15,7 +15,7 @@ ADAPTER_OUTPUTS = 4
 
 
 def linear_flops(shape: ModelShape) -> float:
-    """Count a token's operations outside attention scores, forward and backward.
+    """Count a token's operations outside attention scores, forward and backward, and forward through a reference.
 
     2 a weight forward, 2 backward for activations, 2 for each trainable weight's gradient, 2 more for the recompute of
     layers. Embeddings are looked up: they count only as the head that they may be.
@@ -23,13 +23,14 @@ def linear_flops(shape: ModelShape) -> float:
     worked = max(shape.active_params - shape.looked_up_params, 0)
     recomputed = max(worked - shape.head_params, 0) if shape.checkpointing else 0
     trained = shape.trainable_params - (0 if shape.has_adapters else shape.looked_up_params)
-    return 4 * worked + 2 * recomputed + 2 * min(max(trained, 0), worked)
+    asked = 2 * shape.reference_passes * worked
+    return 4 * worked + 2 * recomputed + 2 * min(max(trained, 0), worked) + asked
 
 
 def attention_flops(shape: ModelShape) -> float:
     """Count causal attention's operations a squared token: 2 H D a layer forward, 2.5 times as many backward."""
     # backward of a flash kernel computes the scores again: five matrix products where forward has two
-    passes = 3.5 + (1 if shape.checkpointing else 0)
+    passes = 3.5 + (1 if shape.checkpointing else 0) + shape.reference_passes
     return passes * 2 * shape.heads * shape.head_dim * shape.num_layers
 
 
@@ -46,7 +47,7 @@ def traffic_bytes(shape: ModelShape) -> float:
         inputs = 5 * shape.hidden + queries + shape.intermediate
         outputs = queries + 2 * keys + 2 * shape.hidden + 2 * shape.intermediate
         elements += inputs + ADAPTER_OUTPUTS * outputs
-    passes = 4 if shape.checkpointing else 3
+    passes = (4 if shape.checkpointing else 3) + shape.reference_passes
     return passes * shape.num_layers * elements * shape.element_bytes + LOGIT_BYTES * shape.vocab
 
 
@@ -60,7 +61,7 @@ def optimizer_bytes(shape: ModelShape, num_shards: int) -> float:
 
 def exchange_bytes(shape: ModelShape) -> float:
     """Count the bytes a token moves: queries, keys, values, outputs of all layers, in each pass that exchanges them."""
-    passes = 3 if shape.checkpointing and not shape.keeps_exchanged else 2
+    passes = (3 if shape.checkpointing and not shape.keeps_exchanged else 2) + shape.reference_passes
     return passes * 2 * (shape.heads + shape.kv_heads) * shape.head_dim * shape.num_layers * shape.element_bytes
 
 

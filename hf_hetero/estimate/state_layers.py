@@ -65,13 +65,14 @@ def state_shape(model: torch.nn.Module, config: Any) -> StateShape | None:
         num_mixers=len(far),
         attending=attending / config.num_hidden_layers,
         weights=sum(p.numel() for mixer in far for p in mixer.parameters()),
-        numbers=sum(_numbers(mixer) for mixer in far),
+        numbers=sum(numbers_of(mixer) for mixer in far),
         widths=sum(m.out_features for mixer in far for m in mixer.modules() if isinstance(m, torch.nn.Linear)),
         by_heads=tuple(degree for degree in DEGREES if all(cut_of(mixer, degree) is not None for mixer in far)),
     )
 
 
-def _numbers(mixer: torch.nn.Module) -> int:
+def numbers_of(mixer: torch.nn.Module) -> int:
+    """Count the numbers that a mixer's state holds."""
     family = family_of(mixer)
     assert family is not None
     return math.prod(int(getattr(mixer, name)) for name in family.state)

@@ -21,6 +21,8 @@ CHUNK_BYTES = 1 << 29
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 """Something a model does to its logits, element by element: scaling, a soft cap."""
+Watch = Callable[[torch.Tensor, torch.Tensor], None]
+"""Told which targets were computed, and their terms of the loss, each of shape (n,), without gradients."""
 
 
 def chunked_loss(
@@ -32,6 +34,7 @@ def chunked_loss(
     ignore_index: int = IGNORE_INDEX,
     chunk_bytes: int = CHUNK_BYTES,
     weights: torch.Tensor | None = None,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """Sum the cross-entropies of a linear head's logits, to a scalar in at least fp32. Differentiable once.
 
@@ -44,11 +47,12 @@ def chunked_loss(
         ignore_index: the label of a token without a target.
         chunk_bytes: most bytes of a chunk's logits in fp32.
         weights: factors of the terms, as many as targets; None: all are 1.
+        watch: told the terms of each chunk.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     of_terms = None if weights is None else weights.reshape(-1).to(hidden.device)
     loss: Any = _ChunkedLoss.apply(
-        rows, weight, bias, targets.reshape(-1), of_terms, changes, ignore_index, chunk_bytes
+        rows, weight, bias, targets.reshape(-1), of_terms, changes, ignore_index, chunk_bytes, watch
     )
     return loss
 
@@ -166,6 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
         changes: tuple[Change, ...],
         ignore_index: int,
         chunk_bytes: int,
+        watch: Watch | None,
     ) -> torch.Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -183,8 +188,10 @@ class _ChunkedLoss(torch.autograd.Function):
             for chunk in positions.split(max(1, chunk_bytes // (4 * weight.shape[0]))):
                 h = hidden[chunk].to(dtype)
                 of_chunk = None if weights is None else weights[chunk].to(exact)
-                loss, gradient = _chunk(F.linear(h, w, b), targets[chunk], of_chunk, changes, exact)
-                total += loss
+                terms, gradient = _chunk(F.linear(h, w, b), targets[chunk], of_chunk, changes, exact)
+                total += terms.sum()
+                if watch is not None:
+                    watch(chunk, terms)
                 if of_hidden is not None:
                     of_hidden[chunk] = (gradient @ w).to(hidden.dtype)
                 if of_weight is not None:
@@ -201,7 +208,7 @@ class _ChunkedLoss(torch.autograd.Function):
         # scaled in the loss's type, then rounded; let go of, because the graph may live longer than they are needed
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (None if g is None else g.to(scale.dtype).mul_(scale).to(dtype) for g, dtype in gradients)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 def _chunk(
@@ -211,7 +218,7 @@ def _chunk(
     changes: tuple[Change, ...],
     exact: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the loss of a chunk, and its gradient by the logits as the head gave them."""
+    """Return the terms of a chunk's loss, shape (n,), and the gradient of their sum by the logits of the head."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_(bool(changes))
         changed = leaf
@@ -219,8 +226,8 @@ def _chunk(
             changed = change(changed)
     log_softmax = F.log_softmax(changed.detach().to(exact), dim=-1)
     at_targets = targets.unsqueeze(1)
-    terms = -log_softmax.gather(1, at_targets)
-    loss = terms.sum() if weights is None else (terms.squeeze(1) * weights).sum()
+    terms = -log_softmax.gather(1, at_targets).squeeze(1)
+    terms = terms if weights is None else terms * weights
     # of cross-entropy by its logits: softmax, less 1 at the target; in place, for a chunk is large
     gradient = log_softmax.exp_().scatter_add_(1, at_targets, -torch.ones_like(at_targets, dtype=exact))
     if weights is not None:
@@ -228,4 +235,4 @@ def _chunk(
     gradient = gradient.to(changed.dtype)
     if changes:
         [gradient] = torch.autograd.grad(changed, leaf, gradient)
-    return loss, gradient
+    return terms, gradient

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-COUNTED = ("_metrics", "_total_train_tokens", "_means", "_seen", "_least", "_most")
+COUNTED = ("_metrics", "_total_train_tokens", "_means")
 """Attributes of a trainer, TRL's or this package's, in which its `compute_loss` keeps what it counts."""
 
 

@@ -74,6 +74,28 @@ def carried_weights(weights: torch.Tensor) -> torch.Tensor:
     return weights.to(torch.float64).view(torch.int64)
 
 
+class SumsBySource:
+    """`SumsBySource` adds up the loss of each source in a micro-batch, on the device, without waiting for it.
+
+    Args:
+        sources: number of the source of each token, shape (num_tokens,), on the device of the loss.
+        num_sources: that are told apart.
+
+    Attributes:
+        sums: loss and targets of each source, shape (2, num_sources), in fp64.
+    """
+
+    def __init__(self, sources: torch.Tensor, num_sources: int) -> None:
+        self._sources = sources
+        self.sums = torch.zeros(2, num_sources, dtype=torch.float64, device=sources.device)
+
+    def __call__(self, places: torch.Tensor, terms: torch.Tensor) -> None:
+        """Add the terms of some targets: places among the tokens, and their losses, each of shape (n,)."""
+        of, terms = self._sources[places], terms.detach().to(torch.float64)
+        self.sums[0].index_add_(0, of, terms)
+        self.sums[1].index_add_(0, of, torch.ones_like(terms))
+
+
 def token_loss(
     logits: torch.Tensor,
     labels: torch.Tensor | None,
@@ -83,6 +105,7 @@ def token_loss(
     shift_labels: torch.Tensor | None = None,
     loss_weights: torch.Tensor | None = None,
     token_log_probs: bool = False,
+    hetero: Any = None,
     **_: Any,
 ) -> torch.Tensor:
     """Compute transformers' `ForCausalLMLoss`, in at least fp32 instead of always fp32, so that fp64 stays fp64.
@@ -97,6 +120,7 @@ def token_loss(
         loss_weights: shape (batch, num_tokens): of each target, as `carried_weights` are, in the places of
             `shift_labels`, or else of `labels`.
         token_log_probs: give the log-probability of each target, and no sum of them.
+        hetero: the context of the micro-batch, whose `by_source` is told the terms.
 
     Returns:
         A scalar: `cross_entropy(logits, targets, reduction="sum") / num_items_in_batch`, each term times its weight.
@@ -109,14 +133,20 @@ def token_loss(
     if token_log_probs:
         return _log_probs(logits, shift_labels, ignore_index)
     weights = None if loss_weights is None else loss_weights.view(torch.float64)
+    watch: SumsBySource | None = getattr(hetero, "by_source", None)
     if isinstance(logits, LazyLogits):
         targets = shift_labels.to(logits.device)
         hidden, weight, bias, changes = logits.parts()
-        total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index, weights=weights)
+        total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index, weights=weights, watch=watch)
         return total / ((targets != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     logits = logits.to(dtype).view(-1, vocab_size)
     targets = shift_labels.reshape(-1).to(logits.device)
+    if watch is not None:
+        places = (targets != ignore_index).nonzero().squeeze(1)
+        with torch.no_grad():
+            seen = F.cross_entropy(logits[places], targets[places], reduction="none")
+        watch(places, seen if weights is None else seen * weights.reshape(-1)[places].to(seen))
     if weights is not None:
         terms = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
         total = (terms * weights.reshape(-1).to(terms)).sum()
@@ -127,10 +157,13 @@ def token_loss(
 
 
 def token_scores(logits: torch.Tensor, **_: Any) -> torch.Tensor:
-    """Return the score of each token, where a model with a score for its loss picks one of them. Shape (1, n).
+    """Return the scores of each token, where a model with scores for its loss picks those of one of them.
 
     Args:
-        logits: of a model with one label, shape (1, n, 1).
+        logits: shape (1, n, num_labels).
+
+    Returns:
+        Shape (1, n, num_labels), or (1, n) where there is one label.
     """
     return logits.squeeze(-1)
 

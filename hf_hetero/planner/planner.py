@@ -126,6 +126,17 @@ class Planner:
             plan = policies.static(self._checked(lengths), degree, self.methods)
         return replace(plan, planning_s=time.perf_counter() - started)
 
+    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+        """Return the seconds of a step as a run with one degree plans it, for each degree that holds the samples.
+
+        Args:
+            lengths: tokens of each sample of the global batch, which are no items.
+
+        Raises:
+            BadSample, InfeasibleBatch: as `plan`.
+        """
+        return policies.static_seconds(self._checked(lengths)) if len(lengths) else {}
+
     def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve a plan of these lengths, within the limit of its time; neither plan nor bound gets worse.
 

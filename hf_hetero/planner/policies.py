@@ -14,7 +14,9 @@ from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic, methods
 from hf_hetero.planner.basic import Search
+from hf_hetero.planner.draft import to_plan
 from hf_hetero.planner.problem import Problem, refuse_too_long
+from hf_hetero.planner.search.homogeneous import homogeneous
 
 MOST_SPLITS = 3
 """Micro-batches, at most, that are tried as those which do the most to hold more tokens. Half: ±0.0 %, CPU -3 %;
@@ -68,6 +70,17 @@ def static(problem: Problem, degree: int | None = None, allowed: Collection[str]
         return basic.static(problem.priced_by(cost.leanest), degree)  # which says what it holds, and refuses
     alike = [_doing(basic.static(way, degree), activations) for activations, way in holding.items()]
     return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=bound(problem, allowed))
+
+
+def static_seconds(problem: Problem) -> dict[int, float]:
+    """Return the seconds of the best plan with each degree that holds the longest sample: of `static`, unbounded."""
+    found: dict[int, float] = {}
+    for way in map(problem.priced_by, problem.cost.by_activations.values()):
+        for degree in way.degrees:
+            if (draft := homogeneous(way, degree)) is not None:
+                seconds = to_plan(way, draft, "homogeneous", 0.0).seconds
+                found[degree] = min(seconds, found.get(degree, seconds))
+    return found
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:

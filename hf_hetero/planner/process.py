@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -68,7 +68,7 @@ class PlannerProcess:
             HeteroError: what the planner raised.
             PlannerLost: its process has ended, or did not answer in time.
         """
-        return self._ask({"verb": "plan", "lengths": list(lengths)})
+        return Plan.from_dict(self._ask({"verb": "plan", "lengths": list(lengths)})["plan"])
 
     def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve a plan as `Planner.improve` does.
@@ -76,7 +76,17 @@ class PlannerProcess:
         Raises:
             HeteroError, PlannerLost: as `plan`.
         """
-        return self._ask({"verb": "improve", "lengths": list(lengths), "plan": plan.to_dict()})
+        question = {"verb": "improve", "lengths": list(lengths), "plan": plan.to_dict()}
+        return Plan.from_dict(self._ask(question)["plan"])
+
+    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+        """Tell the seconds of runs with one degree as `Planner.static_seconds` does.
+
+        Raises:
+            HeteroError, PlannerLost: as `plan`.
+        """
+        answer = self._ask({"verb": "static_seconds", "lengths": list(lengths)})
+        return {int(degree): float(seconds) for degree, seconds in answer["static_s"].items()}
 
     def start(self) -> None:
         """Have the process ready before the first call."""
@@ -92,16 +102,16 @@ class PlannerProcess:
             with self._turn:
                 self._end()
 
-    def _ask(self, question: dict[str, Any]) -> Plan:
-        """Put a question to the process; return its plan, or raise its error as the same kind of error."""
+    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Put a question to the process; return its answer, or raise its error as the same kind of error."""
         asked = {**question, "planner": _settings(self._planner())}
         with self._turn:  # one question at a time, so that the next line read is its answer
             process = self._running()
             self._number += 1
             line = json.dumps({**asked, "number": self._number}, default=operator.index) + "\n"
             answer = self._answer(process, line.encode())
-        if "plan" in answer:
-            return Plan.from_dict(answer["plan"])
+        if "error" not in answer:
+            return answer
         kind = getattr(errors, answer["error"], None)
         if isinstance(kind, type) and issubclass(kind, HeteroError):
             raise kind(answer["text"])
@@ -209,6 +219,8 @@ def answered(question: dict[str, Any]) -> dict[str, Any]:
     try:
         settings = dict(question["planner"])
         planner = Planner(CostModel.from_dict(settings.pop("cost_model")), **settings)
+        if question["verb"] == "static_seconds":
+            return {"static_s": planner.static_seconds(question["lengths"])}
         if question["verb"] == "improve":
             plan = planner.improve(Plan.from_dict(question["plan"]), question["lengths"])
         else:

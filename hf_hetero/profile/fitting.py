@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 
 from hf_hetero.costs import CostModel
 from hf_hetero.costs.least_squares import nonnegative_least_squares
+from hf_hetero.plan import Group
 from hf_hetero.profile.trials import Trial
 
 Floats = NDArray[np.float64]
 
 LEAST_SHARE = 0.1
-"""Least of a measured part, by its estimate, if all of that is scaled alike: nothing that computes is free."""
+"""Least of a measured part, by its estimate, if all of that is scaled alike: nothing computes, or is kept, for free."""
 FREE_BYTES_PER_S = 1e15
 """Bandwidth of an exchange that was too short to be noticed."""
 
@@ -28,11 +29,13 @@ class Measured:
         trial: the group.
         num_layers: of the model that was timed.
         seconds: of a forward and backward pass.
+        peak_bytes: most that a rank's device held meanwhile.
     """
 
     trial: Trial
     num_layers: int
     seconds: float
+    peak_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +84,32 @@ class _Columns:
 def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -> Fitted:
     """Return the estimate with the seconds that were measured in the place of its own.
 
-    What was not measured, such as the exchange of more ranks than there were, is scaled as the nearest that was.
+    What was not measured, such as the exchange of more ranks than there were, is scaled as the nearest that was. The
+    formula is fitted to groups that exchange heads; of the other methods only the share of a ring's exchange that
+    attention hides is free, so their errors tell whether the rest of their price is true.
 
     Args:
         measured: groups of models of some layers, of one number or of several.
         estimate: of the whole model.
         num_layers: of the whole model.
     """
-    seconds = np.array([one.seconds for one in measured])
-    x, errors = _Columns(measured, estimate).solved(seconds)
+    heads = [one for one in measured if one.trial.method == "ulysses"]
+    seconds = np.array([one.seconds for one in heads])
+    x, head_errors = _Columns(heads, estimate).solved(seconds)
+    cost = replace(_computed(x, heads, estimate, num_layers), provenance="measured")
+    rings = [one for one in measured if one.trial.method == "ring"]
+    if rings:
+        cost = replace(cost, ring_overlap=_overlap(rings, cost, x, num_layers))
+    known = iter(head_errors.tolist())
+    errors = [
+        next(known) if one.trial.method == "ulysses" else _error(one, _at_depth(cost, x, one.num_layers, num_layers))
+        for one in measured
+    ]
+    return Fitted(cost, np.array(errors))
+
+
+def _computed(x: dict[str, float], heads: Sequence[Measured], estimate: CostModel, num_layers: int) -> CostModel:
+    """Return the estimate with the seconds of groups that exchange heads."""
     attention = num_layers * x["attention"]
     linear = num_layers * x["linear"] + x.get("linear outside", 0.0)
     fixed_s = num_layers * x["fixed"] + x.get("fixed outside", 0.0)
@@ -100,7 +120,7 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
         micro_batch_s=fixed_s,
         activation_policies={},
     )
-    lengths = [one.trial.lengths for one in measured if one.trial.activations is None and one.trial.degree == 1]
+    lengths = [one.trial.lengths for one in heads if one.trial.activations is None and one.trial.degree == 1]
     slower = float(np.median([alone.seconds(some, 1) / estimate.seconds(some, 1) for some in lengths]))
     attention = max(attention, LEAST_SHARE * slower * estimate.attention_s_per_token2)
     linear = max(linear, LEAST_SHARE * slower * estimate.linear_s_per_token)
@@ -119,7 +139,7 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
         )
         for name, policy in estimate.activation_policies.items()
     }
-    cost = replace(
+    return replace(
         estimate,
         attention_s_per_token2=attention,
         linear_s_per_token=linear,
@@ -127,9 +147,7 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
         all_to_all_bytes_per_s=bandwidths,
         all_to_all_latency_s=latencies,
         activation_policies=policies,
-        provenance="measured",
     )
-    return Fitted(cost, errors)
 
 
 def _exchanges(x: dict[str, float], estimate: CostModel, num_layers: int) -> tuple[dict[int, float], dict[int, float]]:
@@ -146,3 +164,39 @@ def _exchanges(x: dict[str, float], estimate: CostModel, num_layers: int) -> tup
             near = min(known, key=lambda other: abs(other - degree))
             bandwidths[degree] *= bandwidths[near] / estimate.all_to_all_bytes_per_s[near]
     return bandwidths, latencies
+
+
+# -------------------------------------------------------------------------------------------------------- other methods
+
+
+def _at_depth(cost: CostModel, x: dict[str, float], layers: int, num_layers: int) -> CostModel:
+    """Return the cost model of the same model with so many layers, of groups that hold no more than others."""
+    share = layers / num_layers
+    kv_bytes = cost.kv_bytes_per_token
+    return replace(
+        cost,
+        attention_s_per_token2=cost.attention_s_per_token2 * share,
+        linear_s_per_token=layers * x["linear"] + x.get("linear outside", 0.0),
+        micro_batch_s=layers * x["fixed"] + x.get("fixed outside", 0.0),
+        all_to_all_bytes_per_token=cost.all_to_all_bytes_per_token * share,
+        all_to_all_latency_s={degree: s * share for degree, s in cost.all_to_all_latency_s.items()},
+        kv_bytes_per_token=None if kv_bytes is None else kv_bytes * share,
+        activation_policies={},
+    )
+
+
+def _error(one: Measured, cost: CostModel) -> float:
+    """Return |predicted / measured - 1| of a group, by the cost model of the model that was timed."""
+    trial = one.trial
+    group = Group(tuple(range(trial.degree)), tuple(range(len(trial.lengths))), trial.method)
+    return abs(cost.group_seconds(group, trial.lengths) / one.seconds - 1)
+
+
+def _overlap(rings: Sequence[Measured], cost: CostModel, x: dict[str, float], num_layers: int) -> float:
+    """Return the share of a ring's attention behind which its exchange hides: of 0, 0.05 ... 1 the best."""
+    by_depth = {one.num_layers: _at_depth(cost, x, one.num_layers, num_layers) for one in rings}
+
+    def misfit(overlap: float) -> float:
+        return sum(_error(one, replace(by_depth[one.num_layers], ring_overlap=overlap)) ** 2 for one in rings)
+
+    return min(np.linspace(0.0, 1.0, 21).tolist(), key=misfit)

@@ -19,9 +19,11 @@ from hf_hetero.costs import CostModel
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.profile.fitting import Fitted, Measured, fitted
+from hf_hetero.profile.fitting_memory import with_measured_memory
 from hf_hetero.profile.models import Subject
 from hf_hetero.profile.timing import ScriptedTrainer, temporary_folder, timed, trainer_for
 from hf_hetero.profile.trials import Trial, in_steps, trials
+from hf_hetero.progress import shows_bars
 from hf_hetero.trainer.machine import Ground
 
 MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
@@ -30,6 +32,8 @@ GLANCE = ((256,), (1024,))
 """Samples that a first glance at the machine is taken with."""
 ROUNDS = 3
 """Rounds that the time allowed must suffice for; where it would not, groups are smaller."""
+OTHER_METHODS = {"gather", "ring"}
+"""Methods that are timed beside the exchange of heads; "ulysses_ring" is made of what is known of two of them."""
 LEAST_ROOM = 256
 """Tokens of a rank below which groups are not made smaller."""
 
@@ -78,8 +82,8 @@ def profile(
     """Measure the cost model of a model on this machine. A collective of all ranks.
 
     Groups of many lengths and of every degree are timed as training computes them, and the cost model's formula is
-    fitted to their medians. A deep model is timed with few layers, at two depths. What cannot be timed here is
-    estimated, and `source` says so: memory, and on a single rank the exchanges.
+    fitted to their medians. So is memory to the most bytes they held (`fitting_memory`). A deep model is timed and
+    weighed with few layers, at two depths. On a single rank the exchanges are estimated, and `source` says so.
 
     Args:
         subject: what is trained.
@@ -96,14 +100,22 @@ def profile(
         options = {**subject.arguments, "output_dir": folder}
         parts = [_timed(subject, options, depth, seconds / len(depths), tick) for depth in depths]
     measured, glance = [one for found, _ in parts for one in found], parts[-1][1]
+    states = {depth: part.ground.state_bytes for depth, (_, part) in zip(depths, parts, strict=True)}
     shape, topology = _whole_shape(subject, glance.ground.shape), glance.ground.topology
     if glance.num_ranks == 1 and num_ranks > 1:  # of a run to come, whose ranks share this host if they are CPUs
         share = num_ranks if glance.device.type == "cpu" else 1
         topology = replace(topology, num_ranks=num_ranks, memory_bytes=(topology.memory_bytes or 0) // share)
-    estimate = replace(glance.ground, shape=shape, topology=topology).estimated()
+    ground = replace(glance.ground, shape=shape, topology=topology)
+    estimate = ground.estimated()
     found = fitted(measured, estimate, subject.num_layers)
+    cost = with_measured_memory(found.cost_model, measured, states, ground.state_bytes, subject.num_layers)
+    if ground.states is not None and glance.num_ranks == 1:  # what such layers keep of other ranks was not weighed
+        token_bytes = max(cost.activation_bytes_per_token, estimate.activation_bytes_per_token)
+        cost = replace(cost, activation_bytes_per_token=token_bytes)
+    if most := ground.hetero.max_tokens_per_rank:
+        cost = cost.with_capacity(most)
     cost = replace(
-        found.cost_model,
+        cost,
         name="profile",
         source=_source(command, found, measured, glance),
         model=subject_of(shape, subject.config.get_text_config(decoder=True).model_type, glance.dtype),
@@ -166,8 +178,9 @@ def _chosen(subject: Subject, glance: _Glance, seconds: float) -> list[Trial]:
     most_heads = getattr(text, "num_attention_heads", 1)
     degrees = [degree for degree in cost.degrees(glance.num_ranks) if degree <= most_heads]
     room = min(cost.capacity_tokens, longest)
+    others = [] if cost.kv_bytes_per_token is None else OTHER_METHODS & set(glance.ground.hetero.methods)
     while True:
-        chosen = trials(degrees, room, longest, glance.ground.policies)
+        chosen = trials(degrees, room, longest, glance.ground.policies, sorted(others))
         round_s = sum(cost.seconds(trial.lengths, trial.degree) for trial in chosen)
         if round_s * ROUNDS <= seconds or room <= LEAST_ROOM:
             return chosen
@@ -197,7 +210,7 @@ def _whole_shape(subject: Subject, part: ModelShape) -> ModelShape:
 @contextmanager
 def _bar(seconds: float, shows: bool) -> Iterator[Callable[[float], None]]:
     """Show how much of the time is over."""
-    is_hidden = not shows or os.environ.get("RANK", "0") != "0"
+    is_hidden = not shows or os.environ.get("RANK", "0") != "0" or not shows_bars()
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
     with tqdm(total=seconds, desc="Timing groups", bar_format=form, disable=is_hidden, leave=False) as bar:
 
@@ -218,7 +231,8 @@ def _source(command: str, found: Fitted, measured: Sequence[Measured], glance: _
         f"measured: `{command}` on {_machine(glance.device)}, {glance.num_ranks} ranks, {packages}, "
         f"{datetime.date.today().isoformat()}; {len(measured)} groups with samples of up to {longest} tokens, "
         f"{exchanges}, at {' and '.join(map(str, depths))} layers; the formula is within {np.median(found.errors):.1%} "
-        f"of half of them, and within {np.quantile(found.errors, 0.9):.1%} of nine in ten; memory is estimated"
+        f"of half of them, and within {np.quantile(found.errors, 0.9):.1%} of nine in ten; memory of up to "
+        f"{max(one.peak_bytes for one in measured) / 2**30:.3g} GiB was weighed"
     )
 
 

@@ -14,8 +14,8 @@ def profile_lines(found: Profile, file: str) -> str:
     for one, error in zip(found.measured, found.errors, strict=True):
         trial = one.trial
         kind = "one sample" if len(trial.lengths) == 1 else "packs"
-        extra = f", {trial.activations}" if trial.activations else ""
-        kinds.setdefault(f"degree {trial.degree}, {kind}{extra}", []).append(error)
+        how = trial.activations or (trial.method if trial.degree > 1 else "")
+        kinds.setdefault(f"degree {trial.degree}, {kind}{f', {how}' if how else ''}", []).append(error)
     width = max(map(len, kinds))
     lines = [f"{'groups':<{width}}  number  median error  largest"]
     lines += [f"{kind:<{width}}  {len(e):>6}  {median(e):>12.1%}  {max(e):>7.1%}" for kind, e in kinds.items()]
@@ -27,6 +27,8 @@ def profile_lines(found: Profile, file: str) -> str:
             f"degree {degree}: {speed / 1e9:.3g} GB/s, {1e3 * cost.all_to_all_latency_s.get(degree, 0.0):.3g} ms"
             for degree, speed in sorted(cost.all_to_all_bytes_per_s.items())
         ),
+        f"{cost.activation_bytes_per_token / 2**10:.4g} KiB a token, {cost.model_state_bytes_per_rank / 2**30:.3g} GiB "
+        f"whatever the tokens, of {cost.memory_bytes_per_rank / 2**30:.3g} GiB: {cost.capacity_tokens:,} tokens a rank",
         f"Wrote {file}: {cost.model}",
     ]
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""This module times groups as training computes them: a trainer of random tokens, whose plans are the trials."""
+"""This module times and weighs groups as training computes them: a trainer of random tokens, planned as the trials.
+
+A first round over all trials warms up, in a second one their memory is weighed, and those that follow are timed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
@@ -19,11 +22,14 @@ from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan, StepReport
 from hf_hetero.profile.fitting import Measured
+from hf_hetero.profile.peaks import states_of, weighed
 from hf_hetero.profile.trials import TrialStep
-from hf_hetero.trainer import HeteroTrainer
+from hf_hetero.trainer import HeteroTrainerMixin
 
+UNTIMED_ROUNDS = 2
+"""The first rounds: one that warms up, and one that is weighed."""
 LEAST_ROUNDS = 3
-"""Every trial is timed so often at least, beside the first time, which warms up."""
+"""Every trial is timed so often at least."""
 Rows = list[dict[str, torch.Tensor]]
 
 
@@ -44,7 +50,26 @@ class Script:
         return plan
 
 
-class ScriptedTrainer(HeteroTrainer):
+class WeighingTrainer(Trainer):
+    """`WeighingTrainer` weighs each micro-batch while it is told to; `peaks` are the bytes, one after the other."""
+
+    is_weighing = False
+    peaks: list[int]
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """Run forward and backward of a micro-batch, weighed or not."""
+        if not self.is_weighing:
+            return super().training_step(model, inputs, num_items_in_batch)
+        assert self.model is not None
+        with weighed(states_of(self.model, self.optimizer), self.args.device) as peak:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.peaks += peak
+        return loss
+
+
+class ScriptedTrainer(HeteroTrainerMixin, WeighingTrainer):
     """`ScriptedTrainer` takes its plans from a script."""
 
     script: Script
@@ -57,13 +82,14 @@ class Stopwatch(StepReportCallback):
     """`Stopwatch` keeps what was measured, and ends training when the time is over and each trial was timed enough.
 
     Args:
-        num_steps: of a round.
-        seconds: to time for, after the first round.
+        trainer: told when to weigh.
+        seconds: to time for, after the first rounds.
         tick: told how many seconds each step took, on the first rank.
     """
 
-    def __init__(self, num_steps: int, seconds: float, tick: Callable[[float], None]) -> None:
-        self._num_steps, self._seconds, self._tick = num_steps, seconds, tick
+    def __init__(self, trainer: ScriptedTrainer, seconds: float, tick: Callable[[float], None]) -> None:
+        self._trainer, self._num_steps = trainer, len(trainer.script.steps)
+        self._seconds, self._tick = seconds, tick
         self._start = self._last = time.perf_counter()
         self.reports: list[StepReport] = []
         self.is_done = False
@@ -75,13 +101,14 @@ class Stopwatch(StepReportCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop after a whole round; the ranks join what any of them decides."""
         now = time.perf_counter()
-        if state.is_world_process_zero and state.global_step > self._num_steps:
+        rounds, rest = divmod(state.global_step, self._num_steps)
+        self._trainer.is_weighing = rounds == 1
+        if state.global_step <= UNTIMED_ROUNDS * self._num_steps:
+            self._start = now
+        elif state.is_world_process_zero:
             self._tick(now - self._last)
         self._last = now
-        if state.global_step <= self._num_steps:
-            self._start = now
-        rounds, rest = divmod(state.global_step, self._num_steps)
-        if not rest and rounds > LEAST_ROUNDS and now - self._start >= self._seconds:
+        if not rest and rounds >= UNTIMED_ROUNDS + LEAST_ROUNDS and now - self._start >= self._seconds:
             self.is_done = control.should_training_stop = True
 
 
@@ -133,18 +160,21 @@ def timed(trainer: ScriptedTrainer, num_layers: int, seconds: float, tick: Calla
         HeteroError: training ended before each trial was timed often enough.
     """
     steps = list(trainer.script.steps.values())
-    watch = Stopwatch(len(steps), seconds, tick)
+    watch = Stopwatch(trainer, seconds, tick)
     trainer.add_callback(watch)
+    trainer.peaks = []
     trainer.train()
-    if len(watch.reports) < (1 + LEAST_ROUNDS) * len(steps):
+    if len(watch.reports) < (UNTIMED_ROUNDS + LEAST_ROUNDS) * len(steps):
         raise HeteroError("Timing was ended before each group was timed often enough. Nothing is written.")
-    seen: list[list[float]] = [[] for step in steps for _ in step.trials]
-    for index, report in enumerate(watch.reports[len(steps) :]):  # the first round warms up
-        before = sum(len(step.trials) for step in steps[: index % len(steps)])
-        for number, _ in enumerate(steps[index % len(steps)].trials):
-            seen[before + number].append(_seconds_of(report, number))
-    trials = [trial for step in steps for trial in step.trials]
-    return [Measured(trial, num_layers, median(times)) for trial, times in zip(trials, seen, strict=True)]
+    timed_reports, peaks = watch.reports[UNTIMED_ROUNDS * len(steps) :], iter(trainer.peaks)
+    found: list[Measured] = []
+    for index, step in enumerate(steps):
+        reports = timed_reports[index :: len(steps)]
+        for number, trial in enumerate(step.trials):
+            middle_s = median(_seconds_of(report, number) for report in reports)
+            found.append(Measured(trial, num_layers, middle_s, next(peaks)))
+        next(peaks)  # of the samples that fill the step up
+    return found
 
 
 def _seconds_of(report: StepReport, number: int) -> float:

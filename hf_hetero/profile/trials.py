@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from hf_hetero.plan import Group, MicroBatch, Plan
@@ -12,6 +12,8 @@ LEAST_TOKENS = 32
 """Of a sample in a pack that is timed; shorter ones fill up steps."""
 PACKS = (1, 4, 16)
 """Samples of the packs that are timed."""
+FULL_PACKS = (1, 3)
+"""Samples of those that are timed by other methods: alone, all is cut; of three, ranks hold one and parts of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,18 +24,26 @@ class Trial:
         degree: ranks of the group.
         lengths: tokens of its samples.
         activations: what it does to hold more tokens, as in `Group`.
+        method: how attention crosses its ranks, as in `Group`.
     """
 
     degree: int
     lengths: tuple[int, ...]
     activations: str | None = None
+    method: str = "ulysses"
 
     def num_samples(self, num_ranks: int) -> int:
         """Count the samples of all such groups together."""
         return len(self.lengths) * (num_ranks // self.degree)
 
 
-def trials(degrees: Iterable[int], tokens: int, longest: int, policies: Iterable[str] = ()) -> list[Trial]:
+def trials(
+    degrees: Collection[int],
+    tokens: int,
+    longest: int,
+    policies: Iterable[str] = (),
+    methods: Collection[str] = (),
+) -> list[Trial]:
     """Return the groups to be timed.
 
     Args:
@@ -41,9 +51,15 @@ def trials(degrees: Iterable[int], tokens: int, longest: int, policies: Iterable
         tokens: that one rank holds at most.
         longest: tokens of the longest sample.
         policies: ways to hold more tokens, which are timed on single ranks.
+        methods: beside the exchange of heads; they are timed with groups that are full.
     """
     found = [Trial(degree, lengths) for degree in degrees for lengths in _mixtures(degree * tokens, longest)]
-    return found + [Trial(1, lengths, policy) for policy in policies for lengths in _mixtures(tokens, longest)]
+    found += [Trial(1, lengths, policy) for policy in policies for lengths in _mixtures(tokens, longest)]
+    for degree in degrees:
+        if degree > 1:
+            full = dict.fromkeys((min(degree * tokens // number, longest),) * number for number in FULL_PACKS)
+            found += [Trial(degree, lengths, method=method) for method in methods for lengths in full]
+    return found
 
 
 def _mixtures(tokens: int, longest: int) -> list[tuple[int, ...]]:
@@ -100,6 +116,7 @@ class TrialStep:
                 Group(
                     tuple(range(start, start + trial.degree)),
                     tuple(positions[length].pop() for length in trial.lengths),
+                    trial.method,
                     activations=trial.activations,
                 )
                 for start in starts

@@ -33,7 +33,7 @@ SAVED = "The exchange while saving"
 RESULTS = "The exchange of results"
 DEALING = "The dealing out of examples"
 PLACES = (FROM_RANK_0, BEFORE_STEP, REPORT, DECISION, SAVED, RESULTS, DEALING)
-NUM_VALUES = 6
+NUM_VALUES = 16
 """Integers that the first message of each exchange has room for."""
 MOST_WORDS = 20_000
 """Characters of an error that are told to other ranks."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Generator
 from typing import TypeVar
 
 import torch.distributed as dist
-from tqdm.auto import tqdm
 
 from hf_hetero.errors import HeteroError
+from hf_hetero.progress import progress
 from hf_hetero.ranks.agreement import gather, gather_objects, raise_together
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ def in_rounds(work: Work[T], num_rows: int, control: dist.ProcessGroup | None) -
     error: Exception | None = None
     result, is_done, num_done, shown = None, False, 0, 0
     is_shown = control is None or dist.get_rank() == 0
-    with tqdm(total=num_rows, desc="Counting tokens", unit=" rows", leave=False, delay=1, disable=not is_shown) as bar:
+    with progress(num_rows, "Counting tokens", "rows", is_shown) as count:
         while True:
             end = time.monotonic() + ROUND_S
             try:
@@ -47,7 +47,7 @@ def in_rounds(work: Work[T], num_rows: int, control: dist.ProcessGroup | None) -
             reports = gather([int(error is not None), int(is_done), num_done], control)
             if any(failed for failed, _, _ in reports):
                 raise_together(error, control)
-            bar.update(sum(counted for _, _, counted in reports) - shown)
+            count(sum(counted for _, _, counted in reports) - shown)
             shown = sum(counted for _, _, counted in reports)
             if all(finished for _, finished, _ in reports):
                 return result  # type: ignore[return-value]

@@ -92,8 +92,40 @@ def trainer_problems(trainer: Trainer) -> Iterator[str]:
             f"FSDP was asked for, and accelerate runs {kind} here, as it does on CPU and with a single process; "
             "start several processes on GPUs, or take FSDP out of the configuration."
         )
-    if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        yield "its weights were sharded while loading (distributed_config); load it whole and let accelerate shard it."
+
+
+def mesh_problems(mesh: Any) -> Iterator[str]:
+    """Give the reasons to refuse a model that was spread over a mesh of ranks while loading, in words.
+
+    Args:
+        mesh: transformers' `DistributedConfig`, which has the number of ranks along each axis; None: it is not known.
+    """
+    tensor, pipeline, experts = (getattr(mesh, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size"))
+    if tensor > 1:
+        yield (
+            f"distributed_config.tp_size={tensor}: ranks with parts of the same products must hold the same tokens, "
+            "and under a plan each rank holds its own; set it to 1, for a plan lets ranks share a sample instead."
+        )
+    if pipeline > 1:
+        yield (
+            f"distributed_config.pp_size={pipeline}: a rank with some of the layers waits for the tokens of others, "
+            "and under a plan each rank goes through all layers with its own; set it to 1."
+        )
+    if experts > max(tensor, 1):
+        # with as many as for tensors they are spread over the same ranks, which is refused above
+        yield (
+            f"distributed_config.ep_size={experts}: in each layer, and where it is recomputed, ranks with other "
+            "experts send each other tokens; under a plan some groups recompute and others do not, so that they would "
+            "wait for each other, and nobody could leave a step when memory runs out. Set it to 1: experts are then "
+            "sharded, and gathered layer by layer, as all other weights."
+        )
+    if max(tensor, pipeline, experts) == 1:
+        yield (
+            "its weights were sharded while loading (distributed_config), and gradients of such a model are not "
+            f"exchanged by accelerate; load it whole and let accelerate shard it: {FSDP2_LINES}."
+        )
+    else:
+        yield f"Spread weights over all ranks, or over those of a node and their replicas, by FSDP2: {FSDP2_LINES}."
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from hf_hetero.errors import BadSample, HeteroError
-from hf_hetero.samples.rows import PACKED_COLUMN
+from hf_hetero.samples.rows import PACKED_COLUMN, last_token
 
 PROMPT, CHOSEN, REJECTED = "prompt_ids", "chosen_ids", "rejected_ids"
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -34,11 +34,15 @@ class PairRows:
 
     Attributes:
         column: of a packed row, with a number for each token: that of its sequence, where a pair has numbers.
+        columns: all such columns of a packed row.
+        references: columns of a pair with the log-probability of each of its samples by a reference model.
     """
 
     most_tokens: int | None = None
     keeps_end: bool = False
     column: ClassVar[str] = "of_pair"
+    columns: ClassVar[tuple[str, ...]] = (column,)
+    references: ClassVar[tuple[str, ...]] = REFERENCE_COLUMNS
 
     def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
         """Return a pair's columns, and those of the packed row that it is.
@@ -117,8 +121,43 @@ class ScoredRows(PairRows):
 
     def _label(self, ids: list[int]) -> list[int]:
         """Return labels of which one is a token; of a sequence of padding alone it is the first."""
-        scored = max((place for place, token in enumerate(ids) if token != self.pad_token_id), default=0)
+        scored = last_token(ids, self.pad_token_id)
         return [token if place == scored else NOT_LEARNED for place, token in enumerate(ids)]
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastedRows(PairRows):
+    """`ContrastedRows` makes packed rows of pairs of whole sequences with labels, as TRL's `CPOTrainer` tokenises them.
+
+    `column` has a 1 for each token that is followed by one of a completion, for these are compared; what is learned of
+    a chosen sequence may be more.
+
+    Args:
+        learns_prompts: a chosen sequence is learned with its prompt.
+    """
+
+    learns_prompts: bool = False
+
+    def row(self, pair: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a pair's columns, and those of the packed row that it is.
+
+        Raises:
+            BadSample: a sequence is missing.
+        """
+        names = [f"{which}_{what}" for which in ("chosen", "rejected") for what in ("input_ids", "labels")]
+        if missing := [name for name in names if name not in pair]:
+            raise BadSample(f"A row has no {', '.join(missing)}, only {sorted(pair)}. Have CPOTrainer tokenise it.")
+        chosen, of_chosen, rejected, of_rejected = (list(pair[name]) for name in names)
+        compared = [
+            int(label != NOT_LEARNED) for labels in (of_chosen, of_rejected) for label in [*labels[1:], NOT_LEARNED]
+        ]
+        return {
+            **pair,
+            "input_ids": chosen + rejected,
+            "labels": (chosen if self.learns_prompts else of_chosen) + of_rejected,
+            PACKED_COLUMN: [len(chosen), len(rejected)],
+            self.column: np.asarray(compared),
+        }
 
 
 def check_together(rows: Sequence[int], samples: Sequence[int], ranks: Sequence[int]) -> None:

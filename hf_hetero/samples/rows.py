@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,18 @@ def as_array(values: Any) -> NDArray[Any]:
 def documents_of_row(example: Mapping[str, Any]) -> list[int] | None:
     """Return the tokens of each document of a packed row; None: it was not packed."""
     return list(map(int, example[PACKED_COLUMN])) if PACKED_COLUMN in example else None
+
+
+def last_token(ids: Sequence[int], pad_token_id: int | None) -> int:
+    """Return the place of the token whose score is that of its sequence: the last one that is no padding.
+
+    As transformers finds it, which takes an end of text for padding where both are the same token.
+
+    Args:
+        ids: of a sequence; of one of padding alone it is the first.
+        pad_token_id: of the model; None: no token is padding.
+    """
+    return max((place for place, token in enumerate(ids) if token != pad_token_id), default=0)
 
 
 def is_nested(ids: Any) -> bool:

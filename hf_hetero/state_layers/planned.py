@@ -1,8 +1,8 @@
 """A planned mixer goes over each sample by itself, whichever ranks of a group hold the sample's tokens.
 
-Mixers of transformers keep packed samples apart only with packages that have kernels for it. Called once a sample they
-need none. A rank fetches the tokens that its own depend on, hidden states of the layer, and goes over them as well:
-what it computes for tokens that it does not hold is left out.
+Mixers of transformers keep packed samples apart only with packages that have kernels for it (`packs`). Called once a
+sample they need none. A rank fetches the tokens that its own depend on, hidden states of the layer, and goes over them
+as well: what it computes for tokens that it does not hold is left out.
 
 Why the gradients are exact. Each rank sends back through the mixer the gradient of its own outputs, and every output
 is one rank's own. A mixer's gradients, of its weights and of what goes in, are sums over outputs. So summed over the
@@ -29,12 +29,16 @@ from hf_hetero.model.activations import set_until
 from hf_hetero.state_layers.by_heads import HeadRuns, NormOverRanks, head_runs_of, mixed_by_heads
 from hf_hetero.state_layers.cuts import cut_of, has_one_group, part_of
 from hf_hetero.state_layers.families import mixers_of, window_of
+from hf_hetero.state_layers.packs import BORDERS, OF_MODELS, Packs, borders_of
 from hf_hetero.state_layers.runs import Runs, runs_of
 
-Over = Callable[[Callable[..., Any], torch.Tensor, Sequence[int]], torch.Tensor]
-"""A mixer's forward, rows of samples and the tokens of each -> outputs of these rows, sample by sample."""
+Over = Callable[..., torch.Tensor]
+"""A mixer's forward, rows of samples and the tokens of each -> outputs of these rows. With `exchanges`, forward has
+some with other ranks."""
 CACHES = ("cache_params", "past_key_values", "past_key_value")
 """What mixers call the state of an earlier call."""
+NOT_OF_A_CALL = {"hetero", OF_MODELS, *BORDERS}
+"""Keywords that mixers hand on, and that each call has anew, or has not."""
 
 
 class PlannedMixer(torch.nn.Module):
@@ -42,9 +46,11 @@ class PlannedMixer(torch.nn.Module):
 
     Attributes:
         hetero_context: the micro-batch.
+        hetero_packs: which kinds go over a pack at once.
     """
 
     hetero_context: AttentionContext
+    hetero_packs: Packs
 
     @torch.compiler.disable  # a compiler does not see through messages between ranks
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -68,15 +74,26 @@ class PlannedMixer(torch.nn.Module):
             context.reached.add(layer)
         others: list[tuple[Any, ...]] = []
 
-        def over(forward: Callable[..., Any], rows: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-            outputs: list[torch.Tensor] = []
-            for sample in rows.split(list(lengths)):
-                _call_for(call, name, sample.unsqueeze(0))
-                output = forward(*call.args, **call.kwargs)
-                first, *rest = output if isinstance(output, tuple) else (output,)
-                others[:] = [tuple(rest)]
-                outputs.append(first[0])
-            return torch.cat(outputs)
+        kind = type(self).__bases__[1]
+
+        def called(forward: Callable[..., Any], rows: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
+            keywords = _borders(kind, lengths, context) if len(lengths) > 1 else {}
+            _call_for(call, name, rows.unsqueeze(0), lengths, keywords)
+            output = forward(*call.args, **call.kwargs)
+            first, *rest = output if isinstance(output, tuple) else (output,)
+            others[:] = [tuple(rest)]
+            return first[0]
+
+        def over(
+            forward: Callable[..., Any], rows: torch.Tensor, lengths: Sequence[int], exchanges: bool = False
+        ) -> torch.Tensor:
+            def each() -> torch.Tensor:
+                return torch.cat([called(forward, sample, (len(sample),)) for sample in rows.split(list(lengths))])
+
+            # all ranks of a group must exchange as often, and a rank finds out by itself whether a kernel keeps apart
+            if len(lengths) == 1 or exchanges:
+                return each()
+            return self.hetero_packs.computed(kind, lambda: called(forward, rows, tuple(lengths)), each)
 
         out = self._mixed(hidden[0], stand_ins, context.at(layer or 0), over).unsqueeze(0)
         return (out, *others[0]) if others[0] else out
@@ -94,7 +111,8 @@ class PlannedMixer(torch.nn.Module):
             if has_one_group(self, cut):
                 part.norm = NormOverRanks(part.norm, place)
                 part.training = False  # while training, a kernel would compute the norm as well, of the part alone
-            return mixed_by_heads(hidden, head_runs, place, partial(over, super().forward), partial(over, part))
+            of_part = partial(over, part, exchanges=has_one_group(self, cut))
+            return mixed_by_heads(hidden, head_runs, place, partial(over, super().forward), of_part)
         window = window_of(self)
         runs: Runs = context.shared(
             ("state layer", window, stand_ins), lambda: runs_of(layout, me, window, stand_ins, context.device)
@@ -129,20 +147,33 @@ def _fetched(hidden: torch.Tensor, runs: Runs, place: Place) -> torch.Tensor:
     return torch.cat([hidden[:num], arrived, hidden[num:]])
 
 
-def _call_for(call: inspect.BoundArguments, name: str, sample: torch.Tensor) -> None:
-    """Change a call of a mixer, which spoke of a rank's tokens, into one for a sample alone, shape (1, n, hidden)."""
+def _borders(kind: type, lengths: tuple[int, ...], context: AttentionContext) -> dict[str, torch.Tensor]:
+    """Return the keywords that say where samples begin; layers of one kind share them."""
+    return context.shared(("borders", kind, lengths), lambda: borders_of(kind, lengths, context.device))
+
+
+def _call_for(
+    call: inspect.BoundArguments,
+    name: str,
+    rows: torch.Tensor,
+    lengths: tuple[int, ...],
+    keywords: dict[str, torch.Tensor],
+) -> None:
+    """Change a call of a mixer, which spoke of a rank's tokens, into one for some samples, shape (1, n, hidden)."""
     arguments = call.arguments
-    arguments[name] = sample
+    arguments[name] = rows
     for missing in ("attention_mask", *CACHES):
         if missing in arguments:
             arguments[missing] = None
     if "use_cache" in arguments:
         arguments["use_cache"] = False
     if "position_ids" in arguments:
-        arguments["position_ids"] = torch.arange(sample.shape[1], device=sample.device).unsqueeze(0)
+        positions = [torch.arange(length, device=rows.device) for length in lengths]
+        arguments["position_ids"] = torch.cat(positions).unsqueeze(0)
     others = call.signature.parameters[list(call.signature.parameters)[-1]]
-    if others.kind is inspect.Parameter.VAR_KEYWORD and others.name in arguments:
-        arguments[others.name] = {key: x for key, x in arguments[others.name].items() if key != "hetero"}
+    if others.kind is inspect.Parameter.VAR_KEYWORD and (others.name in arguments or keywords):
+        kept = {key: x for key, x in arguments.get(others.name, {}).items() if key not in NOT_OF_A_CALL}
+        arguments[others.name] = {**kept, **keywords}
 
 
 class StateLayers:
@@ -155,6 +186,7 @@ class StateLayers:
     def __init__(self, model: torch.nn.Module) -> None:
         self._mixers = list(mixers_of(model))
         self._classes: dict[type, type] = {}
+        self._packs = Packs()
 
     def __len__(self) -> int:
         return len(self._mixers)
@@ -168,6 +200,7 @@ class StateLayers:
         with ExitStack() as undone:
             for mixer in self._mixers:
                 set_until(undone, mixer, "hetero_context", context)
+                set_until(undone, mixer, "hetero_packs", self._packs)
                 set_until(undone, mixer, "__class__", self._planned_class(type(mixer)))
             yield
 

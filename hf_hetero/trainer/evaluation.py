@@ -30,12 +30,17 @@ from hf_hetero.data.evaluation_loader import (
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
+from hf_hetero.model.classes.labelled import SEQUENCES, labelled_of
+from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
+from hf_hetero.trainer import routers
+from hf_hetero.trainer.classes.planned import LABELS, classes_of, outputs_by_token
 from hf_hetero.trainer.fitting import half_evaluation_dtype
+from hf_hetero.trainer.packing import columns_kept, makes_tokens, packer_of
 from hf_hetero.trainer.predictions import Piece, Results
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun, columns_kept
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun, begin_step
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +80,16 @@ def is_planned(
     for name, owner in overrides.own(trainer, overrides.EVALUATION).items():
         logger.info("Evaluation is not planned: %s.%s is its own.", owner, name)
         return False
-    if trainer.label_names != ["labels"] or _gives_attentions(trainer.model):
+    # TRL leaves out the names where a loss comes without labels
+    known: list[str] = [] if getattr(trainer, "learns_scores", False) else ["labels"]
+    if trainer.label_names != known or _gives_attentions(trainer.model):
         logger.info("Evaluation is not planned: other labels, or attention weights, are asked for.")
         return False
-    look = partial(can_be_planned, dataset, trainer.args)
+    if labelled_of(base_model(trainer.model)) == SEQUENCES and _wants_tokens(trainer):
+        logger.info("Evaluation is not planned: beside scores of sequences, values of tokens are asked for.")
+        return False
+    makes = makes_tokens(trainer, packer_of(trainer.data_collator, trainer.processing_class))
+    look = partial(can_be_planned, dataset, trainer.args, makes)
     # all ranks can look at a dataset's rows; at a stream one looks for all, since ranks may be given different parts
     return broadcast(look, control()) if is_stream(dataset) else look()
 
@@ -86,6 +97,11 @@ def is_planned(
 def _gives_attentions(model: Any) -> bool:
     """Return whether the weights of attention are among a model's outputs: no rank has those of a sample it shares."""
     return bool(getattr(model.config, "output_attentions", False))
+
+
+def _wants_tokens(trainer: Any) -> bool:
+    """Return whether an evaluation is to give what each token has, where a model gives one score a sequence."""
+    return "inputs" in trainer.args.include_for_metrics or bool(trainer.model.config.output_hidden_states)
 
 
 def refuse_attentions(model: Any) -> None:
@@ -166,7 +182,6 @@ def evaluate(
     Raises:
         HeteroError: a bad sample, on every rank; or `preprocess_logits_for_metrics` does not keep a value a token.
     """
-    dataset = request.dataset
     packer, has_labels = _packer_and_labels(run, request)
     results = Results(
         trainer.args,
@@ -176,9 +191,10 @@ def evaluate(
         run.control,
         has_labels=has_labels,
         keeps_batches=request.is_prediction,
+        classes=classes_of(trainer),
     )
     model = _prepared_model(trainer)
-    loader = _loader(trainer, run, packer, between, dataset, source)
+    loader = planned_steps(trainer, run, packer, between, request.dataset, source)
     forward = _forward_of(trainer, run, request, model, has_labels)
     number = trainer.state.global_step + 1
     steps = iter(loader)
@@ -190,15 +206,17 @@ def evaluate(
             # not know its last step before it has ended
             coming = run.confirmed(steps, number)
             loss, pieces = 0.0, list[Piece]()
+            begin_step(trainer, model, batch, learns=False)
             for index, micro_batch in enumerate(batch.micro_batches):
                 part, outputs = forward(micro_batch, index, num_targets)
                 loss += part
                 if results.keeps_outputs:
                     pieces += results.pieces(batch, micro_batch, outputs)
+            loss += routers.evaluation_loss(trainer, run, len(batch.micro_batches)) if has_labels else 0.0
             results.add(batch, loss, num_targets, pieces, is_last=coming.batch is None)
             trainer.control = trainer.callback_handler.on_prediction_step(trainer.args, trainer.state, trainer.control)
     except BadSample:  # rows may have changed since they were counted
-        between.counts.forget(dataset)
+        between.counts.forget(request.dataset)
         raise
     finally:
         loader.close()
@@ -226,7 +244,7 @@ def _has_labels(dataset: Any, packer: PackedCollator) -> bool:
     return bool(len(dataset)) and packer.sample(dataset[0], "row 0").labels is not None
 
 
-def _loader(
+def planned_steps(
     trainer: Trainer, run: PlannedRun, packer: PackedCollator, between: BetweenRuns, dataset: Any, source: PlanSource
 ) -> EvaluationLoader:
     """Load planned steps of all rows, each once, in the dataset's order."""
@@ -264,20 +282,24 @@ def _forward_of(
 ) -> Callable[[RankMicroBatch, int, int], tuple[float, Any]]:
     """Make what computes a micro-batch: it, its number, targets of its step -> its part of the mean loss, outputs."""
     ignored = _ignored_outputs(trainer.model) if request.ignore_keys is None else request.ignore_keys
-    left_out = {"loss", *ignored}
+    # of routers: these are no tokens' predictions
+    left_out, classes = {"loss", "aux_loss", "router_logits", "reached", *ignored}, classes_of(trainer)
 
     def forward(micro_batch: RankMicroBatch, index: int, num_targets: int) -> tuple[float, Any]:
         with torch.no_grad():  # by which the context knows that there is no backward pass to keep anything for
             context = run.context(micro_batch, index, trainer.state.global_step + 1)
         planned: dict[str, Any] = {**micro_batch.inputs, "hetero": context}
         inputs: Any = trainer._prepare_inputs(planned)  # pyright: ignore[reportPrivateUsage]
-        with torch.no_grad(), trainer.compute_loss_context_manager(), run.fitted.state_layers.planned(context):
+        planned_layers = run.fitted.state_layers.planned(context)
+        with torch.no_grad(), trainer.compute_loss_context_manager(), planned_layers:
             if not has_labels:
-                inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-                return 0.0, _outputs_of(model(**inputs), left_out)
+                inputs = {name: value for name, value in inputs.items() if name not in LABELS}
+                outputs: Any = model(**inputs) if classes is None else outputs_by_token(model, inputs, classes)
+                return 0.0, _outputs_of(outputs, left_out)
             # a step may have no target: its loss is 0 then, and counts for nothing (`Results.add`)
             total = torch.tensor(max(num_targets, 1), device=trainer.args.device)
-            result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
+            with routers.evaluated(run, model, context.num_tokens):
+                result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
         loss, outputs = (result, None) if request.loss_only else result
         # compute_loss allows for an average over ranks
         return loss.item() / trainer.args.world_size, None if outputs is None else _outputs_of(outputs, left_out)

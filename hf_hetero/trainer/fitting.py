@@ -7,10 +7,10 @@ weights are, an output embedding that does without whole logits. None of it touc
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Trainer
@@ -21,12 +21,21 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.handing_down import HandedDown
 from hf_hetero.attention.kernels import choice
 from hf_hetero.attention.kernels.contract import Kernel
+from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.attention.rotary import TablesBySample
-from hf_hetero.checks import own_loss
+from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.config import HeteroConfig
+from hf_hetero.errors import UnsupportedModel
+from hf_hetero.estimate.flops import ModelFlops, flops_of
+from hf_hetero.images.features import FeaturesOfSpans
+from hf_hetero.manners.manner import Manner
+from hf_hetero.manners.outside_loss import OutsideLoss
+from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
-from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.classes.labelled import NEXT, labelled_of
+from hf_hetero.model.experts.load import ExpertLoad
+from hf_hetero.model.experts.router_loss import COEFFICIENT, RouterLoss
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.sharding import Sharding, sharding_of
@@ -38,6 +47,28 @@ logger = logging.getLogger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}  # fp8 is for linear layers only
 
 
+class Asked(NamedTuple):
+    """An `Asked` is what a trainer asks a reference beside its model in each micro-batch.
+
+    Args:
+        passes: of each token, forward only.
+        num_bytes: of a frozen model's weights; 0 where it is the model without its adapters.
+    """
+
+    passes: int = 0
+    num_bytes: int = 0
+
+    @classmethod
+    def by(cls, trainer: Trainer) -> Asked:
+        """Return what a trainer asks, which says so by `reference_passes`; most ask nothing."""
+        frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
+        weights: Iterable[torch.Tensor] = () if frozen is None else frozen.parameters()
+        return cls(getattr(trainer, "reference_passes", 0), sum(p.numel() * p.element_size() for p in weights))
+
+
+NOTHING_ASKED = Asked()
+
+
 @dataclass(frozen=True, slots=True)
 class Fitted:
     """A `Fitted` is a user's model while planned steps run on it.
@@ -47,11 +78,14 @@ class Fitted:
         kernel: what computes attention on one rank.
         head: its output embedding, if it can do without whole logits.
         experts: how evenly they are used; false where there are none.
+        router_loss: of a step; false where the model has none.
         sharding: how its weights are spread over ranks.
         activations: what its layers can do to hold more tokens.
-        state_layers: those of its layers that carry state along a sample.
+        state_layers: what of it goes over samples one by one: layers that carry state, or the whole of it.
+        flops: operations that its training needs; None where they cannot be counted.
         reference: the output embedding of a frozen model that is asked beside it, if there is one and it can, too.
-        reference_layers: the frozen model's, that carry state.
+        reference_layers: the same of the frozen model.
+        asked: of that model, or of this one without its adapters.
         undone: gives the models back.
     """
 
@@ -59,11 +93,14 @@ class Fitted:
     kernel: Kernel
     head: LeanHead | None
     experts: ExpertLoad
+    router_loss: RouterLoss
     sharding: Sharding
     activations: Activations
-    state_layers: StateLayers
+    state_layers: StateLayers | WholeSamples
+    flops: ModelFlops | None
     reference: LeanHead | None
-    reference_layers: StateLayers | None
+    reference_layers: StateLayers | WholeSamples | None
+    asked: Asked
     undone: ExitStack
 
     @contextmanager
@@ -74,12 +111,48 @@ class Fitted:
         with lazy, holding, self.state_layers.planned(context), self.experts.micro_batch(context.num_tokens):
             yield
 
+    @contextmanager
+    def as_looked_at(self, micro_batch: RankMicroBatch, context: AttentionContext) -> Iterator[None]:
+        """Have the forward pass of a micro-batch as planned, where nothing is learned from it and nothing counted."""
+        lazy = nullcontext() if self.head is None else self.head.lazy(always=True)
+        holding = self.activations.following(micro_batch.group.activations, context.store)
+        with lazy, holding, self.state_layers.planned(context):
+            yield
+
     def close(self) -> None:
         """Give the model back as it was; a second call does nothing."""
         self.undone.close()
 
 
-def accept(trainer: Trainer) -> None:
+def check_manner(trainer: Trainer, manner: Manner) -> None:
+    """Refuse what a manner of training does not go with.
+
+    Raises:
+        UnsupportedModel: with the setting and the remedy.
+    """
+    name, sharding = type(base_model(trainer.model)).__name__, sharding_of(trainer, None)
+    if manner.whole and sharding.is_sharded:
+        raise UnsupportedModel(
+            f"Ranks cannot share samples of {name}, so each goes over whole ones, another number on each rank; under "
+            f"FSDP all ranks gather a layer's weights equally often. Train it under DDP. For {manner.whole}"
+        )
+    if manner.outside_loss and getattr(trainer, "learns_pairs", False):
+        raise UnsupportedModel(
+            f"{name} computes a loss of its own, which pairs are not compared by. Use another model, or TRL's trainer."
+        )
+    if manner.aligned and (what := own_loss.owners(trainer)):
+        raise UnsupportedModel(
+            f"{name} compares each token with its own label, and {what} would be given labels for the token after it. "
+            "Remove it, or use plain Trainer."
+        )
+
+
+def settings_for(manner: Manner, hetero: HeteroConfig) -> HeteroConfig:
+    """Return settings as they are meant: ranks that share a whole sample all do its work, so none do unasked."""
+    return replace(hetero, max_degree=1) if manner.whole and hetero.max_degree is None else hetero
+
+
+def accept(trainer: Trainer, manner: Manner) -> None:
     """Have a trainer divide the loss by the step's tokens, once it is known that something computes the attention.
 
     Classes that see images say that their loss cannot be divided so (`accepts_loss_kwargs`), which it can, as the trial
@@ -88,56 +161,84 @@ def accept(trainer: Trainer) -> None:
     Raises:
         HeteroError: no kernel can.
     """
-    choose_kernel(base_model(trainer.model), trainer.args.device.type, compute_dtype(trainer))
+    choose_kernel(base_model(trainer.model), trainer.args.device.type, compute_dtype(trainer), manner)
     trainer.model_accepts_loss_kwargs = True
 
 
-def fit(trainer: Trainer, hetero: HeteroConfig) -> Fitted:
-    """Fit a trainer's model of now for planned steps.
+def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) -> Fitted:
+    """Fit a trainer's model of now for planned steps, to be trained in a manner; None: as most are.
 
     Raises:
         UnsupportedModel: a loss of one's own is not exact under plans.
         HeteroError: no kernel computes the model's attention. The model is as it was after either.
     """
     base, args = base_model(trainer.model), trainer.args
-    kernel = choose_kernel(base, args.device.type, half_evaluation_dtype(trainer) or compute_dtype(trainer))
+    manner = manner or Manner()
+    kernel = choose_kernel(base, args.device.type, half_evaluation_dtype(trainer) or compute_dtype(trainer), manner)
     # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
         # Liger brings a loss of its own; a compiler sees through no lazy tensor
         has_lazy_logits = hetero.chunked_loss and not args.use_liger_kernel and not args.torch_compile
-        head = _fit(base, has_lazy_logits, undone)
+        head = _fit(base, has_lazy_logits, manner, undone)
+        if manner.outside_loss:
+            undone.callback(OutsideLoss(trainer.model, base, manner.aligned).remove)  # pyright: ignore[reportArgumentType]
         frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
-        reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, undone)
-        logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
+        reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, manner, undone)
+        if not manner.whole:
+            logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
-        if hetero.weight_column is not None:
+        if hetero.weight_column is not None and labelled_of(base) == NEXT:  # others' losses are this package's
             own_loss.check_weights(trainer, kernel, hetero.weight_column)
         sharding = sharding_of(trainer, hetero.sync_each_micro_batch)
         activations = Activations(
             base, recomputes=sharding.checkpointing, in_chunks=hetero.chunked_mlp, compiled=args.torch_compile
         )
-        states, of_frozen = StateLayers(base), None if frozen is None else StateLayers(base_model(frozen))
+        layers = WholeSamples if manner.whole else StateLayers
+        states, of_frozen = layers(base), None if frozen is None else layers(base_model(frozen))
         return Fitted(
             base,
             kernel,
             head,
             ExpertLoad(base),
+            _router_loss(trainer, base, hetero.router_loss == "last_step"),
             sharding,
             activations,
             states,
+            _flops(base),
             reference,
             of_frozen,
+            Asked.by(trainer),
             undone.pop_all(),
         )
 
 
-def _fit(base: Any, has_lazy_logits: bool, undone: ExitStack) -> LeanHead | None:
+def _flops(base: Any) -> ModelFlops | None:
+    """Count what a model's training needs; of one that is built in an unknown way that is no reason to end a run."""
+    try:
+        return flops_of(base)
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        logger.info("Operations of %s are not counted: %r.", type(base).__name__, error)
+        return None
+
+
+def _router_loss(trainer: Trainer, base: Any, last_step: bool) -> RouterLoss:
+    """Return the loss of a model's routers as a trainer adds it to the whole; a false one where it adds none."""
+    if trainer.compute_loss_func is not None or not router_loss.is_wanted(base):
+        return RouterLoss(base)
+    # TRL's trainers have a factor of their own
+    coefficient = getattr(trainer, COEFFICIENT, router_loss.coefficient_of(base))
+    return RouterLoss(base, coefficient, last_step)
+
+
+def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) -> LeanHead | None:
     """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
-    undone.callback(_give_back_attention, base, base.config._attn_implementation)
-    base.set_attn_implementation(interface.ATTENTION_NAME)
-    undone.callback(HandedDown(base).remove)
-    undone.callback(TablesBySample(base).remove)
+    if not manner.whole:  # whole samples are computed as transformers does
+        undone.callback(_give_back_attention, base, base.config._attn_implementation)
+        base.set_attn_implementation(interface.ATTENTION_NAME)
+        undone.callback(HandedDown(base).remove)
+        undone.callback(TablesBySample(base).remove)
+        undone.callback(FeaturesOfSpans(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:
@@ -161,12 +262,14 @@ def _give_back_attention(base: Any, name: str) -> None:
     base.set_attn_implementation(name)
 
 
-def choose_kernel(base: Any, device_type: str, dtype: torch.dtype) -> Kernel:
+def choose_kernel(base: Any, device_type: str, dtype: torch.dtype, manner: Manner) -> Kernel:
     """Choose what computes this model's attention on one rank.
 
     Raises:
         HeteroError: no kernel can.
     """
+    if manner.whole:  # the model itself does
+        return PLAIN
     implementation = base.config._attn_implementation
     return choice.choose_kernel(
         device_type, dtype, choice.features_of(base.config.get_text_config(decoder=True)), implementation

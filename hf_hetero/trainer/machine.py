@@ -32,6 +32,7 @@ from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.topology import Topology
+from hf_hetero.trainer.fitting import NOTHING_ASKED, Asked
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ class Ground:
     policies: Sequence[str]
     hetero: HeteroConfig
     states: StateShape | None
+
+    @property
+    def state_bytes(self) -> float:
+        """Count the bytes of weights, gradients and optimizer on a rank's device."""
+        return memory.state_bytes(self.shape, self.topology.num_ranks, self.spread)
 
     def estimated(self) -> CostModel:
         """Estimate the cost model."""
@@ -103,6 +109,7 @@ def set_up(
     activations: Activations,
     checkpoint: str | None = None,
     kernel: str = "torch_varlen",
+    asked: Asked = NOTHING_ASKED,
 ) -> Machine:
     """Read or estimate the cost model, agree on it, make the groups. A collective of all ranks.
 
@@ -116,6 +123,7 @@ def set_up(
         activations: what the layers can do to hold more tokens.
         checkpoint: folder that the run goes on from; None: it starts anew.
         kernel: of attention, by its name.
+        asked: of a reference beside the model.
 
     Raises:
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
@@ -123,6 +131,7 @@ def set_up(
     world = args.world_size
     heads = getattr(_text_config(model), "num_attention_heads", None) or world
     shape = _shape(model, args, hetero, dtype, sharding, activations)
+    shape = replace(shape, reference_passes=asked.passes, reference_bytes=asked.num_bytes)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
     shards = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
@@ -230,11 +239,11 @@ def _topology(device: torch.device, num_ranks: int) -> Topology:
     """Return how the ranks stand on nodes, and what memory each of them has."""
     local = os.environ.get("LOCAL_WORLD_SIZE")
     ranks_per_node = int(local) if local and dist.is_initialized() else None
-    ranks, num_communicators = ranks_per_node or num_ranks, len(Topology(num_ranks).degrees)
+    ranks = ranks_per_node or num_ranks
     return Topology(
         num_ranks,
         ranks_per_node,
-        memory.free_memory_bytes(device, ranks, num_communicators),
+        memory.free_memory_bytes(device, ranks, num_ranks),
         memory.host_memory_bytes(device, ranks),
     )
 

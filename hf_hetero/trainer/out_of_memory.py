@@ -261,7 +261,10 @@ def adopt_exchanges(model: torch.nn.Module, run: PlannedRun) -> list[Exchange]:
         return []
     exchanges = sharding.exchanges_of(model)
     # every rank makes every group: under HSDP each knows its own only
-    asked = gather_objects([exchange.ranks for exchange in exchanges], run.control)
+    mine = [exchange.ranks for exchange in exchanges]
+    if run.fitted.router_loss:  # what routers chose is told to all
+        mine.append(tuple(range(run.args.world_size)))
+    asked = gather_objects(mine, run.control)
     run.groups.carry(sorted({ranks for one in asked for ranks in one}))
     move_exchanges(exchanges, model, run)
     return exchanges

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, denumpify_detensorize
 
+from hf_hetero.collators.classes import Classes
 from hf_hetero.errors import HeteroError
 from hf_hetero.layout import Span
 from hf_hetero.ranks.agreement import gather_objects
@@ -59,6 +60,7 @@ class Results:
         control: group that carries the outputs; None for a single process.
         has_labels: False: there is no loss, and there are no labels to compare with.
         keeps_batches: keep outputs although metrics are counted batch by batch.
+        classes: of the model, where labels are no tokens.
 
     Attributes:
         loss_sum, num_targets, num_rows: of all steps.
@@ -72,6 +74,7 @@ class Results:
     control: dist.ProcessGroup | None
     has_labels: bool = True
     keeps_batches: bool = False
+    classes: Classes | None = None
     loss_sum: float = 0.0
     num_targets: int = 0
     num_rows: int = 0
@@ -80,8 +83,15 @@ class Results:
     _losses: list[float] = field(default_factory=list[float])
     _batch_metrics: dict[str, Any] | None = None
 
+    @property
+    def _of_sequences(self) -> bool:
+        """Return whether a row has one output, instead of one for each token."""
+        return self.classes is not None and self.classes.of_sequences
+
     def pieces(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
         """Cut a micro-batch's outputs into the spans that this rank holds. Each: shape (1, num_tokens, ...)."""
+        if self._of_sequences:
+            return self._scores(batch, micro_batch, outputs)
         group, drawn = micro_batch.group, batch.share.step.drawn
         starts = drawn.kept_starts()
         pieces: list[Piece] = []
@@ -104,6 +114,27 @@ class Results:
             first += span.num_tokens
         return pieces
 
+    def _scores(self, batch: StepBatch, micro_batch: RankMicroBatch, outputs: Nested) -> list[Piece]:
+        """Take a micro-batch's outputs of sequences where this rank holds the token whose score counts."""
+        assert self.classes is not None
+        pieces: list[Piece] = []
+        first = 0
+        for span, place in zip(micro_batch.spans, micro_batch.scored or (), strict=True):
+            if place is not None:
+                token = slice(first + place, first + place + 1)
+                own = _map(lambda tensor, token=token: tensor[0, token], outputs)
+                labels, values = None, dict[str, Nested]()
+                if self.has_labels and micro_batch.labels is not None:
+                    labels = self.classes.as_given(micro_batch.labels[0, token]).to(self.args.device)
+                    values["labels"] = _to_numpy(labels[None])
+                if self.preprocess is not None:
+                    own = self.preprocess(own, labels)
+                values["predictions"] = _map(lambda tensor: _to_numpy(tensor[None]), own)
+                row = batch.share.step.rows[micro_batch.group.samples[span.sample]]
+                pieces.append(Piece(row, 0, 1, values))
+            first += span.num_tokens
+        return pieces
+
     def add(self, batch: StepBatch, loss: float, num_targets: int, pieces: Sequence[Piece], is_last: bool) -> None:
         """Add a step: this rank's part of the mean loss of its targets, and its outputs. A collective of all ranks."""
         mine = (loss, list(pieces), [m.num_targets for m in batch.micro_batches])
@@ -121,11 +152,11 @@ class Results:
         if not self.keeps_outputs:
             return
         everywhere = [piece for _, pieces, _ in of_all for piece in pieces]
-        rows = assemble(everywhere, row_tokens)
+        rows = assemble(everywhere, dict.fromkeys(row_tokens, 1) if self._of_sequences else row_tokens)
         if not self.args.batch_eval_metrics or self.keeps_batches:
             self._steps.append(rows)
         if self.args.batch_eval_metrics and self.compute_metrics is not None and self.has_labels:
-            tensors = {name: _map(torch.from_numpy, pad_rows(values)) for name, values in rows.items()}
+            tensors = {name: _map(torch.from_numpy, self._joined(values)) for name, values in rows.items()}
             if "inputs" in tensors:  # a whole batch, in stock
                 ids = tensors["inputs"]
                 mask = (ids != PADDING).long()
@@ -139,9 +170,9 @@ class Results:
         for name in self._steps[0] if self._steps else ():
             batches = [step[name] for step in self._steps]
             if self.args.eval_do_concat_batches:
-                arrays[name] = pad_rows([row for batch in batches for row in batch])
+                arrays[name] = self._joined([row for batch in batches for row in batch])
             else:
-                arrays[name] = [pad_rows(batch) for batch in batches]
+                arrays[name] = [self._joined(batch) for batch in batches]
         metrics: dict[str, Any] = self._batch_metrics or {}
         if self.compute_metrics is not None and self._steps and not self.args.batch_eval_metrics and self.has_labels:
             metrics = self.compute_metrics(self._prediction(arrays, np.asarray(self._losses)))
@@ -154,6 +185,10 @@ class Results:
             metrics={k if k.startswith(f"{prefix}_") else f"{prefix}_{k}": v for k, v in metrics.items()},
             num_samples=self.num_rows,
         )
+
+    def _joined(self, rows: Sequence[Nested]) -> Nested:
+        """Join rows of tokens as transformers does, with padding; rows of sequences one below the other."""
+        return _map(lambda *arrays: np.concatenate(arrays), *rows) if self._of_sequences else pad_rows(rows)
 
     def _prediction(self, arrays: dict[str, Any], losses: Any) -> EvalPrediction:
         """Make what `compute_metrics` is given."""

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-from transformers import Trainer
+import torch
+from transformers import ProgressCallback, Trainer
 
-from hf_hetero.callbacks import CalibrationCallback, StepReportCallback
+from hf_hetero.callbacks import (
+    CalibrationCallback,
+    PlanMetricsCallback,
+    StepProgressCallback,
+    StepReportCallback,
+)
+from hf_hetero.callbacks.refitting import is_priced
 from hf_hetero.config import HeteroConfig
-from hf_hetero.model.logged_means import LoggedMeans
+from hf_hetero.costs import CostModel
+from hf_hetero.estimate.devices import known_device
 from hf_hetero.plan import StepReport
 from hf_hetero.ranks.agreement import gather
+from hf_hetero.ranks.by_source import Tally
+from hf_hetero.step import StepBatch
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed
+from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
-from hf_hetero.trainer.training import Training
+from hf_hetero.trainer.training import Observed, Training
 
 logger = logging.getLogger(__name__)
 
 
 def report(trainer: Trainer, run: PlannedRun, training: Training, between: BetweenRuns) -> None:
     """Tell the callbacks how a step went; they may know a better cost model for plans to come. A collective."""
-    step = _report_of(run, training, between.means, trainer.state.global_step + 1)
+    step = _report_of(trainer, run, training, between, trainer.state.global_step + 1)
     for callback in step_callbacks(trainer):
         callback.on_step_report(trainer.args, trainer.state, step)
         if (cost := callback.recalibrated(between.cost_model_of_now())) is not None:
@@ -30,36 +42,109 @@ def report(trainer: Trainer, run: PlannedRun, training: Training, between: Betwe
             assert training.data is not None
             # planned anew at once: a run that resumes here has no older plans, and must train by the same
             training.data.plans.forget()
+            _tell(trainer, run.hetero, cost)
 
 
-def _report_of(run: PlannedRun, training: Training, means: LoggedMeans, number: int) -> StepReport:
+def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: BetweenRuns, number: int) -> StepReport:
     """Report how a step went, on all ranks, after its last micro-batch."""
     assert training.step is not None
     assert training.step.batch is not None
     assert training.clock is not None
-    batch, step = training.step.batch, training.step.batch.share.step
-    busy_s, peaks = training.clock.read(), [training.clock.peak_bytes(), training.clock.unused_bytes()]
-    counts = [m.num_targets for m in batch.micro_batches] if means else []
+    batch, step, means = training.step.batch, training.step.batch.share.step, between.means
+    busy_s, seen, training.seen = training.clock.read(), training.seen, Observed()
+    totals = [training.clock.peak_bytes(), training.clock.unused_bytes(), seen.sent_bytes]
+    charged = _charges(between.cost_model_of_now(), batch)
+    counts, own = [m.num_targets for m in batch.micro_batches] if means else [], _by_source(run, training, seen)
     # ranks exchange integers only, so seconds travel as nanoseconds
-    rows = gather([*peaks, *(round(1e9 * s) for s in busy_s), *counts], run.control)
-    means.add("train", [sum(row[2 + len(busy_s) + m] for row in rows) for m in range(len(counts))])
+    seconds = [round(1e9 * s) for s in (*busy_s, *charged)]
+    rows = gather([*totals, *seconds, *counts, *training.sources.row(own)], run.control)
+    ends = list(accumulate([len(totals), len(busy_s), len(charged), len(counts)]))
+    means.add("train", [sum(row[m] for row in rows) for m in range(ends[2], ends[3])])
     experts = run.fitted.experts
-    seconds, training.step_s = training.step_s, 0.0
+    step_s, training.step_s = training.step_s, 0.0
     return StepReport(
         step=number,
         plan=step.plan,
         lengths=step.lengths,
         num_targets=training.step.num_targets,
-        seconds=seconds,
-        busy_s=tuple(tuple(row[2 + m] / 1e9 for row in rows) for m in range(len(busy_s))),
+        seconds=step_s,
+        busy_s=tuple(tuple(row[m] / 1e9 for row in rows) for m in range(ends[0], ends[1])),
         wait_s=training.step.fetch_s,
         plan_wait_s=step.wait_s,
         peak_bytes=max(row[0] for row in rows),
         unused_bytes=max(row[1] for row in rows),
         repeats=training.repeats.number,
+        forward_only=tuple(index for index, m in enumerate(batch.micro_batches) if not m.learns),
         is_lockstep=run.fitted.sharding.is_sharded,
+        flops=0.0 if run.fitted.flops is None else run.fitted.flops.of(step.lengths),
+        peak_flops=_peak_flops(trainer),
+        router_loss=run.fitted.router_loss.value,
         expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
+        planned_s=tuple(tuple(row[m] / 1e9 for row in rows) for m in range(ends[1], ends[2])),
+        static_s=step.static_s,
+        sent_bytes=sum(row[2] for row in rows),
+        by_source=training.sources.of_all([row[ends[3] :] for row in rows], own, run.control),
     )
+
+
+def _peak_flops(trainer: Trainer) -> float | None:
+    """Return the operations a second of all ranks' cards by their data sheet, for models that compute in 16 bits."""
+    device = trainer.args.device
+    if device.type != "cuda" or compute_dtype(trainer) not in (torch.bfloat16, torch.float16):
+        return None
+    card = known_device(torch.cuda.get_device_name(device))
+    return None if card is None else card.flops * trainer.args.world_size
+
+
+def _charges(cost: CostModel, batch: StepBatch) -> list[float]:
+    """Return what the cost model charges for this rank's group of each micro-batch; 0 where it knows no price."""
+    lengths = batch.share.step.lengths
+    return [
+        cost.group_seconds(group, lengths) if group.samples and is_priced(cost, group, lengths) else 0.0
+        for group in batch.share.groups
+    ]
+
+
+def _by_source(run: PlannedRun, training: Training, seen: Observed) -> dict[str, Tally]:
+    """Return the loss of each source on this rank; nothing where not each target of the rank was seen."""
+    found = seen.tallies()
+    assert training.step is not None
+    assert training.step.batch is not None
+    asked = [m for m in training.step.batch.micro_batches if m.sources is not None]
+    if sum(count for _, count in found.values()) == sum(m.num_targets for m in asked):
+        return found
+    if run.args.process_index == 0 and not training.has_said_sources:
+        logger.warning(
+            "HeteroConfig.source_column=%r: the loss is not computed where %s hands it to the package, so it is not "
+            "known by source, and is not logged.",
+            run.hetero.source_column,
+            type(run.fitted.model).__name__,
+        )
+    training.has_said_sources = True
+    return {}
+
+
+def add_callbacks(trainer: Trainer) -> None:
+    """Add the callback that counts planned steps, unless the user did; the bar that shows them replaces Trainer's."""
+    callbacks = trainer.callback_handler.callbacks
+    for place, callback in enumerate(callbacks):
+        if type(callback) is ProgressCallback:
+            callbacks[place] = StepProgressCallback(callback.max_str_len)
+    if not any(isinstance(callback, PlanMetricsCallback) for callback in callbacks):
+        trainer.add_callback(PlanMetricsCallback())
+
+
+def close_bars(trainer: Trainer) -> None:
+    """Close the bars of a run that may have failed, so that what is said of it stands below them."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, StepProgressCallback):
+            callback.close()
+
+
+def _tell(trainer: Trainer, hetero: HeteroConfig, cost: CostModel) -> None:
+    """Tell the callbacks what plans are made by from now on."""
+    for callback in step_callbacks(trainer):
+        callback.on_cost_model(trainer.args, trainer.state, hetero, cost)
 
 
 def step_callbacks(trainer: Trainer) -> Sequence[StepReportCallback]:
@@ -78,6 +163,7 @@ def begin_calibrating(trainer: Trainer, hetero: HeteroConfig, between: BetweenRu
     """
     machine, wanted = between.machine, hetero.calibrate
     assert machine is not None
+    _tell(trainer, hetero, between.cost_model_of_now())
     if wanted is None:  # by measured times no two runs are planned alike
         wanted = machine.is_estimate and not trainer.args.full_determinism
     if wanted and not _calibrations(trainer):

@@ -7,7 +7,7 @@ nothing of a `PlannedRun` changes until it ends.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, cast
@@ -16,14 +16,13 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.ring import MERGING
-from hf_hetero.checks import exactness, own_loss
-from hf_hetero.checks.probe import check_untested
+from hf_hetero.checks import exactness
+from hf_hetero.checks.probe import check_untested, needs_trial
 from hf_hetero.collators import PackedCollator
-from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.data.epochs import KeptCounts
@@ -31,64 +30,16 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
+from hf_hetero.images.together import seeing_together
+from hf_hetero.manners.manner import Manner
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import confirm_rows, confirm_step
 from hf_hetero.ranks.groups import GroupPool
-from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch
-from hf_hetero.trainer.fitting import Fitted, compute_dtype, fit
+from hf_hetero.trainer.fitting import Fitted, check_manner, compute_dtype, fit, settings_for
 from hf_hetero.trainer.machine import Machine, set_up
-
-PLANNED_INPUTS = frozenset(
-    {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
-)
-"""What every batch of a causal language model has; of these, each plan makes its own."""
-
-
-# ----------------------------------------------------------------------------------------------------- rows to tensors
-
-
-def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
-    """Return what packs rows as a collator of the user's makes them."""
-    if isinstance(collator, PackedCollator):
-        return collator
-    if type(collator) is DataCollatorWithPadding:  # transformers' choice where there is a tokenizer
-        pad = getattr(processing_class, "pad_token_id", None)
-        return PackedCollator(pad_token_id=pad if pad is not None else 0, makes_labels=False, says_so=True)
-    # theirs keeps serving stock batches; here it makes the labels of one sample at a time
-    return PackedCollator(example_collator=collator, makes_labels=False)
-
-
-def _fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator) -> PackedCollator:
-    """Return the same packer for this trainer's model, loss and columns."""
-    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
-    if hetero.weight_column is not None and hetero.weight_column not in signature:
-        # no input of the model; but Trainer keeps what is listed here, in training and evaluation
-        trainer._signature_columns = [*signature, hetero.weight_column]  # pyright: ignore[reportPrivateUsage]
-    base = base_model(trainer.model)
-    masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
-    return replace(
-        packer,
-        needs_labels=False,
-        model_inputs=signature - PLANNED_INPUTS,
-        columns=signature if trainer.args.remove_unused_columns else None,
-        keeps_labels_unshifted=bool(own_loss.owners(trainer)),
-        limits=limits_of(base),
-        # Trainer divides by all labels where it does not know that the model's loss shifts them: GPT-2, for one
-        counts_first_label=not getattr(trainer, "_loss_shifts_labels", True) and not masks_first,
-        weight_column=hetero.weight_column,
-    )
-
-
-def columns_kept(trainer: Trainer) -> list[str] | None:
-    """Return the columns of a stream, or keys of rows, that are used; None: all."""
-    if not trainer.args.remove_unused_columns:
-        return None
-    trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
-    return [*(trainer._signature_columns or []), PACKED_COLUMN]  # pyright: ignore[reportPrivateUsage]
-
+from hf_hetero.trainer.packing import fitting_packer
 
 # -------------------------------------------------------------------------------------------------------------- the run
 
@@ -191,7 +142,7 @@ class PlannedRun:
         num_targets = confirm_step(number, digest, targets, error, self.control)
         assert batch is not None
         confirm_rows(number, batch.share.step.shared_rows(), batch.fingerprints, self.control)
-        return ConfirmedStep(batch, num_targets, fetch_s)
+        return ConfirmedStep(seeing_together(batch, self.packer.sight, self.control), num_targets, fetch_s)
 
 
 class ConfirmedStep(NamedTuple):
@@ -208,6 +159,28 @@ class ConfirmedStep(NamedTuple):
     fetch_s: float
 
 
+def begin_step(
+    trainer: Trainer,
+    model: torch.nn.Module,
+    batch: StepBatch,
+    note: Callable[[int], None] = lambda _: None,
+    learns: bool = True,
+) -> None:
+    """Let a trainer whose loss is of all samples of a step at once see them first: it has a method `begin_step`.
+
+    Args:
+        trainer: of any kind; most have no such loss.
+        model: in its wrapper.
+        batch: of this rank.
+        note: is told which micro-batch is being computed.
+        learns: the step is of training; else of an evaluation.
+    """
+    begin: Callable[..., None] | None = getattr(trainer, "begin_step", None)
+    if begin is not None:
+        with torch.set_grad_enabled(learns):
+            begin(model, batch, note)
+
+
 # ----------------------------------------------------------------------------------------------------------- what stays
 
 
@@ -222,6 +195,7 @@ class BetweenRuns:
         cost_model: what plans are made by; callbacks may refit it. None before the first planned step.
         has_learned: the first step had a target.
         machine: what runs stand on. None before the first.
+        manner: how the model is trained.
     """
 
     means: LoggedMeans
@@ -230,6 +204,7 @@ class BetweenRuns:
     cost_model: CostModel | None = None
     has_learned: bool = False
     machine: Machine | None = None
+    manner: Manner = field(default_factory=Manner)
     _num_running: int = 0
     _tried_model: tuple[type, dict[str, Any]] | None = None
 
@@ -243,18 +218,20 @@ class BetweenRuns:
         """Try a tiny instance, for a second, of a model that nobody has compared yet; once for each model.
 
         Raises:
-            UnsupportedModel: it is not exact under plans; raised on every rank.
+            UnsupportedModel: it is not exact under plans, or not with these settings; raised on every rank.
         """
         base = base_model(trainer.model)
-        if exactness.is_tested(base) or (model := (type(base), base.config.to_dict())) == self._tried_model:
-            return
-        # groups of a run come with its cost model, which is not made before the model is accepted
-        messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
-        try:
-            check_untested(base, messengers.control)
-        finally:
-            messengers.close()
-        self._tried_model = model
+        if not needs_trial(base):
+            self.manner = Manner()
+        elif (model := (type(base), base.config.to_dict())) != self._tried_model:
+            # groups of a run come with its cost model, which is not made before the model is accepted
+            messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
+            try:
+                self.manner = check_untested(base, messengers.control)
+            finally:
+                messengers.close()
+            self._tried_model = model
+        check_manner(trainer, self.manner)
 
     def fit(self, trainer: Trainer, hetero: HeteroConfig) -> Fitted:
         """Fit a trainer's model of now for planned steps, if it is exact under plans.
@@ -264,7 +241,7 @@ class BetweenRuns:
         """
         exactness.check_model(trainer)
         self.try_untested(trainer, hetero)
-        return fit(trainer, hetero)
+        return fit(trainer, hetero, self.manner)
 
     def run_on(
         self, fitted: Fitted, trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, checkpoint: str | None
@@ -285,15 +262,16 @@ class BetweenRuns:
             self.machine = None
         if self.machine is None:
             model, dtype = cast("torch.nn.Module", trainer.model), compute_dtype(trainer)
-            fits = fitted.sharding, fitted.activations, checkpoint, fitted.kernel.name
-            self.machine = set_up(model, trainer.args, hetero, dtype, *fits)
+            fits = fitted.sharding, fitted.activations, checkpoint, fitted.kernel.name, fitted.asked
+            self.machine = set_up(model, trainer.args, settings_for(self.manner, hetero), dtype, *fits)
             self.cost_model = self.machine.cost_model
         groups = self.machine.groups
         groups.open()
         # what the kernel cannot do is not planned; ulysses asks for nothing
         methods = [method for method in hetero.methods if fitted.kernel.has_lse or method not in MERGING]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        return PlannedRun(trainer.args, hetero, fitted, groups, _fitting_packer(trainer, hetero, packer), planners)
+        fits = fitting_packer(trainer, hetero, packer, self.manner)
+        return PlannedRun(trainer.args, hetero, fitted, groups, fits, planners)
 
     def cost_model_of_now(self) -> CostModel:
         """Return the cost model, which is there once there is a run."""

@@ -13,11 +13,14 @@ from typing import Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.model.classes.labelled import NEXT
 from hf_hetero.trainer.trainer import HeteroTrainerMixin
 
 
 class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer):
     """`HeteroSFTTrainer` is `trl.SFTTrainer` with planned steps: same arguments, and `hetero=HeteroConfig(...)`."""
+
+    labelled = (NEXT,)
 
     def _make_packer(self) -> PackedCollator:
         collator: Any = self.data_collator

@@ -16,11 +16,10 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_hetero.callbacks import PlanMetricsCallback
 from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
@@ -32,14 +31,16 @@ from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
+from hf_hetero.trainer.classes.planned import LearnsClasses
 from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
-from hf_hetero.trainer.run import BetweenRuns, PlannedRun, packer_of
+from hf_hetero.trainer.packing import collator_of, packer_of
+from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
-class HeteroTrainerMixin(Trainer):
+class HeteroTrainerMixin(LearnsClasses):
     """`HeteroTrainerMixin` goes before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -75,13 +76,11 @@ class HeteroTrainerMixin(Trainer):
         exactness.check_arguments(self.args)  # which a subclass may have made of them
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
         exactness.check_model(self)
-        if self.data_collator is default_data_collator:  # which takes rows of one length only
-            self.data_collator = PackedCollator(makes_labels=False, says_so=True)
-        accept(self)
+        self.data_collator = collator_of(self)
         self._between_runs = BetweenRuns(LoggedMeans(self))
         self._between_runs.try_untested(self, self.hetero)
-        if not any(isinstance(callback, PlanMetricsCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(PlanMetricsCallback())
+        accept(self, self._between_runs.manner)
+        reporting.add_callbacks(self)
         if (theirs := self.pop_callback(JITCheckpointCallback)) is not None:
             theirs.on_train_end(self.args, self.state, self.control)  # gives SIGTERM back
         self._stop = StopWhenAsked()
@@ -144,6 +143,7 @@ class HeteroTrainerMixin(Trainer):
         self.add_callback(self._decision)  # after all that were added meanwhile, whose wishes it joins
         with self._between_runs.running(), ExitStack() as opened:
             opened.callback(setattr, self, "_training", None)
+            opened.callback(reporting.close_bars, self)
             self._training = training.Training(opened)
             if resume_from_checkpoint:
                 resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)

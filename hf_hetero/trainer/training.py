@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,46 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.data.training_steps import TrainingData, check_order
 from hf_hetero.errors import BadSample, UnsupportedModel
-from hf_hetero.model.loss import IGNORE_INDEX
+from hf_hetero.model.loss import IGNORE_INDEX, SumsBySource
 from hf_hetero.model.timing import StepClock
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.ranks.by_source import SourcesOfAll, Tally
 from hf_hetero.ranks.groups import limit_of, named
-from hf_hetero.step import StepBatch, StepPart
+from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
+from hf_hetero.trainer import routers
 from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
 from hf_hetero.trainer.checkpoints.safekeeping import claim
 from hf_hetero.trainer.fitting import Fitted
 from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
-from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, columns_kept
+from hf_hetero.trainer.packing import columns_kept
+from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_step
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """An `Observed` is what was observed of the step underway, on this rank, beside its times.
+
+    Args:
+        sent_bytes: that were sent to other ranks inside layers.
+        by_source: of each micro-batch with tokens, the sources it has, and their sums on the device.
+    """
+
+    sent_bytes: int = 0
+    by_source: list[tuple[list[str], SumsBySource]] = field(default_factory=list[tuple[list[str], SumsBySource]])
+
+    def tallies(self) -> dict[str, Tally]:
+        """Return the loss of each source, and its targets; this waits for the device."""
+        found: dict[str, Tally] = {}
+        for names, sums in self.by_source:
+            for name, loss, count in zip(names, *sums.sums.tolist(), strict=True):
+                before = found.get(name, (0.0, 0))
+                found[name] = before[0] + loss, before[1] + int(count)
+        return found
 
 
 @dataclass(slots=True)
@@ -51,6 +76,9 @@ class Training:
         step: which all ranks hold; its micro-batches are being trained on.
         step_s: seconds that they took so far.
         repeats: what is known of it, should memory run out.
+        seen: of it, so far.
+        sources: of rows, as all ranks know them.
+        has_said_sources: that their losses are not known.
     """
 
     opened: ExitStack
@@ -61,6 +89,9 @@ class Training:
     step: ConfirmedStep | None = None
     step_s: float = 0.0
     repeats: Repeats = field(default_factory=Repeats)
+    seen: Observed = field(default_factory=Observed)
+    sources: SourcesOfAll = field(default_factory=SourcesOfAll)
+    has_said_sources: bool = False
 
     @property
     def checkpoint(self) -> str | None:
@@ -177,20 +208,34 @@ def train_part(
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
         total = torch.zeros((), device=trainer.args.device)
         last = len(batch.micro_batches) - 1
+        if not numbers.start:
+            begin_step(trainer, model, batch, note)
+        router_loss = run.fitted.router_loss if numbers else None
         with named("The exchange of gradients", f"step {number}", limit=limit_of):
+            if router_loss and numbers.start == 0:
+                routers.begin(trainer, run, model, batch, number, note)
             for index in numbers:
                 note(index)
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
+                _watch_sources(context, micro_batch, training)
                 syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
-                with run.fitted.as_planned(micro_batch, context), syncs, clock.micro_batch():
+                adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
+                with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
                 _check_reached(run.fitted, context)
+                training.seen.sent_bytes += context.sent.num_bytes
+            if router_loss and numbers.stop == last + 1:
+                router_loss.end()
         return total
+
+    def forget() -> None:
+        clock.forget()
+        training.seen = Observed()
 
     assert training.step is not None
     assert training.data is not None
-    attempt = Attempt(trainer, run, between, training.data, model, compute, clock.forget, training.repeats)
+    attempt = Attempt(trainer, run, between, training.data, model, compute, forget, training.repeats)
     loss = attempt.part(training.step, part)
     training.step = training.repeats.step
     training.step_s += time.perf_counter() - start
@@ -208,6 +253,20 @@ def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: t
     training.opened.callback(clock.close)
     training.clock = clock
     return clock
+
+
+def _watch_sources(context: AttentionContext, micro_batch: RankMicroBatch, training: Training) -> None:
+    """Have the loss of each source of a micro-batch added up, where rows say what they are from."""
+    if not micro_batch.sources:
+        return
+    slots = sorted(set(names := [training.sources.named(source) for source in micro_batch.sources]))
+    # a token that stands in at the end has no target, and so no source
+    of_tokens = torch.zeros(micro_batch.inputs["input_ids"].shape[1], dtype=torch.long)
+    of_spans = torch.tensor([slots.index(name) for name in names])
+    lengths = torch.tensor([span.num_tokens for span in micro_batch.spans])
+    of_tokens[: micro_batch.num_tokens] = of_spans.repeat_interleave(lengths)
+    context.by_source = SumsBySource(of_tokens.to(context.device), len(slots))
+    training.seen.by_source.append((slots, context.by_source))
 
 
 def _check_reached(fitted: Fitted, context: AttentionContext) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import datasets
 import numpy as np
-from tqdm.auto import tqdm
 
 from hf_hetero.errors import BadSample, ConfigError
+from hf_hetero.progress import progress
 from hf_hetero.what_if.mixes import Lengths
 
 ROWS_AT_ONCE = 1000
@@ -67,7 +67,7 @@ def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) ->
             ) from error
         raise ConfigError(f"Cannot load the tokenizer {tokenizer!r}: {said_in_a_line(error)}") from error
     texts, counted = dataset.select_columns([column]).with_format(None), list[int]()
-    with tqdm(total=len(texts), desc="Counting tokens", unit=" samples", leave=False) as bar:
+    with progress(len(texts), "Counting tokens", "samples") as count:
         for start in range(0, len(texts), ROWS_AT_ONCE):
             rows: list[Any] = texts[start : start + ROWS_AT_ONCE][column]
             if (empty := next((row for row, text in enumerate(rows) if not text), None)) is not None:
@@ -86,7 +86,7 @@ def tokenised_lengths(dataset: datasets.Dataset, column: str, tokenizer: str) ->
                     f"Rows {start} to {start + len(rows) - 1}: {column} cannot be tokenised: {said_in_a_line(error)}"
                 ) from error
             counted += [len(ids) for ids in encoded["input_ids"]]
-            bar.update(len(rows))
+            count(len(rows))
     return np.asarray(counted, dtype=np.int64)
 
 

@@ -61,7 +61,7 @@ def test_without_it_samples_of_a_pack_differ(part: str, monkeypatch: pytest.Monk
     assert tried().ok
     stock = {"place_of": lambda _, context, layer: context.at(layer), "at_own_positions": lambda _, query, __: query}
     monkeypatch.setattr(chunks, part, stock[part])
-    assert "learns differently" in tried().problem
+    assert "learns differently" in tried().manner.whole
 
 
 def test_queries_are_scaled_for_their_sample() -> None:

@@ -18,8 +18,8 @@ from hf_hetero.plan import StepReport
 
 PLAN = Plan(2, (MicroBatch((Group((0, 1), (1,)),)), MicroBatch((Group((0,), (0,)), Group((1,), (2,))))), seconds=1.5)
 REPORT = StepReport(7, PLAN, (100, 800, 100), 900, seconds=2.0, busy_s=((1.0, 1.0), (1.0, 0.5)), wait_s=0.0)
-RANK_0: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
-RANK_1: Any = SimpleNamespace(is_world_process_zero=False, global_step=0)
+RANK_0: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=9)
+RANK_1: Any = SimpleNamespace(is_world_process_zero=False, global_step=0, max_steps=9)
 
 
 def test_line() -> None:
@@ -47,6 +47,28 @@ def test_memory_that_ran_out_is_said(tmp_path: Path) -> None:
         callback.on_step_report(args, RANK_0, report)
     logged = callback.metrics()
     assert (logged["hetero/repeats"], logged["hetero/unused_gib"]) == (3, 2)
+
+
+def test_shares_of_the_peak(tmp_path: Path) -> None:
+    """3 and 6 TFLOP in 2 s and 1 s of two cards of 3 TFLOP/s; nothing where the peak is not known."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    known = replace(REPORT, flops=3e12, peak_flops=2 * 3e12)
+    assert known.mfu == pytest.approx(3 / 12)
+    for report in (known, replace(known, seconds=0.75, wait_s=0.25, flops=6e12), REPORT):
+        callback.on_step_report(args, RANK_0, report)  # pyright: ignore
+    assert callback.metrics()["hetero/mfu"] == pytest.approx(9 / (12 + 6))
+    callback.on_step_report(args, RANK_0, replace(known, peak_flops=None))  # pyright: ignore
+    assert "hetero/mfu" not in callback.metrics()
+
+
+def test_losses_of_routers(tmp_path: Path) -> None:
+    """The mean over steps, where there are some."""
+    callback, args = PlanMetricsCallback(), SimpleNamespace(output_dir=str(tmp_path))
+    for value in (2.0, 3.0, None):
+        callback.on_step_report(args, RANK_0, replace(REPORT, router_loss=value))  # pyright: ignore
+    assert callback.metrics()["hetero/router_loss"] == 2.5
+    callback.on_step_report(args, RANK_0, REPORT)  # pyright: ignore
+    assert "hetero/router_loss" not in callback.metrics()
 
 
 def test_metrics_since_the_last_log(tmp_path: Path) -> None:

@@ -76,19 +76,16 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("DeepseekV4", {}, "compressed_sparse_attention, heavily_compressed_attention are not known to be exact"),
         ("T5", {}, "it has an encoder and a decoder"),
         ("Bart", {}, "it has an encoder and a decoder"),
         ("Siglip", {}, "no causal language model of type 'siglip'"),
         ("Bert", {"architectures": ["BertForMaskedLM"]}, "BertForMaskedLM is none"),
         ("Llama", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification is none"),
         ("Bert", {}, "attention_probs_dropout_prob=0.1 draws another mask"),
-        ("Bert", NO_DROPOUT, "looks at tokens after its own"),
-        ("Falcon", {}, "does not use transformers' attention interface"),
     ],
 )
 def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    """Chunked attention, encoders, encoder-decoders, layers that drop keywords: the reason names what is wrong.
+    """Encoders, encoder-decoders, dropout in attention: the reason names what is wrong.
 
     At their full default sizes, of which nothing is allocated.
     """
@@ -96,6 +93,23 @@ def test_others_are_refused_in_words(name: str, changes: dict[str, Any], words: 
     assert not found.ok
     assert words in " ".join(found.reasons), found
     assert found.verdict.startswith("refused because ")
+    assert words in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("DeepseekV4", {}, "compressed_sparse_attention, heavily_compressed_attention are not known to be exact"),
+        ("Bert", NO_DROPOUT, "looks at tokens after its own"),
+        ("Falcon", {}, "does not use transformers' attention interface"),
+    ],
+)
+def test_others_are_trained_by_whole_samples(name: str, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    """The verdict says so, and why ranks cannot share a sample. At their full default sizes."""
+    found = checked(tmp_path, getattr(transformers, f"{name}Config")(**changes))
+    assert found.ok, found
+    assert found.verdict.startswith("can be trained")
+    assert "by whole samples, which ranks do not share" in found.verdict
     assert words in found.verdict
 
 
@@ -115,7 +129,7 @@ def test_a_loss_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
         other = checked(tmp_path / "named", config_of("llama"))
     assert "its loss is ForTokenClassification, not the causal language model loss" in other.verdict
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", own_forward)
-    assert "a cross-entropy of its own" in checked(tmp_path / "written", config_of("llama")).verdict
+    assert "computes a loss of its own" in checked(tmp_path / "written", config_of("llama")).verdict
 
 
 def test_what_cannot_be_tried_is_not_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,9 +75,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
     mamba = transformers.Mamba2Config(
         vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16, state_size=8, n_groups=1
     )
-    moe = transformers.Qwen3MoeConfig(
-        **SIZE, intermediate_size=48, num_key_value_heads=2, head_dim=8, num_experts=4, moe_intermediate_size=16
-    )
+    moe = transformers.DogeConfig(**SIZE, intermediate_size=48, is_moe=True, num_experts=16, num_experts_per_tok=2)
     moe.output_router_logits = True
     return {
         "dropout": (tiny_model(attention_dropout=0.1), "attention_dropout=0.1"),
@@ -85,7 +83,7 @@ def refused_models() -> dict[str, tuple[Any, str]]:
         "encoder-decoder": (transformers.T5ForConditionalGeneration(t5), "only decoder-only"),
         "encoder": (transformers.BertForMaskedLM(bert), "only decoder-only"),
         "own state space": (with_own_mixers(transformers.Mamba2ForCausalLM(mamba)), "carry state along a sample"),
-        "router loss": (transformers.Qwen3MoeForCausalLM(moe), "auxiliary loss"),
+        "router loss": (transformers.DogeForCausalLM(moe), "loss of its routers"),
         "no transformer": (torch.nn.Linear(2, 2), "not a transformers model"),
     }
 
@@ -176,10 +174,15 @@ def test_untested_architectures_are_tried(tmp_path: Path, caplog: pytest.LogCapt
     tried = [record.getMessage() for record in caplog.records if record.name == "hf_hetero.checks.probe"]
     assert tried == ["GPT2LMHeadModel (model type 'gpt2'): a tiny instance learns the same under a plan."]
     bloom = transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4)
-    with pytest.raises(
-        UnsupportedModel, match=r"BloomForCausalLM cannot .* does not use transformers' attention interface"
-    ):
+    with caplog.at_level(logging.WARNING, logger="hf_hetero"):
         make(tmp_path, transformers.BloomForCausalLM(bloom))
+    assert "ranks cannot share its samples, so each goes over whole ones" in caplog.text
+    assert "does not use transformers' attention interface" in caplog.text
+    prophet = transformers.ProphetNetConfig(
+        vocab_size=97, hidden_size=32, num_decoder_layers=1, num_decoder_attention_heads=4, attention_dropout=0.0
+    )
+    with pytest.raises(UnsupportedModel, match=r"ProphetNetForCausalLM cannot .* computes a loss of its own"):
+        make(tmp_path, transformers.ProphetNetForCausalLM(prophet))
 
 
 class Doubled(transformers.LlamaForCausalLM):

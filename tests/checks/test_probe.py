@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from hf_hetero.attention import handing_down, interface, methods, rotary
 from hf_hetero.checks import probe as trial
 from hf_hetero.checks.probe import Probe, check_untested, probe
 from hf_hetero.checks.tiny import build, num_numbers, shrunk
+from hf_hetero.manners import whole_samples
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [9.0] * 4, "short_factor": [1.0] * 4}
 
@@ -29,6 +31,12 @@ def config_of(family: str, **changes: Any) -> Any:
 
 def probed(config: Any) -> Probe:
     return probe(build(shrunk(config), "cpu"))
+
+
+def why_not_shared(config: Any) -> str:
+    """Why ranks cannot share samples of a model: it is trained by whole samples then, or refused."""
+    found = probed(config)
+    return found.problem or found.manner.whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -172,10 +180,11 @@ def mixing(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tor
 def test_attention_that_mixes_samples_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed samples that see each other are told from those that do not."""
     monkeypatch.setattr(interface, "attend", mixing)
-    found = probed(config_of("llama"))
-    assert "learns differently when samples are packed" in found.problem
-    assert found.gradient_error > 1e-2
-    assert not found.ok
+    error = re.search(
+        r"learns differently when samples are packed.*gradients by (\S+)", why_not_shared(config_of("llama"))
+    )
+    assert error is not None
+    assert float(error[1]) > 1e-2
 
 
 def test_attention_without_its_window_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +195,7 @@ def test_attention_without_its_window_fails(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(interface, "attend", boundless)
     assert probed(config_of("llama")).ok
-    assert "learns differently" in probed(config_of("mistral")).problem
+    assert "learns differently" in why_not_shared(config_of("mistral"))
 
 
 def test_a_layer_that_is_not_reached_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +206,9 @@ def test_a_layer_that_is_not_reached_fails(monkeypatch: pytest.MonkeyPatch) -> N
         return methods.attend(q, k, v, scores, place)
 
     monkeypatch.setattr(interface, "attend", forgetful)
-    found = probed(config_of("llama"))
-    assert (found.reached, found.num_layers) == (1, 2)
-    assert "1 of 2 layers" in found.problem
-    assert "(not: 1)" in found.problem
-    assert not found.ok
+    words = why_not_shared(config_of("llama"))
+    assert "1 of 2 layers" in words
+    assert "(not: 1)" in words
 
 
 def test_an_error_under_a_plan_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,15 +218,13 @@ def test_an_error_under_a_plan_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> 
         raise IndexError("no such\nhead")
 
     monkeypatch.setattr(interface, "attend", broken)
-    assert (
-        "fails under a plan, and not with stock attention: IndexError: no such head"
-        in probed(config_of("llama")).problem
-    )
+    words = why_not_shared(config_of("llama"))
+    assert "fails under a plan, and not with stock attention: IndexError: no such head" in words
 
 
 def test_attention_dropout_is_found_in_training_mode() -> None:
     """Although the comparison is made without."""
-    assert "attention dropout of 0.1" in probed(config_of("llama", attention_dropout=0.1)).problem
+    assert "attention dropout of 0.1" in why_not_shared(config_of("llama", attention_dropout=0.1))
 
 
 def test_layers_that_lose_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +232,7 @@ def test_layers_that_lose_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     config = transformers.NemotronConfig(head_dim=32, num_key_value_heads=8)
     assert probed(config).ok
     monkeypatch.setattr(handing_down.HandedDown, "__init__", lambda self, _: setattr(self, "_handles", []))
-    assert "does not hand its keyword arguments" in probed(config).problem
+    assert "does not hand its keyword arguments" in why_not_shared(config)
 
 
 def test_positions_from_the_padding_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +241,7 @@ def test_positions_from_the_padding_token(monkeypatch: pytest.MonkeyPatch) -> No
     config = transformers.RobertaConfig(**dropouts, is_decoder=True)
     assert probed(config).ok
     monkeypatch.setattr(trial, "padding_of", lambda _: None)
-    assert "learns differently" in probed(config).problem
+    assert "learns differently" in why_not_shared(config)
 
 
 def test_rounding_is_told_from_an_error_in_double(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +252,7 @@ def test_rounding_is_told_from_an_error_in_double(monkeypatch: pytest.MonkeyPatc
     assert found.gradient_error < 1e-12
     assert torch.get_default_dtype() == torch.float32
     monkeypatch.setattr(interface, "attend", mixing)
-    assert "learns differently" in probed(config_of("qwen3-moe")).problem
+    assert "learns differently" in why_not_shared(config_of("qwen3-moe"))
 
 
 def test_layers_of_a_tower_do_not_count() -> None:
@@ -258,18 +263,47 @@ def test_layers_of_a_tower_do_not_count() -> None:
 
 
 def test_no_attention_interface() -> None:
-    """A flag says so of some models that use it; the trial tells."""
+    """A flag says so of some models that use it; the trial tells. Of others, ranks go over whole samples."""
     none = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "attention_dropout": 0.0}
     biogpt = transformers.BioGptConfig(**none, activation_dropout=0.0, hidden_dropout=0.0)
     assert not transformers.BioGptForCausalLM._supports_attention_backend
     assert probed(biogpt).ok
     bloom = transformers.BloomConfig(attention_dropout=0.0, hidden_dropout=0.0)
-    assert probed(bloom).problem == trial.NO_INTERFACE
+    found = probed(bloom)
+    assert found.ok
+    assert found.manner.whole == trial.NO_INTERFACE
 
 
 def test_a_mask_that_is_learned() -> None:
-    """Doge's attention has weights beside queries, keys and values: they would not learn."""
-    assert "get no gradient, model.layers.0.self_attn" in probed(transformers.DogeConfig()).problem
+    """Doge's attention has weights beside queries, keys and values: they would not learn, and do by whole samples."""
+    found = probed(transformers.DogeConfig())
+    assert found.ok
+    assert "get no gradient, model.layers.0.self_attn" in found.manner.whole
+
+
+def test_whole_samples_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone that goes over the pack as one sample does not pass: then the model is refused."""
+    bloom = transformers.BloomConfig(attention_dropout=0.0, hidden_dropout=0.0)
+    monkeypatch.setattr(
+        whole_samples.WholeBackbone, "forward", lambda self, *a, **k: super(type(self), self).forward(*a)
+    )
+    assert probed(bloom).problem == trial.NO_INTERFACE
+    assert not probed(bloom).ok
+
+
+@pytest.mark.parametrize(("name", "aligned"), [("Bart", True), ("XLM", True)])
+def test_a_plain_loss_of_its_own(name: str, aligned: bool) -> None:
+    """It is computed outside of the model, by the labels that the model means."""
+    found = probe(build(shrunk(getattr(transformers, f"{name}Config")()), "cpu"))
+    assert found.ok, found
+    assert (found.manner.outside_loss, found.manner.aligned) == (True, aligned)
+
+
+def test_a_known_cause_is_not_tried() -> None:
+    """What is known not to be shared goes over whole samples, whatever a pack of it would do."""
+    found = probe(build(shrunk(config_of("llama")), "cpu"), cause="it is known.")
+    assert found.ok
+    assert found.manner.whole == "it is known."
 
 
 @pytest.mark.parametrize("family", ["phi3", "llama", "phimoe"])
@@ -280,7 +314,7 @@ def test_rotary_tables_by_the_longest_sample(family: str, monkeypatch: pytest.Mo
     config = transformers.PhimoeConfig(**{**TINY, **own}) if family == "phimoe" else config_of(family, **own)
     assert probed(config).ok
     monkeypatch.setattr(rotary.TablesBySample, "_by_sample", lambda *_: None)
-    assert "learns differently when samples are packed" in probed(config).problem
+    assert "learns differently when samples are packed" in why_not_shared(config)
     assert probe(build(config, "cpu")).ok  # none of the probe's samples is that long
 
 
@@ -291,7 +325,7 @@ def test_rotary_tables_that_stay_grown() -> None:
 
 
 def own_forward(model: Any, input_ids: Any, position_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
-    """A forward with a cross-entropy of its own, as older models have."""
+    """A forward with a loss of its own that is no mean of cross-entropies."""
     logits = model.lm_head(model.model(input_ids=input_ids, position_ids=position_ids)[0])
     loss = F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum") if labels is not None else None
     return transformers.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)
@@ -300,7 +334,7 @@ def own_forward(model: Any, input_ids: Any, position_ids: Any = None, labels: An
 def test_a_cross_entropy_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Is named as the cause, before anything else is compared."""
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", own_forward)
-    assert probed(config_of("llama")).problem.startswith("its forward computes a cross-entropy of its own")
+    assert probed(config_of("llama")).problem == trial.OWN_LOSS
 
 
 def test_what_fails_with_stock_attention_is_not_tested() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_hetero.data.contents import NUM_ROWS, checksum_of, contents_of
+from hf_hetero.data.contents import NUM_ROWS, checksum_of, contents_of, learnt_columns
 
 ROWS = [{"input_ids": [3 + n, 5, 6], "labels": [-100, 5, 6 + n % 2], "source": f"page {n}"} for n in range(20)]
 
@@ -27,6 +27,26 @@ class Dataset:
 
     def __getitem__(self, row: int) -> Any:
         return self.make(ROWS[row])
+
+
+WEIGHED = [{**row, "importance": 0.1 * n, "spans": [0.5, n / 3, 1.0]} for n, row in enumerate(ROWS)]
+
+
+@pytest.mark.parametrize("column", ["importance", "spans"])
+def test_weights_are_learnt(column: str) -> None:
+    """Another weight is other data, where the loss is weighed by that column; and the same in whatever holds it."""
+    columns = learnt_columns(column)
+    other = [{**row} for row in WEIGHED]
+    other[3][column] = 7.0 if column == "importance" else [0.5, 7.0, 1.0]
+    table = datasets.Dataset.from_list(WEIGHED)
+    same = contents_of(WEIGHED, 20, columns)
+    tensors = [{name: torch.tensor(row[name]) for name in columns} for row in WEIGHED]
+    for data in (table, table.with_format("torch"), tensors):
+        assert contents_of(data, 20, columns) == same
+    found = contents_of(datasets.Dataset.from_list(other), 20, columns)
+    assert [row for row in same if found[row] != same[row]] == ["3"]
+    assert contents_of(other, 20) == contents_of(WEIGHED, 20) == contents_of(ROWS, 20)
+    assert checksum_of(other, columns=columns) != checksum_of(WEIGHED, columns=columns)
 
 
 def held(make: Any) -> dict[str, int]:

@@ -16,7 +16,7 @@ from helpers import run_ranks
 
 from hf_hetero import HeteroError
 from hf_hetero.collators import PackedCollator
-from hf_hetero.data.counting import COMPARED, Counted, Source, count_together, spread
+from hf_hetero.data.counting import COMPARED, Counted, Source, _content, count_together, spread
 from hf_hetero.data.sampler import StepDataset
 from hf_hetero.errors import BadSample, ConfigError
 from hf_hetero.ranks.groups import GroupPool
@@ -131,6 +131,13 @@ def test_rows_that_are_compared() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- ranks
+
+
+def test_fractions_are_compared() -> None:
+    """Rows with the same tokens and other numbers for labels are other rows; what is no number at all can be told."""
+    values = [[0.25, 1.0], [0.75, 1.0], [0, 1], 0.25, 0.75, float("nan")]
+    contents = {_content({"input_ids": [5, 6], "labels": value}) for value in values}
+    assert len(contents) == len(values)
 
 
 def count_on_ranks(kind: str) -> Any:

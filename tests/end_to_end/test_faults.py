@@ -289,7 +289,7 @@ def test_another_world(tmp_path: Path, before: int, after: int) -> None:
         ({"num_rows": 20}, "rows was 24 when the checkpoint was written and is 20"),
         ({"per_device_train_batch_size": 3}, "batch_size was 8 when the checkpoint was written and is 6"),
         ({"seed": 8}, "seed was 7"),
-        ({"data_of": 1}, "Row 0 of the data holds other tokens or labels"),
+        ({"data_of": 1}, "Row 0 of the data holds other tokens, labels or weights"),
     ],
 )
 def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> None:

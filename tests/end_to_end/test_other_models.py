@@ -6,8 +6,6 @@ different widths; experts without weights. What they compute in fp32 whatever th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,15 +26,14 @@ from helpers import (
     trainer_order,
     with_lora,
 )
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import _get_current_function_mode_stack
+from sights import all_in_double
 
 from hf_hetero import HeteroTrainer
-from hf_hetero.checks.in_double import InDouble, in_double
+from hf_hetero.checks.in_double import in_double
 from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.errors import BadSample
-from hf_hetero.trainer.run import packer_of
+from hf_hetero.trainer.packing import packer_of
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 TOWER: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -98,29 +95,6 @@ def model_of(name: str, lora: bool = False) -> Any:
         taken = {key: value for key, value in TINY.items() if not (name == "longcat" and key == "num_hidden_layers")}
         model = architecture(architecture.config_class(**{**taken, **NONE, **own}))
     return with_lora(model) if lora else model
-
-
-@contextmanager
-def all_in_double(model: Any) -> Iterator[None]:
-    """Modules that are computed again in backward, where no mode of torch follows, enter it anew."""
-    entered: list[bool] = []
-
-    def enter(*_: Any) -> None:
-        entered.append(not _get_current_function_mode_stack())
-        if entered[-1]:
-            InDouble().__enter__()
-
-    def leave(*_: Any) -> None:
-        if entered.pop():
-            _get_current_function_mode_stack()[-1].__exit__(None, None, None)
-
-    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
-    try:
-        with in_double(model):
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def freeze_towers(model: Any) -> None:
@@ -185,10 +159,10 @@ def test_with_lora(name: str) -> None:
 # -------------------------------------------------------------------------------------------------- rows with images
 
 
-@pytest.mark.parametrize("key", ["pixel_values", "image_grid_thw"])
-def test_rows_with_images_are_refused(key: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("name", "key"), [("gemma3", "pixel_values"), ("qwen2.5-vl", "pixel_values_videos")])
+def test_rows_that_cannot_be_seen_are_refused(name: str, key: str, tmp_path: Any) -> None:
     """Before anything is learnt: a row that has an input of a tower, whatever its length."""
-    model = model_of("qwen2.5-vl")
+    model = model_of(name)
     data = samples([8, 6])
     data[1][key] = [[0.0]] * 6  # as many as tokens, by accident
     data[0][key] = None

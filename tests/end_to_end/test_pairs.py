@@ -128,7 +128,18 @@ def test_sharded_weights(tmp_path: Any) -> None:
 
 @pytest.mark.slow
 def test_precomputed_references(tmp_path: Any) -> None:
-    """Columns in the place of a reference model: TRL's own, which are in fp32."""
+    """A reference that was asked before training is that which is asked in each step: a model, or an adapter."""
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    planned = {**changes, "per_device_eval_batch_size": 2, "precompute_ref_log_probs": True}
+    for adapters in (False, True):
+        expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, adapters)
+        found = run_ranks(train, 4, str(tmp_path / "planned"), planned, Scripted, adapters)[0]
+        compare(found, expected)
+
+
+@pytest.mark.slow
+def test_columns_of_a_reference(tmp_path: Any) -> None:
+    """TRL's own precomputed columns, which are in fp32, are the same numbers."""
     import datasets
 
     changes, folder = {"precompute_ref_log_probs": True}, str(tmp_path / "table")
@@ -136,7 +147,7 @@ def test_precomputed_references(tmp_path: Any) -> None:
     datasets.Dataset.from_list(pairs()).save_to_disk(folder)
     expected = train(str(tmp_path / "stock"), changes, trl.DPOTrainer, data=folder)
     options = (Scripted, False, torch.float64, {}, None, folder)
-    compare(run_ranks(train, 4, str(tmp_path / "planned"), changes, *options)[0], expected, 1e-6)
+    compare(run_ranks(train, 2, str(tmp_path / "planned"), changes, *options)[0], expected, 1e-6)
 
 
 @pytest.mark.slow
@@ -186,14 +197,14 @@ def test_a_parted_pair_is_refused(tmp_path: Any) -> None:
 
 def broken_train(folder: str, name: str, replacement: str) -> dict[str, Any]:
     """Train with one of the sums replaced by a wrong one."""
-    from hf_hetero.trainer.pairs import dpo
+    from hf_hetero.trainer.pairs import planned, reference
 
     wrong = {
         "own": lambda context, parts: parts,
         "each": lambda context, loss: loss,
         "all": lambda context, loss: loss / context.layout.degree,
     }
-    setattr(dpo, name, wrong[replacement])
+    setattr(reference if hasattr(reference, name) else planned, name, wrong[replacement])
     return train(folder, {})
 
 

@@ -25,13 +25,15 @@ from helpers import (
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from words import tokenizer
 
-from hf_hetero import HeteroRewardTrainer, UnsupportedModel
+from hf_hetero import HeteroDPOTrainer, HeteroRewardTrainer, HeteroSFTTrainer, UnsupportedModel
+from hf_hetero.checks.exactness import model_problems
 from hf_hetero.trainer.pairs.plans import PlansOfPairs
 
 trl = pytest.importorskip("trl")
 from preference_pairs import PLAIN, PlannerOfItems, pairs  # noqa: E402
 
 SHARDED = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 LOGGED = ("loss", "min_reward", "mean_reward", "max_reward", "accuracy", "margin", "num_tokens")
 
 
@@ -115,10 +117,13 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def test_rewards_are_learned_the_same(tmp_path: Any) -> None:
-    """Gradients, weights and logs are TRL's on any ranks, with margins, and where the end of text is padding, too."""
-    changes = {"center_rewards_coefficient": 0.01}
-    expected = train(str(tmp_path / "stock"), changes, trl.RewardTrainer, margins=True)
-    for rank in run_ranks(train, 4, str(tmp_path / "planned"), changes, Scripted, False, True):
+    """Gradients, weights, logs and evaluation are TRL's, with margins, and where the end of text is padding, too."""
+    changes = {"center_rewards_coefficient": 0.01, **EVALUATED}
+    stock = {**changes, "per_device_eval_batch_size": 8}
+    expected = train(str(tmp_path / "stock"), stock, trl.RewardTrainer, margins=True)
+    assert any("eval_loss" in entry for entry in expected["logs"])
+    planned = {**changes, "per_device_eval_batch_size": 2}
+    for rank in run_ranks(train, 4, str(tmp_path / "planned"), planned, Scripted, False, True):
         compare(rank, expected)
 
 
@@ -128,13 +133,13 @@ def test_rewards_are_learned_the_same(tmp_path: Any) -> None:
     "changes", [{}, SHARDED, {"activation_checkpointing": True}], ids=["whole", "sharded", "again"]
 )
 def test_however_the_model_is_held(changes: dict[str, Any], adapters: bool, tmp_path: Any) -> None:
-    """So they are of adapters, of sharded weights, and where layers are recomputed; evaluation is TRL's own."""
-    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
-    expected = train(str(tmp_path / "stock"), evaluated, trl.RewardTrainer, adapters)
-    # on each rank a batch of its own, so that only what does not depend on batches is compared
-    found = run_ranks(train, 2, str(tmp_path / "planned"), changes, Scripted, adapters)[0]
+    """So they are of adapters, of sharded weights, and where layers are recomputed; evaluations, too."""
+    expected = train(
+        str(tmp_path / "stock"), {**EVALUATED, "per_device_eval_batch_size": 8}, trl.RewardTrainer, adapters
+    )
+    planned = {**EVALUATED, "per_device_eval_batch_size": 4, **changes}
+    found = run_ranks(train, 2, str(tmp_path / "planned"), planned, Scripted, adapters)[0]
     assert found["wrapper"].startswith("FSDP") == bool(changes.get("fsdp"))
-    expected["logs"] = [entry for entry in expected["logs"] if "eval_loss" not in entry]
     compare(found, expected)
 
 
@@ -155,13 +160,12 @@ def test_rewards_of_one_rank_are_caught(tmp_path: Any) -> None:
 
 
 def test_other_models_are_refused(tmp_path: Any) -> None:
-    """A model that predicts tokens has no score; and no other trainer takes one that has."""
-    from hf_hetero import HeteroTrainer
-
+    """A model that predicts tokens has no score; and no trainer of tokens takes one that has."""
     model = tiny_model()
     model.config.num_labels = 1
     data = datasets.Dataset.from_list(pairs())
     with pytest.raises(UnsupportedModel, match="LlamaForCausalLM does not score sequences"):
         HeteroRewardTrainer(model, config(str(tmp_path)), train_dataset=data, processing_class=tokenizer())
-    with pytest.raises(UnsupportedModel, match="only decoder-only language models"):
-        HeteroTrainer(scoring_model(), arguments(str(tmp_path), 1), train_dataset=data)
+    for kind in (HeteroDPOTrainer, HeteroSFTTrainer):
+        (problem,) = model_problems(scoring_model(), kind.labelled)
+        assert problem.startswith("only decoder-only language models are supported")

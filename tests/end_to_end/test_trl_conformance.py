@@ -403,7 +403,7 @@ def smoothed_labels(kind: Any, folder: str) -> Any:
     return trained(kind, folder, texts(), label_smoothing_factor=0.1)
 
 
-@behaviour("router's auxiliary loss")
+@behaviour()
 def auxiliary_loss_of_a_router(kind: Any, folder: str) -> Any:
     return trained(kind, folder, texts(), model=tiny_model("qwen3-moe"))
 

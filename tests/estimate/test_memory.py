@@ -26,6 +26,7 @@ from hf_hetero.estimate.memory import (
     peak_bytes,
     tokens_by_lever,
     tokens_in_chunk,
+    usable_bytes,
     waiting_bytes,
 )
 from hf_hetero.estimate.model_shape import shape_of
@@ -121,8 +122,9 @@ def test_a_gpu_gives_memory_to_communicators(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 40))
     gpu = torch.device("cuda", 0)
     assert free_memory_bytes(gpu, 8) == int(76e9)
-    assert free_memory_bytes(gpu, 8, num_communicators=4) == int(74e9)
-    assert free_memory_bytes(gpu, 8, num_communicators=400) == int(40e9)
+    # of 8 ranks: of degrees 1 (torch's own), 2, 4, 8, and one more for gradients
+    assert free_memory_bytes(gpu, 8, num_ranks=8) == int(73.5e9)
+    assert usable_bytes(4e9, 8) == 2e9
     assert host_memory_bytes(gpu, 8) == (1 << 40) // 16
     assert host_memory_bytes(torch.device("cpu"), 8) is None
 

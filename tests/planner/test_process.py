@@ -46,6 +46,14 @@ def test_it_plans_as_the_planner_does(process: PlannerProcess) -> None:
     assert process.improve(plan, LENGTHS).seconds <= plan.seconds
 
 
+def test_static_runs_are_told_as_the_planner_plans_them(process: PlannerProcess) -> None:
+    """Each degree that holds the longest sample, and no other, with the seconds of its static plan."""
+    found = process.static_seconds(LENGTHS)
+    assert found == {4: PLANNER.static(LENGTHS, 4).seconds}  # 390 tokens ask for four ranks of 100
+    shorter = [n for n in LENGTHS if n <= 90]
+    assert process.static_seconds(shorter) == {d: PLANNER.static(shorter, d).seconds for d in (1, 2, 4)}
+
+
 def test_errors_keep_their_kind(process: PlannerProcess) -> None:
     """What the planner refuses is refused in the same words, and the process goes on."""
     with pytest.raises(BadSample, match="sample 1 has length 0"):

@@ -50,7 +50,8 @@ def an_estimate(**changes: Any) -> CostModel:
 
 
 def seconds_of(truth: CostModel, trial: Trial) -> float:
-    group = Group(tuple(range(trial.degree)), tuple(range(len(trial.lengths))), activations=trial.activations)
+    ranks, packed = tuple(range(trial.degree)), tuple(range(len(trial.lengths)))
+    group = Group(ranks, packed, trial.method, activations=trial.activations)
     return truth.group_seconds(group, trial.lengths)
 
 
@@ -129,3 +130,42 @@ def test_nothing_that_computes_is_free() -> None:
     chosen = [Trial(1, (length,)) for length in (32, 48, 64)]
     measured = [Measured(trial, LAYERS, 1e-3 * sum(trial.lengths)) for trial in chosen]
     assert fitted(measured, an_estimate(), LAYERS).cost_model.attention_s_per_token2 > 0
+
+
+def test_other_methods_are_priced() -> None:
+    """The share of a ring that attention hides is found; what a ring and a gather take is then as it was measured."""
+    truth = a_truth(ring_overlap=0.6, activation_policies={})
+    chosen = trials([1, 2, 4], 4096, 32768, methods=["gather", "ring"])
+    measured = [Measured(trial, LAYERS, seconds_of(truth, trial)) for trial in chosen]
+    estimate = an_estimate(activation_policies={}, ring_overlap=0.0)
+    fit = fitted(measured, estimate, LAYERS)
+    assert fit.cost_model.ring_overlap == pytest.approx(0.6)
+    assert fit.errors == pytest.approx(0.0, abs=1e-5)
+    assert len(fit.errors) == len(chosen)
+    # a method whose price is wrong shows
+    slow = [replace(one, seconds=3 * one.seconds) if one.trial.method == "gather" else one for one in measured]
+    off = fitted(slow, estimate, LAYERS).errors
+    assert all((error > 0.5) == (one.trial.method == "gather") for error, one in zip(off, slow, strict=True))
+
+
+def test_other_methods_at_two_depths() -> None:
+    """Of a model of 40 layers, timed with 1 and 3, the ring's overlap is found by what those would take."""
+
+    def at(layers: int) -> CostModel:
+        per = layers / 40
+        return a_truth(
+            attention_s_per_token2=6e-9 * per,
+            linear_s_per_token=4e-5 * per + 1e-5,
+            micro_batch_s=0.02 * per + 0.01,
+            all_to_all_bytes_per_token=2e4 * per,
+            kv_bytes_per_token=1e4 * per,
+            all_to_all_latency_s={degree: s * per for degree, s in a_truth().all_to_all_latency_s.items()},
+            ring_overlap=0.35,
+            activation_policies={},
+        )
+
+    chosen = trials([1, 2, 4], 4096, 32768, methods=["gather", "ring"])
+    measured = [Measured(trial, layers, seconds_of(at(layers), trial)) for layers in (1, 3) for trial in chosen]
+    fit = fitted(measured, an_estimate(activation_policies={}), 40)
+    assert fit.cost_model.ring_overlap == pytest.approx(0.35)
+    assert fit.errors == pytest.approx(0.0, abs=1e-4)

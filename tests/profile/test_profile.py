@@ -49,6 +49,7 @@ def test_a_profile_serves_its_model(tmp_path: Path) -> None:
     assert "2 ranks" in cost.source
     assert cost.degrees(2) == (1, 2)
     assert cost.linear_s_per_token > 0
+    assert "GiB was weighed" in cost.source
     same, other = run_ranks(lines_of_run, 2, str(tmp_path))[0]
     assert "was made for another model" not in same
     assert "was made for another model: llama, 2 layers of 32" in other

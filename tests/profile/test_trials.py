@@ -15,7 +15,7 @@ from hf_hetero.profile.trials import Trial, TrialStep, in_steps, trials
 def test_every_trial_is_timed_once(num_ranks: int, tokens: int, longest: int) -> None:
     """All steps hold equally many samples; their plans time each trial once, on all ranks, whatever the order."""
     degrees = [degree for degree in (1, 2, 4, 8) if degree <= num_ranks]
-    chosen = trials(degrees, tokens, longest, ["recompute"])
+    chosen = trials(degrees, tokens, longest, ["recompute"], ["gather", "ring"])
     assert {trial.degree for trial in chosen} == set(degrees)
     steps = in_steps(chosen, num_ranks)
     assert Counter(trial for step in steps for trial in step.trials) == Counter(chosen)
@@ -32,6 +32,7 @@ def test_every_trial_is_timed_once(num_ranks: int, tokens: int, longest: int) ->
             for group in micro_batch.groups:
                 assert sorted(lengths[sample] for sample in group.samples) == sorted(trial.lengths)
                 assert group.activations == trial.activations
+                assert group.method == trial.method
 
 
 def test_limits() -> None:

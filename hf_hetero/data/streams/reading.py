@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from hf_hetero.data.contents import checksum_of
+from hf_hetero.data.contents import LEARNT_COLUMNS, checksum_of
 from hf_hetero.data.lengths import tells_where_it_is
 from hf_hetero.errors import BadSample
+from hf_hetero.progress import each
 from hf_hetero.samples.samples import Drawn, Samples
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Reading:
         samples_of: the samples that a list of examples holds.
         names: columns to keep; None: all.
         seed: of the dataset's `generator`, where it has one, plus the epoch: as transformers seeds it.
+        learnt: columns that learning depends on, by which the examples are known again.
     """
 
     def __init__(
@@ -73,8 +74,10 @@ class Reading:
         samples_of: Callable[[list[Example]], Samples],
         names: Sequence[str] | None = None,
         seed: int = 0,
+        learnt: Sequence[str] = LEARNT_COLUMNS,
     ) -> None:
         self._dataset, self._batch_size, self._samples_of, self._seed = dataset, batch_size, samples_of, seed
+        self._learnt = learnt
         self._names = None if names is None else frozenset(names)
         self._has_state = tells_where_it_is(dataset)
 
@@ -106,7 +109,7 @@ class Reading:
         if position.state is not None:
             if position.contents is not None:
                 # a state leads back without the rows before it: only the first is read, and before the state is loaded
-                self._check(position, checksum_of([self._with_wanted_columns(row) for row in islice(iter(dataset), 1)]))
+                self._check(position, self._checksum(map(self._with_wanted_columns, islice(iter(dataset), 1))))
             dataset.load_state_dict(position.state)
             return iter(dataset)
         examples, checksum = iter(dataset), 0
@@ -114,12 +117,15 @@ class Reading:
             logger.warning(
                 "The stream cannot be entered in the middle: its first %d rows are read again.", position.rows
             )
-        for row in tqdm(range(position.rows), desc="Reading trained samples again", leave=False, delay=1):
+        for row in each(range(position.rows), "Reading trained samples again", "rows"):
             if not wanted() or (example := next(examples, None)) is None:
                 raise BadSample(f"The stream ended after {row} rows; {position.rows} were trained before. It changed.")
-            checksum = checksum_of([self._with_wanted_columns(example)], checksum)
+            checksum = self._checksum([self._with_wanted_columns(example)], checksum)
         self._check(position, checksum)
         return examples
+
+    def _checksum(self, examples: Iterable[Example], before: int = 0) -> int:
+        return checksum_of(list(examples), before, self._learnt)
 
     def _check(self, position: Position, checksum: int) -> None:
         """Refuse a stream of which other rows were read again than were trained on.
@@ -153,15 +159,14 @@ class Reading:
         rows = tuple(first + row for row in drawn.rows)
         return Batch(replace(drawn, rows=rows), dict(enumerate(examples, first)), after)
 
-    @staticmethod
-    def _contents(examples: list[Example], position: Position, state: dict[str, Any] | None) -> int | None:
+    def _contents(self, examples: list[Example], position: Position, state: dict[str, Any] | None) -> int | None:
         """Return the checksum that the position after these examples holds: see `Position.contents`."""
         if not position.rows:
-            return checksum_of(examples if state is None else examples[:1])
+            return self._checksum(examples if state is None else examples[:1])
         # one of a single row and one of all rows cannot be told apart later, so that none follows another
         if position.contents is None or (state is None) != (position.state is None):
             return None
-        return checksum_of(examples, position.contents) if state is None else position.contents
+        return self._checksum(examples, position.contents) if state is None else position.contents
 
     def _state(self) -> dict[str, Any] | None:
         """Return the dataset's own account of where it is, if that can be trusted and written down."""

@@ -16,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm.auto import tqdm
-
 from hf_hetero.errors import ConfigError
+from hf_hetero.progress import progress
 
 try:
     import fcntl
@@ -63,7 +62,12 @@ def seals_of(paths: Mapping[Path, bool], doing: str) -> list[list[int]]:
     """
     with ThreadPoolExecutor(thread_name_prefix="checksum") as threads:
         seals = threads.map(lambda path: (_seal_of_ends if paths[path] else _seal)(path), paths)
-        return list(tqdm(seals, total=len(paths), desc=doing, unit=" files", leave=False, delay=1))
+        with progress(len(paths), doing, "files") as count:
+            read: list[list[int]] = []
+            for seal in seals:
+                read.append(seal)
+                count(1)
+            return read
 
 
 def _seal(path: Path) -> list[int]:

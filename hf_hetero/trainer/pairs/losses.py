@@ -1,4 +1,4 @@
-"""This module has the losses of preference pairs, from the log-probabilities of both completions.
+"""This module has the losses of preferences, from the log-probabilities of completions.
 
 Notation: p and q are log-probabilities of the chosen and the rejected completion by the model that is trained, p0 and
 q0 by the reference; r = p - p0 and s = q - q0 are their log ratios, and b is beta. For f-divergences other than the
@@ -100,6 +100,36 @@ class Preference:
         return of_chosen - of_rejected
 
 
+@dataclass(frozen=True, slots=True)
+class Desirability:
+    """A `Desirability` says which loss unpaired completions have; its fields are those of TRL's `KTOConfig`.
+
+    Args:
+        beta: how far the model may go from the reference: the smaller, the farther.
+        desirable_weight, undesirable_weight: factors of the losses of completions that are wanted, and of others.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+    def losses(
+        self, log_ratios: torch.Tensor, signs: torch.Tensor, distance: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """Return the loss of each completion, shape (num_samples,): weight * (1 - sigmoid(b sign (r - z))).
+
+        That is KTO (arXiv:2402.01306, eq. 7), and with a distance of 0 the unpaired APO-zero (arXiv:2408.06266).
+
+        Args:
+            log_ratios: r, of each completion.
+            signs: 1 where it is wanted, -1 where it is not, and 0 where nothing is learned.
+            distance: z, of the model from its reference.
+        """
+        wanted, unwanted = (signs > 0).to(log_ratios), (signs < 0).to(log_ratios)
+        weights = self.desirable_weight * wanted + self.undesirable_weight * unwanted
+        return weights * torch.sigmoid(-self.beta * signs * (log_ratios - distance))
+
+
 Loss = Callable[[Preference, Completion, Completion], torch.Tensor]
 
 
@@ -184,3 +214,50 @@ LOSSES: Mapping[str, Loss] = {
     "discopop": _discopop,
     "sigmoid_norm": _sigmoid_norm,
 }
+
+
+# ------------------------------------------------------------------------------------------------- without a reference
+
+
+def contrast(
+    kind: str,
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    beta: float,
+    alpha: float = 0.0,
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Return the loss of each pair without a reference, and the rewards of both completions; shapes (num_pairs,).
+
+    CPO (arXiv:2401.08417, eq. 3); with a margin, of means over tokens, SimPO (arXiv:2405.14734, eq. 6).
+
+    Args:
+        kind: "sigmoid", "hinge" or "ipo".
+        chosen, rejected: log-probabilities p and q, sums or means over tokens.
+        beta: factor of rewards.
+        alpha: of AlphaPO (arXiv:2501.03884): rewards are (1 - exp(-alpha p)) / alpha; 0: they are p.
+        gamma: by how much the chosen one's reward is to be larger.
+        label_smoothing: share of pairs whose completions are the wrong way round.
+    """
+    scores = (
+        (chosen, rejected) if alpha == 0 else tuple(-torch.expm1(-alpha * one) / alpha for one in (chosen, rejected))
+    )
+    margin = scores[0] - scores[1] - gamma / beta
+    rewards = (beta * scores[0], beta * scores[1])
+    if kind == "hinge":
+        return torch.relu(1 - beta * margin), rewards
+    if kind == "ipo":
+        return (margin - 1 / (2 * beta)) ** 2, rewards
+    e = label_smoothing
+    return -(1 - e) * F.logsigmoid(beta * margin) - e * F.logsigmoid(-beta * margin), rewards
+
+
+def log_odds(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+    """Return the log of the ratio of both odds, exp(p) / (1 - exp(p)), as ORPO has it (arXiv:2403.07691, eq. 4)."""
+    return (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """Return log(1 - exp(x)) for x below 0, without cancellation."""
+    return torch.where(x < -math.log(2), torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))

@@ -1,4 +1,4 @@
-"""Pairs are planned as items: both samples of a pair stay in one group of one micro-batch."""
+"""Plans of preferences: both samples of a pair stay in one group of one micro-batch; mismatched ones come first."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner.items import sequences_of
+
+FORWARD_SHARE = 0.5
+"""What mismatched samples take of the time in which as many are learned: both go through the model and its reference,
+forward, and back through the model, which takes as long as twice forward, only what is learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,67 @@ class PlannersOfPairs(Planners):
     def for_evaluation(self) -> PlanSource:
         """Return a source of plans from this process."""
         return PlansOfPairs(Planners.for_evaluation(self))
+
+
+@dataclass(frozen=True, slots=True)
+class PlansOfUnpaired:
+    """`PlansOfUnpaired` is a source of plans of samples of which every second one is mismatched.
+
+    These are planned apart, and come first: what is learned of the others needs to know of all of them.
+
+    Args:
+        source: plans samples, as `Planner` does.
+    """
+
+    source: Any
+
+    def plan(self, lengths: Sequence[int]) -> Plan:
+        """Plan a step; the samples of the plan are those of `lengths`."""
+        return _one_after_the_other(self.source.plan(lengths[1::2]), self.source.plan(lengths[::2]))
+
+    def static(self, lengths: Sequence[int]) -> Plan:
+        """Plan a step simply."""
+        return _one_after_the_other(self.source.static(lengths[1::2]), self.source.static(lengths[::2]))
+
+    def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
+        """Return the plan as it is: of its seconds, it does not say which are those of mismatched samples."""
+        return plan
+
+    def close(self) -> None:
+        """Close the source, if it holds anything."""
+        if hasattr(self.source, "close"):
+            self.source.close()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannersOfUnpaired(Planners):
+    """`PlannersOfUnpaired` makes planners of completions, and of mismatched ones, as the user's settings say."""
+
+    def for_training(self, reproducible: bool) -> PlanSource:
+        """Return a source of plans from processes of their own, which have nothing to improve."""
+        return PlansOfUnpaired(Planners.for_training(self, reproducible=True))
+
+    def for_evaluation(self) -> PlanSource:
+        """Return a source of plans from this process."""
+        return PlansOfUnpaired(Planners.for_evaluation(self))
+
+
+def _one_after_the_other(compared: Plan, learned: Plan) -> Plan:
+    """Join the plans of mismatched samples, and of the others, into one of both, whose samples alternate."""
+
+    def of(plan: Plan, first: int) -> tuple[MicroBatch, ...]:
+        groups = (
+            [replace(g, samples=tuple(first + 2 * n for n in g.samples)) for g in m.groups] for m in plan.micro_batches
+        )
+        return tuple(MicroBatch(tuple(own)) for own in groups)
+
+    return replace(
+        learned,
+        micro_batches=(*of(compared, 1), *of(learned, 0)),
+        seconds=FORWARD_SHARE * compared.seconds + learned.seconds,
+        lower_bound_s=FORWARD_SHARE * compared.lower_bound_s + learned.lower_bound_s,
+        planning_s=compared.planning_s + learned.planning_s,
+    )
 
 
 def pairs_of(lengths: Sequence[int]) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from contextlib import nullcontext
 from itertools import pairwise
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_hetero.trainer.pairs.losses import LOSSES, Completion, Preference
+from hf_hetero.trainer.pairs.losses import LOSSES, Completion, Desirability, Preference
 
 trl = pytest.importorskip("trl")
 
@@ -114,3 +115,21 @@ def test_another_loss_would_be_noticed() -> None:
     values = {name: float(compare(Preference((name,), (1.0,), 0.3, 0.2), torch.float64)[1][0]) for name in LOSSES}
     ordered = sorted(values.values())
     assert min(b - a for a, b in pairwise(ordered)) > 1e-3
+
+
+def test_unpaired_completions() -> None:
+    """KTO as its paper has it (arXiv:2402.01306, eq. 7 and 8), term by term; of a mismatched one nothing is learned."""
+    by = Desirability(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
+    ratios = torch.tensor([2.0, -1.0, 0.5, 4.0], dtype=torch.float64, requires_grad=True)
+    signs, z = torch.tensor([1.0, -1.0, 1.0, 0.0], dtype=torch.float64), 0.4
+    found = by.losses(ratios, signs, z)
+    values = [
+        1.3 * (1 - 1 / (1 + math.exp(-0.3 * (2.0 - z)))),
+        0.7 * (1 - 1 / (1 + math.exp(-0.3 * (z + 1.0)))),
+        1.3 * (1 - 1 / (1 + math.exp(-0.3 * (0.5 - z)))),
+        0.0,
+    ]
+    assert found.tolist() == pytest.approx(values, rel=1e-12)
+    (gradient,) = torch.autograd.grad(found.sum(), ratios)
+    assert gradient[3] == 0
+    assert torch.equal(gradient.sign(), torch.tensor([-1.0, 1.0, -1.0, 0.0], dtype=torch.float64))

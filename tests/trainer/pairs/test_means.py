@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hf_hetero.trainer.pairs.means import PairMeans
+from hf_hetero.trainer.pairs.means import PairMeans, RewardMeans, UnpairedMeans
 
 
 def drawn(num_pairs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,9 +26,9 @@ def test_micro_batches_make_no_difference() -> None:
         means = PairMeans()
         for start, end in pairwise(cuts):
             part = PairMeans.of(chosen[:, start:end], rejected[:, start:end], 0.5, 10 * (end - start))
-            assert means.add("train", part.tolist()) == 10 * (end - start)
+            assert means.add("train", part[None]) == 10 * (end - start)
         assert not means.take("eval")
-        found.append(dict(means.take("train")))
+        found.append(means.take("train"))
         assert not means.take("train")
     for one in found:
         assert one == pytest.approx(found[0], rel=1e-12)
@@ -39,3 +39,41 @@ def test_micro_batches_make_no_difference() -> None:
         ((chosen[2].sum() + rejected[2].sum()) / (chosen[5].sum() + rejected[5].sum())).item()
     )
     assert found[0]["logits/rejected"] == pytest.approx((rejected[3].sum() / rejected[5].sum()).item())
+
+
+def test_groups_count_once() -> None:
+    """Both ranks of a group say the same, of which one is counted; extremes of a group without pairs are nobody's."""
+    chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([3.0, -5.0])
+    row, none = RewardMeans.of(chosen, rejected, 40), RewardMeans.of(chosen[:0], rejected[:0], 0)
+    means = RewardMeans()
+    ranks = [RewardMeans.once(row, True), RewardMeans.once(row, False), RewardMeans.once(none, True)]
+    assert means.add("train", torch.stack(ranks)) == 40
+    assert means.add("train", torch.stack([none, none, none])) == 0
+    assert means.take("train") == pytest.approx(
+        {"mean_reward": -0.75, "accuracy": 0.5, "margin": 0.5, "min_reward": -5.0, "max_reward": 3.0}
+    )
+
+
+def test_kinds_of_completions() -> None:
+    """Wanted and other completions have means of their own, if there are any; a step's distance counts once."""
+    sums = torch.tensor(
+        [[-4.0, -6.0, -9.0], [-5.0, -5.0, -5.0], [2.0, 4.0, 6.0], [1.0, 2.0, 3.0], [0.0] * 3, [2, 3, 4]]
+    )
+    signs, distance, means = torch.tensor([1.0, 1.0, -1.0]), torch.tensor(0.25), UnpairedMeans()
+    means.add("train", UnpairedMeans.of(sums, signs, 0.5, distance, 30)[None])
+    means.add("train", UnpairedMeans.of(sums[:, :1], signs[:1], 0.5, None, 10)[None])
+    assert means.take("train") == pytest.approx(
+        {
+            "rewards/chosen": 0.5 * (1 - 1 + 1) / 3,
+            "rewards/rejected": 0.5 * -4,
+            "rewards/margins": 0.5 / 3 + 2,
+            "logps/chosen": -14 / 3,
+            "logps/rejected": -9.0,
+            "logits/chosen": 4 / 7,
+            "logits/rejected": 3 / 4,
+            "entropy": 14 / 11,
+            "kl": 0.25,
+        }
+    )
+    means.add("train", UnpairedMeans.of(sums[:, :1], signs[:1], 0.5, distance, 10)[None])
+    assert set(means.take("train")) == {"rewards/chosen", "logps/chosen", "logits/chosen", "entropy", "kl"}

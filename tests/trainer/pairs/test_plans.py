@@ -11,7 +11,7 @@ from planner.reference import problems, small_cost
 from hf_hetero import Plan, Planner
 from hf_hetero.data.plan_sources import PlansOfThisProcess, planned_elsewhere
 from hf_hetero.samples.pairs import check_together
-from hf_hetero.trainer.pairs.plans import PlansOfPairs
+from hf_hetero.trainer.pairs.plans import PlansOfPairs, PlansOfUnpaired
 
 COST = small_cost(100, (2, 4))
 ROWS = [row for row in range(len(LENGTHS) // 2) for _ in range(2)]
@@ -55,3 +55,18 @@ def test_samples_alone_would_part_them() -> None:
     plan = Planner(COST, 4).plan(LENGTHS)
     with pytest.raises(Exception, match="one half of the pair"):
         check(plan)
+
+
+def test_mismatched_samples_come_first() -> None:
+    """Every second sample is in the first micro-batches, forward only; each part is as it is planned alone."""
+    planner = Planner(COST, 4)
+    source = PlansOfUnpaired(planner)
+    for plan in (source.plan(LENGTHS), source.static(LENGTHS)):
+        assert problems(plan, LENGTHS, 4, COST) == []
+        kinds = [{sample % 2 for group in m.groups for sample in group.samples} for m in plan.micro_batches]
+        assert kinds == sorted(kinds, key=lambda kind: -max(kind))
+        assert all(len(kind) == 1 for kind in kinds)
+        assert source.improve(plan, LENGTHS) == plan
+    apart = 0.5 * planner.plan(LENGTHS[1::2]).seconds + planner.plan(LENGTHS[::2]).seconds
+    assert source.plan(LENGTHS).seconds == pytest.approx(apart, rel=1e-12)
+    source.close()

@@ -10,7 +10,7 @@ from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, tiny_model, tr
 from transformers import TrainerCallback
 
 from hf_hetero.callbacks import StepReportCallback
-from hf_hetero.model.expert_load import ExpertLoad
+from hf_hetero.model.experts.load import ExpertLoad
 
 
 def run(model: Any, load: ExpertLoad, ids: torch.Tensor) -> None:

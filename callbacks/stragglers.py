@@ -1,0 +1,110 @@
+"""A straggler is a rank that is slower than its plan by more than the others, step after step."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import TrainingArguments
+
+from hf_hetero.plan import StepReport
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float64]
+NUM_STEPS = 20
+"""Steps that are looked at together: one step may be disturbed on any rank."""
+SLOWER = 1.25
+"""From so many times the others' ratio of measured to planned seconds on, a rank is named."""
+
+
+class Stragglers:
+    """`Stragglers` compare each rank's measured seconds with those that the cost model charges its groups.
+
+    A cost model may be wrong for all ranks alike, and groups differ, so that neither seconds nor ratios of one rank say
+    much; but who has a slower device, or shares it, has a higher ratio than the others whatever is planned. Ranks wait
+    for each other inside a group, so that a straggler's companions seem slow in the steps that they share.
+
+    Args:
+        num_steps: that are looked at together.
+        slower: ratio by the median of the other ranks' from which on a rank is named.
+    """
+
+    def __init__(self, num_steps: int = NUM_STEPS, slower: float = SLOWER) -> None:
+        self._slower = slower
+        self._steps: deque[Floats] = deque(maxlen=num_steps)  # measured and planned seconds of each rank, (2, ranks)
+        self._named: tuple[int, ...] = ()
+        self._num_since = 0
+
+    def add(self, report: StepReport) -> None:
+        """Look at a step. Where all ranks wait for the slowest in each layer, nobody can tell who it is."""
+        if report.is_lockstep or not report.planned_s or report.plan.num_ranks < 2:
+            return
+        planned = np.array(report.planned_s)
+        measured = np.where(planned > 0, np.array(report.busy_s), 0.0)  # of what has a price
+        self._steps.append(np.stack([measured.sum(axis=0), planned.sum(axis=0)]))
+        self._num_since += 1
+
+    def slowdowns(self) -> list[float]:
+        """Return each rank's ratio by the median of the other ranks'; [] until every rank has computed something."""
+        if not self._steps:
+            return []
+        measured, planned = np.sum(self._steps, axis=0)
+        if not measured.all() or not planned.all():
+            return []
+        ratios = measured / planned
+        return (ratios / _medians_of_others(ratios)).tolist()
+
+    def words(self) -> str:
+        """Name the stragglers of the last steps, once for as long as they are the same; "" where there is none to name.
+
+        They are looked for once in so many steps as are looked at together.
+        """
+        if self._num_since < (self._steps.maxlen or 1):
+            return ""
+        self._num_since = 0
+        slowdowns = self.slowdowns()
+        slow = tuple(rank for rank, slowdown in enumerate(slowdowns) if slowdown >= self._slower)
+        if slow == self._named:
+            return ""
+        self._named = slow
+        return _words(slow, slowdowns, len(self._steps)) if slow else ""
+
+
+def _medians_of_others(values: Floats) -> Floats:
+    """Return for each of some values, two at least, the median of all others: sorted once, for there may be many."""
+    order = values.argsort()
+    rank_of = np.empty(len(values), dtype=np.int64)
+    rank_of[order] = np.arange(len(values))
+    ascending, middle = values[order], (len(values) - 1) // 2
+
+    def of_others(place: int) -> Floats:
+        """Return the value at a place among the others: one further on from where the value itself was taken out."""
+        return ascending[place + (rank_of <= place)]
+
+    return of_others(middle) if len(values) % 2 == 0 else (of_others(middle - 1) + of_others(middle)) / 2
+
+
+def _words(slow: Sequence[int], slowdowns: Sequence[float], num_steps: int) -> str:
+    """Say who is slow, by how much, and what to look for."""
+    each = ", ".join(f"rank {rank} takes {slowdowns[rank]:.2f} times" for rank in slow)
+    return (
+        f"Over the last {num_steps} steps, {each} as long for what it was planned to do as the other ranks do (median)."
+        " Look at its device (clocks, heat, other processes) and its host (data loading, cores shared with others)."
+    )
+
+
+def alert(args: TrainingArguments, words: str) -> None:
+    """Say it in the log, and to trackio where that is the run's tracker."""
+    logger.warning("%s", words)
+    if "trackio" not in (args.report_to or []):
+        return
+    try:
+        import trackio
+
+        trackio.alert(title="A rank is slow", text=words, level=trackio.AlertLevel.WARN)
+    except Exception as error:  # a tracker that cannot be told ends no run
+        logger.warning("trackio could not be told: %s: %s", type(error).__name__, error)

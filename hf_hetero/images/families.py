@@ -1,0 +1,86 @@
+"""This table knows the models that see whose images can be kept whole while their tokens are shared out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from hf_hetero.images.features import READY, merging_part
+from hf_hetero.images.pictures import IMAGE_ROWS
+from hf_hetero.images.positions import RotaryPositions
+from hf_hetero.images.sight import GRID, PIXELS, Sight
+
+PATCHES, PICTURES, TILES = "patches", "pictures", "tiles"
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), PATCHES),
+        **dict.fromkeys(("llava", "mistral3"), PICTURES),
+        "llava_next": TILES,
+    }
+)
+"""Type of a model -> how its images come: patches and their grid, pictures, or tiles of pictures of many sizes."""
+BLOCKS: Mapping[str, str] = MappingProxyType(dict.fromkeys(("gemma3", "gemma4", "paligemma"), "block"))
+"""Types whose tokens of an image look at each other, before and after, which attention across ranks does not do."""
+SIZES = "image_sizes"
+
+
+def why_blind(model: Any) -> str:
+    """Say in words why rows with images are refused; "" where they are not."""
+    kind = model.config.model_type
+    if kind in BLOCKS:
+        return (
+            f"in models of type {kind!r} the tokens of an image look at each other, before and after, and attention "
+            "across ranks looks back only"
+        )
+    if kind not in KINDS:
+        return f"{', '.join(sorted(KINDS))} can, and a model of type {kind!r} was not compared with plain training yet"
+    if merging_part(model) is None:
+        return f"this release of transformers gives {type(model).__name__} no {READY}; use a newer one"
+    return ""
+
+
+def sight_of(model: Any, shell: Any) -> Sight | None:
+    """Return how a model's rows hold images; None where rows with images are refused.
+
+    Args:
+        model: of transformers.
+        shell: the part of it that merges features into text, of the same class, without weights; None: it makes no
+            positions of its own.
+    """
+    if why_blind(model):
+        return None
+    config, kind = model.config, KINDS[model.config.model_type]
+    vision = config.vision_config
+    stand_in = _stand_in(config, kind)
+    return Sight(
+        token=config.image_token_id,
+        inputs=tuple(stand_in),
+        merged=vision.spatial_merge_size**2 if kind == PATCHES else None,
+        stand_in={**stand_in, IMAGE_ROWS: torch.zeros(0, dtype=torch.int64)},
+        positions=None if shell is None else RotaryPositions(shell),
+    )
+
+
+def _stand_in(config: Any, kind: str) -> dict[str, torch.Tensor]:
+    """Make an image of zeros, as small as the tower takes."""
+    vision = config.vision_config
+    names = ("num_channels", "in_channels", "in_chans")
+    channels = next(number for name in names if isinstance(number := getattr(vision, name, None), int))
+    if kind == PATCHES:
+        side, size = vision.spatial_merge_size, vision.patch_size
+        height, width = (size, size) if isinstance(size, int) else size
+        numbers = channels * vision.temporal_patch_size * height * width
+        return {PIXELS: torch.zeros(side**2, numbers), GRID: torch.tensor([[1, side, side]])}
+    size = vision.image_size
+    if vision.model_type == "pixtral":  # pictures of any size
+        size = vision.patch_size * getattr(config, "spatial_merge_size", 1)
+        # of two tokens, because models squeeze away the dim of one
+        return {PIXELS: torch.zeros(1, channels, size, 2 * size), SIZES: torch.tensor([[size, 2 * size]])}
+    if kind == PICTURES:
+        return {PIXELS: torch.zeros(1, channels, size, size)}
+    height, width = min(config.image_grid_pinpoints, key=lambda pinpoint: pinpoint[0] * pinpoint[1])
+    num_tiles = 1 + (height // size) * (width // size)  # and the picture as a whole
+    return {PIXELS: torch.zeros(1, num_tiles, channels, size, size), SIZES: torch.tensor([[height, width]])}

@@ -1,0 +1,78 @@
+"""A hook has a model encode the images of its tokens, and gives it the features that these take, and no others.
+
+It stands before the part of the model that merges features into text, and so within whatever wraps the model: FSDP2 has
+gathered its weights, and autocast is on. That part takes features that are ready (`mm_encoder_outputs`), and does with
+them what it does with its own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hf_hetero.images.pictures import IMAGE_ROWS
+
+READY = "mm_encoder_outputs"
+"""The keyword under which models of transformers take the features of images."""
+DEEP = "deepstack_features"
+"""Features that are added to later layers, as in Qwen3-VL (arXiv:2406.04334): one for each of these layers."""
+
+
+def merging_part(model: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the part of a model that merges features into text; None where there is none, or it takes none ready."""
+    for part in model.modules():
+        if part is not model and hasattr(part, "get_image_features") and hasattr(part, "get_placeholder_mask"):
+            return part if READY in inspect.signature(type(part).forward).parameters else None
+    return None
+
+
+class FeaturesOfSpans:
+    """`FeaturesOfSpans` gives a model the features of its own tokens. Without `IMAGE_ROWS` it does nothing.
+
+    Args:
+        model: of transformers.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        part = merging_part(model)
+        self._handle = None if part is None else part.register_forward_pre_hook(_encode, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+@torch.compiler.disable
+def _encode(part: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Encode the images among a call's inputs, in one call of the tower; put the features of tokens in their place."""
+    if (rows := kwargs.get(IMAGE_ROWS)) is None:
+        return None
+    accepted = inspect.signature(part.get_image_features).parameters
+    images = {
+        name: values
+        for name, values in kwargs.items()
+        if name in accepted and values is not None and isinstance(values, torch.Tensor)
+    }
+    encoded = part.get_image_features(**images, return_dict=True)
+    encoded.pooler_output = _of_rows(encoded.pooler_output, rows)
+    if (deep := getattr(encoded, DEEP, None)) is not None:
+        setattr(encoded, DEEP, [_of_rows(features, rows) for features in deep])
+    others = {name: values for name, values in kwargs.items() if name not in images and name != IMAGE_ROWS}
+    return args, {**others, READY: {"image": encoded}}
+
+
+def _of_rows(features: torch.Tensor | Sequence[torch.Tensor], rows: torch.Tensor) -> Any:
+    """Return some rows of the features of all images, in the form that they came in.
+
+    Args:
+        features: of each image, shape (num_tokens, hidden), or of all, (num_images, num_tokens, hidden).
+        rows: which; of an image that stands in, none, so that its gradient is zero.
+    """
+    if isinstance(features, torch.Tensor):
+        kept = features.reshape(-1, features.shape[-1])[rows]
+        return kept.unsqueeze(0) if features.ndim == 3 else kept
+    return (torch.cat(list(features))[rows],)

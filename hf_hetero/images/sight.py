@@ -1,0 +1,106 @@
+"""A `Sight` is what a collator must know of a model that sees, to read rows with images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hf_hetero.errors import BadSample
+from hf_hetero.images.pictures import Picture, Seen, joined_inputs
+from hf_hetero.images.positions import RotaryPositions
+
+PIXELS, GRID = "pixel_values", "image_grid_thw"
+REMEDY = "Tokenise text and images together, with the model's own processor, and cut nothing off."
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A `Sight` says how rows hold images.
+
+    Args:
+        token: that features of images take the place of.
+        inputs: of the tower, all of which a row with images has.
+        merged: patches of an image that become one token, where images are rows of patches; None: where they are
+            pictures of one size, or of several, of which the model knows how many tokens they become.
+        stand_in: inputs of the tower that take the least time.
+        positions: makes positions of samples with images; None: they count from 0, as those of text.
+    """
+
+    token: int
+    inputs: tuple[str, ...]
+    merged: int | None
+    stand_in: Mapping[str, torch.Tensor] = field(repr=False)
+    positions: RotaryPositions | None = field(default=None, repr=False)
+
+    def inputs_of(self, example: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
+        """Return the inputs of the tower that an example has; none where it has no image.
+
+        Raises:
+            BadSample: what there is cannot be read as numbers, or numbers of images are missing.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for key in self.inputs:
+            if (values := example.get(key)) is None or (hasattr(values, "__len__") and not len(values)):
+                continue
+            try:
+                found[key] = torch.as_tensor(values)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise BadSample(f"{name}: {key} is no tensor, and no lists of one shape. {REMEDY}") from error
+        if found and (missing := [key for key in self.inputs if key not in found]):
+            raise BadSample(f"{name} has {sorted(found)} and no {', '.join(missing)}. {REMEDY}")
+        return found
+
+    def seen(self, images: Mapping[str, torch.Tensor], input_ids: torch.Tensor, name: str) -> Seen | None:
+        """Return the images of a sample, and where their tokens are; None where it has none.
+
+        Args:
+            images: inputs of the tower.
+            input_ids: shape (num_tokens,).
+            name: of the row, for messages.
+
+        Raises:
+            BadSample: images and tokens do not match.
+        """
+        is_image = input_ids == self.token
+        num_tokens = int(is_image.sum())
+        if not images:
+            if num_tokens:
+                raise BadSample(f"{name} has {num_tokens} tokens of images ({self.token}) and no {PIXELS}. {REMEDY}")
+            return None
+        pictures = self._by_patches(images, name) if self.merged is not None else _whole(images, num_tokens, name)
+        if (expected := sum(picture.num_tokens for picture in pictures)) != num_tokens or not num_tokens:
+            raise BadSample(
+                f"{name} has {num_tokens} tokens of images ({self.token}), and images that become {expected}. {REMEDY}"
+            )
+        return Seen(pictures, is_image)
+
+    def _by_patches(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
+        """Tell images apart whose patches stand one after the other; their grids say how many each has."""
+        assert self.merged is not None
+        grids, patches = images[GRID].long().reshape(-1, 3), images[PIXELS]
+        counts: list[int] = grids.prod(-1).tolist()
+        if patches.ndim != 2 or sum(counts) != len(patches):
+            raise BadSample(
+                f"{name} has {PIXELS} of shape {tuple(patches.shape)}, and {GRID} of {sum(counts)} patches. {REMEDY}"
+            )
+        parts = zip(patches.split(counts), grids.split(1), strict=True)
+        return tuple(Picture({PIXELS: part, GRID: grid}, len(part) // self.merged) for part, grid in parts)
+
+
+def _whole(images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
+    """Tell pictures apart, where each becomes as many tokens; else leave those of a sample together."""
+    num = len(images[PIXELS])
+    if images[PIXELS].ndim < 4 or any(len(values) != num for values in images.values()):
+        shapes = {key: tuple(values.shape) for key, values in images.items()}
+        raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of images. {REMEDY}")
+    if len(images) > 1 or num_tokens % num:  # sizes of their own
+        return (Picture(images, num_tokens),)
+    return tuple(Picture({PIXELS: image}, num_tokens // num) for image in images[PIXELS].split(1))
+
+
+def all_inputs(seen: Seen) -> dict[str, torch.Tensor]:
+    """Return the inputs of the tower for all images of a sample."""
+    return joined_inputs(seen.pictures)

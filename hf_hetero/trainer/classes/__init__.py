@@ -1,0 +1,1 @@
+"""This room learns classes and numbers: of whole sequences, or of each token."""

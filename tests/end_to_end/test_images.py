@@ -1,0 +1,217 @@
+"""Rows with images are learnt, under plans of mixed degrees, as each row alone, tower and all, in fp64.
+
+Packs hold rows with no image, one, and two; plans cut images between ranks. The reference is stock transformers, one
+row a call. What models compute in fp32 whatever they are given is computed in fp64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    Recorder,
+    ScriptedPlanner,
+    ScriptedTrainer,
+    arguments,
+    largest_difference,
+    run_ranks,
+    shard_on_cpu,
+    trained,
+    trainer_order,
+    with_lora,
+)
+from sights import IMAGE, all_in_double, reference, rows_with_images, seeing_model
+
+from hf_hetero import HeteroTrainer
+from hf_hetero.checks.in_double import in_double
+from hf_hetero.errors import BadSample
+from hf_hetero.images import features
+from hf_hetero.images.positions import RotaryPositions
+from hf_hetero.layout import layout_of
+
+SHARDED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+LAYERS = {  # accelerate does not find all that transformers names of a Llava
+    "qwen3-vl": {},
+    "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
+}
+RECOMPUTED = {"activation_checkpointing": True}
+SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-next", "mistral3")
+
+
+def model_of(name: str, lora: bool) -> Any:
+    model = seeing_model(name)
+    # in towers, too: what transformers calls the layers of theirs
+    return with_lora(model, ["q_proj", "v_proj", "qkv", "linear_1"]) if lora else model
+
+
+def steps_of(data: Any) -> list[list[int]]:
+    return trainer_order(len(data), 12, 7, 4)
+
+
+def train(name: str, lora: bool, changes: dict[str, Any]) -> dict[str, Any]:
+    model, data = model_of(name, lora), rows_with_images(name)
+    if "fsdp" in changes:
+        shard_on_cpu()
+    with all_in_double(model):
+        return trained(model, data, **changes)
+
+
+def expected_of(name: str, lora: bool = False) -> dict[str, Any]:
+    model, data = model_of(name, lora), rows_with_images(name)
+    with in_double(model):
+        return reference(model, data, steps_of(data))
+
+
+def error_of(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """The largest difference of any gradient of any step, and of weights at the end."""
+    pairs = zip(found["gradients"], expected["gradients"], strict=True)
+    errors = [largest_difference(mine, theirs) for mine, theirs in pairs]
+    return max(*errors, largest_difference(found["weights"], expected["weights"]))
+
+
+def check(name: str, num_ranks: int, lora: bool = False, **changes: Any) -> None:
+    expected = expected_of(name, lora)
+    for found in run_ranks(train, num_ranks, name, lora, changes):
+        assert found["wrapper"].startswith("FSDP" if "fsdp" in changes else "Distributed")
+        assert error_of(found, expected) < 1e-12
+        logged = [entry["loss"] for entry in found["logs"] if "loss" in entry]
+        assert not logged or logged == pytest.approx(expected["losses"], rel=1e-6)
+
+
+def test_plans_cut_images() -> None:
+    """Some images of the rows that the tests learn are held in parts, under the plans that they learn by."""
+    data, num_cut = rows_with_images("qwen3-vl"), 0
+    for rows in steps_of(data):
+        lengths = [len(data[row]["input_ids"]) for row in rows]
+        for micro_batch in ScriptedPlanner(2).plan(lengths).micro_batches:
+            for group in micro_batch.groups:
+                for spans in layout_of(group, lengths).spans:
+                    for span in spans:
+                        ids = data[rows[group.samples[span.sample]]]["input_ids"]
+                        num_cut += ids[span.start - 1 : span.start + 1] == [IMAGE, IMAGE]
+    assert num_cut > 4
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:3])])
+def test_images_are_learnt_the_same(name: str) -> None:
+    """On two ranks: positions in three parts, and features that go into later layers, too."""
+    check(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEEING[3:])
+def test_pictures_are_learnt_the_same(name: str) -> None:
+    """On two ranks: of one size, of tiles, of any size."""
+    check(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next"])
+def test_on_four_ranks(name: str) -> None:
+    """Under all degrees and methods."""
+    check(name, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava"])
+def test_with_lora(name: str) -> None:
+    """Adapters in the language model and in the tower."""
+    check(name, 2, lora=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_sharded_towers(name: str, num_ranks: int) -> None:
+    """Under FSDP2 a rank without an image calls the tower as often as the others, and none waits for another."""
+    check(name, num_ranks, fsdp=True, fsdp_config={**SHARDED, **LAYERS[name]})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_with_layers_computed_again(use_reentrant: bool) -> None:
+    """Layers of the tower are recomputed as those of the language model are."""
+    check("qwen3-vl", 2, **RECOMPUTED, activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+
+# ----------------------------------------------------------------------------------------------------- counter-examples
+
+
+def train_wrongly(mistake: str) -> dict[str, Any]:
+    """Train on this rank with a mistake that is easily made."""
+    if mistake == "plain positions":
+        setattr(  # noqa: B010
+            RotaryPositions, "of", lambda self, ids, *_: torch.arange(len(ids))[:, None].expand(-1, 3)
+        )
+    else:
+        keep = features._of_rows
+
+        def twice(values: Any, rows: torch.Tensor) -> Any:
+            kept = keep(values, rows)
+            return tuple(2 * x - x.detach() for x in kept)
+
+        features._of_rows = twice
+    return train("qwen3-vl", False, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["plain positions", "towers counted twice"])
+def test_mistakes_are_seen(mistake: str) -> None:
+    """Positions that count as those of text, and a tower whose gradients two ranks both count, are no rounding."""
+    [found, _] = run_ranks(train_wrongly, 2, mistake)
+    assert error_of(found, expected_of("qwen3-vl")) > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------- one process
+
+
+def test_an_evaluation_sees_images(tmp_path: Any) -> None:
+    """The loss is the mean over targets of each row alone."""
+    model, data = seeing_model("qwen3-vl"), rows_with_images("qwen3-vl")[:8]
+    [expected] = reference(seeing_model("qwen3-vl"), data, [range(8)])["losses"]
+    trainer = ScriptedTrainer(model, arguments(str(tmp_path), 1), train_dataset=data)
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_collator_makes_rows_of_chats(tmp_path: Any) -> None:
+    """Of columns that are no inputs of the model, as TRL's does, for training and for an evaluation."""
+    rows = rows_with_images("qwen3-vl")[:12]
+
+    def collate(chats: list[Any]) -> dict[str, Any]:
+        row = rows[chats[0]["messages"]]
+        images = {key: values for key, values in row.items() if isinstance(values, torch.Tensor)}
+        return {**{key: torch.tensor([values]) for key, values in row.items() if key not in images}, **images}
+
+    class Trainer(ScriptedTrainer):
+        def _set_signature_columns_if_needed(self) -> None:
+            self._signature_columns = ["messages"]
+
+    recorder, data = Recorder(), [{"messages": n, "other": "x"} for n in range(12)]
+    expected = reference(seeing_model("qwen3-vl"), rows, [range(12)])
+    trainer = Trainer(
+        seeing_model("qwen3-vl"),
+        arguments(str(tmp_path), 1, max_steps=1, remove_unused_columns=True),
+        train_dataset=data,
+        data_collator=collate,
+        callbacks=[recorder],
+    )
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(expected["losses"][0], rel=1e-5)
+    trainer.train()
+    assert largest_difference(recorder.gradients[0], expected["gradients"][0]) < 1e-5
+
+
+def test_a_model_is_given_back_as_it_was(tmp_path: Any) -> None:
+    """After training no hook is left, and stock transformers sees images as before."""
+    model, data = seeing_model("llava"), rows_with_images("llava")[:12]
+    HeteroTrainer(model, arguments(str(tmp_path), 1, max_steps=1), train_dataset=data).train()
+    assert not any(part._forward_pre_hooks for part in model.modules())
+
+
+def test_models_whose_images_look_ahead_are_refused(tmp_path: Any) -> None:
+    """Gemma 3 says why, as soon as a row with an image is read."""
+    data = rows_with_images("gemma3")[:12]
+    trainer = HeteroTrainer(seeing_model("gemma3"), arguments(str(tmp_path), 1), train_dataset=data)
+    with pytest.raises(BadSample, match="the tokens of an image look at each other"):
+        trainer.train()

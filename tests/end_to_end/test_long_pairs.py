@@ -1,0 +1,120 @@
+"""A pair ten times longer than one rank holds is trained by four ranks, all under the same enforced limit."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from helpers import largest_difference, run_ranks
+from transformers import TrainerCallback
+from words import say, tokenizer
+
+from hf_hetero import CostModel, HeteroConfig, HeteroDPOTrainer
+from hf_hetero.callbacks import StepReportCallback
+from hf_hetero.costs import ActivationPolicy
+from hf_hetero.plan import StepReport
+
+trl = pytest.importorskip("trl")
+from preference_pairs import config, model_of  # noqa: E402
+
+DEEP = {"num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
+DEEP |= {"num_key_value_heads": 4, "max_position_embeddings": 65536}
+LIMIT_BYTES = 72 << 20
+"""What a rank may allocate beyond what it had after a step of short pairs."""
+HELD = 560
+"""Tokens of a pair that a rank holds under this limit if it keeps all that backward needs; not half as many more."""
+
+
+class Limit(TrainerCallback):
+    """After the first step, lets this process have so many bytes of data more, and no others: the kernel sees to it."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            held = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (held + self.limit_bytes, hard))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+class Reports(StepReportCallback):
+    def __init__(self) -> None:
+        self.found: list[StepReport] = []
+
+    def on_step_report(self, args: Any, state: Any, report: StepReport) -> None:
+        self.found.append(report)
+
+
+def cost_file(folder: str) -> str:
+    """Which ranks hold so many tokens, and five times as many when they recompute."""
+    policy = ActivationPolicy(0.2, 1.4e-9, 1.4e-6)
+    made = CostModel(
+        1e-9, 1e-6, 1e-3, 10.0, {2: 1e9, 4: 1e9}, 1.0, 0.0, HELD, activation_policies={"recompute": policy}
+    )
+    path = Path(folder) / "cost.json"
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        made.save(path)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(path)
+
+
+def train(folder: str, tokens: int, limit_bytes: int | None, planned: bool) -> dict[str, Any]:
+    """A step of four short pairs, then one that has a pair of so many tokens; what was learned, and how it was held."""
+    import datasets
+
+    half = tokens // 2
+    long = {"prompt": say(half - 60, 3), "chosen": " " + say(58, 1), "rejected": " " + say(57, 2)}
+    short = {"prompt": say(5, 1), "chosen": " " + say(4, 2), "rejected": " " + say(3, 3)}
+    reports = Reports()
+    hetero = HeteroConfig(cost_model=cost_file(folder)) if planned else HeteroConfig(activation_policies=[])
+    trainer = HeteroDPOTrainer(
+        model_of(0, True, **DEEP),
+        args=config(folder, max_steps=2, train_sampling_strategy="sequential"),
+        train_dataset=datasets.Dataset.from_list([short] * 4 + [long] + [short] * 3),
+        processing_class=tokenizer(),
+        callbacks=[reports, *([Limit(limit_bytes)] if limit_bytes is not None else [])],
+        hetero=hetero,
+    )
+    trainer.train()
+    last = reports.found[-1]
+    longest = (
+        next(group for group in last.plan.groups if any(last.lengths[s] > 500 for s in group.samples))
+        if tokens > 1000
+        else None
+    )
+    return {
+        "weights": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+        "longest": sum(last.lengths[:2]),
+        "group": longest and (longest.degree, longest.activations),
+        "repeats": last.repeats,
+    }
+
+
+def on_one_rank(folder: str, tokens: int) -> dict[str, Any]:
+    return train(folder, tokens, LIMIT_BYTES, False)
+
+
+@pytest.mark.slow
+def test_ten_times_a_rank(tmp_path: Any) -> None:
+    """One rank holds a pair of `HELD` tokens, and none of half as many more; four hold ten times that, recomputing."""
+    [one] = run_ranks(on_one_rank, 1, str(tmp_path / "held"), HELD)
+    assert one["repeats"] == 0
+    [failed] = run_ranks(on_one_rank, 1, str(tmp_path / "longer"), 3 * HELD // 2, expect_errors=True)
+    assert isinstance(failed, Exception)
+    assert "memory" in str(failed).lower() or "fit" in str(failed)
+    found = run_ranks(train, 4, str(tmp_path / "planned"), 10 * HELD, LIMIT_BYTES, True)
+    expected = train(str(tmp_path / "free"), 10 * HELD, None, False)
+    for rank in found:
+        assert rank["longest"] >= 10 * HELD
+        assert rank["group"] == (4, "recompute")
+        assert largest_difference(rank["weights"], expected["weights"]) < 1e-4

@@ -1,0 +1,164 @@
+"""Rows with images are read as the model would see them alone, or refused in words."""
+
+from __future__ import annotations
+
+import pickle
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sights import IMAGE, joined, rows_with_images, seeing_model
+
+from hf_hetero.checks.tiny import build, shrunk
+from hf_hetero.collators import PackedCollator
+from hf_hetero.errors import BadSample
+from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.features import merging_part
+from hf_hetero.images.sight import Sight
+
+INPUTS = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "pixel_values_videos"})
+
+
+def sight(name: str) -> Sight:
+    model: Any = seeing_model(name)
+    has_positions, kind = name.startswith("qwen"), type(merging_part(model))
+    found = sight_of(model, build(shrunk(model.config), "meta", kind) if has_positions else None)  # pyright: ignore
+    assert found is not None
+    return found
+
+
+def packer(name: str) -> PackedCollator:
+    return PackedCollator(sight=sight(name), model_inputs=INPUTS)
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+def test_positions_are_the_models_own(name: str) -> None:
+    """Those that stock transformers hands its language model for the row alone."""
+    model, positions, is_plain = seeing_model(name), list[torch.Tensor](), list[bool]()
+    model.model.language_model.register_forward_pre_hook(
+        lambda part, args, kwargs: positions.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    for row in rows_with_images(name):
+        if "pixel_values" in row:
+            images = {key: row[key] for key in ("pixel_values", "image_grid_thw")}
+            marks = torch.tensor([row["mm_token_type_ids"]])
+            model(input_ids=torch.tensor([row["input_ids"]]), mm_token_type_ids=marks, **images)
+            found = packer(name).sample(row, "row 0").positions
+            assert found is not None
+            assert torch.equal(found.T, positions[-1][:, 0])
+            is_plain.append(torch.equal(found[:, 0], found[:, 1]))
+    assert not all(is_plain)  # they are no positions of text
+
+
+def test_a_sight_travels_to_workers() -> None:
+    """It is pickled, and makes the same positions there."""
+    again, row = pickle.loads(pickle.dumps(packer("qwen3-vl"))), rows_with_images("qwen3-vl")[2]
+    assert torch.equal(again.sample(row, "row 2").positions, packer("qwen3-vl").sample(row, "row 2").positions)
+
+
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "llava-next", "mistral3"])
+def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
+    """By the real tower, from its config alone."""
+    model, found = seeing_model(name), sight(name)
+    images = {key: values for key, values in found.stand_in.items() if key in found.inputs}
+    model.model.get_image_features(**images, return_dict=True)
+
+
+def test_images_are_told_apart() -> None:
+    """By their grids, or where all are of one size; pictures of sizes of their own stay together."""
+    nums = {}
+    for name in ("qwen3-vl", "llava", "llava-next"):
+        seen = packer(name).sample(rows_with_images(name)[2], "row 2").seen  # with two images
+        assert seen is not None
+        nums[name] = [picture.num_tokens for picture in seen.pictures]
+    assert {name: len(found) for name, found in nums.items()} == {"qwen3-vl": 2, "llava": 2, "llava-next": 1}
+    assert nums["qwen3-vl"] == [2, 18]
+
+
+def test_a_row_reads_the_same_whatever_holds_it() -> None:
+    """Lists, as a table gives them, and tensors make the same fingerprint; other pixels another one."""
+    row, found = rows_with_images("qwen3-vl")[0], packer("qwen3-vl")
+    as_lists = {key: values.tolist() if isinstance(values, torch.Tensor) else values for key, values in row.items()}
+    assert found.sample(row, "row 0").fingerprint() == found.sample(as_lists, "row 0").fingerprint()
+    other = {**row, "pixel_values": row["pixel_values"] + 1}
+    assert found.sample(row, "row 0").fingerprint() != found.sample(other, "row 0").fingerprint()
+
+
+def test_a_collator_may_make_tokens_and_images() -> None:
+    """Of rows that have neither; one that only makes labels may give images another dim."""
+    row = rows_with_images("qwen3-vl")[0]
+    inputs = {key: torch.as_tensor(row[key])[None] for key in ("input_ids", "labels", "mm_token_type_ids")}
+    images = {key: row[key] for key in ("pixel_values", "image_grid_thw")}
+
+    def make(rows: list[Any]) -> dict[str, Any]:
+        assert rows == [{"text": "raw"}]
+        return {**inputs, **images}
+
+    def add_dim(rows: list[Any]) -> dict[str, Any]:
+        return {**inputs, **{key: values[None] for key, values in images.items()}}
+
+    expected = packer("qwen3-vl").sample(row, "row 0").fingerprint()
+    for raw, collate in (({"text": "raw"}, make), (row, add_dim)):
+        found = PackedCollator(collate, sight=sight("qwen3-vl"), model_inputs=INPUTS).sample(raw, "row 0")
+        assert found.fingerprint() == expected
+    with pytest.raises(BadSample, match="row 0: the data_collator makes no input_ids of it, only"):
+        PackedCollator(lambda rows: images, sight=sight("qwen3-vl"), model_inputs=INPUTS).sample({"text": ""}, "row 0")
+
+
+def without(row: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: values for key, values in row.items() if key not in keys}
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "no images": (
+        lambda row: without(row, "pixel_values", "image_grid_thw"),
+        rf"row 0 has 30 tokens of images \({IMAGE}\) and no pixel_values",
+    ),
+    "no grid": (lambda row: without(row, "image_grid_thw"), r"row 0 has \['pixel_values'\] and no image_grid_thw"),
+    "no pixels": (lambda row: without(row, "pixel_values"), r"row 0 has \['image_grid_thw'\] and no pixel_values"),
+    "another grid": (
+        lambda row: {**row, "image_grid_thw": [[1, 4, 4]]},
+        r"pixel_values of shape \(120, 24\), and image_grid_thw of 16 patches",
+    ),
+    "cut off": (
+        lambda row: {**row, **{key: row[key][:3] for key in ("input_ids", "labels", "mm_token_type_ids")}},
+        "and images that become 30",
+    ),
+    "no kinds of tokens": (lambda row: without(row, "mm_token_type_ids"), "row 0 has images and no mm_token_type_ids"),
+    "unlike lists": (lambda row: {**row, "pixel_values": [[1.0], [1.0, 2.0]]}, "pixel_values is no tensor"),
+    "a video": (lambda row: {**row, "pixel_values_videos": torch.ones(1, 2)}, "row 0 has pixel_values_videos"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_rows_are_refused(case: str) -> None:
+    """With the row, what is wrong, and what to do."""
+    change, words = BAD[case]
+    row = rows_with_images("qwen3-vl")[0]
+    with pytest.raises(BadSample, match=words):
+        packer("qwen3-vl").sample(change(row), "row 0")
+
+
+def test_a_part_of_a_row_with_images_is_refused() -> None:
+    """What is cut has lost an image, or its place."""
+    sample = packer("qwen3-vl").sample(rows_with_images("qwen3-vl")[0], "row 0")
+    assert sample.part(0, len(sample.input_ids)) is sample
+    with pytest.raises(BadSample, match="row 7 has images, and only tokens 0 to 9 of"):
+        sample.part(0, 9, "row 7")
+
+
+def test_why_others_are_blind() -> None:
+    """Each type that is not in the table is refused for a reason."""
+    assert why_blind(seeing_model("llava")) == ""
+    assert "look at each other" in why_blind(seeing_model("gemma3"))
+    model = seeing_model("llava")
+    model.config = SimpleNamespace(model_type="another")
+    assert "'another' was not compared" in why_blind(model)
+
+
+def test_the_rows_of_the_tests_are_as_a_processor_joins_them() -> None:
+    """Two images of other sizes become one tensor, filled up with zeros."""
+    found = joined([{"pixel_values": torch.ones(1, 3, 4, 8)}, {"pixel_values": torch.ones(1, 3, 8, 4)}])
+    assert found["pixel_values"].shape == (2, 3, 8, 8)
+    assert found["pixel_values"].sum() == 3 * (32 + 32)

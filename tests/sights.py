@@ -1,0 +1,228 @@
+"""Tiny models that see, rows with images for them, and each row alone in stock transformers as the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from helpers import IGNORE, TINY, gradients_of
+from hybrids import DELTA, HALF
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import _get_current_function_mode_stack
+
+from hf_hetero.checks.in_double import InDouble, in_double
+
+IMAGE = 90
+"""The token that features of images take the place of."""
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+PATCHED = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+PATCHED |= {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+PICTURED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+PICTURED |= {"patch_size": 2, "image_size": 4}
+TOKENS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
+LLAMA = {**TINY, "model_type": "llama"}
+SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # text, tower, and what joins them
+    "qwen2-vl": (
+        "Qwen2VL",
+        {**TINY, **MROPE},
+        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1, "patch_size": 2}
+        | {"spatial_merge_size": 2, "temporal_patch_size": 2},
+        TOKENS,
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VL",
+        {**TINY, **MROPE},
+        {**PATCHED, "fullatt_block_indexes": [1], "window_size": 8, "tokens_per_second": 2},
+        TOKENS,
+    ),
+    "qwen3-vl": (
+        "Qwen3VL",
+        {**TINY, **MROPE},
+        {**PATCHED, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        TOKENS,
+    ),
+    "qwen3.5": (
+        "Qwen3_5",
+        {**TINY, **DELTA, **HALF, "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+        {**PATCHED, "num_position_embeddings": 16},
+        TOKENS,
+    ),
+    "llava": ("Llava", LLAMA, {**PICTURED, "model_type": "clip_vision_model"}, {"image_token_index": IMAGE}),
+    "llava-next": (
+        "LlavaNext",
+        LLAMA,
+        {**PICTURED, "model_type": "clip_vision_model"},
+        {"image_token_index": IMAGE, "image_grid_pinpoints": [[4, 8], [8, 4], [8, 8]]},
+    ),
+    "mistral3": (
+        "Mistral3",
+        {**TINY, "model_type": "mistral"},
+        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
+        {"image_token_index": IMAGE, "spatial_merge_size": 2},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {**TINY, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        {**PICTURED, "image_size": 8},
+        {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
+    ),
+}
+SIZES = [(20, 24), (16, 24), (4, 8), (24, 12), (12, 20)]
+"""Heights and widths of images, in pixels."""
+LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
+"""Tokens of text in each row."""
+NUM_IMAGES = [1, 0, 2, 0, 1, 0, 0, 2, 0, 1, 0, 1, 0, 0, 2, 1, 0, 1, 0, 0, 1, 2, 0, 0]
+
+
+def seeing_model(name: str) -> Any:
+    """A model with random weights, the same for the same name, whose towers count for something."""
+    torch.manual_seed(0)
+    kind, text, tower, own = SEEING[name]
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=tower, **own)
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    with torch.no_grad():  # as large as what text has, so that what is wrong with images is seen in all gradients
+        for key, weight in model.named_parameters():
+            if "language_model" not in key and "lm_head" not in key and weight.ndim > 1:
+                weight.normal_(0, 0.3)
+    return model
+
+
+def image_of(model: Any, size: tuple[int, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The inputs of a tower for one image, in fp32, as rows have them."""
+    vision, kind = model.config.vision_config, model.config.model_type
+    height, width = size
+    if kind.startswith("qwen"):
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": torch.randn(rows * columns, numbers, generator=generator),
+            "image_grid_thw": torch.tensor([[1, rows, columns]]),
+        }
+    if kind == "llava_next":
+        pinpoint = (height, width) if [height, width] in model.config.image_grid_pinpoints else (8, 8)
+        num_tiles = 1 + pinpoint[0] * pinpoint[1] // vision.image_size**2
+        return {
+            "pixel_values": torch.randn(1, num_tiles, 3, vision.image_size, vision.image_size, generator=generator),
+            "image_sizes": torch.tensor([pinpoint]),
+        }
+    if vision.model_type == "pixtral":
+        return {
+            "pixel_values": torch.randn(1, 3, height, width, generator=generator),
+            "image_sizes": torch.tensor([[height, width]]),
+        }
+    return {"pixel_values": torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)}
+
+
+def num_features(model: Any, image: dict[str, torch.Tensor]) -> int:
+    """How many tokens an image becomes, as the tower itself has it."""
+    with torch.no_grad():
+        found = model.model.get_image_features(**image, return_dict=True).pooler_output
+    return sum(x.shape[:-1].numel() for x in found) if not isinstance(found, torch.Tensor) else found.shape[:-1].numel()
+
+
+def rows_with_images(
+    name: str, lengths: Sequence[int] = LENGTHS, num_images: Sequence[int] = NUM_IMAGES
+) -> list[dict[str, Any]]:
+    """Rows of text with so many images in them: two after one another, or before and after text."""
+    model, generator = seeing_model(name), torch.Generator().manual_seed(1)
+    marks = model.config.model_type.startswith("qwen")
+    rows: list[dict[str, Any]] = []
+    for number, (length, images) in enumerate(zip(lengths, num_images, strict=True)):
+        ids = torch.randint(3, 90, (length,), generator=generator).tolist()
+        seen: list[dict[str, torch.Tensor]] = []
+        for n in range(images):
+            seen.append(image_of(model, SIZES[(number + n) % len(SIZES)], generator))
+            at = min(len(ids), n * (number % 3) + number % 4)
+            places = [92, *[IMAGE] * num_features(model, seen[-1]), 93]  # so that no two images touch
+            end = len(ids) if n else at  # a second one stands at the end
+            ids = ids[:end] + places + ids[end:]
+        labels = [IGNORE if token in (IMAGE, 92) or place < length // 3 else token for place, token in enumerate(ids)]
+        row: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        if marks:
+            row["mm_token_type_ids"] = [int(token == IMAGE) for token in ids]
+        if seen:
+            row |= joined(seen)
+        rows.append(row)
+    return rows
+
+
+def joined(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The images of a row, as a processor joins them: other sizes are filled up with zeros."""
+    found: dict[str, torch.Tensor] = {}
+    for key in images[0]:
+        tensors = [image[key] for image in images]
+        shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
+        whole = torch.zeros(sum(map(len, tensors)), *shape, dtype=tensors[0].dtype)
+        start = 0
+        for x in tensors:
+            whole[(slice(start, start + len(x)), *map(slice, x.shape[1:]))] = x
+            start += len(x)
+        found[key] = whole
+    return found
+
+
+def loss_alone(model: Any, row: dict[str, Any]) -> torch.Tensor:
+    """The sum of a row's token losses: one process, one row, stock attention, nothing of this package."""
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([row["input_ids"]])}
+    if "mm_token_type_ids" in row:
+        inputs["mm_token_type_ids"] = torch.tensor([row["mm_token_type_ids"]])
+    if model.config.model_type == "gemma3":
+        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    inputs |= {key: row[key] for key in ("pixel_values", "image_grid_thw", "image_sizes") if key in row}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    logits = model(**inputs, use_cache=False).logits[0]
+    labels = torch.tensor(row["labels"])[1:]
+    loss = torch.nn.functional.cross_entropy(logits[:-1], labels, ignore_index=IGNORE, reduction="sum")
+    return loss + 0 * logits.sum()
+
+
+def reference(model: Any, data: Sequence[dict[str, Any]], steps: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Each row alone, token losses summed, divided once by the targets of the step, plain gradient descent."""
+    gradients, losses = [], []
+    model.train()
+    for rows in steps:
+        model.zero_grad()
+        count = sum(label != IGNORE for row in rows for label in data[row]["labels"][1:])
+        total = 0.0
+        for row in rows:
+            loss = loss_alone(model, data[row]) / count
+            loss.backward()
+            total += loss.item()
+        gradients.append(gradients_of(model))
+        losses.append(total)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.05 * p.grad
+    return {
+        "gradients": gradients,
+        "losses": losses,
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+    }
+
+
+@contextmanager
+def all_in_double(model: Any) -> Iterator[None]:
+    """Modules that are computed again in backward, where no mode of torch follows, enter it anew."""
+    entered: list[bool] = []
+
+    def enter(*_: Any) -> None:
+        entered.append(not _get_current_function_mode_stack())
+        if entered[-1]:
+            InDouble().__enter__()
+
+    def leave(*_: Any) -> None:
+        if entered.pop():
+            _get_current_function_mode_stack()[-1].__exit__(None, None, None)
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        with in_double(model):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
