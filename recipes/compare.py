@@ -49,6 +49,12 @@ class CompareArguments:
         check_fields(self)
 
 
+def parse(argv: Sequence[str]) -> tuple[RecipeArguments, CompareArguments, TrainingArguments, HeteroConfig]:
+    """Fields from the file after `--config`, then from the command line."""
+    kinds = (RecipeArguments, CompareArguments, TrainingArguments, HeteroConfig)
+    return parse_settings(argv, kinds, "recipes/compare.py")
+
+
 # ---------------------------------------------------------------------------------------------------------------- ways
 
 
@@ -216,8 +222,7 @@ def bars(rows: Sequence[dict[str, Any]], title: str) -> Any:
 
 def main(argv: Sequence[str]) -> None:
     """Load, calibrate, take turns, say, draw."""
-    kinds = (RecipeArguments, CompareArguments, TrainingArguments, HeteroConfig)
-    recipe, how, args, hetero = parse_settings(argv, kinds, "recipes/compare.py")
+    recipe, how, args, hetero = parse(argv)
     with args.main_process_first(desc="data"):
         data = load_data(recipe)
         tokenizer = load_tokenizer(recipe, data)

@@ -100,7 +100,8 @@ def write_start(start: Start, advice: Advice, said: str, folder: Path) -> list[s
     try:
         folder.mkdir(parents=True, exist_ok=True)
         settings.write_text(about + changed(text.partition("\n")[2], start.settings), encoding="utf-8")
-        shutil.copyfile(start.recipe.script, script)
+        for file in start.recipe.scripts:
+            shutil.copyfile(file, folder / file.name)
         if start.launch is not None and launch is not None:
             launch.write_text(_launch_text(start, advice), encoding="utf-8")
         (folder / REPORT).write_text(said + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def copy_recipe(recipe: Recipe, folder: Path, values: Mapping[str, Any] | None =
         ConfigError: a file is there already, or cannot be written.
     """
     launch = [recipe.launch] if recipe.launch else []
-    targets = {file: folder / file.name for file in (recipe.script, *launch)}
+    targets = {file: folder / file.name for file in (*recipe.scripts, *launch)}
     settings, page = folder / SETTINGS, folder / "README.md"
     for target in (settings, page, *targets.values()):
         if target.exists():

@@ -7,6 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -49,8 +50,12 @@ def script_of(recipe: Recipe) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their types up there
-    with explaining(f"Cannot load {recipe.script}"):
-        spec.loader.exec_module(module)
+    sys.path.insert(0, folder := str(recipe.script.parent))  # a script may import those beside it
+    try:
+        with explaining(f"Cannot load {recipe.script}"):
+            spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
     if not hasattr(module, "parse") or not hasattr(module, "main"):
         raise HeteroError(f"{recipe.script} has no `parse` and `main`: it is no script of recipes.")
     return module
@@ -70,12 +75,17 @@ def settings_of(script: ModuleType, values: Mapping[str, Any]) -> tuple[Any, ...
 
 def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]:
     """Return what is wrong with settings: each key that cannot be by itself, else what they cannot be together."""
-    known = {item.name: item for settings in settings_of(script, ON_A_CPU) for item in fields(settings)}
     problems: list[Problem] = []
     try:
         settings_of(script, {**values, **ON_A_CPU})
     except HeteroError as error:
-        problems = [Problem(key, said) for key in values for said in _wrong_alone(script, key, values[key], known)]
+        least = _least(script)
+        known = {item.name: item for settings in settings_of(script, least) for item in fields(settings)}
+        problems = [
+            Problem(key, said)
+            for key, value in values.items()
+            for said in _wrong_alone(script, {**least, key: value}, known.get(key))
+        ]
         problems = problems or [Problem(key_in(str(error), values), str(error))]
     counts = [key for key in AT_LEAST_ONE if isinstance(values.get(key), int) and values[key] < 1]
     return problems + [Problem(key, f"{key}={values[key]}: it must be at least 1.") for key in counts]
@@ -102,12 +112,27 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
-def _wrong_alone(script: ModuleType, key: str, value: Any, known: Mapping[str, Field[Any]]) -> Iterator[str]:
-    """Say what is wrong with one key, if anything, and what it is for."""
+def _least(script: ModuleType) -> dict[str, Any]:
+    """Return the least settings that a script reads: some insist on a model and a dataset.
+
+    Raises:
+        HeteroError: it insists on more.
+    """
+    named = {**ON_A_CPU, "model": "a-model", "dataset": "a-dataset"}
+    for least in (dict(ON_A_CPU), named):
+        with suppress(HeteroError):
+            settings_of(script, least)
+            return least
+    settings_of(script, named)
+    return named
+
+
+def _wrong_alone(script: ModuleType, values: Mapping[str, Any], item: Field[Any] | None) -> Iterator[str]:
+    """Say what is wrong with a key, if anything, and what it is for; the other values are right."""
     try:
-        settings_of(script, {**ON_A_CPU, key: value})
+        settings_of(script, values)
     except HeteroError as error:
-        yield _without_help(str(error)) + _described(known.get(key))
+        yield _without_help(str(error)) + _described(item)
 
 
 def _described(item: Field[Any] | None) -> str:

@@ -29,9 +29,7 @@ def check_lines(checked: Checked) -> str:
     if checked.trial is not None:
         ranks = "one CPU rank" if checked.trial.num_ranks == 1 else f"{checked.trial.num_ranks} CPU ranks"
         losses = ", ".join(f"{loss:.3f}" for loss in checked.trial.losses)
-        lines.append(
-            _line("training", f"{len(checked.trial.losses)} steps of a small one of its kind, {ranks}: {losses}")
-        )
+        lines.append(_line("training", f"a small model of its kind on {ranks}: losses {losses or 'not logged'}"))
     lines += [
         _line("wrong", f"{problem.key}: {problem.said}" if problem.key else problem.said)
         for problem in checked.problems

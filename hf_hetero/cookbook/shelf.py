@@ -41,6 +41,16 @@ class Recipe:
         return re.sub(r"\s*\(recipes/\S+\)", "", first.lstrip("# ")) if first.startswith("#") else ""
 
     @property
+    def scripts(self) -> tuple[Path, ...]:
+        """Return the script, and those beside it that it imports, at any depth."""
+        found = [self.script]
+        for script in found:  # which grows meanwhile
+            names = re.findall(r"^(?:from|import) (\w+)", script.read_text(encoding="utf-8"), re.MULTILINE)
+            beside = (script.with_name(f"{name}.py") for name in names)
+            found += [path for path in beside if path.is_file() and path not in found]
+        return tuple(found)
+
+    @property
     def readme(self) -> Path:
         """Return the page that says what it shows, needs, and is run by."""
         return self.settings.with_name("README.md")

@@ -38,6 +38,7 @@ CHANGES: Mapping[str, Any] = {
     **{"max_steps": STEPS, "logging_steps": 1, "logging_strategy": "steps", "save_strategy": "no"},
     **{"per_device_train_batch_size": SAMPLES_A_RANK, "gradient_accumulation_steps": 1, "save_model": False},
     **{"max_length": TOKENS, "max_length_policy": "truncate", "group_timeout_s": 120.0},
+    **{"rounds": 1, "steps": 1, "eval_dataset": None},
     **{"resume_from_checkpoint": None, "cost_model": None, "push_to_hub": None, "eval_strategy": None},
 }
 """What a trial changes of a recipe's settings, as far as its script knows them; None takes a key out."""
@@ -49,7 +50,7 @@ class Trial:
 
     Args:
         num_ranks: that trained.
-        losses: of the steps, as they were logged.
+        losses: of the steps, as they were logged; none, where a script compares runs, and logs none of them.
     """
 
     num_ranks: int
@@ -69,14 +70,15 @@ def tried(
         seconds: after which it is given up.
 
     Raises:
-        HeteroError: what the script said last, or that it logged no loss that is a number.
+        HeteroError: what the script said last, or that it logged a loss that is no number.
     """
     num_ranks = min(values.get("num_ranks") or 1, 2)
     with tempfile.TemporaryDirectory(prefix="hf_hetero_trial_") as folder:
         short = {**values, **{key: value for key, value in CHANGES.items() if key in known}}
         short |= {"num_ranks": num_ranks, "output_dir": f"{folder}/out"}
-        # one rank must hold a sample alone
-        short |= {"max_tokens_per_rank": TOKENS_A_RANK if num_ranks > 1 else TOKENS}
+        # one rank must hold a sample alone; what could not be looked at may be pairs, which stay together
+        most = (TOKENS_A_RANK if num_ranks > 1 else TOKENS) if sample else 2 * TOKENS // num_ranks
+        short |= {"max_tokens_per_rank": most}
         if sample is not None:
             with explaining("Cannot keep a sample of the dataset"):
                 sample.rows.save_to_disk(f"{folder}/rows")
@@ -89,9 +91,9 @@ def tried(
             words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_ranks), *words]
         printed = _run([sys.executable, *words], seconds)
     losses = tuple(float(loss) for loss in re.findall(r"'loss': '?([-+\w.]+)", printed))
-    if len(losses) < STEPS or not all(map(math.isfinite, losses)):
-        said = ", ".join(f"{loss:g}" for loss in losses) or "none"
-        raise HeteroError(f"{STEPS} steps logged the losses {said}: there must be {STEPS}, and all of them numbers.")
+    if not all(map(math.isfinite, losses)):
+        said = ", ".join(f"{loss:g}" for loss in losses)
+        raise HeteroError(f"{STEPS} steps logged the losses {said}: all of them must be numbers.")
     return Trial(num_ranks, losses[:STEPS])
 
 

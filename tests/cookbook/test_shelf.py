@@ -27,8 +27,14 @@ def test_a_page_names_its_script_and_launch_file() -> None:
     assert (two_nodes.script.name, two_nodes.launch) == ("sft.py", SHELF / "accelerate" / "fsdp2_nodes.yaml")
     assert recipe_named("qwen3_06b_one_card").launch is None
     for recipe in shelf():
-        if (recipe.launch is None) != (read(recipe.settings).get("num_ranks", 1) == 1):
-            pytest.fail(f"{recipe.name}: {recipe.launch}")
+        num_ranks = read(recipe.settings).get("num_ranks")
+        assert num_ranks is None or (recipe.launch is None) == (num_ranks == 1)
+
+
+def test_scripts_that_are_imported_come_along() -> None:
+    """Those beside a script, each once; packages of the same place are none."""
+    assert [script.name for script in recipe_named("quickstart_cpu").scripts] == ["sft.py"]
+    assert sorted(script.name for script in recipe_named("compare").scripts) == ["compare.py", "sft.py", "turns.py"]
 
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
