@@ -70,7 +70,7 @@ def test_the_mouse_reads_values(page: Page, tmp_path: Path) -> None:
     where = "(b => [b.x, b.y, b.width, b.height])(document.querySelector('[data-chart=loss]').getBoundingClientRect())"
     x, y, width, height = page.run(where)
     page.point_at(x + width - 15, y + height / 2)
-    assert tip(page, "[data-chart=loss]") == "step 3\nloss 6 nats a token"
+    assert tip(page, "[data-chart=loss]") == "step 3\nloss 6"
     page.run("window.widthOf = e => e.width.baseVal.value")
     widest = "[...document.querySelectorAll('#timeline .sample')].sort((a, b) => widthOf(b) - widthOf(a))[0]"
     x, y, width, height = page.run(f"(b => [b.x, b.y, b.width, b.height])({widest}.getBoundingClientRect())")

@@ -36,7 +36,11 @@ def across(low: float, high: float) -> Scale:
 
 def upwards(high: float, low: float = 0.0) -> Scale:
     """Make a scale from the bottom, which is 0 or below, to the top; both are round numbers around the values."""
-    low, high = min(low, 0.0), max(high, 0.0)
+    return around(min(low, 0.0), max(high, 0.0))
+
+
+def around(low: float, high: float) -> Scale:
+    """Make a scale from the bottom to the top, both round numbers around the values, wherever 0 is."""
     ticks = round_ticks(low, high if high > low else low + 1.0)
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     bottom = ticks[0] if ticks[0] <= low else ticks[0] - step

@@ -127,7 +127,13 @@ def buckets(points: Sequence[tuple[int, float]], most: int = MOST_POINTS) -> lis
 
 
 def lines_chart(
-    name: str, title: str, words: str, lines: Sequence[Line], unit: str, limit: tuple[float, str] | None = None
+    name: str,
+    title: str,
+    words: str,
+    lines: Sequence[Line],
+    unit: str,
+    limit: tuple[float, str] | None = None,
+    has_zero: bool = True,
 ) -> Chart:
     """Draw lines over steps, each with the range of the steps that one of its points stands for.
 
@@ -136,13 +142,16 @@ def lines_chart(
         lines: at least one, with a point at least.
         unit: of the values.
         limit: a level that is drawn across, and its name.
+        has_zero: 0 is on the axis, so that heights can be compared.
     """
     steps = [step for line in lines for step, _ in line.points]
     joint = [buckets(line.points) for line in lines]
     top = max(bucket.high for line in joint for bucket in line)
     lowest = min(bucket.low for line in joint for bucket in line)
     shown = limit if limit and limit[0] < 2 * top else None  # one far above would press the values to the ground
-    x, y = across(min(steps), max(steps)), upwards(max(top, shown[0]) if shown else top, lowest)
+    highest = max(top, shown[0]) if shown else top
+    x = across(min(steps), max(steps))
+    y = upwards(highest, lowest) if has_zero else axes.around(lowest, highest)
     parts = [frame(x, y, axes.step_ticks(x), "step", unit)]
     for line, points in zip(lines, joint, strict=True):
         if any(bucket.low < bucket.high for bucket in points):
@@ -164,7 +173,7 @@ def lines_chart(
         (x.at(own[0].middle), f"{own[0].words}\n" + "\n".join(_value(line, b, unit) for line, b in zip(lines, own)))  # noqa: B905
         for own in zip(*joint, strict=False)
     ]
-    table = [["steps", *(f"{line.name}, {unit}" for line in lines)]]
+    table = [["steps", *(", ".join(filter(None, (line.name, unit))) for line in lines)]]
     for own in zip(*(buckets(line.points, MOST_TABLE_ROWS) for line in lines), strict=False):
         table.append([own[0].words.partition(" ")[2], *(number(bucket.mean) for bucket in own)])
     legend = [(f"stroke {line.kind}", line.name) for line in lines] if len(lines) > 1 else []
@@ -174,7 +183,7 @@ def lines_chart(
 def _value(line: Line, bucket: _Bucket, unit: str) -> str:
     """Say a value, and its range where there is one."""
     spread = f" ({number(bucket.low)} to {number(bucket.high)})" if bucket.low < bucket.high else ""
-    return f"{line.name} {number(bucket.mean)} {unit}{spread}"
+    return f"{line.name} {number(bucket.mean)} {unit}".rstrip() + spread
 
 
 def dots_chart(name: str, title: str, words: str, points: Sequence[tuple[float, float]], slope: float) -> Chart:
@@ -238,7 +247,13 @@ def lengths_chart(
 
 
 def bars_chart(
-    name: str, title: str, words: str, bars: Sequence[tuple[str, str, float]], unit: str, reference: float
+    name: str,
+    title: str,
+    words: str,
+    bars: Sequence[tuple[str, str, float]],
+    unit: str,
+    reference: float,
+    is_wide: bool = True,
 ) -> Chart:
     """Draw a bar for each name, with its value, and by how much that is more than a reference.
 
@@ -247,8 +262,9 @@ def bars_chart(
         bars: names, classes and values.
         unit: of the values.
         reference: value that the others are compared with.
+        is_wide: it takes the place of two charts beside each other.
     """
-    width, row, top, left = 2 * WIDTH + 40, 24.0, 6.0, 96.0
+    width, row, top, left = 2 * WIDTH + 40 if is_wide else WIDTH, 24.0, 6.0, 80.0
     high = max(value for _, _, value in bars)
     x = Scale(0.0, high or 1.0, left, width - 110.0)
     parts: list[Html] = []

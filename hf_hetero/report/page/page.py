@@ -98,7 +98,7 @@ def _header(run: Run, static: StaticRuns | None) -> Html:
         *([(f"{100 * sum(measured) / len(measured):.0f}", "%", "of the rank-seconds waiting")] if measured else []),
         *([(f"{ratio:.2f}", "x", "measured by planned")] if 0 < (ratio := measured_to_planned(rows)) < 1e9 else []),
         *(
-            [(f"{static.speedup:.2f}", "x", f"seconds of the best static run, degree {static.best}, predicted")]
+            [(f"{static.speedup:.2f}", "x", f"as planned: the best static run (degree {static.best}), predicted")]
             if static
             else []
         ),
@@ -126,7 +126,7 @@ def _how_aggregated(run: Run) -> str:
     """Say how a chart shows the steps, and how it is read."""
     every = -(-len(run.rows) // MOST_POINTS)
     joint = f" Each point of a line is the mean of {every} steps, the band behind it their range." if every > 1 else ""
-    return f"Below each chart are its numbers; with scripts, so they are under the pointer and the arrow keys.{joint}"
+    return f"Each chart's numbers are below it; point at it, or focus it and use the arrow keys, to read them.{joint}"
 
 
 def _steps(run: Run, kept: Sequence[Timeline], degrees: Sequence[int]) -> list[Html]:

@@ -17,7 +17,7 @@ GIB = 2**30
 
 def charts(run: Run, static: StaticRuns | None, degrees: Sequence[int]) -> list[Chart]:
     """Draw all that is known of a run, whose degrees these are."""
-    return [
+    drawn = [
         _speed(run.rows),
         *_loss(run),
         _seconds(run.rows),
@@ -25,8 +25,8 @@ def charts(run: Run, static: StaticRuns | None, degrees: Sequence[int]) -> list[
         *_lengths(run.rows, degrees),
         *_memory(run),
         *_waiting(run.rows),
-        *(_static(static) if static is not None else ()),
     ]
+    return drawn if static is None else [*drawn, _static(static, is_wide=len(drawn) % 2 == 0)]
 
 
 def measured_to_planned(rows: Sequence[StepRow]) -> float:
@@ -46,7 +46,7 @@ def _loss(run: Run) -> Iterator[Chart]:
         words = (
             f"As it was logged: {points[0][1]:.4g} at step {points[0][0]:,}, {points[-1][1]:.4g} at {points[-1][0]:,}."
         )
-        yield lines_chart("loss", "Loss", words, [Line("loss", "measured", points)], "nats a token")
+        yield lines_chart("loss", "Loss", words, [Line("loss", "measured", points)], "", has_zero=False)
 
 
 def _seconds(rows: Sequence[StepRow]) -> Chart:
@@ -90,7 +90,7 @@ def _waiting(rows: Sequence[StepRow]) -> Iterator[Chart]:
         yield lines_chart("waiting", "Waiting", words, [Line("waiting", "measured", points)], "%")
 
 
-def _static(static: StaticRuns) -> Iterator[Chart]:
+def _static(static: StaticRuns, is_wide: bool) -> Chart:
     """Draw what one degree for the whole run would have cost."""
     steps = static.num_steps
     ratio = f"{static.speedup:.2f} x"
@@ -102,4 +102,5 @@ def _static(static: StaticRuns) -> Iterator[Chart]:
         f"left out. All bars are predicted by one cost model ({static.model}): means of {steps:,} steps, evenly over "
         f"the run; these steps measured {duration(static.measured_s / steps)}."
     )
-    yield bars_chart("static", "What a static run would have cost", words, bars, "s", static.planned_s / steps)
+    title = "What a static run would have cost"
+    return bars_chart("static", title, words, bars, "s", static.planned_s / steps, is_wide)
