@@ -141,7 +141,7 @@ def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
     outline = outline_of(config := config_of(model))
     if outline is None:
         raise ConfigError(f"transformers builds no causal language model from {model!r}; `hf-hetero check` says why.")
-    if problems := list(exactness.model_problems(outline)):
+    if problems := [*exactness.model_problems(outline), *exactness.sharing_problems(outline)]:
         raise UnsupportedModel(" ".join(problems))
     text = config.get_text_config(decoder=True)
     shape, policies = trained_shape(outline, text, setting)

@@ -28,6 +28,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss
+from hf_hetero.manners.positions import PositionsBySample
 from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
@@ -178,6 +179,7 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
         base.set_attn_implementation(interface.ATTENTION_NAME)
         undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
+        undone.callback(PositionsBySample(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:
