@@ -32,6 +32,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
-from transformers import Trainer, TrainingArguments
+from transformers import CONFIG_MAPPING, Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
@@ -267,6 +268,8 @@ def cpu_seconds(pid: int | None) -> float:
 def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     """Measure one type."""
     start = time.monotonic()
+    with suppress(Exception):  # imported once, and not in each process; said by the first of them
+        KINDS[kind][1][CONFIG_MAPPING[model_type]]
     [[plain, stock_error, _]] = called([(stock, model_type, kind, ())], seconds)
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:

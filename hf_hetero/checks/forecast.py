@@ -127,7 +127,7 @@ def model_named(name: str) -> Model:
     outline = outline_of(config := config_of(name))
     if outline is None:
         raise ConfigError(f"transformers builds no causal language model from {name!r}; `hf-hetero check` says why.")
-    if problems := list(exactness.model_problems(outline)):
+    if problems := [*exactness.model_problems(outline), *exactness.sharing_problems(outline)]:
         raise UnsupportedModel(" ".join(problems))
     return Model(name, config, outline)
 

@@ -34,6 +34,7 @@ from hf_hetero.errors import HeteroError, UnsupportedModel
 from hf_hetero.layout import contiguous
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss, keywords_of
+from hf_hetero.manners.positions import PositionsBySample
 from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.ranks.agreement import broadcast
@@ -226,7 +227,7 @@ def _fitted(model: Any, manner: Manner, undone: ExitStack) -> StateLayers | Whol
     if manner.whole:
         return WholeSamples(model)
     interface.register()
-    for hooks in (HandedDown(model), rotary.TablesBySample(model)):
+    for hooks in (HandedDown(model), rotary.TablesBySample(model), PositionsBySample(model)):
         undone.callback(hooks.remove)
     model.set_attn_implementation(interface.ATTENTION_NAME)
     return StateLayers(model)

@@ -218,7 +218,8 @@ def _shrink(config: Any) -> None:
 
 def _shrink_heads_of_state(config: Any) -> None:
     """Let layers that carry state have a few heads, as wide as fits the hidden size, and the same grouping."""
-    if getattr(config, "num_attention_heads", None) is None:  # a model of such layers alone
+    # a model of such layers alone; not one whose heads differ by layer
+    if _get(config, "num_attention_heads") is None and _get(config, "per_layer_config") is None:
         _set(config, "hidden_size", min(config.hidden_size, 16 * NUM_HEADS))
     inner = int(config.hidden_size * (getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1))
     for heads, width in STATE_HEADS.items():

@@ -24,6 +24,7 @@ from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.checks import own_loss, router_loss
+from hf_hetero.checks.exactness import SEES_TARGETS
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
 from hf_hetero.estimate.flops import ModelFlops, flops_of
@@ -31,6 +32,7 @@ from hf_hetero.images.families import why_blind
 from hf_hetero.images.features import FeaturesOfSpans
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss
+from hf_hetero.manners.positions import PositionsBySample
 from hf_hetero.manners.whole_samples import WholeSamples
 from hf_hetero.model import lm_head, loss
 from hf_hetero.model.activations import Activations
@@ -257,6 +259,7 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
         undone.callback(HandedDown(base).remove)
         undone.callback(TablesBySample(base).remove)
         undone.callback(FeaturesOfSpans(base).remove)
+        undone.callback(PositionsBySample(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:

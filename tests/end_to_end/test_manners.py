@@ -62,7 +62,7 @@ def expected_of(kind: str) -> dict[str, Any]:
             logits = model(input_ids=ids[None]).logits[0]
             loss = F.cross_entropy(logits[: len(ids) - first], labels[first:], reduction="sum") / count
             loss.backward()
-            loss_sum += float(loss)
+            loss_sum += loss.item()
         with torch.no_grad():
             for p in model.parameters():
                 p -= 0.05 * p.grad if p.grad is not None else 0.0
