@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.advice.command import add_advise
-from hf_hetero.checks.arguments import add_setting
 from hf_hetero.config import MIP_BACKENDS, SOLVERS
 from hf_hetero.cookbook.command import add_recipes
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
+from hf_hetero.forecast.arguments import add_setting
 from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
 from hf_hetero.profile.command import add_profile
@@ -134,7 +134,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate a run's cost model; print it in words, and write it where the user says."""
-    from hf_hetero.checks.forecast import forecast, setting_of  # torch and transformers, which planning does without
+    from hf_hetero.forecast.forecast import forecast, setting_of  # torch and transformers, which planning does without
 
     found = forecast(args.model, args.gpus, setting_of(args))
     print(estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))

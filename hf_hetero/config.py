@@ -54,7 +54,7 @@ class HeteroConfig:
     max_degree: int | None = field(
         default=None,
         metadata={
-            "help": "Most ranks that may share one sample. Default: all; 1 for models whose ranks would all do its work."
+            "help": "Most ranks that may share one sample. Default: all; 1 for models whose ranks would all do its work"
         },
     )
     methods: list[str] = field(

@@ -232,13 +232,11 @@ class StepReport:
         num_targets: tokens that had a label, over all samples.
         seconds: measured wall time of the step's forward and backward passes, in seconds.
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
-        wait_s: time the step waited for its plan and its data, in seconds.
-        plan_wait_s: the part of it that its plan was late, in seconds.
+        wait_s, plan_wait_s: seconds that the step waited for its plan and its data; for its plan alone.
         peak_bytes: peak memory of the fullest rank in forward and backward, in bytes; 0 where it is not measured.
         is_lockstep: all ranks met in every layer to gather its weights, so all of them measured the slowest group.
         expert_load: for each layer with experts, tokens of the busiest one by those of a mean one.
-        unused_bytes: most bytes that a rank's allocator held beyond the peak of what it had given out, lost between
-            tensors; 0 where it is not measured.
+        unused_bytes: most that a rank's allocator held beyond the peak of what it had given out; 0: not measured.
         flops: operations that learning from these samples needs, whatever a plan computes twice; 0: not known.
         peak_flops: operations a second of all ranks' cards together, by their data sheet; None: not known.
         router_loss: of the step, without its coefficient, where a mixture of experts has one.

@@ -8,9 +8,9 @@ from typing import Any
 
 from hf_hetero.advice.levers import Lever, Run, planner_of, pulled
 from hf_hetero.advice.outlook import Outlook, longest, longest_by_degree, outlook
-from hf_hetero.checks.forecast import Forecast, Model, forecast_of
-from hf_hetero.checks.machines import MOST_PER_NODE, Machines, machines_named
 from hf_hetero.errors import ConfigError
+from hf_hetero.forecast.forecast import Forecast, Model, forecast_of
+from hf_hetero.forecast.machines import MOST_PER_NODE, Machines, machines_named
 from hf_hetero.what_if.sources import Source, global_batches
 
 ADVICE_FORMAT = "hf-hetero-advice/1"

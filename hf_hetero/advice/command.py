@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.checks.arguments import add_setting
+from hf_hetero.forecast.arguments import add_setting
 from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
 
@@ -38,7 +38,7 @@ def _advise(args: argparse.Namespace) -> None:
     from hf_hetero.advice.levers import Run
     from hf_hetero.advice.report import advice_lines
     from hf_hetero.advice.start import start_of, write_start
-    from hf_hetero.checks.forecast import model_named, setting_of
+    from hf_hetero.forecast.forecast import model_named, setting_of
 
     run = Run(machines_of(args.gpus), setting_of(args), args.max_degree)
     model = model_named(args.model)

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hf_hetero.advice.outlook import Outlook, longest, outlook
-from hf_hetero.checks.forecast import Model, Setting, forecast_of
-from hf_hetero.checks.machines import MOST_GPUS, MOST_PER_NODE, Machines, doubled
 from hf_hetero.errors import HeteroError
 from hf_hetero.estimate.devices import KNOWN_DEVICES, Device
 from hf_hetero.estimate.shares import ATTENTION
+from hf_hetero.forecast.forecast import Model, Setting, forecast_of
+from hf_hetero.forecast.machines import MOST_GPUS, MOST_PER_NODE, Machines, doubled
 from hf_hetero.planner import Planner
 
 

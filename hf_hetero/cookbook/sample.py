@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from hf_hetero.checks.forecast import Setting, forecast, trained_shape
 from hf_hetero.checks.outline import config_of, outline_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
@@ -29,6 +28,7 @@ from hf_hetero.estimate.first_estimate import first_estimate, restricted
 from hf_hetero.estimate.memory import free_memory_bytes
 from hf_hetero.estimate.state_layers import state_shape
 from hf_hetero.fine_tuning import explaining, sample_lengths
+from hf_hetero.forecast.forecast import Setting, forecast, trained_shape
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner
 from hf_hetero.topology import Topology

@@ -256,10 +256,8 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
         undone.callback(_give_back_attention, base, before)
         name = interface.ATTENTION_NAME
         base.set_attn_implementation(dict.fromkeys(before, name) if isinstance(before, dict) else name)
-        undone.callback(HandedDown(base).remove)
-        undone.callback(TablesBySample(base).remove)
-        undone.callback(FeaturesOfSpans(base).remove)
-        undone.callback(PositionsBySample(base).remove)
+        for hooks in (HandedDown, TablesBySample, FeaturesOfSpans, PositionsBySample):
+            undone.callback(hooks(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)
     else:

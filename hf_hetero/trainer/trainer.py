@@ -32,7 +32,14 @@ from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
 from hf_hetero.trainer.classes.planned import LearnsClasses
-from hf_hetero.trainer.evaluation import Request, evaluate, is_planned, refuse_attentions, refuse_packed_rows, watched
+from hf_hetero.trainer.evaluation.evaluation import (
+    Request,
+    evaluate,
+    is_planned,
+    refuse_attentions,
+    refuse_packed_rows,
+    watched,
+)
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.packing import collator_of, packer_of

@@ -19,11 +19,11 @@ from hf_hetero.advice.advise import Advice, advise, machines_of
 from hf_hetero.advice.levers import Run, changes, planner_of
 from hf_hetero.advice.outlook import longest
 from hf_hetero.advice.start import start_of, write_start
-from hf_hetero.checks.forecast import Model, Setting, forecast, model_named
 from hf_hetero.cli import main
 from hf_hetero.cookbook.keys import key_problems, launch_problems, script_of
 from hf_hetero.cookbook.shelf import read, recipe_at
 from hf_hetero.errors import ConfigError
+from hf_hetero.forecast.forecast import Model, Setting, forecast, model_named
 from hf_hetero.what_if.sources import Source, global_batches
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16}

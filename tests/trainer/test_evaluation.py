@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
-from hf_hetero.trainer.predictions import Piece, assemble, pad_rows
+from hf_hetero.trainer.evaluation.predictions import Piece, assemble, pad_rows
 
 DATA = samples(LENGTHS, seed=3)
 

@@ -21,7 +21,7 @@ from hf_hetero.model.loss import IGNORE_INDEX
 from hf_hetero.ranks.agreement import gather_objects
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.step import RankMicroBatch, StepBatch
-from hf_hetero.trainer.evaluation import planned_steps
+from hf_hetero.trainer.evaluation.evaluation import planned_steps
 from hf_hetero.trainer.pairs.means import Means
 from hf_hetero.trainer.pairs.planned import PlannedPairs
 from hf_hetero.trainer.pairs.plans import PlannersOfPairs

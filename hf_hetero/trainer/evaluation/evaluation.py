@@ -37,9 +37,9 @@ from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch
 from hf_hetero.trainer import routers
 from hf_hetero.trainer.classes.planned import LABELS, classes_of, outputs_by_token
+from hf_hetero.trainer.evaluation.predictions import Piece, Results
 from hf_hetero.trainer.fitting import half_evaluation_dtype
 from hf_hetero.trainer.packing import columns_kept, makes_tokens, packer_of
-from hf_hetero.trainer.predictions import Piece, Results
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun, begin_step
 
 logger = logging.getLogger(__name__)
@@ -196,8 +196,7 @@ def evaluate(
     model = _prepared_model(trainer)
     loader = planned_steps(trainer, run, packer, between, request.dataset, source)
     forward = _forward_of(trainer, run, request, model, has_labels)
-    number = trainer.state.global_step + 1
-    steps = iter(loader)
+    number, steps = trainer.state.global_step + 1, iter(loader)
     try:
         coming = run.confirmed(steps, number)
         while (batch := coming.batch) is not None:

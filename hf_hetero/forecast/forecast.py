@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from hf_hetero.checks import exactness
-from hf_hetero.checks.machines import MOST_GPUS, Machines, doubled, machines_named
 from hf_hetero.checks.outline import config_of, outline_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
@@ -26,6 +25,7 @@ from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import ATTENTION, reached
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
+from hf_hetero.forecast.machines import MOST_GPUS, Machines, doubled, machines_named
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 

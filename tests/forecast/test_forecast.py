@@ -13,13 +13,13 @@ import torch
 from helpers import tiny_model, with_lora
 
 from hf_hetero import HeteroConfig, UnsupportedModel
-from hf_hetero.checks.forecast import Setting, forecast, machines_named, trained_shape
 from hf_hetero.checks.outline import config_of, outline_of
 from hf_hetero.errors import ConfigError
 from hf_hetero.estimate import memory
 from hf_hetero.estimate.devices import device_named
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.estimate.shares import reached
+from hf_hetero.forecast.forecast import Setting, forecast, machines_named, trained_shape
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding

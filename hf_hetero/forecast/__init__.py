@@ -1,0 +1,1 @@
+"""This folder estimates a run on GPUs that one does not have."""

@@ -1,0 +1,1 @@
+"""This folder evaluates and predicts by planned steps."""
