@@ -250,7 +250,7 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """What loads a language model: as one that sees images, where transformers knows it only so; it learns text."""
+    """What loads a language model: as one that sees images, where transformers knows it only so."""
     sees = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 

@@ -130,9 +130,9 @@ def folder_of(folder: Path) -> Path:
 
 
 def run_recipe(folder: str, world: int) -> dict[str, Any]:
-    from test_recipes import load_sft
+    from test_recipes import load_script
 
-    sft, recorder = load_sft(), Recorder()
+    sft, recorder = load_script("sft"), Recorder()
 
     class Recording(sft.HeteroTrainer):
         def __init__(self, *args: Any, callbacks: Any = (), **kwargs: Any) -> None:
