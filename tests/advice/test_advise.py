@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from checks.test_forecast import saved
+from forecast.test_forecast import saved
 
 from hf_hetero import Planner
 from hf_hetero.advice.advise import Advice, advise, machines_of
