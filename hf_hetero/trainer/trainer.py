@@ -32,14 +32,7 @@ from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
 from hf_hetero.trainer.classes.planned import LearnsClasses
-from hf_hetero.trainer.evaluation.evaluation import (
-    Request,
-    evaluate,
-    is_planned,
-    refuse_attentions,
-    refuse_packed_rows,
-    watched,
-)
+from hf_hetero.trainer.evaluation import evaluation
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
 from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.packing import collator_of, packer_of
@@ -283,12 +276,13 @@ class HeteroTrainerMixin(LearnsClasses):
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = cast("Any", self.eval_dataset)[dataset]
-        loader = super().get_eval_dataloader(eval_dataset if watched(dataset) is dataset else watched(dataset))
+        seen = evaluation.watched(dataset)
+        loader = super().get_eval_dataloader(eval_dataset if seen is dataset else seen)
         return self._between_runs.noted(loader, dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Return Trainer's own loader, whose batches can be read; `evaluation_loop` plans its dataset if it can."""
-        return self._between_runs.noted(super().get_test_dataloader(watched(test_dataset)), test_dataset)
+        return self._between_runs.noted(super().get_test_dataloader(evaluation.watched(test_dataset)), test_dataset)
 
     def evaluation_loop(
         self,
@@ -306,17 +300,17 @@ class HeteroTrainerMixin(LearnsClasses):
         dataset, is_within = self._between_runs.evaluated.get(dataloader), self._planned_run is not None
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         with self._fitted() as fitted:
-            if is_planned(self, self.hetero, dataset, lambda: self._run_on(fitted).control):
+            if evaluation.is_planned(self, self.hetero, dataset, lambda: self._run_on(fitted).control):
                 self.callback_handler.eval_dataloader = cast("Any", dataloader)
-                request = Request(dataset, loss_only, description == "Prediction", ignore_keys)
+                request = evaluation.Request(dataset, loss_only, description == "Prediction", ignore_keys)
                 run, source = self._run_on(fitted), self._planners().for_evaluation()
-                return evaluate(self, run, self._between_runs, request, source, metric_key_prefix)
-            refuse_packed_rows(dataset)
+                return evaluation.evaluate(self, run, self._between_runs, request, source, metric_key_prefix)
+            evaluation.refuse_packed_rows(dataset)
             if not is_within:  # Trainer evaluates the model as the user made it
                 self._planned_run = None
                 fitted.close()
             elif not loss_only:
-                refuse_attentions(self.model)
+                evaluation.refuse_attentions(self.model)
             return super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
