@@ -168,7 +168,7 @@ class PackedCollator:
         weights = (
             {key: values for key, values in others.items() if key not in inputs} if self.keeps_labels_unshifted else {}
         )
-        if loss_weights is not None:
+        if loss_weights is not None and self.weight_column is not None:
             weights[LOSS_WEIGHTS] = of_each_token(loss_weights, row, num_in_row, name, self.weight_column)
         if self.sight is not None:  # beside rows with images, which have them
             marks = {key: torch.zeros_like(input_ids) for key in self.model_inputs & MARKS_OF_TEXT}
