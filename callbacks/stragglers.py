@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,8 +105,7 @@ def alert(args: TrainingArguments, words: str) -> None:
     if "trackio" not in (args.report_to or []):
         return
     try:
-        import trackio
-
+        trackio: Any = importlib.import_module("trackio")  # whose types need not be there
         trackio.alert(title="A rank is slow", text=words, level=trackio.AlertLevel.WARN)
     except Exception as error:  # a tracker that cannot be told ends no run
         logger.warning("trackio could not be told: %s: %s", type(error).__name__, error)

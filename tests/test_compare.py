@@ -122,6 +122,7 @@ def test_memory_of_a_way_is_its_own(compare: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_shrunk_comparison_on_two_ranks(tmp_path: Path) -> None:
     """The command of its README, cut to two rounds of one step: each way learns, those of the same samples the same.
 
@@ -132,7 +133,7 @@ def test_a_shrunk_comparison_on_two_ranks(tmp_path: Path) -> None:
     script = ["--num_processes", "2", "recipes/compare.py", "--config", str(CONFIG)]
     short = ["--max_length", "256", "--rounds", "2", "--steps", "1", "--output_dir", str(tmp_path)]
     done = subprocess.run(
-        [*launch, *script, *short], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        [*launch, *script, *short], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "256" / "results.json").read_text(encoding="utf-8"))
