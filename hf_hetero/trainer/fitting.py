@@ -235,7 +235,7 @@ def _flops(base: Any) -> ModelFlops | None:
     """Count what a model's training needs; of one that is built in an unknown way that is no reason to end a run."""
     try:
         return flops_of(base)
-    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         logger.info("Operations of %s are not counted: %r.", type(base).__name__, error)
         return None
 
