@@ -178,9 +178,12 @@
     const fixed = one.fixed * place.perSecond;
     if (fixed > 0.5) svg.append(make("rect", { x, y: place.top, width: fixed, height: place.height, class: "fixed" }));
     x += fixed;
+    const all = (one.total - one.fixed) * place.perSecond;
+    const low = place.height < 4 ? " thin" : "";
+    svg.append(make("rect", { x, y: place.top, width: all, height: place.height, class: `${stop}${low}` }));
     const samples = place.whole ? [-1] : one.group[9].map((_, index) => index);
     for (const index of samples) {
-      const width = (index < 0 ? one.total - one.fixed : one.parts[index]) * place.perSecond;
+      const width = index < 0 ? all : one.parts[index] * place.perSecond;
       const thin = place.height < 4 || width < 3 ? " thin" : ""; // its edge would hide it
       const element = make("rect", { x, y: place.top, width, height: place.height, class: `sample ${stop}${thin}` });
       svg.append(element);
@@ -191,7 +194,7 @@
       }
       x += width;
     }
-    if (place.height >= 13 && (one.total - one.fixed) * place.perSecond >= 16) {
+    if (place.height >= 13 && all >= 16) {
       svg.append(make("text", { x: place.x0 + fixed + 5, y: place.top + 12, class: `chip on-${stop}`, "pointer-events": "none" }, degree));
     }
   };

@@ -166,7 +166,7 @@ def timeline_svg(data: dict[str, Any], degrees: Sequence[int]) -> Html:
 def _group(
     group: Sequence[Any], start: float, x: Scale, y: Scale, degrees: Sequence[int], shows_samples: bool
 ) -> Iterator[Html]:
-    """Draw a group: a bar for each sample, or one for all of them, and its degree where there is room."""
+    """Draw a group: one bar, on it those of its samples, and its degree where there is room."""
     first, degree, seconds, tokens = group[0], group[1], group[6], group[10]
     if not tokens:
         return
@@ -175,13 +175,12 @@ def _group(
     left, total = x.at(start), sum(tokens)
     width = x.at(start + seconds) - left
     thin = " thin" if height < 4 else ""
+    yield _rect(left, top, width, height, f"{stop}{thin}")  # so that nothing shines through between thin bars
     if shows_samples:
         for length in tokens:
             part = width * length / total
             yield _rect(left, top, part, height, f"sample {stop}{thin}")
             left += part
-    else:
-        yield _rect(left, top, width, height, f"sample {stop}{thin}")
     if height >= 11 and width >= 14:
         yield element("text", str(degree), x=x.at(start) + 5, y=top + 12, class_=f"chip on-{stop}")
 
