@@ -80,6 +80,8 @@ def compare(found: dict[str, Any], expected: dict[str, Any], near: float = 1e-12
     assert largest_difference(found["weights"], expected["weights"]) < near
     for ours, theirs in zip(found["logs"], expected["logs"], strict=True):
         for name in (name for name in theirs if name.startswith(LOGGED)):
+            if name == "nll_loss" and not theirs[name]:  # TRL leaves it out where it is not learned
+                continue
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
 
 
