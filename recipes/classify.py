@@ -276,6 +276,7 @@ def main(argv: Sequence[str]) -> None:
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     if evaluated is not None:
         found = trainer.evaluate()
+        trainer.save_metrics("eval", found)
         say(", ".join(f"{name} {value:.4g}" for name, value in found.items() if name.startswith("eval_")))
     if args.save_model:
         if trainer.is_fsdp_enabled:  # checkpoints may be in parts; what others load must not be

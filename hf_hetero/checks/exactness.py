@@ -157,7 +157,10 @@ def _class_problems(trainer: Any) -> Iterator[str]:
     if getattr(trainer, "learns_scores", False):
         return
     if what := own_loss.owners(trainer):
-        yield f"{what} would be given logits of tokens, of which some count; the loss of classes is this package's."
+        yield (
+            f"{what} would be given logits of tokens, of which some count; the loss of classes is this package's. "
+            "Remove it; factors of rows, such as weights of their classes, go into HeteroConfig.weight_column."
+        )
     if trainer.hetero.longer_samples == "split" and labelled_of(base_model(trainer.model)) == SEQUENCES:
         yield "HeteroConfig.longer_samples='split' would make several sequences of one that has one label."
 
