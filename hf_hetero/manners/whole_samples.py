@@ -147,7 +147,7 @@ def _gathered(rows: torch.Tensor, runs: HeadRuns, name: str, context: AttentionC
 
 def _with_first(output: Any, hidden: torch.Tensor) -> Any:
     """Return a backbone's output with other hidden states, and without what it has of single samples."""
-    if isinstance(output, tuple) and not hasattr(output, "keys"):
+    if isinstance(output, tuple):
         return (hidden, *[None] * (len(output) - 1))
     return type(output)(**{next(iter(output.keys())): hidden})
 
