@@ -42,7 +42,8 @@ import torch.distributed as dist
 import transformers
 from transformers import CONFIG_MAPPING, Trainer, TrainingArguments
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "tests")]
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from instances import KINDS, model_of
 from models_page import WHOLE, table
@@ -51,9 +52,7 @@ from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatc
 from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
-LEFT = frozenset({"cpmant"})
-"""Types that expect padding on the left, where a batch's first tokens would be learned from padding: samples of these
-have one length."""
+LEFT = frozenset({"cpmant"})  # types that expect padding on the left: samples of one length need none
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
 MOST_WAITING = 300
@@ -209,38 +208,35 @@ def called(tasks: Sequence[tuple[Any, ...]], seconds: int) -> list[tuple[Any, st
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{number}" for number in range(len(tasks))]
-        processes = [
-            context.Process(target=into, args=(path, seconds, *task)) for path, task in zip(paths, tasks, strict=True)
-        ]
+        calls = [(path, seconds, *task) for path, task in zip(paths, tasks, strict=True)]
+        processes = [context.Process(target=into, args=call) for call in calls]
         for process in processes:
             process.start()
-        last, since = 0.0, time.monotonic()
+        last, since = 0, time.monotonic()
         while any(process.is_alive() for process in processes) and time.monotonic() - since < MOST_WAITING:
             for process in processes:
                 process.join(0.05)
-            if (now := sum(cpu_seconds(process.pid) for process in processes)) > last:
+            if (now := sum(ticks(process.pid) for process in processes)) != last:
                 last, since = now, time.monotonic()
         lost: list[str] = []
         for process in processes:
-            waited = process.is_alive()
-            if waited:
+            if process.is_alive():
                 process.kill()
             process.join()
-            used_up = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) and not waited
-            lost.append(f"more than {seconds} s of computing" if used_up else f"ended with {process.exitcode}")
+            used_up = process.exitcode == -signal.SIGXCPU
+            lost.append(f"more than {seconds} s of computing" if used_up else f"ended: {process.exitcode}")
         return [
             torch.load(path, weights_only=False) if Path(path).exists() else (None, words, False)
             for path, words in zip(paths, lost, strict=True)
         ]
 
 
-def cpu_seconds(pid: int | None) -> float:
-    """Return the seconds that a process has computed; 0 once it has ended."""
-    try:
+def ticks(pid: int | None) -> int:
+    """Return how long a process has computed; 0 once it has ended."""
+    with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
@@ -252,13 +248,8 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:
             [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)
-    found: dict[str, Any] = {
-        "type": model_type,
-        "kind": kind,
-        "class": "",
-        "result": "stock cannot",
-        "why": stock_error,
-    }
+    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": ""}
+    found |= {"result": "stock cannot", "why": stock_error}
     if plain is not None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
