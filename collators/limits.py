@@ -164,7 +164,7 @@ def _chosen_tokens(text: Any) -> Iterator[tuple[int, str]]:
     if not any(type(module).__name__.endswith("Indexer") for module in text.modules()):
         return
     # of single tokens, or of blocks of them, as in MiniMax-M3
-    for name, block in (("index_topk", None), ("index_topk_blocks", "index_block_size")):
+    for name, block in (("index_topk", None), ("indexer_budget", None), ("index_topk_blocks", "index_block_size")):
         chosen = getattr(text.config, name, None)
         if isinstance(chosen, int):
             reason = (

@@ -53,9 +53,7 @@ class HeteroConfig:
     )
     max_degree: int | None = field(
         default=None,
-        metadata={
-            "help": "Most ranks that may share one sample. Default: all; 1 for models whose ranks would all do its work"
-        },
+        metadata={"help": "Most ranks that may share one sample. Default: all; 1 where all of them would do its work."},
     )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS), metadata={"help": "Attention exchanges the planner may choose from."}

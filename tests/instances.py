@@ -19,12 +19,20 @@ KINDS = {
 """What a model is of -> names and classes of the models, by type."""
 MOST_NUMBERS = 800_000_000
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 64,
+    "indexer_budget": 2048,
+    "indexer_compress_ratio": 4,
+}
 SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to be built, or to be small
     "blt": {"num_hidden_layers": 2},
+    "cpmant": {"init_std": 0.02, "dim_ff": 48},  # by default so steep that two steps lose half of all digits
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dbrx": {"attn_config": {"rope_theta": 10000.0}},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2, "num_dense_layers": 1},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},

@@ -42,17 +42,17 @@ import torch.distributed as dist
 import transformers
 from transformers import CONFIG_MAPPING, Trainer, TrainingArguments
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from instances import KINDS, model_of
+from models_page import WHOLE, table
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
-LEFT = frozenset({"cpmant"})
-"""Types that expect padding on the left, where a batch's first tokens would be learned from padding: samples of these
-have one length."""
+LEFT = frozenset({"cpmant"})  # types that expect padding on the left: samples of one length need none
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
 MOST_WAITING = 300
@@ -66,31 +66,8 @@ PLANS = (
     ],
 )
 """Micro-batches of each step: ranks, samples and method of each group."""
-WHOLE = "whole samples: "
 EXACT = 1e-9  # of the movement; fp64 rounds at 1e-16, and two steps of a deep sum lose a few digits of that
 STEEP = 1e-6  # a model may lose more, under plain Trainer, too; a sample that sees another gives 1e-3 and more
-
-
-PREFACE = """# Which models are exact
-
-Two steps of training on two ranks, under plans of mixed degrees with each method, against plain Trainer on one process,
-in fp64: whatever else a model asks for is given as fp64, too (`in_double`). Measured, and this page written, by
-
-```console
-$ python benchmarks/checks/measure_models.py --results models.jsonl --markdown hf_hetero/checks/MODELS.md
-```
-
-- **exact**: the weights of both ranks differ from plain Trainer's by less than {exact:g} of the farthest that training
-  has moved a weight. A few models are steep, or compute in less than fp64 even so: under {steep:g} they count as exact,
-  too, where they differ by less than 10 times what plain Trainer differs from itself, with torch's attention and all
-  samples of a step in one padded batch. A sample that sees another makes 1e-3 and more.
-- **exact, whole samples**: ranks cannot share a sample, for the reason that is given, and each goes over all of it
-  ([how](../manners/README.md)).
-- **refused**: `HeteroTrainer` says so, in words, when it is made. **wrong**, **crash**: it does not.
-- **stock cannot**: plain Trainer fails, too, on the tiny instance of the type's default config.
-
-A model whose loss cannot be divided by a step's targets is compared with plain Trainer's one batch a step.
-"""
 
 
 class ScriptedTrainer(HeteroTrainer):
@@ -172,7 +149,8 @@ def trained(
             # two ranks may share what nobody would have them share unasked, too
             options = {"hetero": HeteroConfig(max_degree=num_ranks)}
         trainer: Any = trainer_class(model, args, train_dataset=data, **options)  # pyright: ignore[reportArgumentType]
-        trainer.train()
+        with InDouble():  # not before, because a tiny instance that is tried has types of its own
+            trainer.train()
     return {name: p.detach().clone() for name, p in model.named_parameters()}, trainer
 
 
@@ -183,7 +161,7 @@ def takes_divisor(model: Any) -> bool:
     """
     ids = torch.tensor([rows(model, ())[0]["input_ids"]])
     try:
-        with torch.no_grad():
+        with torch.no_grad(), InDouble():
             mean, sum_ = (model(ids, labels=ids, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
     except Exception:  # it knows no such keyword, or needs others than these
         return getattr(model, "accepts_loss_kwargs", True)
@@ -216,8 +194,7 @@ def into(path: str, seconds: int, function: Any, *args: Any) -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # the process ends with it
     torch.set_default_dtype(torch.float64)
     try:
-        with InDouble():
-            value, error, refused = function(*args), "", False
+        value, error, refused = function(*args), "", False
     except BaseException as raised:
         words = f"{raised}" if isinstance(raised, HeteroError) else f"{type(raised).__name__}: {raised}"
         value, error, refused = None, " ".join(words.split()), isinstance(raised, HeteroError)
@@ -231,38 +208,35 @@ def called(tasks: Sequence[tuple[Any, ...]], seconds: int) -> list[tuple[Any, st
     context = mp.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{number}" for number in range(len(tasks))]
-        processes = [
-            context.Process(target=into, args=(path, seconds, *task)) for path, task in zip(paths, tasks, strict=True)
-        ]
+        calls = [(path, seconds, *task) for path, task in zip(paths, tasks, strict=True)]
+        processes = [context.Process(target=into, args=call) for call in calls]
         for process in processes:
             process.start()
-        last, since = 0.0, time.monotonic()
+        last, since = 0, time.monotonic()
         while any(process.is_alive() for process in processes) and time.monotonic() - since < MOST_WAITING:
             for process in processes:
                 process.join(0.05)
-            if (now := sum(cpu_seconds(process.pid) for process in processes)) > last:
+            if (now := sum(ticks(process.pid) for process in processes)) != last:
                 last, since = now, time.monotonic()
         lost: list[str] = []
         for process in processes:
-            waited = process.is_alive()
-            if waited:
+            if process.is_alive():
                 process.kill()
             process.join()
-            used_up = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL) and not waited
-            lost.append(f"more than {seconds} s of computing" if used_up else f"ended with {process.exitcode}")
+            used_up = process.exitcode == -signal.SIGXCPU
+            lost.append(f"more than {seconds} s of computing" if used_up else f"ended: {process.exitcode}")
         return [
             torch.load(path, weights_only=False) if Path(path).exists() else (None, words, False)
             for path, words in zip(paths, lost, strict=True)
         ]
 
 
-def cpu_seconds(pid: int | None) -> float:
-    """Return the seconds that a process has computed; 0 once it has ended."""
-    try:
+def ticks(pid: int | None) -> int:
+    """Return how long a process has computed; 0 once it has ended."""
+    with suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return int(fields[11]) + int(fields[12])
+    return 0
 
 
 def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
@@ -274,13 +248,8 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:
             [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)
-    found: dict[str, Any] = {
-        "type": model_type,
-        "kind": kind,
-        "class": "",
-        "result": "stock cannot",
-        "why": stock_error,
-    }
+    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": ""}
+    found |= {"result": "stock cannot", "why": stock_error}
     if plain is not None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -313,34 +282,6 @@ def judged(plain: Any, ranks: list[tuple[Any, str, bool]]) -> dict[str, Any]:
     return {"result": result, "why": why, "error": error / movement}
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Write results as Markdown: counts, then a row a type."""
-    lines = [PREFACE.format(exact=EXACT, steep=STEEP)]
-    for kind in KINDS:
-        ours = sorted((one for one in results if one["kind"] == kind), key=lambda one: one["type"])
-        if not ours:
-            continue
-        counts = Counter(one["result"] for one in ours)
-        trainable = len(ours) - counts["stock cannot"]
-        share = 100 * counts["exact"] / max(trainable, 1)
-        whole = sum(one["why"].startswith(WHOLE) for one in ours if one["result"] == "exact")
-        title = "Causal language models" if kind == "text" else "Models of images and text, on text"
-        words = ", ".join(f"{number} {result}" for result, number in sorted(counts.items()))
-        lines += [
-            f"## {title}",
-            "",
-            f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train are exact, {whole} of "
-            "these by whole samples.",
-        ]
-        lines += ["", "| type | class | result | difference | why |", "|---|---|---|---|---|"]
-        for one in ours:
-            why = one["why"].partition("under changing plans: ")[2] or one["why"]
-            cell, error = why.replace("|", "\\|")[:200], f"{one['error']:.0e}" if "error" in one else ""
-            lines.append(f"| `{one['type']}` | {one['class']} | {one['result']} | {error} | {cell} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Measure what is asked for and not yet recorded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -371,7 +312,7 @@ def main() -> None:
             )
     print(Counter((one["kind"], one["result"]) for one in found.values()))
     if asked.markdown:
-        asked.markdown.write_text(table(list(found.values())), encoding="utf-8")
+        asked.markdown.write_text(table(list(found.values()), EXACT, STEEP), encoding="utf-8")
 
 
 if __name__ == "__main__":
