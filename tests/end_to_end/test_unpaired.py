@@ -141,7 +141,9 @@ def test_losses(loss: str, num_ranks: int, tmp_path: Any) -> None:
 @pytest.mark.slow
 def test_it_is_trls_own_distance(tmp_path: Any) -> None:
     """TRL itself on two ranks has the distance of the whole step: one process with both batches learns the same."""
-    compare(run_ranks(train, 2, str(tmp_path / "two"), {}, Stock)[0], train(str(tmp_path / "one"), {}, Stock))
+    # in the second step two ranks would see some rows twice; DDP cannot look into the outputs of the exact head
+    changes = {"max_steps": 1, "ddp_find_unused_parameters": False}
+    compare(run_ranks(train, 2, str(tmp_path / "two"), changes, Stock)[0], train(str(tmp_path / "one"), changes, Stock))
 
 
 @pytest.mark.slow
