@@ -25,7 +25,7 @@ EVERY_S = 60.0
 """Between two lines about the progress, where there is no terminal."""
 
 
-class StepProgressCallback(ProgressCallback, StepReportCallback):
+class StepProgressCallback(ProgressCallback, StepReportCallback):  # pyright: ignore[reportIncompatibleMethodOverride]
     """`StepProgressCallback` takes the place of `ProgressCallback`: its bar also has tokens a second and degrees.
 
     Logs are written above the bar, in lines that fit the terminal. Where the output is no terminal there is no bar:
