@@ -398,10 +398,20 @@ def test_check(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed[-1] == "verdict   can be trained"
 
 
+def test_check_says_how(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that carries a state in a way of its own is trained by whole samples; what was tried is said, too."""
+    path = Path(model) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "rwkv"}))
+    assert main(["check", model]) == 0
+    printed = capsys.readouterr().out
+    assert "verdict   can be trained, by whole samples, which ranks do not share, because" in printed
+    assert "a tiny instance that goes over whole samples differs from stock by" in printed
+
+
 @pytest.mark.parametrize(
     ("change", "verdict"),
     [
-        ({"model_type": "rwkv"}, "refused because"),
+        ({"model_type": "bart", "is_encoder_decoder": True}, "refused because it has an encoder and a decoder"),
         ({"attention_dropout": 0.1}, "refused because attention_dropout=0.1 draws another mask"),
         ({"model_type": "deepseek_v2", "num_key_value_heads": 8}, "not tested: a tiny instance fails with stock"),
     ],

@@ -73,11 +73,12 @@ def check_table(result: Mapping[str, Any], card: str) -> str:
     probe = result["probe"]
     tested = "compared with plain training in this version's tests" if result["tested"] else "not compared in tests yet"
     heads = f"{result['num_heads']} of queries, {result['num_kv_heads']} of keys and values"
-    if probe["num_layers"]:
-        tried = (
-            f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance; differs "
-            f"from stock attention by {probe['loss_error']:.0e} in the loss, {probe['gradient_error']:.0e} in gradients"
-        )
+    errors = f"by {probe['loss_error']:.0e} in the loss, {probe['gradient_error']:.0e} in gradients"
+    if probe["manner"]["whole"] and not probe["problem"]:
+        tried = f"a tiny instance that goes over whole samples differs from stock {errors}"
+    elif probe["num_layers"]:
+        reached = f"attention reached in {probe['reached']} of {probe['num_layers']} layers of a tiny instance"
+        tried = f"{reached}; differs from stock attention {errors}"
     else:
         tried = "not tried" if probe["failure"] else "a tiny instance did not finish"
     lines = [

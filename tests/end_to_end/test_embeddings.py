@@ -267,7 +267,9 @@ def test_dropout_leaves_out_the_same_twice(tmp_path: Any) -> None:
     num = trainer.seen[start - 1][0] + 1
     for first, second in zip(trainer.seen[start - num : start], trainer.seen[start : start + num], strict=True):
         assert first[0] == second[0]
-        assert torch.equal(first[1], second[1])
+        assert torch.equal(first[1] == 0, second[1] == 0)
+        # other addresses may round otherwise
+        assert torch.allclose(first[1], second[1], rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
