@@ -191,7 +191,7 @@ def model_problems(model: torch.nn.Module, labelled: Sequence[Labelled] = LABELL
     config = config.get_text_config(decoder=True)
     if not getattr(config, "is_causal", True):
         yield "config.is_causal=False: only causal attention is supported."
-    if has_unknown_states(base) and not _is_stock(base):
+    if has_unknown_states(base) and not is_stock(base):
         yield _unknown_states(getattr(config, "layer_types", None) or [])
     # a model that another trainer has fitted computes this package's loss
     plain = PLAIN_LOSSES.get(kind)
@@ -217,7 +217,7 @@ def sharing_problems(base: PreTrainedModel) -> Iterator[str]:
         base: of transformers.
     """
     kinds: list[str] = getattr(base.config.get_text_config(decoder=True), "layer_types", None) or []
-    if has_unknown_states(base) and _is_stock(base):
+    if has_unknown_states(base) and is_stock(base):
         yield _unknown_states(kinds)
     if other := sorted(set(kinds) - EXACT_LAYER_TYPES - TOKEN_LAYER_TYPES - STATE_LAYER_TYPES):
         known = " and ".join(sorted(EXACT_LAYER_TYPES))
@@ -236,7 +236,7 @@ def _unknown_states(kinds: list[str]) -> str:
     return f"layers of type {', '.join(with_state)} carry state along a sample that ranks would have to pass on."
 
 
-def _is_stock(base: PreTrainedModel) -> bool:
+def is_stock(base: PreTrainedModel) -> bool:
     """Return whether a model is built of transformers' parts, as the tiny instance that is tried will be."""
     return all(type(module).__module__.split(".")[0] in KNOWN_MAKERS for module in base.modules())
 

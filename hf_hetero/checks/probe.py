@@ -50,6 +50,12 @@ DIFFERS = "a tiny instance learns differently"
 MOST_NUMBERS = 80_000_000  # weights and buffers that a tiny instance may have
 
 
+OTHER_LOSS = (
+    "its forward computes a loss of its own instead of calling its loss_function. Of transformers' own classes that is "
+    "known to be a plain cross-entropy, of others it is not. Call self.loss_function(logits, labels, **kwargs)."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
     """A `Probe` says what the tiny instance did.
@@ -123,7 +129,9 @@ def check_untested(model: PreTrainedModel, control: dist.ProcessGroup | None) ->
     unproved = NO_INTERFACE if not model._supports_attention_backend else cause  # pyright: ignore[reportPrivateUsage]
     if keywords_of(model) is not None:
         unproved = unproved or NO_KEYWORDS
-    if problem := trial.problem or (unproved if trial.failure else ""):
+    # what somebody's own class adds to a plain cross-entropy, a tiny instance might not show
+    foreign = OTHER_LOSS if trial.manner.outside_loss and not exactness.is_stock(model) else ""
+    if problem := trial.problem or foreign or (unproved if trial.failure else ""):
         raise UnsupportedModel(f"{name} cannot be trained exactly under changing plans: {problem}")
     if trial.failure:
         logger.warning(

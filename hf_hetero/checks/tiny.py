@@ -218,8 +218,7 @@ def _shrink(config: Any) -> None:
 
 def _shrink_heads_of_state(config: Any) -> None:
     """Let layers that carry state have a few heads, as wide as fits the hidden size, and the same grouping."""
-    # a model of such layers alone; not one whose heads differ by layer
-    if _get(config, "num_attention_heads") is None and _get(config, "per_layer_config") is None:
+    if _has_states_alone(config):
         _set(config, "hidden_size", min(config.hidden_size, 16 * NUM_HEADS))
     inner = int(config.hidden_size * (getattr(config, "mamba_expand", None) or getattr(config, "expand", None) or 1))
     for heads, width in STATE_HEADS.items():
@@ -274,6 +273,14 @@ def _keep_one_layer_of_each_kind(config: Any) -> None:
     _set(config, "num_hidden_layers", num_layers)
     for name, values in per_layer.items():
         _set(config, name, values[:num_layers])
+
+
+def _has_states_alone(config: Any) -> bool:
+    """Return whether no layer has heads of attention; where they differ by layer, their number cannot be asked for."""
+    try:
+        return getattr(config, "num_attention_heads", None) is None
+    except Exception:
+        return False
 
 
 def _get(config: Any, name: str) -> Any:

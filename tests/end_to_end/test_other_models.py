@@ -42,11 +42,17 @@ QWEN: dict[str, Any] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermed
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 GEMMA4 = {**TINY, **MIXED_LAYERS, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
 GEMMA4 |= {"global_head_dim": 16}
+UNSEEN = {"image_token_index": TINY["vocab_size"]}  # a token that no row has
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # text, tower, and what joins them
     "gemma3": ("Gemma3", {**TINY, **MIXED_LAYERS}, TOWER, {"mm_tokens_per_image": 4}),
     "gemma4": ("Gemma4", GEMMA4, TOWER, {}),
-    "mistral3": ("Mistral3", {**TINY, "model_type": "mistral"}, {**TOWER, "model_type": "pixtral", "head_dim": 8}, {}),
-    "llava": ("Llava", {**TINY, "model_type": "llama"}, {**TOWER, "model_type": "clip_vision_model"}, {}),
+    "mistral3": (
+        "Mistral3",
+        {**TINY, "model_type": "mistral"},
+        {**TOWER, "model_type": "pixtral", "head_dim": 8},
+        UNSEEN,
+    ),
+    "llava": ("Llava", {**TINY, "model_type": "llama"}, {**TOWER, "model_type": "clip_vision_model"}, UNSEEN),
     "qwen2.5-vl": ("Qwen2_5_VL", {**TINY, **MROPE}, {**QWEN, "patch_size": 14, "fullatt_block_indexes": [0]}, {}),
     "qwen3-vl": (
         "Qwen3VL",

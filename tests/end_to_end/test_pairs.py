@@ -49,7 +49,8 @@ def compare(found: dict[str, Any], expected: dict[str, Any], near: float = 1e-12
             name for name in theirs if name.removeprefix("eval_") in ("entropy", "mean_token_accuracy", "num_tokens")
         ]
         for name in names:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+            # TRL keeps columns of a reference in fp32; here they are fp64
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if near < 1e-9 else 1e-4, abs=1e-7), name
 
 
 def test_pairs_are_learned_the_same(tmp_path: Any) -> None:
