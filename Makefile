@@ -6,10 +6,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Tests of ranks wait for each other more than they compute: three files at a time keep two cores busy; of the slow ones,
-# which have more ranks and limits of their own, two.
-AT_ONCE ?= 3
-SLOW_AT_ONCE ?= 2
+# Tests of ranks wait for each other more than they compute: four files at a time keep two cores busy; of the slow ones,
+# which have more ranks and limits of their own, three.
+AT_ONCE ?= 4
+SLOW_AT_ONCE ?= 3
 OUT ?= outputs/gpu
 DEVICE ?= cuda
 STAGES ?=
