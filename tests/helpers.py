@@ -6,11 +6,12 @@ import io
 import multiprocessing as mp
 import os
 import queue
+import random
 import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -88,9 +89,9 @@ def run_ranks(
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     results: Any = context.Queue()
-    port = free_port()
+    ports: Any = context.Queue()
     processes = [
-        context.Process(target=_rank, args=(function, rank, num_ranks, port, args, results))
+        context.Process(target=_rank, args=(function, rank, num_ranks, ports, args, results))
         for rank in range(num_ranks)
     ]
     for process in processes:
@@ -123,12 +124,25 @@ def run_ranks(
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that is free, and that no connection of another program is given by chance: those lie above."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
-def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+def store_of(rank: int, num_ranks: int, ports: Any) -> dist.TCPStore:
+    """The store at which ranks meet, on rank 0, at whatever port was free when it began to listen there."""
+    if rank:
+        return dist.TCPStore("127.0.0.1", ports.get(timeout=120), num_ranks, timeout=timedelta(seconds=120))
+    store = dist.TCPStore("127.0.0.1", 0, num_ranks, is_master=True, wait_for_workers=False)
+    for _ in range(num_ranks - 1):
+        ports.put(store.port)
+    return store
+
+
+def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any, ...], results: Any) -> None:
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # a rank's own children start as they would in a user's script
     os.environ |= {
@@ -137,10 +151,11 @@ def _rank(function: Any, rank: int, num_ranks: int, port: int, args: tuple[Any, 
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
     }
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+        store = store_of(rank, num_ranks, ports)
+        os.environ["MASTER_PORT"] = str(store.port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120))
         value, ok = function(*args), True
     except BaseException as error:
         # exceptions of other packages need not survive pickling

@@ -26,7 +26,6 @@ import multiprocessing as mp
 import os
 import resource
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -178,11 +177,11 @@ def stock(model_type: str, kind: str, extras: Sequence[str], together: bool = Fa
     return type(model).__name__, before, after
 
 
-def hetero(model_type: str, kind: str, rank: int, port: int) -> Any:
+def hetero(model_type: str, kind: str, rank: int, meeting: str) -> Any:
     """Train on one of two ranks; return the weights, and why the ranks could not share a sample, if so."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {**where, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    dist.init_process_group("gloo", timeout=timedelta(seconds=MOST_WAITING))
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    waiting = timedelta(seconds=MOST_WAITING)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=waiting)
     weights, trainer = trained(model_of(model_type, kind), ScriptedTrainer, 2)
     return weights, trainer._between_runs.manner.whole
 
@@ -251,10 +250,8 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"type": model_type, "kind": kind, "class": ""}
     found |= {"result": "stock cannot", "why": stock_error}
     if plain is not None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        ranks = called([(hetero, model_type, kind, rank, port) for rank in range(2)], seconds)
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = called([(hetero, model_type, kind, rank, f"{folder}/ranks") for rank in range(2)], seconds)
         found["class"] = plain[0]
         found |= judged(plain, ranks)
         if found["result"] == "wrong" and found["error"] < STEEP:

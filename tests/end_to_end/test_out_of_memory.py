@@ -126,7 +126,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     accumulation = case.get("gradient_accumulation_steps", 1)
     options: dict[str, Any] = {"per_device_train_batch_size": BATCH // world // accumulation, **case}
     hetero = HeteroConfig(**{"max_tokens_per_rank": 90, "group_timeout_s": 100.0, **options.pop("hetero", {})})
-    data: Any = Streamed() if options.pop("stream", False) else samples(LENGTHS)
+    lengths = options.pop("lengths", LENGTHS)
+    data: Any = Streamed() if options.pop("stream", False) else samples(lengths)
     found = trained(model, data, Trainer, hetero, callbacks=[reports, *also], **options)
     return {**found, "reports": reports.found, "capacity": kept[0].cost_model.capacity_tokens}
 
@@ -269,7 +270,7 @@ def test_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(out_of_memory, "MOST_REPEATS", 2)
         with pytest.raises(HeteroError, match=r"Step 1, .*: rank 0 ran out of memory with .*, after 2 repeats"):
-            run({"rank": 0, "tokens": 0})
+            run({"rank": 0, "tokens": 0, "lengths": [10] * len(LENGTHS)})  # fewer than are left after two repeats
     with pytest.raises(InfeasibleBatch, match=r"has no room in what memory held|cannot hold fewer"):
         run({"rank": 0, "tokens": 0})
 
