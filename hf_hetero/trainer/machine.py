@@ -26,6 +26,7 @@ from hf_hetero.estimate.shares import cuda_device
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model.activations import Activations
+from hf_hetero.model.by_layer import fewest
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import broadcast
@@ -129,7 +130,7 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    heads = getattr(_text_config(model), "num_attention_heads", None) or world
+    heads = fewest(_text_config(model), "num_attention_heads", world)
     shape = _shape(model, args, hetero, dtype, sharding, activations)
     shape = replace(shape, reference_passes=asked.passes, reference_bytes=asked.num_bytes)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
