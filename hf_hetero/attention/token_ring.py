@@ -264,7 +264,7 @@ def _unit(grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _as_elements(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the bytes of one number a head, (t, H), as elements of a type no wider: (t, H, one or more)."""
+    """Return the bytes of one number a head, shape (t, H), along a new dim, as elements of a type that is no wider."""
     return numbers.contiguous()[..., None].view(dtype)
 
 
