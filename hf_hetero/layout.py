@@ -242,6 +242,19 @@ def needed(layout: Layout, receiver: int, sender: int, window: int | None = None
     )
 
 
+def asking(layout: Layout, asker: int, holder: int) -> tuple[Span, ...]:
+    """Find the queries of one rank that meet a key of another, in the order the asker holds them.
+
+    Args:
+        layout: who holds what.
+        asker, holder: ranks of the group, by position.
+    """
+    first: dict[int, int] = {}  # of each sample, the first key that the holder has
+    for span in layout.spans[holder]:
+        first[span.sample] = min(span.start, first.get(span.sample, span.start))
+    return tuple(span for span in layout.spans[asker] if first.get(span.sample, span.start) < span.start)
+
+
 def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
     """Share query heads in near-equal runs; a rank gets every key-value head its run needs, so some travel twice."""
     group_size = num_heads // num_kv_heads

@@ -151,6 +151,7 @@ def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
         "gather": "any heads",
         "ring": "any heads",
         "ulysses_ring": in_blocks,
+        "token_ring": "any heads" if num_heads == num_kv_heads else "any heads; a ring sends less",
     }
 
 

@@ -56,6 +56,8 @@ class CostModel:
         num_kv_heads: of the model; with fewer of them than ranks in a block, "ulysses_ring" sends copies.
         network_bytes_per_s: what one rank sends across nodes when all do; None leaves "ulysses_ring" out.
         ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
+        query_bytes_per_token: queries of a token in all layers, and 4 bytes a head, one way; None: no "token_ring".
+        both_ways_overlap: share of what comes home in it that hides behind what goes out, 0 to 1; None: nothing.
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         ran_out: 1: its memory is what was tried next after a rank had run out of it; None: none has.
@@ -84,6 +86,8 @@ class CostModel:
     num_kv_heads: int | None = None
     network_bytes_per_s: float | None = None
     ring_overlap: float = 0.0
+    query_bytes_per_token: float | None = None
+    both_ways_overlap: float | None = None
     activation_policies: Mapping[str, ActivationPolicy] = field(default_factory=dict[str, ActivationPolicy])
     host_memory_bytes_per_rank: float | None = None
     ran_out: int | None = None
@@ -162,7 +166,7 @@ class CostModel:
 
     def _under(self, policy: ActivationPolicy) -> CostModel:
         """Price a group that follows a policy, as a cost model without any."""
-        kv_bytes = self.kv_bytes_per_token
+        kv_bytes, query_bytes = self.kv_bytes_per_token, self.query_bytes_per_token
         return replace(
             self,
             activation_policies={},
@@ -171,6 +175,7 @@ class CostModel:
             linear_s_per_token=policy.linear_s_per_token,
             all_to_all_bytes_per_token=self.all_to_all_bytes_per_token * policy.exchanges,
             kv_bytes_per_token=None if kv_bytes is None else kv_bytes * policy.exchanges,
+            query_bytes_per_token=None if query_bytes is None else query_bytes * policy.exchanges,
             memory_bytes_per_rank=self.model_state_bytes_per_rank + self._room_bytes(policy),
         )
 

@@ -40,6 +40,8 @@ def check_values(values: Mapping[str, Any]) -> None:
             f"Cost model {name!r}: network_bytes_per_s is {network} and ring_overlap is "
             f"{overlap}; a bandwidth is above 0, and a share at most 1."
         )
+    if (both_ways := values["both_ways_overlap"]) is not None and both_ways > 1:
+        raise ConfigError(f"Cost model {name!r}: both_ways_overlap is {both_ways}; it is a share, so at most 1.")
     if not values["activation_bytes_per_token"] >= LEAST_NUMBER:
         raise ConfigError(f"Cost model {name!r}: activation_bytes_per_token must be above 0.")
     if (provenance := values["provenance"]) not in (None, *PROVENANCES):

@@ -20,6 +20,7 @@ from hf_hetero.estimate.operations import (
     kv_bytes,
     linear_flops,
     optimizer_bytes,
+    query_bytes,
     traffic_bytes,
 )
 from hf_hetero.topology import Topology
@@ -104,6 +105,7 @@ def estimate_cost_model(
         num_kv_heads=shape.kv_heads,
         network_bytes_per_s=device.network_bytes_per_s if topology.crosses_nodes(topology.num_ranks) else None,
         ring_overlap=device.ring_overlap,
+        query_bytes_per_token=query_bytes(shape),
         attention_s_per_token2=attention_s(shape, device),
         linear_s_per_token=linear_s(shape, device),
         micro_batch_s=micro_batch_s,

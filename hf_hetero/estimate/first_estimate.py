@@ -51,7 +51,7 @@ def restricted(
     """
     cost = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in policies})
     most = hetero.max_degree or num_ranks
-    if cost.kv_bytes_per_token is None or not {"gather", "ring"} & set(hetero.methods):
+    if cost.kv_bytes_per_token is None or not {"gather", "ring", "token_ring"} & set(hetero.methods):
         most = min(most, num_heads)
     else:
         cost = replace(cost, num_heads=num_heads)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+from hf_hetero.config import DEFAULT_METHODS
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS, Plan
@@ -50,7 +51,7 @@ class Planner:
     solver: Solver = "auto"
     mip_time_limit_s: float = 2.0
     mip_backend: Backend = "highs"
-    methods: Sequence[str] = METHODS
+    methods: Sequence[str] = DEFAULT_METHODS
 
     def __post_init__(self) -> None:
         if not _positive_integer(self.num_ranks):

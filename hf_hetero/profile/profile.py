@@ -33,7 +33,7 @@ GLANCE = ((256,), (1024,))
 """Samples that a first glance at the machine is taken with."""
 ROUNDS = 3
 """Rounds that the time allowed must suffice for; where it would not, groups are smaller."""
-OTHER_METHODS = {"gather", "ring"}
+OTHER_METHODS = {"gather", "ring", "token_ring"}
 """Methods that are timed beside the exchange of heads; "ulysses_ring" is made of what is known of two of them."""
 LEAST_ROOM = 256
 """Tokens of a rank below which groups are not made smaller."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,7 +158,7 @@ def set_up(
     messengers.close()
     cost = found.cost_model
     if args.process_index == 0:
-        _log_cost_model(cost, world, heads, subject, args.device)
+        _log_cost_model(cost, world, heads, subject, args.device, hetero.methods)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, ground, checkpoint, found.given, found.is_estimate, found.is_kept)
 
@@ -211,7 +211,9 @@ def _of_file(given: CostModel, kept: Kept | None) -> Found:
     return Found(kept.cost_model if is_refit else given, digest, is_estimate, is_kept=True)
 
 
-def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: str, device: torch.device) -> None:
+def _log_cost_model(
+    cost: CostModel, num_ranks: int, num_heads: int, subject: str, device: torch.device, methods: Collection[str]
+) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
     if cost.model not in (None, subject):
         logger.warning(
@@ -225,6 +227,12 @@ def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: st
     extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
     tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
     logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
+    if "token_ring" in methods and None in (cost.kv_bytes_per_token, cost.query_bytes_per_token):
+        logger.warning(
+            "Cost model %r says nothing of the bytes of keys or queries, so 'token_ring' is never planned. Make a file "
+            "with `hf-hetero profile`, or add kv_bytes_per_token and query_bytes_per_token to this one.",
+            cost.name,
+        )
     if advice := memory.allocator_advice(device):
         logger.warning("%s", advice)
     if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:

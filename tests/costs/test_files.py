@@ -38,6 +38,8 @@ COST_MODELS = st.builds(
     num_kv_heads=st.none() | st.integers(1, 128),
     network_bytes_per_s=st.none() | NUMBERS,
     ring_overlap=st.floats(0, 1),
+    query_bytes_per_token=st.none() | NUMBERS,
+    both_ways_overlap=st.none() | st.floats(0, 1),
     activation_policies=POLICIES,
     host_memory_bytes_per_rank=st.none() | NUMBERS,
     name=st.text(max_size=8),

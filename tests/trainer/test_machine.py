@@ -17,6 +17,8 @@ from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
 from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, keep_cost_model, kept_cost_model, set_up
 
+QUERIES = {"kv_bytes_per_token": 1.0, "query_bytes_per_token": 1.0}
+
 
 def set_up_here(folder: str, config: dict[str, Any], checkpoint: str | None) -> dict[str, Any]:
     world = torch.distributed.get_world_size()
@@ -47,6 +49,27 @@ def test_the_users_file_comes_first(tmp_path: Path) -> None:
     assert first["cost"]["name"] == "mine"
     assert CostModel.from_dict(first["cost"]).capacity_tokens == 50
     assert first["has_group"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "known", "is_said"),
+    [(["ulysses", "token_ring"], {}, True), (["ulysses", "ring"], {}, False), (["token_ring"], QUERIES, False)],
+)
+def test_a_method_without_a_price_is_said(
+    methods: list[str], known: dict[str, float], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who asks for a token ring, with a file that does not know of queries, is told that none is planned, and why."""
+    a_cost_model(**known).save(tmp_path / "cost.json")
+    trainer = HeteroTrainer(
+        tiny_model(),
+        arguments(str(tmp_path / "run"), 1, max_steps=1),
+        train_dataset=samples(LENGTHS),
+        hetero=HeteroConfig(cost_model=str(tmp_path / "cost.json"), methods=methods),
+    )
+    with caplog.at_level("WARNING"):
+        trainer.train()
+    assert ("'token_ring' is never planned" in caplog.text) == is_said
+    assert ("add kv_bytes_per_token and query_bytes_per_token" in caplog.text) == is_said
 
 
 @pytest.mark.parametrize(("kept_on", "name"), [(2, "kept"), (4, "estimate")])
