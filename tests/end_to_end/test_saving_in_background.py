@@ -297,8 +297,8 @@ class Fault(TrainerCallback):
 
         def saved(data: Any, path: Any) -> None:
             save(data, path)
-            if Path(path).parts[-2:] == ("checkpoint-4", "optimizer.pt"):
-                self._strike(Path(path))
+            if isinstance(path, Path) and path.parts[-2:] == ("checkpoint-4", "optimizer.pt"):
+                self._strike(path)
 
         def written(trainer: Any, folder: str, state_dict: Any) -> None:
             write(trainer, folder, state_dict)

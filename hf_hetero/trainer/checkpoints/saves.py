@@ -137,10 +137,9 @@ class SavesWhole(Trainer):
             return
         if waits:
             writing.wait()
-        self._training.writing = None
         if not writing.is_whole(self._planned_run.control):
-            self._training.writing = writing
             return
+        self._training.writing = None
         # as if it were the moment when it was taken: scripts make the checkpoint's name of the step
         now, self.state = self.state, writing.state
         is_due = self.control.should_save  # which is taken back by what is called

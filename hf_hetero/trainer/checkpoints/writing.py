@@ -32,6 +32,7 @@ class Writing:
     def __init__(self, write: Callable[[], None], folder: Path, state: TrainerState, is_pushed: bool) -> None:
         self._write, self.folder, self.state, self.is_pushed = write, folder, state, is_pushed
         self._error: Exception | None = None
+        self._is_raised = False
         # it ends with the process: whoever ends training waits for it
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
@@ -64,12 +65,12 @@ class Writing:
         # another error than the thread's: all ranks may know that one, but not at the same step
         error = HeteroError(str(self._error)) if is_over and self._error is not None else None
         if error is not None:
-            error.__cause__ = self._error
+            error.__cause__, self._is_raised = self._error, True
         raise_together(error, control)
         return not any_of([not is_over], control)[0]
 
     def end(self) -> None:
-        """Wait for it where training ends with an error, and say what became of it."""
+        """Wait for it where training ends with an error; say what went wrong, if that is not what ends training."""
         self.wait()
-        if self._error is not None:
+        if self._error is not None and not self._is_raised:
             logger.warning("%s", self._error)
