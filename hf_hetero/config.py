@@ -153,6 +153,13 @@ class HeteroConfig:
             "TrainingArguments.ddp_timeout counts."
         },
     )
+    save_in_background: bool = field(
+        default=False,
+        metadata={
+            "help": "Copy what a checkpoint holds into host memory, and write it while training goes on; on_save and a "
+            "push to the hub come when it is whole. Takes host memory for a second copy of what is trained."
+        },
+    )
     planning_timeout_s: float = field(
         default=60.0, metadata={"help": "Seconds a plan may take; after them its step has a simpler plan."}
     )
