@@ -219,7 +219,7 @@ def train_part(
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 _watch_sources(context, micro_batch, training)
-                syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
+                syncs = sharding.synchronising(trainer, model, run.fitted.sharding, is_last=index == last)
                 adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
                 with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
@@ -245,6 +245,7 @@ def train_part(
 def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
     """Start the clock, and adopt the wrapper's groups, in the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
+    sharding.forget_gradients(model)  # of a step that an error broke off, in a run before
     training.repeats.exchanges = adopt_exchanges(model, run)
     for exchange in training.repeats.exchanges:
         training.opened.callback(exchange.put_back)
@@ -301,7 +302,8 @@ def save_whole(
         save()
         if args.should_save:
             given = between.machine.given if between.machine is not None else None
-            keep_cost_model(folder, between.cost_model_of_now(), args.world_size, given)
+            cost, replicas = between.cost_model_of_now(), run.fitted.sharding.replicas
+            keep_cost_model(folder, cost, args.world_size, given, replicas)
 
     # `save_model`, which Trainer calls on the way, asks for it
     training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
