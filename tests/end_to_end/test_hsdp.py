@@ -292,49 +292,43 @@ def test_a_step_that_was_broken_off_leaves_nothing(tmp_path: Path, syncs_each: b
 # ----------------------------------------------------------------------------------------------------------- samples
 
 
-class Read(list[Any]):
-    """Rows, and the numbers of those that this rank has read."""
+def rows_trained(folder: str) -> list[list[int]]:
+    """Tokens of each micro-batch of this rank, in one step without sharing."""
+    seen, model = list[list[int]](), tiny_model()
 
-    def __init__(self, rows: list[Any]) -> None:
-        super().__init__(rows)
-        self.numbers: list[int] = []
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            seen.append(kwargs["input_ids"].flatten().tolist())
 
-    def __getitem__(self, number: Any) -> Any:
-        self.numbers.append(number)
-        return super().__getitem__(number)
-
-
-def rows_read(folder: str) -> list[int]:
-    rows = Read(samples(LENGTHS))
     args = arguments(folder, 4, len(LENGTHS), max_steps=1, **with_mesh((2, 2), {}))
-    trainer = HeteroTrainer(tiny_model(), args, train_dataset=rows, hetero=HeteroConfig(max_degree=1))
-    rows.numbers.clear()
+    trainer = HeteroTrainer(model, args, train_dataset=samples(LENGTHS), hetero=HeteroConfig(max_degree=1))
+    model.register_forward_pre_hook(note, with_kwargs=True)
     trainer.train()
-    return rows.numbers
+    return seen
 
 
 def test_samples_are_dealt_over_both_axes(tmp_path: Path) -> None:
-    """Of a step without sharing, each sample is read by one rank alone: no two ranks of a mesh get the same ones."""
-    read = run_ranks(rows_read, 4, str(tmp_path))
-    assert sorted(number for numbers in read for number in numbers) == list(range(len(LENGTHS)))
-    assert all(read)
+    """Of a step without sharing, each sample is trained by one rank alone: no two of a mesh get the same ones."""
+    seen = run_ranks(rows_trained, 4, str(tmp_path))
+    said = [" ".join(f" {' '.join(map(str, tokens))} " for tokens in rank) for rank in seen]
+    rows = [f" {' '.join(map(str, row['input_ids']))} " for row in samples(LENGTHS) if len(row["input_ids"]) > 3]
+    assert [sum(row in rank for rank in said) for row in rows] == [1] * len(rows)
+    assert all(any(row in rank for row in rows) for rank in said)
 
 
-def evaluated(folder: str, size: Size | None, trains: bool) -> float:
+def evaluated(folder: str, size: Size | None) -> float:
     rows = samples(LENGTHS)
     changes = {"max_steps": 2, "per_device_eval_batch_size": 2}
     args = arguments(folder, 4, **(changes if size is None else with_mesh(size, changes)))
     trainer = HeteroTrainer(tiny_model(dtype=torch.float64), args, train_dataset=rows, eval_dataset=rows)
-    if trains:
-        trainer.train()
+    trainer.train()
     return trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("trains", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_evaluation(trains: bool, tmp_path: Path) -> None:
-    """The loss of an evaluation, with or without a training before, is that of whole weights on each rank."""
-    whole = run_ranks(evaluated, 4, str(tmp_path), None, trains)
-    found = run_ranks(evaluated, 4, str(tmp_path), (2, 2), trains)
+def test_evaluation(tmp_path: Path) -> None:
+    """The loss of an evaluation after some steps is that of whole weights on each rank."""
+    whole = run_ranks(evaluated, 4, str(tmp_path), None)
+    found = run_ranks(evaluated, 4, str(tmp_path), (2, 2))
     assert found == pytest.approx(whole, rel=1e-12)
     assert len(set(found)) == 1
 

@@ -22,13 +22,13 @@ def launched(monkeypatch: pytest.MonkeyPatch, **sizes: int) -> None:
 
 
 def test_a_mesh_is_read_from_either(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arguments go before the launcher, as with accelerate; releases of transformers that know no mesh ask for none."""
+    """Arguments go before the launcher, as in accelerate; releases of transformers that know no mesh ask for none."""
     assert mesh_asked_for(arguments(4)) is None
     assert mesh_asked_for(SimpleNamespace(world_size=4)) is None  # pyright: ignore[reportArgumentType]
     assert mesh_asked_for(arguments(4, dp_replicate_size=2, dp_shard_size=2)) == Mesh(2, 2)
     launched(monkeypatch, dp_replicate_size=2, dp_shard_size=8)
     assert mesh_asked_for(arguments(16)) == Mesh(replicas=2, shards=8)
-    assert mesh_asked_for(arguments(4, dp_shard_size=4)) == Mesh(1, 4)
+    assert mesh_asked_for(arguments(4, dp_replicate_size=1, dp_shard_size=4)) == Mesh(1, 4)
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "false")
     assert mesh_asked_for(arguments(16)) is None
 
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[int, dict[str, int], bool, str | None]] = {  # ranks, siz
     "nothing, FSDP": (4, {}, True, None),
     "sizes of 1": (4, {"dp_shard_size": 1}, False, None),
     "one rank": (1, {"dp_shard_size": 4}, True, "is a mesh of 4 ranks, and there are 1: choose sizes"),
-    "another axis": (4, {"dp_replicate_size": 2, "tp_size": 2}, True, None),  # which is refused as what it is
+    "another axis": (4, {"dp_shard_size": 2, "tp_size": 4}, True, None),  # which is refused as what it is
     "too many": (
         4,
         {"dp_replicate_size": 2, "dp_shard_size": 4},
