@@ -155,7 +155,7 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
             f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
             f"{type(inside).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
         )
-    check_mesh(inside, args)
+    check_mesh(model, args)
 
 
 def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
@@ -238,8 +238,8 @@ def forget_gradients(model: torch.nn.Module) -> None:
 
 
 def _inside(model: torch.nn.Module) -> Any:
-    """Return a wrapped model out of what torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+    """Return a wrapped model out of what torch.compile puts around DDP; FSDP2 is around what was compiled."""
+    return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
 
 
 def _states(model: torch.nn.Module) -> list[Any]:
@@ -270,7 +270,7 @@ def synchronising(trainer: Trainer, model: torch.nn.Module, sharding: Sharding, 
     Raises:
         HeteroError: a step ends, and gradients of some weights were not added up over replicas.
     """
-    inside: Any = getattr(model, "_orig_mod", model)
+    inside = _inside(model)
     if not (sharding.syncs_each or is_last):
         with trainer.accelerator.no_sync(model=model):
             yield

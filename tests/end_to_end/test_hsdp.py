@@ -166,7 +166,6 @@ CASES: dict[str, tuple[Size, dict[str, Any]]] = {
     "adapters": ((2, 2), {"lora": True}),
     "adapters, recomputed": ((2, 2), {"lora": True, "args": RECOMPUTED}),
     "tied": ((2, 2), {"config": {"tie_word_embeddings": True}}),
-    "offloaded": ((2, 2), {"args": {"fsdp_config": {"cpu_offload": True}}}),
     "loaded by one rank": (
         (2, 2),
         {"dtype": torch.float32, "args": LOADED_BY_ONE},
