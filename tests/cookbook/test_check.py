@@ -15,9 +15,11 @@ import transformers
 from test_recipes import ARCHITECTURES, CHAT_TEMPLATE, SHRUNK
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from hf_hetero import HeteroConfig
 from hf_hetero.cli import main
 from hf_hetero.cookbook.check import check_recipe
 from hf_hetero.cookbook.keys import key_in, launch_problems
+from hf_hetero.cookbook.sample import planned
 from hf_hetero.cookbook.shelf import SHELF, Recipe, mesh_in, read, recipe_named, shelf
 
 TEXTS = [f"def f{number}(x):\n" + f"    return x + {number}\n" * (1 + 3 * number % 17) for number in range(40)]
@@ -113,6 +115,15 @@ def test_a_mesh_of_other_ranks_is_refused(tmp_path: Path) -> None:
     )
     assert shipped.launch is not None
     assert mesh_in(shipped.launch) is None
+
+
+def test_a_step_is_planned_for_the_replicas_of_its_launch_file() -> None:
+    """Over nodes, weights that are gathered inside a node take less of the step."""
+    model = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+    values = {"model_config": {**model, "num_attention_heads": 4}, "num_ranks": 16, "bf16": True}
+    hetero, lengths = HeteroConfig(), [100] * 128
+    over_all, over_nodes = (planned(values, lengths, hetero, None, True, shards).plan for shards in (None, 8))
+    assert over_nodes.seconds < over_all.seconds
 
 
 def test_a_message_is_of_the_key_that_it_names() -> None:
