@@ -85,7 +85,8 @@ class HeteroConfig:
         default=None,
         metadata={
             "help": "Synchronise gradients after every micro-batch instead of once a step: more communication, but "
-            "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded."
+            "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded, among "
+            "the ranks that share them; replicas add up theirs once a step, but for gradients in 16 bits."
         },
     )
     chunked_loss: bool = field(

@@ -107,6 +107,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.tiny",
         "cookbook.sample",
         "cookbook.trial",
+        "ranks.mesh",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
         "trainer.checkpoints.saves",

@@ -28,7 +28,7 @@ def first_estimate(
 
     Args:
         shape, device, topology: what is estimated; `topology.memory_bytes` must be known.
-        shards: how model states are sharded over all ranks; None: each rank holds them all.
+        shards: how model states are sharded over ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
         hetero: the user's limits.
         states: layers of the model that carry state; None: it has none.

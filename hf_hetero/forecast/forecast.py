@@ -47,10 +47,11 @@ class Setting:
         checkpointing: every group recomputes its layers; else those that gain by it.
         offload: groups may also wait for copies to the host's memory, where they gain by it.
         dtype: that training computes in; frozen weights lie in it, too.
-        sharded: weights over all ranks (FSDP2), or all of them on each (DDP); None: sharded if there are several ranks,
-            and they are trained, or take more than half of what a rank has.
+        sharded: weights in parts over ranks (FSDP2), or all of them on each (DDP); None: in parts if there are several
+            ranks, and weights are trained, or take more than half of what a rank has.
         network_gbps: line rate of a node, in gigabits a second; None: what a trainer takes that knows of none.
         kernel: of attention, one of `shares.ATTENTION`; fa2 is as fast as the one that comes with torch.
+        shards: ranks over which weights lie in parts, so that several such groups are replicas (HSDP); None: all.
 
     Raises:
         ConfigError: a value is out of range.
@@ -63,6 +64,7 @@ class Setting:
     sharded: bool | None = None
     network_gbps: float | None = None
     kernel: str = "fa2"
+    shards: int | None = None
 
     def __post_init__(self) -> None:
         if self.lora_r is not None and not 1 <= self.lora_r <= MOST_RANK:
@@ -73,6 +75,8 @@ class Setting:
             raise ConfigError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
         if self.kernel not in ATTENTION:
             raise ConfigError(f"kernel {self.kernel!r}: choose one of {', '.join(ATTENTION)}.")
+        if self.shards is not None and (self.shards < 2 or self.sharded is False):
+            raise ConfigError(f"Weights over {self.shards} ranks: 2 at least; --ddp alone leaves all of them on each.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +144,7 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
     """
     text = model.config.get_text_config(decoder=True)
     shape, policies = trained_shape(model.outline, text, setting)
-    shards = Shards() if _is_sharded(shape, machines, setting) else None
+    shards = _shards(shape, machines, setting)
     estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(model.outline, text))
     try:
         subject = subject_of(shape, model.config.model_type, DTYPES[setting.dtype])
@@ -148,7 +152,7 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
     except ConfigError:
         raise ConfigError(_what_would_fit(model.name, shape, machines, shards, setting, estimated)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
-    where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
+    where = _where(machines, shards)
     trained = f"{model.name}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}"
     return Forecast(cost, machines, trained, shards is not None)
 
@@ -156,7 +160,14 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
 def setting_of(args: Any) -> Setting:
     """Read what `arguments.add_setting` adds to a command line."""
     return Setting(
-        args.lora_r, args.checkpointing, args.offload, args.dtype, args.sharded, args.network, args.attention
+        args.lora_r,
+        args.checkpointing,
+        args.offload,
+        args.dtype,
+        args.sharded,
+        args.network,
+        args.attention,
+        args.shards,
     )
 
 
@@ -196,13 +207,35 @@ def trained_shape(outline: Any, config: Any, setting: Setting) -> tuple[ModelSha
     )
 
 
-def _is_sharded(shape: ModelShape, machines: Machines, setting: Setting) -> bool:
-    """Return whether weights would be spread over the ranks."""
-    if setting.sharded is not None or machines.num_ranks == 1:
-        return bool(setting.sharded)
+def _shards(shape: ModelShape, machines: Machines, setting: Setting) -> Shards | None:
+    """Return how weights would be spread over the ranks; None: each rank holds them all.
+
+    Raises:
+        ConfigError: ranks do not make replicas of so many.
+    """
+    num_ranks, asked = machines.num_ranks, setting.shards
+    if asked is not None:
+        if num_ranks % asked:
+            sizes = ", ".join(str(size) for size in range(2, num_ranks + 1) if num_ranks % size == 0)
+            raise ConfigError(
+                f"Weights over every {asked} ranks: {num_ranks} ranks make no replicas of {asked}. "
+                f"{f'Choose one of {sizes}.' if sizes else 'Leave --shards out.'}"
+            )
+        # as a trainer does, whose gradients in 16 bits do not wait for the last micro-batch
+        return Shards(replicas=num_ranks // asked, reduces_once=DTYPES[setting.dtype].itemsize >= 4)
+    if setting.sharded is not None or num_ranks == 1:
+        return Shards() if setting.sharded else None
     memory_bytes = machines.topology.memory_bytes
     assert memory_bytes is not None
-    return setting.lora_r is None or model_state_bytes(shape) > memory_bytes / 2
+    return Shards() if setting.lora_r is None or model_state_bytes(shape) > memory_bytes / 2 else None
+
+
+def _where(machines: Machines, shards: Shards | None) -> str:
+    """Say where weights would be."""
+    if shards is None:
+        return "whole on each rank"
+    ways = f"sharded over {machines.num_ranks // shards.replicas} ranks"
+    return ways if shards.replicas == 1 else f"{ways} in each of {shards.replicas} replicas"
 
 
 def _estimated(
@@ -250,6 +283,8 @@ def _what_would_fit(
     ways: list[str] = []
     if shards is None and machines.num_ranks > 1 and fits(machines, Shards()):
         ways.append("weights sharded over the ranks (--fsdp)")
+    if shards is not None and shards.replicas > 1 and fits(machines, Shards()):
+        ways.append("weights sharded over all ranks instead of those of a replica (--fsdp)")
     more = doubled(machines)
     while more.num_ranks <= MOST_GPUS and not fits(more, Shards()):
         more = doubled(more)
@@ -266,6 +301,12 @@ def _what_would_fit(
     assert machines.topology.memory_bytes is not None
     return (
         f"{model} does not fit on {machines.name}: weights, gradients and optimizer are "
-        f"{model_state_bytes(shape) / GIB:,.1f} GiB {'over all ranks' if shards else 'on each rank'}, and a rank has "
+        f"{model_state_bytes(shape) / GIB:,.1f} GiB {_over(machines, shards)}, and a rank has "
         f"{machines.topology.memory_bytes / GIB:.1f} GiB for its part and its tokens. What would do: {'; '.join(ways)}."
     )
+
+
+def _over(machines: Machines, shards: Shards | None) -> str:
+    if shards is None:
+        return "on each rank"
+    return "over all ranks" if shards.replicas == 1 else f"over {machines.num_ranks // shards.replicas} ranks"

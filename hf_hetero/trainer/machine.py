@@ -49,7 +49,7 @@ class Ground:
         shape: of the model, and of how it is trained.
         speed: of one rank's device, by this rank.
         topology: how the ranks stand on nodes, and what memory each of them has.
-        spread: how model states are sharded over all ranks; None: each rank holds them all.
+        spread: how model states are sharded over ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, and gain by it.
         hetero: the user's limits.
         states: layers of the model that carry state; None: it has none.
@@ -135,7 +135,7 @@ def set_up(
     shape = replace(shape, reference_passes=asked.passes, reference_bytes=asked.num_bytes)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
-    shards = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+    shards = memory.Shards(sharding.offloads, not sharding.syncs_each, sharding.replicas, sharding.reduces_once)
     # without a GPU offloading copies from host memory to host memory: there is none to gain
     gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
     # a CPU is timed on all ranks at once, as training will run
@@ -144,7 +144,7 @@ def set_up(
     ground = Ground(shape, speed, _topology(args.device, world), spread, gained, hetero, states)
 
     def make() -> Found:
-        found = _found(hetero, ground, subject, kept := kept_cost_model(checkpoint, world))
+        found = _found(hetero, ground, subject, kept := kept_cost_model(checkpoint, world, sharding.replicas))
         cost = restricted(found.cost_model, hetero, world, heads, policies)
         # what has proven too much stays so, whatever a file or a setting says
         if kept is not None and kept.cost_model.ran_out:
@@ -277,17 +277,17 @@ def digest_of(cost: CostModel) -> str:
     return hashlib.sha256(json.dumps(cost.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int, given: str | None = None) -> None:
-    """Put a cost model into a checkpoint, with the number of ranks it is for, and the digest of the user's file."""
-    data = {**cost.to_dict(), "num_ranks": num_ranks, "given": given}
+def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int, given: str | None = None, replicas: int = 1) -> None:
+    """Put a cost model into a checkpoint, with the ranks and replicas it is for, and the digest of the user's file."""
+    data = {**cost.to_dict(), "num_ranks": num_ranks, "given": given, "replicas": replicas}
     (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def kept_cost_model(checkpoint: str | None, num_ranks: int) -> Kept | None:
-    """Read the cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+def kept_cost_model(checkpoint: str | None, num_ranks: int, replicas: int = 1) -> Kept | None:
+    """Read the cost model of a checkpoint; None if it has none, or was made on other numbers of ranks or replicas."""
     if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("num_ranks") != num_ranks:
+    if (data.get("num_ranks"), data.get("replicas", 1)) != (num_ranks, replicas):
         return None
     return Kept(CostModel.from_dict(data, where=str(path)), data.get("given"))

@@ -231,7 +231,7 @@ def train_part(
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 _watch_sources(context, micro_batch, training)
-                syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
+                syncs = sharding.synchronising(trainer, model, run.fitted.sharding, is_last=index == last)
                 adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
                 with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
@@ -257,6 +257,7 @@ def train_part(
 def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
     """Start the clock, and adopt the wrapper's groups, in the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
+    sharding.forget_gradients(model)  # of a step that an error broke off, in a run before
     training.repeats.exchanges = adopt_exchanges(model, run)
     for exchange in training.repeats.exchanges:
         training.opened.callback(exchange.put_back)

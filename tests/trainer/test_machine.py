@@ -90,6 +90,18 @@ def test_keeping(tmp_path: Path) -> None:
     assert kept_cost_model(None, 2) is None
 
 
+def test_one_of_other_replicas_is_made_anew(tmp_path: Path) -> None:
+    """A cost model has the memory of one mesh: over another it is estimated again; older ones are of one replica."""
+    keep_cost_model(tmp_path, a_cost_model(), 4, replicas=2)
+    assert kept_cost_model(str(tmp_path), 4, replicas=2) == Kept(a_cost_model(), None)
+    assert kept_cost_model(str(tmp_path), 4) is None
+    data = json.loads((tmp_path / KEPT_COST_MODEL).read_text())
+    del data["replicas"]
+    (tmp_path / KEPT_COST_MODEL).write_text(json.dumps(data))
+    assert kept_cost_model(str(tmp_path), 4) == Kept(a_cost_model(), None)
+    assert kept_cost_model(str(tmp_path), 4, replicas=2) is None
+
+
 def evaluated_then_resumed(folder: str, resume: str | None) -> list[str]:
     world = torch.distributed.get_world_size()
     args = arguments(folder, world, max_steps=2, save_strategy="steps", save_steps=1)

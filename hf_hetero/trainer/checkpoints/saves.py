@@ -68,9 +68,9 @@ class SavesWhole(Trainer):
         def save() -> None:
             super(SavesWhole, self)._save_checkpoint(model, trial)
             if self.args.should_save:
-                between = self._between_runs
+                between, replicas = self._between_runs, self._planned_run.fitted.sharding.replicas
                 given = between.machine.given if between.machine is not None else None
-                keep_cost_model(folder, between.cost_model_of_now(), self.args.world_size, given)
+                keep_cost_model(folder, between.cost_model_of_now(), self.args.world_size, given, replicas)
 
         self._announce(waits=True)
         run = self._place()  # before callbacks are silenced
