@@ -10,8 +10,9 @@ it is a rule of thumb.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,45 +29,51 @@ class Load(NamedTuple):
         computed_s: divided by the speed of its slowest rank.
         exchanged_s: divided by that of its slowest link.
         fixed_s: the same everywhere.
+        num_samples: of the group; what is of many can be dealt out anew.
     """
 
     degree: int
     computed_s: float
     exchanged_s: float
     fixed_s: float
+    num_samples: int = 1
 
     def seconds(self, place: Place) -> float:
         """Return the seconds of the group at a place."""
         return self.computed_s / place.rank_speed + self.exchanged_s / place.link_speed + self.fixed_s
 
 
-def load_of(degree: int, charges: Charges) -> Load:
-    """Return the load of a group of this degree that costs so much on an even machine."""
-    return Load(degree, charges.attention_s + charges.linear_s, charges.exchange_s, charges.fixed_s)
+def load_of(group: Group, charges: Charges) -> Load:
+    """Return the load of a group that costs so much on an even machine."""
+    computed_s = charges.attention_s + charges.linear_s
+    return Load(group.degree, computed_s, charges.exchange_s, charges.fixed_s, len(group.samples))
 
 
-def placed(plan: Plan, by_sequence: Plan, cost: CostModel, lengths: Sequence[int]) -> Plan:
-    """Give the groups of each micro-batch other ranks, as fast ones as they need; `seconds` are left to the caller.
+Arrangement = Callable[[int, Sequence[Load], Places], list[int]]
+"""Ranks of the run, loads and places -> the first rank of each group."""
+
+
+def placed(plan: Plan, by_sequence: Plan, cost: CostModel, lengths: Sequence[int], arrangement: Arrangement) -> Plan:
+    """Give the groups of each micro-batch other ranks; `seconds` are left to the caller.
 
     Args:
         plan: by item.
         by_sequence: the same, by sequence.
         cost: of the uneven machine.
         lengths: tokens of each sequence of the global batch.
+        arrangement: `arranged`, or `set_apart`.
     """
     even, places = cost.evened(), cost.places
     micro_batches: list[MicroBatch] = []
-    for micro_batch, held in zip(plan.micro_batches, by_sequence.micro_batches, strict=True):
-        filled = [(ours, theirs) for ours, theirs in zip(micro_batch.groups, held.groups, strict=True) if ours.samples]
-        loads = [load_of(theirs.degree, even.charges(theirs, lengths)) for _, theirs in filled]
-        starts = arranged(plan.num_ranks, loads, places)
+    for ours, theirs in zip(plan.micro_batches, by_sequence.micro_batches, strict=True):
+        held = [(group, of) for group, of in zip(ours.groups, theirs.groups, strict=True) if group.samples]
+        loads = [load_of(of, even.charges(of, lengths)) for _, of in held]
+        starts = arrangement(plan.num_ranks, loads, places)
         groups = [
             replace(group, ranks=tuple(range(start, start + group.degree)))
-            for (group, _), start in zip(filled, starts, strict=True)
+            for (group, _), start in zip(held, starts, strict=True)
         ]
-        taken = {rank for group in groups for rank in group.ranks}
-        groups += [Group((rank,), ()) for rank in range(plan.num_ranks) if rank not in taken]
-        micro_batches.append(MicroBatch(tuple(sorted(groups, key=lambda group: group.ranks))))
+        micro_batches.append(filled(groups, plan.num_ranks))
     return replace(plan, micro_batches=tuple(micro_batches))
 
 
@@ -88,6 +95,19 @@ def arranged(num_ranks: int, loads: Sequence[Load], places: Places) -> list[int]
         limits, True, key=lambda limit: _arranged(num_ranks, loads, order, blocks, seconds, limit) != []
     )
     return _arranged(num_ranks, loads, order, blocks, seconds, limits[found]) if limits else []
+
+
+def set_apart(num_ranks: int, loads: Sequence[Load], places: Places) -> list[int]:
+    """Return the first rank of each group, so that what is slow is left to the smallest groups of the most samples.
+
+    That is no good plan by itself, but one that samples can be moved in: a group waits for its slowest rank, so that
+    few ranks shall share it, and what stays there shall be easy to deal out.
+    """
+    blocks = _blocks(num_ranks, sorted({load.degree for load in loads}), places)
+    order = sorted(range(len(loads)), key=lambda n: (-loads[n].degree, loads[n].num_samples, -loads[n].computed_s))
+    # the fastest block is the slowest of those with the fewest seconds, so that what is left is what is slow
+    seconds = [{place: -load.seconds(place) for place in blocks[load.degree]} for load in loads]
+    return _arranged(num_ranks, loads, order, blocks, seconds, math.inf)
 
 
 Blocks = dict[int, dict[Place, list[int]]]
@@ -128,3 +148,10 @@ def _arranged(
         starts[number] = start = free[slowest[1]].pop()
         taken[start : start + degree] = b"\1" * degree
     return starts
+
+
+def filled(groups: Sequence[Group], num_ranks: int) -> MicroBatch:
+    """Return the micro-batch of some groups, in which the other ranks stand alone."""
+    taken = {rank for group in groups for rank in group.ranks}
+    alone = [Group((rank,), ()) for rank in range(num_ranks) if rank not in taken]
+    return MicroBatch(tuple(sorted([*groups, *alone], key=lambda group: group.ranks)))

@@ -16,7 +16,7 @@ from hf_hetero.plan import Plan
 from hf_hetero.planner import methods, policies
 from hf_hetero.planner.items import Items, sequences_of
 from hf_hetero.planner.uneven.levelling import levelled
-from hf_hetero.planner.uneven.placing import placed
+from hf_hetero.planner.uneven.placing import Arrangement, arranged, placed, set_apart
 
 MOVES_A_SAMPLE = 40
 """Moves of samples that are tried with each plan that is levelled, for each sample of the batch."""
@@ -41,6 +41,7 @@ def plan(items: Items, even: Plan, others: Iterable[Plan], allowed: Collection[s
     ignoring = items.priced(even, allowed)
     rivals = sorted((_placed(items, way, allowed) for way in others), key=lambda way: way.seconds)
     begun = [_placed(items, even, allowed), *rivals[: MOST_LEVELLED - 1]]
+    begun += [_placed(items, way, allowed, set_apart) for way in begun]
     candidates = [ignoring, *begun]
     num_moves = min(MOST_MOVES, MOVES_A_SAMPLE * len(items.lengths))
     for way in begun:
@@ -104,15 +105,15 @@ def smaller(cost: CostModel, num_ranks: int) -> CostModel:
     return replace(cost.evened(), memory_bytes_per_rank=cost.model_state_bytes_per_rank + left)
 
 
-def _rearranged(items: Items, plan: Plan) -> Plan:
+def _rearranged(items: Items, plan: Plan, arrangement: Arrangement = arranged) -> Plan:
     """Give the groups of a plan their places."""
     problem = items.as_sequences
-    return placed(plan, sequences_of(plan, items.lengths), problem.cost, problem.batch)
+    return placed(plan, sequences_of(plan, items.lengths), problem.cost, problem.batch, arrangement)
 
 
-def _placed(items: Items, plan: Plan, allowed: Collection[str]) -> Plan:
+def _placed(items: Items, plan: Plan, allowed: Collection[str], arrangement: Arrangement = arranged) -> Plan:
     """Give the groups of a plan their places, their fastest methods there, and the plan its seconds."""
-    return items.priced(_rearranged(items, plan), allowed)
+    return items.priced(_rearranged(items, plan, arrangement), allowed)
 
 
 def _levelled(
