@@ -57,7 +57,7 @@ class RankSpeedsCallback(StepReportCallback):
 
     def on_step_report(self, args: TrainingArguments, state: TrainerState, report: StepReport) -> None:
         """Keep the step for the next look."""
-        self._file = Path(args.output_dir) / UNEVEN_COST_MODEL if state.is_world_process_zero else None
+        self._file = Path(args.output_dir or ".") / UNEVEN_COST_MODEL if state.is_world_process_zero else None
         self._num_since += 1
         if self._num_since > 0:
             self._reports.append(report)

@@ -173,10 +173,10 @@ class Planner:
         if self.cost_model.is_uneven or has_items(lengths):
             together = self._items(lengths)
             self._check_seconds(plan, sequences_of(plan, together.lengths), together.as_sequences.batch)
-        if self.cost_model.is_uneven:
-            better = self._improved(together, plan, lengths)
-        elif has_items(lengths):
-            better = items.improve(together, plan, self._search, self.methods)
+            if self.cost_model.is_uneven:
+                better = self._improved(together, plan, lengths)
+            else:
+                better = items.improve(together, plan, self._search, self.methods)
         else:
             problem = self._checked(lengths)
             self._check_seconds(plan, plan, problem.batch)
@@ -210,11 +210,14 @@ class Planner:
         def others() -> Iterator[Plan]:
             yield from self._even_statics(lengths).values()
             largest = max(group.degree for group in ignoring.groups)
-            smaller = uneven.smaller(self.cost_model, self.num_ranks)
-            fewer = [replace(even, max_degree=largest // part) for part in (2, 4) if largest >= part]
-            for planner in (replace(even, cost_model=smaller), *fewer) if len(lengths) <= MOST_REPLANNED else ():
+            machines = [replace(even, cost_model=uneven.smaller(self.cost_model, self.num_ranks))]
+            machines += [replace(even, max_degree=largest // part) for part in (2, 4) if largest >= part]
+            if 0 < (fast := uneven.num_fast(self.cost_model, self.num_ranks)) < self.num_ranks:
+                most = min(self.max_degree or fast, 1 << fast.bit_length() - 1)  # of what can be placed among all ranks
+                machines.append(replace(even, num_ranks=fast, max_degree=most))
+            for planner in machines if len(lengths) <= MOST_REPLANNED else ():
                 with suppress(InfeasibleBatch):
-                    yield planner.plan(lengths)
+                    yield uneven.widened(planner.plan(lengths), self.num_ranks)
 
         plan = uneven.plan(batch, ignoring, others(), self.methods)
         return self._improved(batch, plan, lengths) if self.solver == "mip" else plan

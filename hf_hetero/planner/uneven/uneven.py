@@ -16,7 +16,7 @@ from hf_hetero.plan import Plan
 from hf_hetero.planner import methods, policies
 from hf_hetero.planner.items import Items, sequences_of
 from hf_hetero.planner.uneven.levelling import levelled
-from hf_hetero.planner.uneven.placing import Arrangement, arranged, placed, set_apart
+from hf_hetero.planner.uneven.placing import Arrangement, arranged, filled, placed, set_apart
 
 MOVES_A_SAMPLE = 40
 """Moves of samples that are tried with each plan that is levelled, for each sample of the batch."""
@@ -24,6 +24,8 @@ MOST_MOVES = 100_000
 """The same, at most, however large the batch is."""
 MOVES_A_SECOND = 300_000
 """Moves for each second that an improvement may take. A core without other work does more."""
+WORTH_THEIR_MEMORY = 0.5
+"""Least speed of ranks that samples are put on because there is room."""
 MOST_LEVELLED = 3
 """Plans, at most, that are levelled: those that are fastest once they are placed, and the one of the even machine."""
 
@@ -103,6 +105,17 @@ def smaller(cost: CostModel, num_ranks: int) -> CostModel:
     # a token more than the share, so that there is one
     left = min(free, share * free + cost.activation_bytes_per_token)
     return replace(cost.evened(), memory_bytes_per_rank=cost.model_state_bytes_per_rank + left)
+
+
+def num_fast(cost: CostModel, num_ranks: int) -> int:
+    """Count the ranks that are worth their memory: a plan for these alone leaves the others what is moved there."""
+    return sum(cost.rank_speeds.get(rank, 1.0) >= WORTH_THEIR_MEMORY for rank in range(num_ranks))
+
+
+def widened(plan: Plan, num_ranks: int) -> Plan:
+    """Return a plan of some ranks as one of all, the others of which have nothing to do yet."""
+    micro_batches = (filled([group for group in m.groups if group.samples], num_ranks) for m in plan.micro_batches)
+    return replace(plan, num_ranks=num_ranks, micro_batches=tuple(micro_batches))
 
 
 def _rearranged(items: Items, plan: Plan, arrangement: Arrangement = arranged) -> Plan:

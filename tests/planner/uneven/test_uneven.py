@@ -48,12 +48,12 @@ def test_never_slower_than_to_ignore_the_speeds(batch: Batch) -> None:
 @settings(max_examples=60, deadline=None)
 @given(uneven_batches(max_ranks=4, max_samples=5))
 def test_no_plan_is_below_the_bound(batch: Batch) -> None:
-    """On batches small enough to try every plan at every place: none is faster than the bound, nor than the best."""
+    """On batches small enough to try every plan at every place: none is faster than the bound, and ours is not far."""
     lengths, num_ranks, cost = batch
     best_s = best_of_all_s(lengths, num_ranks, cost)
     plan = Planner(cost, num_ranks).plan(lengths)
     assert plan.lower_bound_s <= best_s * (1 + 1e-9)
-    assert best_s * (1 - 1e-9) <= plan.seconds <= best_s * 1.6
+    assert best_s * (1 - 1e-9) <= plan.seconds <= best_s * 2
 
 
 def test_a_bound_that_is_too_high_would_be_noticed() -> None:
@@ -76,6 +76,14 @@ def test_the_area_bound_by_hand() -> None:
     assert plan.seconds == pytest.approx(plan.lower_bound_s)
     loads = {group.ranks: len(group.samples) for group in plan.micro_batches[0].groups}
     assert loads == {(0,): 2, (1,): 4, (2,): 4, (3,): 2}
+
+
+def test_ranks_that_are_hardly_there_may_be_left_out() -> None:
+    """Where memory would put a sample on a rank at a tenth of the speed, two micro-batches without it are faster."""
+    cost = small_cost(100, (), micro_batch_s=1.0, attention_s_per_token2=0.0)
+    plan = Planner(replace(cost, rank_speeds={0: 0.1}), 4).plan([100] * 4)
+    assert plan.seconds == pytest.approx(2 * 101)
+    assert not [group for group in plan.groups if group.samples and 0 in group.ranks]
 
 
 def test_links_decide_who_shares() -> None:
