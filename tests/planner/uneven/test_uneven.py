@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,13 +22,13 @@ from hf_hetero.planner.items import flat, sequences_of
 from hf_hetero.planner.problem import make_problem
 from hf_hetero.planner.process import PlannerProcess
 
-some = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 Batch = tuple[list[int], int, CostModel]
 
 
 @some
-@given(uneven_batches())
-def test_never_slower_than_to_ignore_the_speeds(batch: Batch) -> None:
+@given(uneven_batches(), st.randoms())
+def test_never_slower_than_to_ignore_the_speeds(batch: Batch, order: random.Random) -> None:
     """Bound <= seconds <= those of the plan that knows of no speeds, and of each degree; seconds are the judge's."""
     lengths, num_ranks, cost = batch
     ours = Planner(cost, num_ranks)
@@ -42,7 +43,7 @@ def test_never_slower_than_to_ignore_the_speeds(batch: Batch) -> None:
         assert static.seconds == pytest.approx(static_s)
         assert static.seconds == pytest.approx(judged_seconds(static.to_dict(), lengths, cost.to_dict()), rel=1e-9)
         assert seconds <= static.seconds * (1 + 1e-9)
-    assert ours.plan(lengths).digest() == plan.digest()
+    assert ours.plan(order.sample(lengths, len(lengths))).seconds == plan.seconds
 
 
 @settings(max_examples=60, deadline=None)
@@ -119,7 +120,7 @@ def test_speeds_of_one_change_little() -> None:
     assert plan.seconds <= Planner(small_cost(), 8).plan(lengths).seconds
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(uneven_batches(max_ranks=8, max_samples=20), st.sampled_from(["auto", "mip"]))
 def test_improving_makes_nothing_worse(batch: Batch, solver: Any) -> None:
     """Neither the plan nor its bound, which is still below it."""
@@ -179,7 +180,7 @@ def test_another_process_knows_the_speeds() -> None:
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared lengths and cost models")
-@pytest.mark.parametrize("name", ["wikipedia", "github"])
+@pytest.mark.parametrize("name", ["wikipedia", pytest.param("github", marks=pytest.mark.slow)])
 def test_one_slow_node_of_eight(name: str) -> None:
     """A node at 0.7 costs much less than where nobody knows of it, and the plan is near its bound."""
     cost = CostModel.load(SHARED / "data" / "costs" / "gpt-7b_64xa100_192k.json")
