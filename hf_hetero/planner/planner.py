@@ -25,9 +25,6 @@ from hf_hetero.planner.uneven import uneven
 
 MOST_RANKS = 1 << 20
 """Ranks, at most: a plan names every one of them, so that a mistyped number would fill the memory."""
-MOST_REPLANNED = 4096
-"""Samples, at most, of a batch that is planned as more than one even machine where ranks are not alike: each takes as
-long as a plan for ranks that are."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ class Planner:
             if 0 < (fast := uneven.num_fast(self.cost_model, self.num_ranks)) < self.num_ranks:
                 most = min(self.max_degree or fast, 1 << fast.bit_length() - 1)  # of what can be placed among all ranks
                 machines.append(replace(even, num_ranks=fast, max_degree=most))
-            for planner in machines if len(lengths) <= MOST_REPLANNED else ():
+            for planner in machines if len(lengths) <= uneven.MOST_REPLANNED else ():
                 with suppress(InfeasibleBatch):
                     yield uneven.widened(planner.plan(lengths), self.num_ranks)
 

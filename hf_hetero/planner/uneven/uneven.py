@@ -20,8 +20,10 @@ from hf_hetero.planner.uneven.placing import Arrangement, arranged, filled, plac
 
 MOVES_A_SAMPLE = 40
 """Moves of samples that are tried with each plan that is levelled, for each sample of the batch."""
-MOST_MOVES = 100_000
-"""The same, at most, however large the batch is."""
+MOVES_BY_RANKS = 20_000_000
+"""The same times the ranks, at most: a move takes time in proportion to the groups beside it."""
+MOST_REPLANNED = 4096
+"""Samples, at most, of a batch that is planned as more than one even machine, and levelled from more than one plan."""
 MOVES_A_SECOND = 300_000
 """Moves for each second that an improvement may take. A core without other work does more."""
 WORTH_THEIR_MEMORY = 0.5
@@ -42,10 +44,11 @@ def plan(items: Items, even: Plan, others: Iterable[Plan], allowed: Collection[s
     bound = max(even.lower_bound_s, policies.bound(items.as_sequences, allowed))
     ignoring = items.priced(even, allowed)
     rivals = sorted((_placed(items, way, allowed) for way in others), key=lambda way: way.seconds)
-    begun = [_placed(items, even, allowed), *rivals[: MOST_LEVELLED - 1]]
+    most = MOST_LEVELLED if len(items.lengths) <= MOST_REPLANNED else 1
+    begun = [_placed(items, even, allowed), *rivals[: most - 1]]
     begun += [_placed(items, way, allowed, set_apart) for way in begun]
-    candidates = [ignoring, *begun]
-    num_moves = min(MOST_MOVES, MOVES_A_SAMPLE * len(items.lengths))
+    candidates = [ignoring, *begun, *rivals[most - 1 :]]
+    num_moves = min(MOVES_A_SAMPLE * len(items.lengths), MOVES_BY_RANKS // even.num_ranks)
     for way in begun:
         candidates += _levelled(items, way, allowed, num_moves)
     best = min(candidates, key=lambda way: way.seconds)
