@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from costs.test_cost_model import a_cost_model
 from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
+from hf_hetero.callbacks.slowness import with_speeds
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
-from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, keep_cost_model, kept_cost_model, set_up
+from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, digest_of, keep_cost_model, kept_cost_model, set_up
 
 QUERIES = {"kv_bytes_per_token": 1.0, "query_bytes_per_token": 1.0}
 
@@ -79,6 +81,21 @@ def test_the_checkpoints_comes_next(tmp_path: Path, kept_on: int, name: str) -> 
     found = run_ranks(set_up_here, 2, str(tmp_path), {}, checkpoint)
     assert found[0]["cost"]["name"] == name
     assert found[0] == found[1]
+
+
+def test_speeds_that_a_run_found_are_kept(tmp_path: Path) -> None:
+    """A run that resumes from a user's file goes on with the speeds of ranks that were found, unless it is another."""
+    given = a_cost_model(provenance="measured")
+    given.save(tmp_path / "cost.json")
+    found = with_speeds(given, [1.0, 0.5], least_change=0.1)
+    (tmp_path / "checkpoint-3").mkdir()
+    keep_cost_model(tmp_path / "checkpoint-3", found, 2, digest_of(given))
+    config = {"cost_model": str(tmp_path / "cost.json")}
+    resumed = run_ranks(set_up_here, 2, str(tmp_path), config, str(tmp_path / "checkpoint-3"))
+    assert CostModel.from_dict(resumed[1]["cost"]).rank_speeds == {1: 0.5}
+    replace(given, name="another").save(tmp_path / "cost.json")
+    resumed = run_ranks(set_up_here, 2, str(tmp_path), config, str(tmp_path / "checkpoint-3"))
+    assert not CostModel.from_dict(resumed[0]["cost"]).is_uneven
 
 
 def test_keeping(tmp_path: Path) -> None:
