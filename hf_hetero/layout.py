@@ -8,15 +8,22 @@ computes a `HeadShare` of all tokens.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 
 from hf_hetero.plan import Group
 
 EVEN_WORK_TOKENS = 48 * 1024
 """Length of a sample at which attention takes as long as all else: parameters / (layers * hidden), 37K for a model of
 1B and 61K for one of 8B. `zigzag` weighs samples by it; another value balances a little worse, no more."""
+
+
+Mutual = Mapping[int, tuple[tuple[int, int], ...]]
+"""Sample of a pack -> its stretches whose tokens look at each other, before and after: the first token of each and its
+end, ascending. Samples without one may be left out."""
+NOWHERE: Mutual = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +225,21 @@ def blocks_of(layout: Layout) -> Layout:
     return Layout(layout.lengths, spans, layout.kind)
 
 
-def needed(layout: Layout, receiver: int, sender: int, window: int | None = None) -> tuple[Span, ...]:
+def reach(span: Span, mutual: Mutual) -> int:
+    """Return the end of what a span's tokens see: its own, or that of the stretch that its last token is in."""
+    return next((end for start, end in mutual.get(span.sample, ()) if start < span.end < end), span.end)
+
+
+def needed(
+    layout: Layout, receiver: int, sender: int, window: int | None = None, mutual: Mutual = NOWHERE
+) -> tuple[Span, ...]:
     """Find the keys of one rank that the queries of another must meet, in the order the sender holds them.
 
     Args:
         layout: who holds what.
         receiver, sender: ranks of the group, by position.
         window: tokens that a query sees, itself included; None means all before it.
+        mutual: where queries see those after them, too.
     """
     ranges_of: dict[int, list[tuple[int, int]]] = {}  # of each sample, what the receiver's queries see
     for span in layout.spans[receiver]:
@@ -233,7 +248,7 @@ def needed(layout: Layout, receiver: int, sender: int, window: int | None = None
         # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
-        ranges.append((first, span.end))
+        ranges.append((first, reach(span, mutual)))
     return tuple(
         Span(span.sample, max(span.start, first), min(span.end, end))
         for span in layout.spans[sender]

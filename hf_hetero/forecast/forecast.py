@@ -14,6 +14,7 @@ import torch
 
 from hf_hetero.checks import exactness
 from hf_hetero.checks.outline import config_of, outline_of
+from hf_hetero.checks.probe import needs_trial, tried
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, UnsupportedModel
@@ -26,6 +27,7 @@ from hf_hetero.estimate.shares import ATTENTION, reached
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.forecast.machines import MOST_GPUS, Machines, doubled, machines_named
+from hf_hetero.manners.manner import Manner, settings_for
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 
@@ -94,11 +96,22 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A `Model` is what a name leads to: its config, and an outline without weights."""
+    """A `Model` is what a name leads to: its config, and an outline without weights.
+
+    Args:
+        name, config, outline: of the model.
+        whole: why ranks cannot share a sample of it, in words; "": they can.
+    """
 
     name: str
     config: Any
     outline: Any
+    whole: str = ""
+
+    @property
+    def hetero(self) -> HeteroConfig:
+        """Return the settings that a run has which is given none."""
+        return settings_for(Manner(whole=self.whole), HeteroConfig())
 
 
 def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
@@ -120,6 +133,8 @@ def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
 def model_named(name: str) -> Model:
     """Build the outline of a model by its name on the hub, its folder, or its config.json.
 
+    A tiny instance of one that is not tested is tried, as when it is trained.
+
     Raises:
         ConfigError: there is no such model.
         UnsupportedModel: it cannot be trained under plans.
@@ -127,9 +142,15 @@ def model_named(name: str) -> Model:
     outline = outline_of(config := config_of(name))
     if outline is None:
         raise ConfigError(f"transformers builds no causal language model from {name!r}; `hf-hetero check` says why.")
-    if problems := [*exactness.model_problems(outline), *exactness.sharing_problems(outline)]:
+    if problems := [*exactness.model_problems(outline)]:
         raise UnsupportedModel(" ".join(problems))
-    return Model(name, config, outline)
+    if not needs_trial(outline):
+        return Model(name, config, outline)
+    cause = " ".join(exactness.sharing_problems(outline))
+    trial = tried(config, type(outline), cause)
+    if problem := trial.problem or (cause if trial.failure else ""):
+        raise UnsupportedModel(problem)
+    return Model(name, config, outline, trial.manner.whole)
 
 
 def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
@@ -141,7 +162,8 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
     text = model.config.get_text_config(decoder=True)
     shape, policies = trained_shape(model.outline, text, setting)
     shards = Shards() if _is_sharded(shape, machines, setting) else None
-    estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(model.outline, text))
+    states = state_shape(model.outline, text)
+    estimated = partial(_estimated, setting=setting, policies=policies, states=states, hetero=model.hetero)
     try:
         subject = subject_of(shape, model.config.model_type, DTYPES[setting.dtype])
         cost = replace(estimated(shape, machines, shards), model=subject)
@@ -149,6 +171,7 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
         raise ConfigError(_what_would_fit(model.name, shape, machines, shards, setting, estimated)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
     where = f"sharded over {machines.num_ranks} ranks" if shards else "whole on each rank"
+    where += ", each sample on one" if model.whole and machines.num_ranks > 1 else ""
     trained = f"{model.name}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}"
     return Forecast(cost, machines, trained, shards is not None)
 
@@ -212,6 +235,7 @@ def _estimated(
     setting: Setting,
     policies: tuple[str, ...],
     states: StateShape | None,
+    hetero: HeteroConfig,
 ) -> CostModel:
     """Estimate a run's cost model, as its trainer would.
 
@@ -219,6 +243,7 @@ def _estimated(
         shape, machines, shards, setting: what is trained, where, and how.
         policies: what groups may do to hold more tokens.
         states: layers of the model that carry state; None: it has none.
+        hetero: settings of the run.
 
     Raises:
         ConfigError: the memory leaves room for no token.
@@ -227,7 +252,7 @@ def _estimated(
     if setting.network_gbps is not None:
         node_bytes_per_s = NETWORK_SHARE * setting.network_gbps * 1e9 / 8
         device = replace(device, network_bytes_per_s=node_bytes_per_s / machines.ranks_per_node)
-    return first_estimate(shape, device, machines.topology, shards, policies, HeteroConfig(), states)
+    return first_estimate(shape, device, machines.topology, shards, policies, hetero, states)
 
 
 def _what_would_fit(
