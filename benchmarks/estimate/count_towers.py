@@ -3,8 +3,8 @@
     python benchmarks/estimate/count_towers.py
 
 Models are built by their sizes, without weights. A tower's weights are multiplied with each patch, and in its attention
-each patch meets all others of its image, or of its window; a projector's weights are multiplied with each token that the
-image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and the softmax are left out of both.
+each patch meets all others of its image, or of its window; a projector's weights are multiplied with each token that
+the image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and the softmax are left out of both.
 """
 
 from __future__ import annotations

@@ -174,9 +174,7 @@ class Rows:
         return [rows for span in spans for rows in self.within(span.sample, span.start, span.end)]
 
 
-def meeting_ahead(
-    spans: Sequence[Span], buffer: Rows, mutual: Mutual, device: torch.device
-) -> MeetingAhead | None:
+def meeting_ahead(spans: Sequence[Span], buffer: Rows, mutual: Mutual, device: torch.device) -> MeetingAhead | None:
     """Let each query of a stretch meet the keys after it, up to the stretch's end; None where there are no such keys.
 
     Both come from the stretch's end to its beginning. Of a span's queries s .. e - 1, and keys s + 1 .. b - 1, where b

@@ -68,9 +68,7 @@ def ulysses_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scor
         if scores.window is not None or scores.mutual:
             route = context.shared(
                 ("blocks", scores.window, scores.mutual),
-                lambda: gather_route(
-                    blocks, across.me, scores.window, context.device, context.mutual_of(scores)
-                ),
+                lambda: gather_route(blocks, across.me, scores.window, context.device, context.mutual_of(scores)),
             )
             return attend_gathered(q, k, v, scores, place, across if blocks.is_cut else None, route)
         route = context.shared("blocks in rounds", lambda: ring_route(blocks, across.me, context.device))

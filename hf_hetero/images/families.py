@@ -80,7 +80,9 @@ def mutual_of(config: Any) -> MutualTokens | None:
     if config.model_type == "gemma4" and text.use_bidirectional_attention == "vision":
         return MutualTokens(MARKS, frozenset({1, 2}), other=0, in_windows=True)
     if config.model_type in PREFIX:
-        return MutualTokens(OF_TEXT, frozenset({0}), other=1, is_prefix=True, longest=getattr(text, "sliding_window", None))
+        return MutualTokens(
+            OF_TEXT, frozenset({0}), other=1, is_prefix=True, longest=getattr(text, "sliding_window", None)
+        )
     return None
 
 

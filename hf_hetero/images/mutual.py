@@ -1,8 +1,8 @@
 """In some models tokens of an image, or of all that is asked, look at each other, before and after; others look back.
 
 Which ones do stands in the row, in what its processor says of each token. Attention is told of them as stretches of a
-sample (`layout.Mutual`). Where Gemma's rows do not say it, a plain Trainer's model looks back only, and so it does under
-a plan.
+sample (`layout.Mutual`). Where Gemma's rows do not say it, a plain Trainer's model looks back only, and so it does
+under a plan.
 """
 
 from __future__ import annotations

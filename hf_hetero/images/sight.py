@@ -99,7 +99,7 @@ class Sight:
         return self._by_places(images, name) if PLACES in images else self._by_patches(images, name)
 
     def _by_places(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
-        """Tell images apart that are filled up to as many patches; the places of their patches say how many each has."""
+        """Tell images apart that are filled up to as many patches; those with a place are an image's own."""
         assert self.merged is not None
         places, patches = images[PLACES], images[PIXELS]
         if places.ndim != 3 or patches.ndim != 3 or places.shape[:2] != patches.shape[:2]:

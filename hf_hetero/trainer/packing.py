@@ -53,7 +53,7 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
 def fitting_packer(
     trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, manner: Manner, kernel: Kernel
 ) -> PackedCollator:
-    """Return the same packer for this trainer's model, its manner, loss and columns, and the kernel of its attention."""
+    """Return the same packer for this trainer's model, its manner, kernel, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
     # no inputs of the model; but Trainer keeps what is listed here, in training and evaluation

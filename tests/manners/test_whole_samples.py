@@ -244,21 +244,19 @@ def test_ranks_pass_together(num_ranks: int) -> None:
 def test_passes_that_stand_in_teach_nothing() -> None:
     """However many there are, gradients and outputs are the same, and each is gone through forward and backward."""
     layout, expected = contiguous(LENGTHS, 1), expected_of("Bloom")
-    num_calls = {}
+    calls = list[str]()
     for num_passes in (0, len(LENGTHS) + 3):
-        model, calls = model_of("Bloom"), list[str]()
+        model = model_of("Bloom")
+        calls.clear()
         layer = model.transformer.h[0]
         layer.register_forward_hook(lambda *_: calls.append("forward"))
         layer.register_full_backward_hook(lambda *_: calls.append("backward"))
-        context = AttentionContext(
-            layout, (0,), 0, None, "gather", PLAIN, torch.device("cpu"), num_passes=num_passes
-        )
+        context = AttentionContext(layout, (0,), 0, None, "gather", PLAIN, torch.device("cpu"), num_passes=num_passes)
         inputs = pack_spans(layout.spans[0], [Sample(row, row) for row in rows(LENGTHS)])
         with InFloat64(), WholeSamples(model).planned(context):
             logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
             loss = F.cross_entropy(logits, inputs["shift_labels"][0], reduction="sum") / num_targets(LENGTHS)
             loss.backward()
-        num_calls[num_passes] = [calls.count("forward"), calls.count("backward")]
+        assert [calls.count(way) for way in ("forward", "backward")] == [num_passes or len(LENGTHS)] * 2
         found = {"logits": logits.detach(), "gradients": gradients_of(model)}
         assert largest_error(found, expected, layout, 0) <= TOLERANCE
-    assert num_calls == {0: [len(LENGTHS)] * 2, len(LENGTHS) + 3: [len(LENGTHS) + 3] * 2}

@@ -17,8 +17,8 @@ those of q, k and v follow from it and p. Other keys enter only by `lse` and `ou
 given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq is the sum over the sets.
 
 Keys ahead. Where tokens of a stretch look at each other, a query meets keys after it beside those of its run: another
-set, disjoint from the first, merged in the same way. Counted from the end of the stretch to its beginning, a token comes
-after those that it looks ahead to, so that this set, too, is causal runs, which every kernel knows (`Ahead`).
+set, disjoint from the first, merged in the same way. Counted from the end of the stretch to its beginning, a token
+comes after those that it looks ahead to, so that this set, too, is causal runs, which every kernel knows (`Ahead`).
 """
 
 from __future__ import annotations
