@@ -82,15 +82,15 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "gemma3": (  # a window that is smaller than an image
         "Gemma3",
         {**TINY, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-        {**PICTURED, "image_size": 8},
-        {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
+        {**PICTURED, "image_size": 16},
+        {"image_token_index": IMAGE, "mm_tokens_per_image": 16},
     ),
     "gemma4": ("Gemma4", {**GEMMA4, "use_bidirectional_attention": "vision"}, PLACED, IDS),
     "gemma4-small": ("Gemma4", {**GEMMA4, "num_kv_shared_layers": 0}, PLACED, IDS),  # whose images look back only
     "paligemma": (
         "PaliGemma",
         {**TINY, "model_type": "gemma"},
-        {**PICTURED, "model_type": "siglip_vision_model", "projection_dim": 32},
+        {**PICTURED, "model_type": "siglip_vision_model", "image_size": 8, "projection_dim": 32},
         {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32, "vocab_size": 97},
     ),
 }

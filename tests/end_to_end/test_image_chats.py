@@ -35,7 +35,7 @@ NUM_ROWS = 16
 
 
 def processor(name: str = "llava") -> Any:
-    """One word a token, images of few pixels, four tokens each, as the tiny models of the tests have them."""
+    """One word a token, images of few pixels, as the tiny models of the tests have them."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: 3 + n for n, word in enumerate(WORDS)}, "<image>": IMAGE}
     vocabulary |= {"<begin>": BEGIN, "<end>": END}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -48,9 +48,9 @@ def processor(name: str = "llava") -> Any:
         extra_special_tokens={"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"},
     )
     if name == "gemma3":
-        images = Gemma3ImageProcessorPil(size={"height": 8, "width": 8})
+        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
         template = TEMPLATE.replace("<image>", "<begin>")
-        return Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+        return Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
     size = {"height": 4, "width": 4}
     images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     return LlavaProcessor(
@@ -111,9 +111,9 @@ def test_rows_are_what_the_template_says() -> None:
 def test_rows_say_which_tokens_look_at_each_other() -> None:
     """Gemma 3's: those of the image, between two marks; none of the three is learned but the last."""
     [row] = rows_of([{"messages": chats()[1]["messages"], "images": [picture(0)]}], False, "gemma3")
-    assert row["input_ids"][:6] == [BEGIN, *[IMAGE] * 4, END]
-    assert row["token_type_ids"][:7] == [0, 1, 1, 1, 1, 0, 0]
-    assert row["labels"][:7] == [-100] * 5 + row["input_ids"][5:7]
+    assert row["input_ids"][:18] == [BEGIN, *[IMAGE] * 16, END]
+    assert row["token_type_ids"][:19] == [0, *[1] * 16, 0, 0]
+    assert row["labels"][:19] == [-100] * 17 + row["input_ids"][17:19]
     [text] = rows_of([{"messages": chats()[1]["messages"]}], False, "gemma3")
     assert set(text.get("token_type_ids", [0])) == {0}
 
