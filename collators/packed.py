@@ -299,7 +299,7 @@ class PackedCollator:
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Make an ordinary batch: rows padded on the right to the longest of them."""
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
-        if any(row.seen is not None for row in rows):
+        if any(row.seen is not None or row.mutual for row in rows):
             raise BadSample("Rows with images are packed by a plan only. Leave HeteroConfig.plan_evaluation on.")
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:

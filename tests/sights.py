@@ -82,7 +82,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "gemma3": (  # a window that is smaller than an image
         "Gemma3",
         {**TINY, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-        {**PICTURED, "image_size": 16},
+        {**PICTURED, "image_size": 16, "vision_use_head": False},
         {"image_token_index": IMAGE, "mm_tokens_per_image": 16},
     ),
     "gemma4": ("Gemma4", {**GEMMA4, "use_bidirectional_attention": "vision"}, PLACED, IDS),
@@ -90,7 +90,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     "paligemma": (
         "PaliGemma",
         {**TINY, "model_type": "gemma"},
-        {**PICTURED, "model_type": "siglip_vision_model", "image_size": 8, "projection_dim": 32},
+        {**PICTURED, "model_type": "siglip_vision_model", "image_size": 8, "vision_use_head": False},
         {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32, "vocab_size": 97},
     ),
 }

@@ -33,11 +33,11 @@ from hf_hetero.images.positions import RotaryPositions
 from hf_hetero.layout import layout_of
 
 SHARDED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-LAYERS = {  # accelerate does not find all that transformers names of a Llava
+LAYERS = {  # accelerate does not find all that transformers names of these
     "qwen3-vl": {},
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
-    "gemma3": {},
-    "gemma4": {},
+    "gemma3": {"transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer", "SiglipEncoderLayer"]},
+    "gemma4": {"transformer_layer_cls_to_wrap": ["Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
@@ -105,7 +105,7 @@ def stretches_of(row: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def test_plans_cut_stretches() -> None:
-    """On four ranks these share tokens that look at each other, and compute heads of samples that they have not read."""
+    """On four ranks these share tokens that look at each other, and compute heads of samples they have not read."""
     data, methods = rows_with_images("gemma3"), set[str]()
     for rows in trainer_order(len(data), 12, 7, 4):
         lengths = [len(data[row]["input_ids"]) for row in rows]
