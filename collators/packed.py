@@ -110,8 +110,9 @@ class PackedCollator:
             reaches = tuple(sample_of(pack, span).num_positions for span in spans)
             labels, scored = labels_of(spans, pack), scored_of(spans, pack)
             sources = self._sources(batch, [group.samples[span.sample] for span in spans])
-            micro_batch = RankMicroBatch(group, layout, spans, inputs, labels, reaches, scored=scored, sources=sources)
-            micro_batches.append(micro_batch)
+            mutual = {n: sample.mutual for n, sample in enumerate(pack) if sample is not None and sample.mutual}
+            found = RankMicroBatch(group, layout, spans, inputs, labels, reaches, True, scored, sources, mutual)
+            micro_batches.append(found)
         # ranks that read the same row compare these: what differs would be learned in parts of two samples
         fingerprints = {row: whole[row].fingerprint() for row in share.step.shared_rows() if row in whole}
         return StepBatch(share, tuple(micro_batches), total, fingerprints)
@@ -172,9 +173,10 @@ class PackedCollator:
             weights[LOSS_WEIGHTS] = of_each_token(loss_weights, row, num_in_row, name, self.weight_column)
         if self.sight is not None:  # beside rows with images, which have them
             marks = {key: torch.zeros_like(input_ids) for key in self.model_inputs & MARKS_OF_TEXT}
-            inputs = {**marks, **inputs}
+            inputs = {**marks, **self.sight.marks(input_ids), **inputs}
+        mutual = () if self.sight is None else self.sight.stretches(inputs, name)
         aligned, padding = self.aligned, self.limits.padding
-        return Sample(input_ids, labels, positions, inputs, weights, padding, aligned, seen=seen)
+        return Sample(input_ids, labels, positions, inputs, weights, padding, aligned, seen=seen, mutual=mutual)
 
     def _part(self, row: Sample, start: int, end: int, name: str) -> Sample:
         """Cut a sample out of its row."""
@@ -297,7 +299,7 @@ class PackedCollator:
     def _padded(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """Make an ordinary batch: rows padded on the right to the longest of them."""
         rows = [self.sample(example, f"sample {position} of the batch") for position, example in enumerate(examples)]
-        if any(row.seen is not None for row in rows):
+        if any(row.seen is not None or row.mutual for row in rows):
             raise BadSample("Rows with images are packed by a plan only. Leave HeteroConfig.plan_evaluation on.")
 
         def pad(tensors: list[torch.Tensor], value: int) -> torch.Tensor:

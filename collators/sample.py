@@ -36,6 +36,7 @@ class Sample:
         aligned: a label is the target of its own token, and not of the one before it.
         scored: place of the token whose score is that of the whole sample; None: there is none.
         seen: its images; None: it has none.
+        mutual: stretches whose tokens look at each other: the first token of each, and its end.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +48,7 @@ class Sample:
     aligned: bool = False
     scored: int | None = None
     seen: Seen | None = None
+    mutual: tuple[tuple[int, int], ...] = ()
 
     @property
     def targets(self) -> torch.Tensor:
@@ -106,6 +108,7 @@ class Sample:
             {name: values[stretch] for name, values in self.weights.items()},
             self.padding,
             self.aligned,
+            mutual=tuple((max(a, start) - start, min(b, end) - start) for a, b in self.mutual if a < end and b > start),
         )
 
     def position_ids(self, start: int, end: int) -> torch.Tensor:

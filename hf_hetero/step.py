@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_hetero.layout import Layout, Span, layout_of
+from hf_hetero.layout import Layout, Mutual, Span, layout_of
 from hf_hetero.model.loss import num_targets
 from hf_hetero.plan import Group, Plan
 from hf_hetero.samples.samples import Drawn
@@ -131,6 +131,9 @@ class RankMicroBatch:
         scored: for each span, the place in it of the token whose score is that of its whole sample, or None where that
             lies elsewhere; None where samples have no score.
         sources: for each span, where its row says that it is from; None: nobody asks.
+        mutual: stretches whose tokens look at each other: of the samples that this rank has read, and of all samples of
+            the group once the ranks have told each other.
+        num_passes: times that all ranks go through the layers; 0: each goes as often as it has to.
     """
 
     group: Group
@@ -142,6 +145,8 @@ class RankMicroBatch:
     learns: bool = True
     scored: tuple[int | None, ...] | None = None
     sources: tuple[str, ...] | None = None
+    mutual: Mutual = field(default_factory=dict[int, tuple[tuple[int, int], ...]])
+    num_passes: int = 0
 
     @property
     def num_tokens(self) -> int:

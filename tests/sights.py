@@ -24,6 +24,16 @@ PICTURED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
 PICTURED |= {"patch_size": 2, "image_size": 4}
 TOKENS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
 LLAMA = {**TINY, "model_type": "llama"}
+GEMMA4 = {**TINY, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16}
+GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
+PLACED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+PLACED |= {"intermediate_size": 16, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 32}
+MOST_PATCHES = 128
+"""That images of Gemma 4 are filled up to."""
+IDS = {"image_token_id": IMAGE, "video_token_id": 91, "boi_token_id": 92, "eoi_token_id": 93, "audio_token_id": 94}
+IDS |= {"boa_token_id": 95, "eoa_token_index": 96}
+LOOKS_AHEAD = ("gemma3", "gemma4", "paligemma")
+"""Of these, those whose tokens look at each other."""
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # text, tower, and what joins them
     "qwen2-vl": (
         "Qwen2VL",
@@ -69,11 +79,19 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
         {"image_token_index": IMAGE, "spatial_merge_size": 2},
     ),
-    "gemma3": (
+    "gemma3": (  # a window that is smaller than an image
         "Gemma3",
-        {**TINY, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-        {**PICTURED, "image_size": 8},
-        {"image_token_index": IMAGE, "mm_tokens_per_image": 4},
+        {**TINY, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
+        {**PICTURED, "image_size": 16, "vision_use_head": False},
+        {"image_token_index": IMAGE, "mm_tokens_per_image": 16},
+    ),
+    "gemma4": ("Gemma4", {**GEMMA4, "use_bidirectional_attention": "vision"}, PLACED, IDS),
+    "gemma4-small": ("Gemma4", {**GEMMA4, "num_kv_shared_layers": 0}, PLACED, IDS),  # whose images look back only
+    "paligemma": (
+        "PaliGemma",
+        {**TINY, "model_type": "gemma"},
+        {**PICTURED, "model_type": "siglip_vision_model", "image_size": 8, "vision_use_head": False},
+        {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32, "vocab_size": 97},
     ),
 }
 SIZES = [(20, 24), (16, 24), (4, 8), (24, 12), (12, 20)]
@@ -114,6 +132,13 @@ def image_of(model: Any, size: tuple[int, int], generator: torch.Generator) -> d
             "pixel_values": torch.randn(1, num_tiles, 3, vision.image_size, vision.image_size, generator=generator),
             "image_sizes": torch.tensor([pinpoint]),
         }
+    if kind == "gemma4":
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        places = torch.full((1, MOST_PATCHES, 2), -1)
+        places[0, : rows * columns] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(1)
+        patches = torch.zeros(1, MOST_PATCHES, 3 * vision.patch_size**2)
+        patches[0, : rows * columns] = torch.rand(rows * columns, patches.shape[2], generator=generator)
+        return {"pixel_values": patches, "image_position_ids": places}
     if vision.model_type == "pixtral":
         return {
             "pixel_values": torch.randn(1, 3, height, width, generator=generator),
@@ -134,7 +159,7 @@ def rows_with_images(
 ) -> list[dict[str, Any]]:
     """Rows of text with so many images in them: two after one another, or before and after text."""
     model, generator = seeing_model(name), torch.Generator().manual_seed(1)
-    marks = model.config.model_type.startswith("qwen")
+    kind = model.config.model_type
     rows: list[dict[str, Any]] = []
     for number, (length, images) in enumerate(zip(lengths, num_images, strict=True)):
         ids = torch.randint(3, 90, (length,), generator=generator).tolist()
@@ -147,8 +172,13 @@ def rows_with_images(
             ids = ids[:end] + places + ids[end:]
         labels = [IGNORE if token in (IMAGE, 92) or place < length // 3 else token for place, token in enumerate(ids)]
         row: dict[str, Any] = {"input_ids": ids, "labels": labels}
-        if marks:
+        if kind.startswith("qwen") or kind == "gemma4":
             row["mm_token_type_ids"] = [int(token == IMAGE) for token in ids]
+        if kind == "gemma3" and (seen or number % 2):
+            row["token_type_ids"] = [int(token == IMAGE) for token in ids]
+        if kind == "paligemma":  # the answer begins behind the images
+            begins = max([0, *(place + 2 for place, token in enumerate(ids) if token == IMAGE)])
+            row["token_type_ids"] = [int(place >= max(begins, length // 3)) for place in range(len(ids))]
         if seen:
             row |= joined(seen)
         rows.append(row)
@@ -173,11 +203,9 @@ def joined(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
 def loss_alone(model: Any, row: dict[str, Any]) -> torch.Tensor:
     """The sum of a row's token losses: one process, one row, stock attention, nothing of this package."""
     inputs: dict[str, Any] = {"input_ids": torch.tensor([row["input_ids"]])}
-    if "mm_token_type_ids" in row:
-        inputs["mm_token_type_ids"] = torch.tensor([row["mm_token_type_ids"]])
-    if model.config.model_type == "gemma3":
-        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
-    inputs |= {key: row[key] for key in ("pixel_values", "image_grid_thw", "image_sizes") if key in row}
+    inputs |= {key: torch.tensor([row[key]]) for key in ("mm_token_type_ids", "token_type_ids") if key in row}
+    names = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+    inputs |= {key: row[key] for key in names if key in row}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     logits = model(**inputs, use_cache=False).logits[0]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hf_hetero.attention.kernels.contract import Kernel
-from hf_hetero.layout import Layout
+from hf_hetero.attention.kernels.contract import Kernel, Scores
+from hf_hetero.layout import NOWHERE, Layout, Mutual
 from hf_hetero.model.backward import in_backward
 from hf_hetero.model.offload import HostStore, SavedTensor
 from hf_hetero.ranks.waits import Waits
@@ -66,6 +66,9 @@ class AttentionContext:
         reaches: for each span of this rank, one more than the last position of its whole sample; None: its tokens.
         waits: says so where an exchange takes long; two ranks of a group are enough, one of which may be who is late.
         sent: counts the bytes that leave this rank; None: a new one.
+        mutual: of all samples of the group, stretches whose tokens look at each other; the same on all of its ranks.
+        mutual_in_windows: only in layers with a sliding window do they; else in all.
+        num_passes: of a model that goes over whole samples, on all ranks; 0: as many as there are samples.
 
     Attributes:
         peers: the ranks of the group.
@@ -93,7 +96,11 @@ class AttentionContext:
         reaches: tuple[int, ...] | None = None,
         waits: Waits | None = None,
         sent: Sent | None = None,
+        mutual: Mutual = NOWHERE,
+        mutual_in_windows: bool = False,
+        num_passes: int = 0,
     ) -> None:
+        self.mutual, self.mutual_in_windows, self.num_passes = mutual, mutual_in_windows, num_passes
         self.sent = Sent() if sent is None else sent
         self.by_source: Any = None
         self.layout, self.inner_group = layout, inner_group
@@ -128,11 +135,22 @@ class AttentionContext:
             reaches=self.reaches,
             waits=self._waits,
             sent=self.sent,
+            mutual=self.mutual,
+            mutual_in_windows=self.mutual_in_windows,
+            num_passes=self.num_passes,
         )
 
     def at(self, layer: int) -> Place:
         """Return the context as a layer sees it."""
         return Place(self, layer)
+
+    def is_mutual(self, window: int | None) -> bool:
+        """Return whether tokens of a stretch look at each other in a layer with such a window, on all ranks alike."""
+        return bool(self.mutual) and not (self.mutual_in_windows and window is None)
+
+    def mutual_of(self, scores: Scores) -> Mutual:
+        """Return the stretches whose tokens look at each other in a layer."""
+        return self.mutual if scores.mutual else NOWHERE
 
     def in_chunks(self, num_tokens: int) -> AttentionContext:
         """Return the context of layers whose tokens see no further back than their chunk of the sample begins."""

@@ -18,8 +18,10 @@ from hf_hetero.attention.traffic import all_to_all
 def gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
     """Compute attention of a pack that is spread over a group in any layout (`methods.attend`)."""
     context, layout = place.context, place.context.layout
+    mutual = context.mutual_of(scores)
     route: GatherRoute = context.shared(
-        ("gather", scores.window), lambda: gather_route(layout, context.group_rank, scores.window, context.device)
+        ("gather", scores.window, scores.mutual),
+        lambda: gather_route(layout, context.group_rank, scores.window, context.device, mutual),
     )
     return attend_gathered(q, k, v, scores, place, context.peers if layout.is_cut else None, route)
 
@@ -62,6 +64,7 @@ def attend_gathered(
         ).view(sum(route.num_received), num_heads, key_dim + v.shape[2])
         # own rows first, then those of the others by rank: the buffer that the route's meeting counts in
         k, v = torch.cat([k, arrived[..., :key_dim]]), torch.cat([v, arrived[..., key_dim:]])
+    ahead = None if route.ahead is None else route.ahead.met(k, v)
     if route.meeting.key_rows is not None:
         k, v = k[route.meeting.key_rows], v[route.meeting.key_rows]
-    return place.context.kernel(q, k, v, route.meeting.segments, scores)
+    return place.context.kernel(q, k, v, route.meeting.segments, scores, ahead)

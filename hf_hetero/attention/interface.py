@@ -71,6 +71,8 @@ def hetero_attention(
                 "across ranks look back only. Train a model without windows, or this one with plain Trainer."
             )
         scores, hetero.looked_ahead = replace(scores, causal=False), True
+    elif hetero.is_mutual(sliding_window):
+        scores = replace(scores, mutual=True)
     # layers without a number share 0; the context then keeps nothing of them, since nothing tells their calls apart
     layer = getattr(module, "layer_idx", None) or 0
     hetero.reached.add(layer)

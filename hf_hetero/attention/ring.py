@@ -6,7 +6,8 @@ go straight back; so nobody waits for a chain, and each row travels once. And th
 fp32 or wider (in fp64, exactly). A rank holds the keys of two others at a time, never those of the whole group; heads
 need not divide by the degree.
 
-Layers with a sliding window need only the window before each cut: they gather it at once (`gather`).
+Layers with a sliding window need only the window before each cut: they gather it at once (`gather`). So do layers in
+which tokens of an image look at each other, in packs that have some.
 
 Why that is exact.
     Every rank meets every other's keys once. In round n = 1 .. d - 1, rank r receives from rank r - n and sends to rank
@@ -46,7 +47,7 @@ MERGING = frozenset({"ring", "ulysses_ring", "token_ring"})
 
 def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
     """Compute attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
-    if scores.window is not None:
+    if scores.window is not None or scores.mutual:
         return gather(q, k, v, scores, place)
     context = place.context
     route: RingRoute = context.shared("ring", lambda: ring_route(context.layout, context.group_rank, context.device))

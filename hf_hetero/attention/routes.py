@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_hetero.attention.kernels.contract import Segments
-from hf_hetero.layout import Layout, Span, asking, needed
+from hf_hetero.attention.kernels.contract import Ahead, Segments
+from hf_hetero.layout import NOWHERE, Layout, Mutual, Span, asking, needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,25 @@ class Meeting:
 
 
 @dataclass(frozen=True, slots=True)
+class MeetingAhead:
+    """A `MeetingAhead` says which queries of this rank meet which keys after them.
+
+    Args:
+        q_rows: of the queries, in the order of the runs; int64.
+        key_rows: rows of the buffer of keys, in the order of the runs; int64.
+        segments: the runs.
+    """
+
+    q_rows: torch.Tensor
+    key_rows: torch.Tensor
+    segments: Segments
+
+    def met(self, k: torch.Tensor, v: torch.Tensor) -> Ahead:
+        """Return what a kernel is told, of the buffer's keys and values."""
+        return Ahead(self.q_rows, k[self.key_rows], v[self.key_rows], self.segments)
+
+
+@dataclass(frozen=True, slots=True)
 class GatherRoute:
     """A `GatherRoute` brings all keys in one exchange.
 
@@ -38,12 +57,14 @@ class GatherRoute:
         send_rows: rows that leave, by receiver; int64.
         num_sent, num_received: rows for, and from, each rank of the group.
         meeting: keys are this rank's rows, then those received.
+        ahead: of the same buffer, keys after some of the queries; None: these meet none.
     """
 
     send_rows: torch.Tensor
     num_sent: tuple[int, ...]
     num_received: tuple[int, ...]
     meeting: Meeting
+    ahead: MeetingAhead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +109,21 @@ class RingRoute:
     rounds: tuple[Round, ...]
 
 
-def gather_route(layout: Layout, me: int, window: int | None, device: torch.device) -> GatherRoute:
-    """Route each key to the queries that meet it, in a layer whose queries see `window` tokens (None: all before)."""
+def gather_route(
+    layout: Layout, me: int, window: int | None, device: torch.device, mutual: Mutual = NOWHERE
+) -> GatherRoute:
+    """Route each key to the queries that meet it, in a layer whose queries see `window` tokens (None: all before).
+
+    Args:
+        layout: who holds what.
+        me: this rank's position.
+        window: of the layer.
+        device: where row numbers go.
+        mutual: where queries meet keys after them, too.
+    """
     others = [rank for rank in range(layout.degree) if rank != me]
-    sent = {rank: needed(layout, rank, me, window) for rank in others}
-    received = {rank: needed(layout, me, rank, window) for rank in others}
+    sent = {rank: needed(layout, rank, me, window, mutual) for rank in others}
+    received = {rank: needed(layout, me, rank, window, mutual) for rank in others}
     mine = Rows(layout.spans[me])
     buffer = Rows([*layout.spans[me], *(span for rank in others for span in received[rank])])
     return GatherRoute(
@@ -100,6 +131,7 @@ def gather_route(layout: Layout, me: int, window: int | None, device: torch.devi
         num_sent=tuple(_num_tokens(sent.get(rank, ())) for rank in range(layout.degree)),
         num_received=tuple(_num_tokens(received.get(rank, ())) for rank in range(layout.degree)),
         meeting=_causal_meeting(layout.spans[me], buffer, window, device),
+        ahead=meeting_ahead(layout.spans[me], buffer, mutual, device),
     )
 
 
@@ -155,6 +187,34 @@ class Rows:
     def of(self, spans: Iterable[Span]) -> list[range]:
         """Return the rows of some spans, in their order."""
         return [rows for span in spans for rows in self.within(span.sample, span.start, span.end)]
+
+
+def meeting_ahead(spans: Sequence[Span], buffer: Rows, mutual: Mutual, device: torch.device) -> MeetingAhead | None:
+    """Let each query of a stretch meet the keys after it, up to the stretch's end; None where there are no such keys.
+
+    Both come from the stretch's end to its beginning. Of a span's queries s .. e - 1, and keys s + 1 .. b - 1, where b
+    is the stretch's end, the last query, s, then meets all keys, the one before it all but the last, and so on.
+
+    Args:
+        spans: of this rank's queries, in memory order.
+        buffer: of keys; those of whole stretches, behind the first query of each.
+        mutual: the stretches.
+        device: where row numbers go.
+    """
+    mine = Rows(spans)
+    pairs: list[tuple[list[range], list[range]]] = []
+    for span in spans:
+        for begin, end in mutual.get(span.sample, ()):
+            first, stop = max(span.start, begin), min(span.end, end - 1)  # the last token of all has none after it
+            if first < stop:
+                pairs.append((mine.within(span.sample, first, stop), buffer.within(span.sample, first + 1, end)))
+                assert sum(map(len, pairs[-1][1])) == end - first - 1, "a key that is needed has not been sent"
+    if not pairs:
+        return None
+    (queries, keys), host = zip(*pairs, strict=True), torch.device("cpu")
+    q_rows, k_rows = ([row_index(rows, host).flip(0) for rows in of_runs] for of_runs in (queries, keys))
+    segments = Segments.of([len(rows) for rows in q_rows], [len(rows) for rows in k_rows], device)
+    return MeetingAhead(torch.cat(q_rows).to(device), torch.cat(k_rows).to(device), segments)
 
 
 def _causal_meeting(

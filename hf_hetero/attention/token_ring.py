@@ -19,7 +19,8 @@ send. It is no longer than o, so it fits every type that o fits, and rounds no w
 Whoever has many heads of queries for each of keys and values sends less by `ring`. With as many, a rank sends 5 tensors
 here (q, o; q, g, dq), where a ring sends 6 (k, v; k, v, dk, dv).
 
-Layers with a sliding window need only the window before each cut: they gather it at once (`gather`).
+Layers with a sliding window need only the window before each cut: they gather it at once (`gather`). So do layers in
+which tokens of an image look at each other, in packs that have some.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def token_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
         CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
     """
-    if scores.window is not None:
+    if scores.window is not None or scores.mutual:
         return gather(q, k, v, scores, place)
     require_parts(place.context.kernel, scores)
     out: Any = _TokenRing.apply(q, k, v, scores.sinks, scores.without_sinks(), place)

@@ -22,9 +22,10 @@ from hf_hetero.attention.context import AttentionContext, Peers, Place
 from hf_hetero.attention.gather import attend_gathered
 from hf_hetero.attention.kernels.contract import Scores, Segments
 from hf_hetero.attention.ring import attend_in_rounds
-from hf_hetero.attention.routes import gather_route, ring_route
+from hf_hetero.attention.routes import MeetingAhead, Rows, gather_route, meeting_ahead, ring_route
 from hf_hetero.attention.traffic import all_to_all
-from hf_hetero.layout import HeadShare, Layout, blocks_of, share_heads
+from hf_hetero.heads import HeadShare, share_heads
+from hf_hetero.layout import Layout, Span, blocks_of
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 """Attention of all tokens of some ranks and some of the heads."""
@@ -37,8 +38,14 @@ def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, p
         ("pack", scores.causal), lambda: Segments.packed(layout.lengths, context.device, scores.causal)
     )
 
+    whole = [Span(sample, 0, length) for sample, length in enumerate(layout.lengths)]
+    ahead: MeetingAhead | None = context.shared(
+        ("pack ahead", scores.mutual),
+        lambda: meeting_ahead(whole, Rows(whole), context.mutual_of(scores), context.device),
+    )
+
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        return context.kernel(q, k, v, segments, scores)
+        return context.kernel(q, k, v, segments, scores, None if ahead is None else ahead.met(k, v))
 
     # a group without a token exchanges nothing: all of its ranks see so in the layout
     if layout.degree == 1 or layout.num_tokens == 0:
@@ -59,9 +66,10 @@ def ulysses_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scor
     across = _across_blocks(context, blocks)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        if scores.window is not None:
+        if scores.window is not None or scores.mutual:
             route = context.shared(
-                ("blocks", scores.window), lambda: gather_route(blocks, across.me, scores.window, context.device)
+                ("blocks", scores.window, scores.mutual),
+                lambda: gather_route(blocks, across.me, scores.window, context.device, context.mutual_of(scores)),
             )
             return attend_gathered(q, k, v, scores, place, across if blocks.is_cut else None, route)
         route = context.shared("blocks in rounds", lambda: ring_route(blocks, across.me, context.device))

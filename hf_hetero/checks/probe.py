@@ -31,6 +31,7 @@ from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.errors import HeteroError, UnsupportedModel
+from hf_hetero.images.mutual import CausalLayers
 from hf_hetero.layout import contiguous
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss, keywords_of
@@ -235,7 +236,7 @@ def _fitted(model: Any, manner: Manner, undone: ExitStack) -> StateLayers | Whol
     if manner.whole:
         return WholeSamples(model)
     interface.register()
-    for hooks in (HandedDown(model), rotary.TablesBySample(model), PositionsBySample(model)):
+    for hooks in (HandedDown(model), rotary.TablesBySample(model), CausalLayers(model), PositionsBySample(model)):
         undone.callback(hooks.remove)
     model.set_attn_implementation(interface.ATTENTION_NAME)
     return StateLayers(model)

@@ -51,7 +51,9 @@ class ImageChats:
             processor_kwargs={"padding": len(rows) > 1, "padding_side": "right"},
         )
         labels = batch["input_ids"].clone()
-        labels[(labels == self.processor.image_token_id) | (batch["attention_mask"] == 0)] = IGNORE_INDEX
+        # Gemma 3's processor gives one name to the token that begins an image, and another to those of the image
+        of_images = {self.processor.image_token_id, *getattr(self.processor, "image_token_ids", ())} - {None}
+        labels[torch.isin(labels, torch.tensor(sorted(of_images))) | (batch["attention_mask"] == 0)] = IGNORE_INDEX
         if self.assistant_only:
             said = torch.as_tensor(batch.pop("assistant_masks"))
             if not said.any(dim=1).all():

@@ -14,6 +14,7 @@ import torch
 
 from hf_hetero.checks import exactness
 from hf_hetero.checks.outline import config_of, outline_of
+from hf_hetero.checks.probe import needs_trial, tried
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, UnsupportedModel
@@ -22,61 +23,17 @@ from hf_hetero.estimate.devices import GIB
 from hf_hetero.estimate.first_estimate import first_estimate
 from hf_hetero.estimate.memory import Shards, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
-from hf_hetero.estimate.shares import ATTENTION, reached
+from hf_hetero.estimate.shares import reached
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.forecast.machines import MOST_GPUS, Machines, doubled, machines_named
+from hf_hetero.forecast.setting import DTYPES, Setting
+from hf_hetero.manners.manner import Manner, settings_for
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 
-DTYPES = {
-    **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
-    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
-}
-MOST_RANK = 4096
 TRAINED_BYTES = 4
 """Weights that are trained are held in fp32, as `recipes/sft.py` loads them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A `Setting` is how a run would be trained.
-
-    Args:
-        lora_r: rank of adapters on all linear layers but the head; None: all weights are trained.
-        checkpointing: every group recomputes its layers; else those that gain by it.
-        offload: groups may also wait for copies to the host's memory, where they gain by it.
-        dtype: that training computes in; frozen weights lie in it, too.
-        sharded: weights in parts over ranks (FSDP2), or all of them on each (DDP); None: in parts if there are several
-            ranks, and weights are trained, or take more than half of what a rank has.
-        network_gbps: line rate of a node, in gigabits a second; None: what a trainer takes that knows of none.
-        kernel: of attention, one of `shares.ATTENTION`; fa2 is as fast as the one that comes with torch.
-        shards: ranks over which weights lie in parts, so that several such groups are replicas (HSDP); None: all.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    lora_r: int | None = None
-    checkpointing: bool = False
-    offload: bool = False
-    dtype: str = "bfloat16"
-    sharded: bool | None = None
-    network_gbps: float | None = None
-    kernel: str = "fa2"
-    shards: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.lora_r is not None and not 1 <= self.lora_r <= MOST_RANK:
-            raise ConfigError(f"A rank of adapters of {self.lora_r}: it must be from 1 to {MOST_RANK}.")
-        if self.network_gbps is not None and not 0 < self.network_gbps <= 1e6:
-            raise ConfigError(f"A network of {self.network_gbps:g} Gb/s: it must be above 0, and at most a million.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}.")
-        if self.kernel not in ATTENTION:
-            raise ConfigError(f"kernel {self.kernel!r}: choose one of {', '.join(ATTENTION)}.")
-        if self.shards is not None and (self.shards < 2 or self.sharded is False):
-            raise ConfigError(f"Weights over {self.shards} ranks: 2 at least; --ddp alone leaves all of them on each.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +55,22 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A `Model` is what a name leads to: its config, and an outline without weights."""
+    """A `Model` is what a name leads to: its config, and an outline without weights.
+
+    Args:
+        name, config, outline: of the model.
+        whole: why ranks cannot share a sample of it, in words; "": they can.
+    """
 
     name: str
     config: Any
     outline: Any
+    whole: str = ""
+
+    @property
+    def hetero(self) -> HeteroConfig:
+        """Return the settings that a run has which is given none."""
+        return settings_for(Manner(whole=self.whole), HeteroConfig())
 
 
 def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
@@ -124,6 +92,8 @@ def forecast(model: str, gpus: str, setting: Setting | None = None) -> Forecast:
 def model_named(name: str) -> Model:
     """Build the outline of a model by its name on the hub, its folder, or its config.json.
 
+    A tiny instance of one that is not tested is tried, as when it is trained.
+
     Raises:
         ConfigError: there is no such model.
         UnsupportedModel: it cannot be trained under plans.
@@ -131,9 +101,15 @@ def model_named(name: str) -> Model:
     outline = outline_of(config := config_of(name))
     if outline is None:
         raise ConfigError(f"transformers builds no causal language model from {name!r}; `hf-hetero check` says why.")
-    if problems := [*exactness.model_problems(outline), *exactness.sharing_problems(outline)]:
+    if problems := [*exactness.model_problems(outline)]:
         raise UnsupportedModel(" ".join(problems))
-    return Model(name, config, outline)
+    if not needs_trial(outline):
+        return Model(name, config, outline)
+    cause = " ".join(exactness.sharing_problems(outline))
+    trial = tried(config, type(outline), cause)
+    if problem := trial.problem or (cause if trial.failure else ""):
+        raise UnsupportedModel(problem)
+    return Model(name, config, outline, trial.manner.whole)
 
 
 def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
@@ -145,7 +121,8 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
     text = model.config.get_text_config(decoder=True)
     shape, policies = trained_shape(model.outline, text, setting)
     shards = _shards(shape, machines, setting)
-    estimated = partial(_estimated, setting=setting, policies=policies, states=state_shape(model.outline, text))
+    states = state_shape(model.outline, text)
+    estimated = partial(_estimated, setting=setting, policies=policies, states=states, hetero=model.hetero)
     try:
         subject = subject_of(shape, model.config.model_type, DTYPES[setting.dtype])
         cost = replace(estimated(shape, machines, shards), model=subject)
@@ -153,22 +130,9 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
         raise ConfigError(_what_would_fit(model.name, shape, machines, shards, setting, estimated)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
     where = _where(machines, shards)
+    where += ", each sample on one" if model.whole and machines.num_ranks > 1 else ""
     trained = f"{model.name}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}"
     return Forecast(cost, machines, trained, shards is not None)
-
-
-def setting_of(args: Any) -> Setting:
-    """Read what `arguments.add_setting` adds to a command line."""
-    return Setting(
-        args.lora_r,
-        args.checkpointing,
-        args.offload,
-        args.dtype,
-        args.sharded,
-        args.network,
-        args.attention,
-        args.shards,
-    )
 
 
 def trained_shape(outline: Any, config: Any, setting: Setting) -> tuple[ModelShape, tuple[str, ...]]:
@@ -245,6 +209,7 @@ def _estimated(
     setting: Setting,
     policies: tuple[str, ...],
     states: StateShape | None,
+    hetero: HeteroConfig,
 ) -> CostModel:
     """Estimate a run's cost model, as its trainer would.
 
@@ -252,6 +217,7 @@ def _estimated(
         shape, machines, shards, setting: what is trained, where, and how.
         policies: what groups may do to hold more tokens.
         states: layers of the model that carry state; None: it has none.
+        hetero: settings of the run.
 
     Raises:
         ConfigError: the memory leaves room for no token.
@@ -260,7 +226,7 @@ def _estimated(
     if setting.network_gbps is not None:
         node_bytes_per_s = NETWORK_SHARE * setting.network_gbps * 1e9 / 8
         device = replace(device, network_bytes_per_s=node_bytes_per_s / machines.ranks_per_node)
-    return first_estimate(shape, device, machines.topology, shards, policies, HeteroConfig(), states)
+    return first_estimate(shape, device, machines.topology, shards, policies, hetero, states)
 
 
 def _what_would_fit(

@@ -9,34 +9,36 @@ from typing import Any
 import torch
 
 from hf_hetero.images.features import READY, merging_part
-from hf_hetero.images.pictures import IMAGE_ROWS
+from hf_hetero.images.mutual import PREFIX, MutualTokens
+from hf_hetero.images.pictures import IMAGE_ROWS, PLACES
+from hf_hetero.images.positions import KINDS as MARKS
 from hf_hetero.images.positions import RotaryPositions
 from hf_hetero.images.sight import GRID, PIXELS, Sight
 
-PATCHES, PICTURES, TILES = "patches", "pictures", "tiles"
+PATCHES, PICTURES, TILES, PLACED = "patches", "pictures", "tiles", "patches with places"
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), PATCHES),
-        **dict.fromkeys(("llava", "mistral3"), PICTURES),
+        **dict.fromkeys(("llava", "mistral3", "gemma3", "paligemma"), PICTURES),
         "llava_next": TILES,
+        "gemma4": PLACED,
     }
 )
-"""Type of a model -> how its images come: patches and their grid, pictures, or tiles of pictures of many sizes."""
-BLOCKS: Mapping[str, str] = MappingProxyType(dict.fromkeys(("gemma3", "gemma4", "paligemma"), "block"))
-"""Types whose tokens of an image look at each other, before and after, which attention across ranks does not do."""
+"""Type of a model -> how its images come: patches and their grid, pictures, tiles of pictures of many sizes, or patches
+that each have a place, filled up to one number an image."""
+OF_TEXT = "token_type_ids"
+"""What says of each token whether it is of an image (1), as Gemma 3's processor gives it, or of an answer (1), as
+PaliGemma's does."""
 SIZES = "image_sizes"
 
 
 def why_blind(model: Any) -> str:
     """Say in words why rows with images are refused; "" where they are not."""
     kind = model.config.model_type
-    if kind in BLOCKS:
-        return (
-            f"in models of type {kind!r} the tokens of an image look at each other, before and after, and attention "
-            "across ranks looks back only"
-        )
     if kind not in KINDS:
         return f"{', '.join(sorted(KINDS))} can, and a model of type {kind!r} was not compared with plain training yet"
+    if getattr(model.config, "vision_config", None) is None:
+        return "its config has no vision_config"
     if merging_part(model) is None:
         return f"this release of transformers gives {type(model).__name__} no {READY}; use a newer one"
     return ""
@@ -55,25 +57,49 @@ def sight_of(model: Any, shell: Any) -> Sight | None:
     config, kind = model.config, KINDS[model.config.model_type]
     vision = config.vision_config
     stand_in = _stand_in(config, kind)
+    merged = {PATCHES: "spatial_merge_size", PLACED: "pooling_kernel_size"}
     return Sight(
         token=config.image_token_id,
         inputs=tuple(stand_in),
-        merged=vision.spatial_merge_size**2 if kind == PATCHES else None,
+        merged=getattr(vision, merged[kind]) ** 2 if kind in merged else None,
         stand_in={**stand_in, IMAGE_ROWS: torch.zeros(0, dtype=torch.int64)},
         positions=None if shell is None else RotaryPositions(shell),
+        mutual=mutual_of(config),
     )
+
+
+def mutual_of(config: Any) -> MutualTokens | None:
+    """Return which tokens of a model's samples look at each other, as transformers' own masks have it.
+
+    Gemma 3: each run of tokens of images, within a window back where a layer has one. Gemma 4: the same, in layers with
+    a window only, and only in models that ask for it. PaliGemma: all that comes before the answer.
+    """
+    text = config.get_text_config()
+    if config.model_type == "gemma3":
+        return MutualTokens(OF_TEXT, frozenset({1}), other=0)
+    if config.model_type == "gemma4" and text.use_bidirectional_attention == "vision":
+        return MutualTokens(MARKS, frozenset({1, 2}), other=0, in_windows=True)
+    if config.model_type in PREFIX:
+        return MutualTokens(
+            OF_TEXT, frozenset({0}), other=1, is_prefix=True, longest=getattr(text, "sliding_window", None)
+        )
+    return None
 
 
 def _stand_in(config: Any, kind: str) -> dict[str, torch.Tensor]:
     """Make an image of zeros, as small as the tower takes."""
     vision = config.vision_config
     names = ("num_channels", "in_channels", "in_chans")
-    channels = next(number for name in names if isinstance(number := getattr(vision, name, None), int))
+    channels = next((number for name in names if isinstance(number := getattr(vision, name, None), int)), 3)
     if kind == PATCHES:
         side, size = vision.spatial_merge_size, vision.patch_size
         height, width = (size, size) if isinstance(size, int) else size
         numbers = channels * vision.temporal_patch_size * height * width
         return {PIXELS: torch.zeros(side**2, numbers), GRID: torch.tensor([[1, side, side]])}
+    if kind == PLACED:
+        side = vision.pooling_kernel_size
+        places = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+        return {PIXELS: torch.zeros(1, side**2, channels * vision.patch_size**2), PLACES: places.unsqueeze(0)}
     size = vision.image_size
     if vision.model_type == "pixtral":  # pictures of any size
         size = vision.patch_size * getattr(config, "spatial_merge_size", 1)

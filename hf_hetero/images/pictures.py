@@ -23,6 +23,8 @@ from hf_hetero.layout import Span
 
 IMAGE_ROWS = "hetero_image_rows"
 """Among the inputs of a model: which features of the images that a rank encodes its tokens take, int64, in order."""
+PLACES, NO_PLACE = "image_position_ids", -1
+"""Where in its image each patch is, and what a patch has that only fills it up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,10 @@ def packed_pictures(spans: Sequence[Span], samples: Mapping[int, Seen]) -> dict[
 
 
 def joined_inputs(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
-    """Join the inputs of several pictures along their first dim; smaller ones are filled up with zeros at the end.
+    """Join the inputs of several pictures along their first dim; smaller ones are filled up at the end.
 
-    A processor fills up images of other sizes, or with fewer tiles, in the same way, and models leave that out again.
+    A processor fills up images of other sizes, or with fewer tiles or patches, in the same way, with zeros or with
+    patches that have no place, and models leave that out again.
 
     Raises:
         BadSample: they differ in their names, or in how many dims they have.
@@ -108,5 +111,5 @@ def _joined(name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     for tensor in tensors:
         missing = [most - size for most, size in zip(largest, tensor.shape[1:], strict=True)]
         padding = [number for size in reversed(missing) for number in (0, size)]
-        parts.append(F.pad(tensor, padding) if any(missing) else tensor)
+        parts.append(F.pad(tensor, padding, value=NO_PLACE if name == PLACES else 0) if any(missing) else tensor)
     return torch.cat(parts)

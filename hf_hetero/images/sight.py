@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from hf_hetero.errors import BadSample
-from hf_hetero.images.pictures import Picture, Seen, joined_inputs
+from hf_hetero.images.mutual import MutualTokens
+from hf_hetero.images.pictures import NO_PLACE, PLACES, Picture, Seen, joined_inputs
 from hf_hetero.images.positions import RotaryPositions
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
@@ -27,6 +28,7 @@ class Sight:
             pictures of one size, or of several, of which the model knows how many tokens they become.
         stand_in: inputs of the tower that take the least time.
         positions: makes positions of samples with images; None: they count from 0, as those of text.
+        mutual: which tokens look at each other; None: all look back.
     """
 
     token: int
@@ -34,6 +36,20 @@ class Sight:
     merged: int | None
     stand_in: Mapping[str, torch.Tensor] = field(repr=False)
     positions: RotaryPositions | None = field(default=None, repr=False)
+    mutual: MutualTokens | None = None
+
+    @property
+    def mutual_in_windows(self) -> bool:
+        """Return whether tokens look at each other only in layers with a sliding window."""
+        return self.mutual is not None and self.mutual.in_windows
+
+    def marks(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what a row says of its tokens that does not say whether they look at each other."""
+        return {} if self.mutual is None else self.mutual.marks(input_ids)
+
+    def stretches(self, inputs: Mapping[str, torch.Tensor], name: str) -> tuple[tuple[int, int], ...]:
+        """Return the stretches of a sample whose tokens look at each other (`MutualTokens.stretches`)."""
+        return () if self.mutual is None else self.mutual.stretches(inputs, name)
 
     def inputs_of(self, example: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
         """Return the inputs of the tower that an example has; none where it has no image.
@@ -70,12 +86,28 @@ class Sight:
             if num_tokens:
                 raise BadSample(f"{name} has {num_tokens} tokens of images ({self.token}) and no {PIXELS}. {REMEDY}")
             return None
-        pictures = self._by_patches(images, name) if self.merged is not None else _whole(images, num_tokens, name)
+        pictures = self._pictures(images, num_tokens, name)
         if (expected := sum(picture.num_tokens for picture in pictures)) != num_tokens or not num_tokens:
             raise BadSample(
                 f"{name} has {num_tokens} tokens of images ({self.token}), and images that become {expected}. {REMEDY}"
             )
         return Seen(pictures, is_image)
+
+    def _pictures(self, images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
+        if self.merged is None:
+            return _whole(images, num_tokens, name)
+        return self._by_places(images, name) if PLACES in images else self._by_patches(images, name)
+
+    def _by_places(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
+        """Tell images apart that are filled up to as many patches; those with a place are an image's own."""
+        assert self.merged is not None
+        places, patches = images[PLACES], images[PIXELS]
+        if places.ndim != 3 or patches.ndim != 3 or places.shape[:2] != patches.shape[:2]:
+            shapes = {key: tuple(values.shape) for key, values in images.items()}
+            raise BadSample(f"{name} has images of shapes {shapes}; each begins with images and patches. {REMEDY}")
+        counts: list[int] = (places != NO_PLACE).all(-1).sum(-1).tolist()
+        parts = zip(patches.split(1), places.split(1), counts, strict=True)
+        return tuple(Picture({PIXELS: part, PLACES: where}, count // self.merged) for part, where, count in parts)
 
     def _by_patches(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
         """Tell images apart whose patches stand one after the other; their grids say how many each has."""

@@ -9,12 +9,13 @@ gradient, as under plain Trainer.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import torch.distributed as dist
 
 from hf_hetero.images.pictures import IMAGE_ROWS
 from hf_hetero.images.sight import Sight
-from hf_hetero.ranks.agreement import any_of
+from hf_hetero.ranks.agreement import any_of, gather_objects
 from hf_hetero.step import StepBatch
 
 
@@ -29,11 +30,28 @@ def seeing_together(batch: StepBatch, sight: Sight | None, control: dist.Process
     if sight is None or control is None:
         return batch
     sees = [IMAGE_ROWS in micro_batch.inputs for micro_batch in batch.micro_batches]
-    [anyone_sees] = any_of([any(sees)], control)
+    is_mutual = any(micro_batch.mutual for micro_batch in batch.micro_batches)
+    anyone_sees, any_is_mutual = any_of([any(sees), is_mutual], control)
+    if any_is_mutual:
+        batch = _told_of_all(batch, control)
     if not anyone_sees:
         return batch
     micro_batches = tuple(
         micro_batch if sees_one else replace(micro_batch, inputs={**micro_batch.inputs, **sight.stand_in})
         for micro_batch, sees_one in zip(batch.micro_batches, sees, strict=True)
+    )
+    return replace(batch, micro_batches=micro_batches)
+
+
+def _told_of_all(batch: StepBatch, control: dist.ProcessGroup) -> StepBatch:
+    """Return a step in which each rank knows, of all samples of its groups, which tokens look at each other.
+
+    A rank has read the samples of its own tokens, and may compute some heads of others'. A collective of all ranks.
+    """
+    own = {m.group.samples[n]: stretches for m in batch.micro_batches for n, stretches in m.mutual.items()}
+    found = dict(chain.from_iterable(one.items() for one in gather_objects(own, control)))
+    micro_batches = tuple(
+        replace(m, mutual={n: found[sample] for n, sample in enumerate(m.group.samples) if sample in found})
+        for m in batch.micro_batches
     )
     return replace(batch, micro_batches=micro_batches)

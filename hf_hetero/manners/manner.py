@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from hf_hetero.config import HeteroConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,3 +22,8 @@ class Manner:
     whole: str = ""
     outside_loss: bool = False
     aligned: bool = False
+
+
+def settings_for(manner: Manner, hetero: HeteroConfig) -> HeteroConfig:
+    """Return settings as they are meant: ranks that share a whole sample all do its work, so none do unasked."""
+    return replace(hetero, max_degree=1) if manner.whole and hetero.max_degree is None else hetero

@@ -11,6 +11,11 @@ rank's own. A backbone's gradients are sums over its outputs. So summed over the
 are those of the whole sample. Nothing is scaled.
 
 Ranks that share a sample so all do its work, so it is not planned unless `HeteroConfig.max_degree` asks for it.
+
+Under FSDP2 each call of a layer gathers its weights from all ranks, and each backward pass of it adds up its gradients
+over them. So there all ranks go through the layers as often as the one with the most samples: what a rank lacks are
+passes of one token, of whose outputs nothing is learned (`passing_together`). Each pass is of the same layers in the
+same order, in forward, and the other way in backward, so all ranks come to the same exchanges.
 """
 
 from __future__ import annotations
@@ -18,15 +23,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.traffic import all_to_all
+from hf_hetero.layout import layout_of
 from hf_hetero.manners.outside_loss import OF_LOSS
 from hf_hetero.model.activations import set_until
 from hf_hetero.state_layers.by_heads import HeadRuns, head_runs_of
+from hf_hetero.step import RankMicroBatch, StepBatch
 
 NOT_OF_SAMPLES = frozenset({"hetero", "attention_mask", "past_key_values", "cache_params", "state", *OF_LOSS})
 """Keywords that speak of the pack, or of other calls."""
@@ -72,6 +80,9 @@ class WholeBackbone(torch.nn.Module):
         samples, used = _samples(of_tokens, stand_ins, context)
         hidden: dict[int | None, torch.Tensor] = {}
         output: Any = None
+        for _ in range(context.num_passes - len(samples)):
+            output = super().forward(**{name: values[:, :1] for name, values in of_tokens.items()}, **rest)
+            used = used + 0 * output[0][0, 0, 0]  # of one number, because a sum may be too large for a half type
         for number, sample in samples.items():
             output = super().forward(**sample, **rest)
             hidden[number] = output[0][0]
@@ -162,16 +173,36 @@ class WholeSamples:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._backbone = backbone_of(model)
-        self._class: Any = type(f"Whole{type(self._backbone).__name__}", (WholeBackbone, type(self._backbone)), {})
+        self._class: Any = None
 
     @contextmanager
     def planned(self, context: AttentionContext) -> Iterator[None]:
         """Let the backbone go over the samples of a micro-batch, in its forward pass and in its backward pass."""
         with ExitStack() as undone:
             if not isinstance(self._backbone, WholeBackbone):
+                if self._class is None:  # in the first step: by now a wrapper may have given it another class
+                    kind = type(self._backbone)
+                    self._class = type(f"Whole{kind.__name__}", (WholeBackbone, kind), {})
                 set_until(undone, self._backbone, "__class__", self._class)
             set_until(undone, self._backbone, "hetero_context", context)
             yield
+
+
+def passing_together(batch: StepBatch, unshifted: bool) -> StepBatch:
+    """Return a step in each of whose micro-batches all ranks go through the layers equally often.
+
+    Each rank counts it by the plan, so none has to ask another.
+
+    Args:
+        batch: of this rank.
+        unshifted: each rank has a token that stands in, beside its samples; else only one without tokens has.
+    """
+    step, micro_batches = batch.share.step, list[RankMicroBatch]()
+    for planned, micro_batch in zip(step.plan.micro_batches, batch.micro_batches, strict=True):
+        spans = [spans for group in planned.groups for spans in layout_of(group, step.lengths).spans]
+        most = max(len({span.sample for span in of_rank}) + (unshifted or not of_rank) for of_rank in spans)
+        micro_batches.append(replace(micro_batch, num_passes=most))
+    return replace(batch, micro_batches=tuple(micro_batches))
 
 
 def backbone_of(model: Any) -> torch.nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ from hf_hetero.errors import UnsupportedModel
 from hf_hetero.estimate.flops import ModelFlops, flops_of
 from hf_hetero.images.families import why_blind
 from hf_hetero.images.features import FeaturesOfSpans
+from hf_hetero.images.mutual import CausalLayers
 from hf_hetero.manners.manner import Manner
 from hf_hetero.manners.outside_loss import OutsideLoss
 from hf_hetero.manners.positions import PositionsBySample
@@ -133,12 +134,7 @@ def check_manner(trainer: Trainer, manner: Manner) -> None:
     Raises:
         UnsupportedModel: with the setting and the remedy.
     """
-    name, sharding = type(base_model(trainer.model)).__name__, sharding_of(trainer, None)
-    if manner.whole and sharding.is_sharded:
-        raise UnsupportedModel(
-            f"Ranks cannot share samples of {name}, so each goes over whole ones, another number on each rank; under "
-            f"FSDP all ranks gather a layer's weights equally often. Train it under DDP. For {manner.whole}"
-        )
+    name = type(base_model(trainer.model)).__name__
     if manner.outside_loss and getattr(trainer, "learns_pairs", False):
         raise UnsupportedModel(
             f"{name} computes a loss of its own, which pairs are not compared by. Use another model, or TRL's trainer."
@@ -163,11 +159,6 @@ def check_reached(fitted: Fitted, context: AttentionContext) -> None:
         )
     if context.looked_ahead and labelled_of(fitted.model) == NEXT:
         raise UnsupportedModel(f"{type(fitted.model).__name__}: {SEES_TARGETS}")
-
-
-def settings_for(manner: Manner, hetero: HeteroConfig) -> HeteroConfig:
-    """Return settings as they are meant: ranks that share a whole sample all do its work, so none do unasked."""
-    return replace(hetero, max_degree=1) if manner.whole and hetero.max_degree is None else hetero
 
 
 def accept(trainer: Trainer, manner: Manner) -> None:
@@ -256,7 +247,7 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
         undone.callback(_give_back_attention, base, before)
         name = interface.ATTENTION_NAME
         base.set_attn_implementation(dict.fromkeys(before, name) if isinstance(before, dict) else name)
-        for hooks in (HandedDown, TablesBySample, FeaturesOfSpans, PositionsBySample):
+        for hooks in (HandedDown, TablesBySample, FeaturesOfSpans, CausalLayers, PositionsBySample):
             undone.callback(hooks(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)

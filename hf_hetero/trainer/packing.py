@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
+from hf_hetero.attention.kernels.contract import NO_LSE, Kernel
 from hf_hetero.checks import own_loss
 from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import ClassCollator, PackedCollator
@@ -15,7 +16,7 @@ from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
-from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.families import mutual_of, sight_of, why_blind
 from hf_hetero.images.features import merging_part
 from hf_hetero.images.sight import Sight
 from hf_hetero.manners.manner import Manner
@@ -49,8 +50,10 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
     return PackedCollator(example_collator=collator, makes_labels=False)
 
 
-def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, manner: Manner) -> PackedCollator:
-    """Return the same packer for this trainer's model, its manner, loss and columns."""
+def fitting_packer(
+    trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, manner: Manner, kernel: Kernel
+) -> PackedCollator:
+    """Return the same packer for this trainer's model, its manner, kernel, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
     # no inputs of the model; but Trainer keeps what is listed here, in training and evaluation
@@ -59,6 +62,8 @@ def fitting_packer(trainer: Trainer, hetero: HeteroConfig, packer: PackedCollato
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     blind = why_blind(base) or (manner.whole and "its samples go whole, which was not tried with images")
+    if not blind and mutual_of(base.config) is not None and not kernel.has_lse:
+        blind = NO_LSE.format(kernel.name).rstrip(".")
     sight, inputs = None if blind else _sight_of(base), signature
     if sight is not None:  # a collator may make them of columns that are no inputs, as TRL's does of chats and images
         inputs |= frozenset(inspect.signature(base.forward).parameters)

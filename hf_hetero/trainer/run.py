@@ -31,14 +31,15 @@ from hf_hetero.data.planning import Planners, Planning, planning_of
 from hf_hetero.data.workers import end_with_this_process, named_loss
 from hf_hetero.errors import HeteroError
 from hf_hetero.images.together import seeing_together
-from hf_hetero.manners.manner import Manner
+from hf_hetero.manners.manner import Manner, settings_for
+from hf_hetero.manners.whole_samples import WholeSamples, passing_together
 from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model, looks_ahead
 from hf_hetero.ranks.agreement import confirm_rows, confirm_step
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.step import RankMicroBatch, StepBatch
-from hf_hetero.trainer.fitting import Fitted, check_manner, compute_dtype, fit, settings_for
+from hf_hetero.trainer.fitting import Fitted, check_manner, compute_dtype, fit
 from hf_hetero.trainer.machine import Machine, set_up
 from hf_hetero.trainer.packing import fitting_packer
 
@@ -116,6 +117,9 @@ class PlannedRun:
             store=activations.store(policy, self.args.device, num_tokens, hidden),
             reaches=micro_batch.reaches,
             waits=self.groups.waits,
+            mutual=micro_batch.mutual,
+            mutual_in_windows=self.packer.sight is not None and self.packer.sight.mutual_in_windows,
+            num_passes=micro_batch.num_passes,
         )
 
     def confirmed(self, steps: Iterator[StepBatch], number: int) -> ConfirmedStep:
@@ -143,7 +147,10 @@ class PlannedRun:
         num_targets = confirm_step(number, digest, targets, error, self.control)
         assert batch is not None
         confirm_rows(number, batch.share.step.shared_rows(), batch.fingerprints, self.control)
-        return ConfirmedStep(seeing_together(batch, self.packer.sight, self.control), num_targets, fetch_s)
+        batch = seeing_together(batch, self.packer.sight, self.control)
+        if isinstance(self.fitted.state_layers, WholeSamples) and self.fitted.sharding.is_sharded:
+            batch = passing_together(batch, self.packer.keeps_labels_unshifted)
+        return ConfirmedStep(batch, num_targets, fetch_s)
 
 
 class ConfirmedStep(NamedTuple):
@@ -273,7 +280,7 @@ class BetweenRuns:
         if labelled_of(fitted.model) != NEXT and looks_ahead(fitted.model):
             methods = ["ulysses"]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        fits = fitting_packer(trainer, hetero, packer, self.manner)
+        fits = fitting_packer(trainer, hetero, packer, self.manner, fitted.kernel)
         return PlannedRun(trainer.args, hetero, fitted, groups, fits, planners)
 
     def cost_model_of_now(self) -> CostModel:

@@ -69,6 +69,7 @@ def context_of(
     first = me - me % layout.inner
     inner_group = pool.get(tuple(range(first, first + layout.inner)))
     place = (layout, group.ranks, me, pool.get(group.ranks))
+    changes = {"mutual": case.stretches, **changes}
     return AttentionContext(*place, method, CPU, torch.device("cpu"), inner_group=inner_group, **changes)
 
 
@@ -78,7 +79,8 @@ def on_group(case: Case, method: str, pool: GroupPool, ulysses_degree: int | Non
     rows = rows_of(context.layout, context.group_rank)
     q, k, v, weights, sinks = (x if x.dim() == 1 else x[rows] for x in case.tensors())
     leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
-    scores = Scores(case.scaling, case.window, case.softcap, sinks if case.has_sinks else None, case.causal)
+    features = case.window, case.softcap, sinks if case.has_sinks else None
+    scores = Scores(case.scaling, *features, case.causal, mutual=bool(case.mutual))
     out = attend(q, k, v, scores, context.at(0))
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     return [rows, out.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads, strict=True))]

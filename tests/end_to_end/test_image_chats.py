@@ -15,7 +15,8 @@ from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, sc
 from PIL import Image
 from sights import IMAGE, all_in_double, reference, seeing_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, Gemma3Processor, LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import HeteroError
@@ -27,13 +28,16 @@ TEMPLATE = (
     "{% elif m.role == 'assistant' %}{% generation %}{{ part.text }} </s>{% endgeneration %}"
     "{% else %} {{ part.text }} {% endif %}{% endfor %}{% endfor %}"
 )
+BEGIN, END = 92, 93
+"""Tokens that Gemma 3's processor puts around those of an image."""
 WORDS = [f"w{n}" for n in range(3, 90)]
 NUM_ROWS = 16
 
 
-def processor() -> Any:
-    """One word a token, images of 4 x 4 pixels, four tokens each, as the tiny Llava of the tests has them."""
+def processor(name: str = "llava") -> Any:
+    """One word a token, images of few pixels, as the tiny models of the tests have them."""
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: 3 + n for n, word in enumerate(WORDS)}, "<image>": IMAGE}
+    vocabulary |= {"<begin>": BEGIN, "<end>": END}
     plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer = PreTrainedTokenizerFast(
@@ -41,8 +45,12 @@ def processor() -> Any:
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"},
     )
+    if name == "gemma3":
+        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
+        template = TEMPLATE.replace("<image>", "<begin>")
+        return Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
     size = {"height": 4, "width": 4}
     images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
     return LlavaProcessor(
@@ -76,12 +84,13 @@ def chats() -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of(chats: list[dict[str, Any]], assistant_only: bool) -> list[dict[str, Any]]:
+def rows_of(chats: list[dict[str, Any]], assistant_only: bool, name: str = "llava") -> list[dict[str, Any]]:
     """What a processor alone makes of the chats, as the reference takes rows."""
-    collate, rows = ImageChats(processor(), assistant_only), []
+    collate, rows = ImageChats(processor(name), assistant_only), []
     for chat in chats:
         batch = collate([chat])
-        lists = {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+        of_tokens = ("input_ids", "labels", "token_type_ids")
+        lists = {key: batch[key][0].tolist() for key in of_tokens if key in batch}
         rows.append({**lists, **{name: batch[name] for name in ("pixel_values",) if name in batch}})
     return rows
 
@@ -97,6 +106,16 @@ def test_rows_are_what_the_template_says() -> None:
         hidden = len(row["input_ids"]) - said if assistant_only else 4
         assert row["labels"] == [-100] * hidden + row["input_ids"][hidden:]
         assert row["pixel_values"].shape == (1, 3, 4, 4)
+
+
+def test_rows_say_which_tokens_look_at_each_other() -> None:
+    """Gemma 3's: those of the image, between two marks; none of the three is learned but the last."""
+    [row] = rows_of([{"messages": chats()[1]["messages"], "images": [picture(0)]}], False, "gemma3")
+    assert row["input_ids"][:18] == [BEGIN, *[IMAGE] * 16, END]
+    assert row["token_type_ids"][:19] == [0, *[1] * 16, 0, 0]
+    assert row["labels"][:19] == [-100] * 17 + row["input_ids"][17:19]
+    [text] = rows_of([{"messages": chats()[1]["messages"]}], False, "gemma3")
+    assert set(text.get("token_type_ids", [0])) == {0}
 
 
 def test_images_stand_where_messages_say() -> None:
@@ -172,14 +191,15 @@ def recipe_on_rank(folder: str, world: int, caches: str) -> dict[str, Any]:
     return run_recipe(folder, world)
 
 
-def test_the_recipe_learns_from_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llava", pytest.param("gemma3", marks=pytest.mark.slow)])
+def test_the_recipe_learns_from_a_folder(name: str, tmp_path: Path) -> None:
     """Two ranks, plans that cut images: gradients are those of each row alone, to fp32's rounding."""
     folder_of(tmp_path)
-    model = seeing_model("llava")
+    model = seeing_model(name)
     model.save_pretrained(tmp_path / "model")
-    processor().save_pretrained(tmp_path / "model")
+    processor(name).save_pretrained(tmp_path / "model")
     steps = trainer_order(NUM_ROWS, 8, 7, 2)
-    expected = reference(seeing_model("llava"), rows_of(chats(), assistant_only=True), steps)
+    expected = reference(seeing_model(name), rows_of(chats(), assistant_only=True, name=name), steps)
     for found in run_ranks(recipe_on_rank, 2, str(tmp_path), 2, str(tmp_path / "cache")):
         for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
             assert largest_difference(mine, theirs) < 1e-5
@@ -202,7 +222,7 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------ TRL
 
 
-def train_under_trl(folder: str) -> dict[str, Any]:
+def train_under_trl(folder: str, name: str) -> dict[str, Any]:
     import trl
 
     from hf_hetero import HeteroSFTTrainer
@@ -211,7 +231,7 @@ def train_under_trl(folder: str) -> dict[str, Any]:
         def _plan_source(self) -> Any:
             return scripted(ScriptedPlanner(self.args.world_size))
 
-    recorder, model = Recorder(), seeing_model("llava")
+    recorder, model = Recorder(), seeing_model(name)
     args = trl.SFTConfig(
         folder,
         per_device_train_batch_size=4,
@@ -237,20 +257,21 @@ def train_under_trl(folder: str) -> dict[str, Any]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         data: Any = datasets.Dataset.from_list(chats())
-        trainer = Scripted(model, args, train_dataset=data, processing_class=processor(), callbacks=[recorder])
+        trainer = Scripted(model, args, train_dataset=data, processing_class=processor(name), callbacks=[recorder])
         trainer.train()
     return {"gradients": recorder.gradients, "logs": trainer.state.log_history}
 
 
 @pytest.mark.slow
-def test_trl_learns_from_images(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_trl_learns_from_images(name: str, tmp_path: Path) -> None:
     """Its own collator makes tokens and inputs of the tower as rows are read; the loss is its own."""
     pytest.importorskip("trl")
-    steps, rows = trainer_order(NUM_ROWS, 8, 7, 2), rows_of(chats(), assistant_only=True)
-    model = seeing_model("llava")
+    steps, rows = trainer_order(NUM_ROWS, 8, 7, 2), rows_of(chats(), assistant_only=True, name=name)
+    model = seeing_model(name)
     with in_double(model):
         expected = reference(model, rows, steps)
-    for found in run_ranks(train_under_trl, 2, str(tmp_path)):
+    for found in run_ranks(train_under_trl, 2, str(tmp_path), name):
         for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
             assert largest_difference(mine, theirs) < 1e-6  # TRL computes its loss in fp32
         logged = [entry["loss"] for entry in found["logs"] if "loss" in entry]

@@ -22,9 +22,10 @@ from helpers import (
     trainer_order,
     with_lora,
 )
-from sights import IMAGE, all_in_double, reference, rows_with_images, seeing_model
+from sights import IMAGE, LOOKS_AHEAD, all_in_double, reference, rows_with_images, seeing_model
 
 from hf_hetero import HeteroTrainer
+from hf_hetero.attention.context import AttentionContext
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import BadSample
 from hf_hetero.images import features
@@ -32,12 +33,14 @@ from hf_hetero.images.positions import RotaryPositions
 from hf_hetero.layout import layout_of
 
 SHARDED = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-LAYERS = {  # accelerate does not find all that transformers names of a Llava
+LAYERS = {  # accelerate does not find all that transformers names of these
     "qwen3-vl": {},
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
+    "gemma3": {"transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer", "SiglipEncoderLayer"]},
+    "gemma4": {"transformer_layer_cls_to_wrap": ["Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
-SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3")
+SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -94,6 +97,27 @@ def test_plans_cut_images() -> None:
     assert num_cut > 4
 
 
+def stretches_of(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The tokens of each image of a row of Gemma 3."""
+    kinds = [0, *row.get("token_type_ids", ()), 0]
+    starts = [n for n in range(len(kinds) - 1) if kinds[n : n + 2] == [0, 1]]
+    return [(start, kinds.index(0, start + 1) - 1) for start in starts]
+
+
+def test_plans_cut_stretches() -> None:
+    """On four ranks these share tokens that look at each other, and compute heads of samples they have not read."""
+    data, methods = rows_with_images("gemma3"), set[str]()
+    for rows in trainer_order(len(data), 12, 7, 4):
+        lengths = [len(data[row]["input_ids"]) for row in rows]
+        for group in (g for m in ScriptedPlanner(4).plan(lengths).micro_batches for g in m.groups):
+            layout = layout_of(group, lengths)
+            for sample, number in enumerate(group.samples):
+                for start, end in stretches_of(data[rows[number]]):
+                    if any(s.sample == sample and start < s.start < end for spans in layout.spans for s in spans):
+                        methods.add(group.method)
+    assert methods == {"ulysses", "gather", "ring"}
+
+
 @pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:3])])
 def test_images_are_learnt_the_same(name: str) -> None:
     """On two ranks: positions in three parts, and features that go into later layers, too."""
@@ -107,22 +131,28 @@ def test_pictures_are_learnt_the_same(name: str) -> None:
     check(name, 2)
 
 
+@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in LOOKS_AHEAD[1:])])
+def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
+    """On two ranks: those of an image, in all layers or where there are windows, or of all that is asked."""
+    check(name, 2)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", *LOOKS_AHEAD])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3"])
 def test_with_lora(name: str) -> None:
     """Adapters in the language model and in the tower."""
     check(name, 2, lora=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-vl", "llava"])
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "gemma3", "gemma4"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_sharded_towers(name: str, num_ranks: int) -> None:
     """Under FSDP2 a rank without an image calls the tower as often as the others, and none waits for another."""
@@ -130,10 +160,11 @@ def test_sharded_towers(name: str, num_ranks: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-def test_with_layers_computed_again(use_reentrant: bool) -> None:
+def test_with_layers_computed_again(name: str, use_reentrant: bool) -> None:
     """Layers of the tower are recomputed as those of the language model are."""
-    check("qwen3-vl", 2, **RECOMPUTED, activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    check(name, 2, **RECOMPUTED, activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
 
 
 # ----------------------------------------------------------------------------------------------------- counter-examples
@@ -145,6 +176,9 @@ def train_wrongly(mistake: str) -> dict[str, Any]:
         setattr(  # noqa: B010
             RotaryPositions, "of", lambda self, ids, *_: torch.arange(len(ids))[:, None].expand(-1, 3)
         )
+    elif mistake == "looking back only":
+        AttentionContext.is_mutual = lambda self, window: False
+        return train("gemma3", False, {})
     else:
         keep = features._of_rows
 
@@ -162,6 +196,13 @@ def test_mistakes_are_seen(mistake: str) -> None:
     """Positions that count as those of text, and a tower whose gradients two ranks both count, are no rounding."""
     [found, _] = run_ranks(train_wrongly, 2, mistake)
     assert error_of(found, expected_of("qwen3-vl")) > 1e-3
+
+
+@pytest.mark.slow
+def test_tokens_that_look_back_only_are_seen() -> None:
+    """In images of Gemma 3, whose tokens look at each other."""
+    [found, _] = run_ranks(train_wrongly, 2, "looking back only")
+    assert error_of(found, expected_of("gemma3")) > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------------- one process
@@ -224,9 +265,11 @@ def test_a_model_is_given_back_as_it_was(tmp_path: Any) -> None:
     assert not any(part._forward_pre_hooks for part in model.modules())
 
 
-def test_models_whose_images_look_ahead_are_refused(tmp_path: Any) -> None:
-    """Gemma 3 says why, as soon as a row with an image is read."""
-    data = rows_with_images("gemma3")[:12]
-    trainer = HeteroTrainer(seeing_model("gemma3"), arguments(str(tmp_path), 1), train_dataset=data)
-    with pytest.raises(BadSample, match="the tokens of an image look at each other"):
-        trainer.train()
+def test_a_prefix_that_is_not_said_is_refused(tmp_path: Any) -> None:
+    """PaliGemma's rows say where the answer begins, in one place."""
+    first, *rows = rows_with_images("paligemma")[:12]
+    for kinds, words in ((None, "has no token_type_ids"), ([0, 1] * len(first["input_ids"]), "places, which all look")):
+        row = {**first, "token_type_ids": kinds and kinds[: len(first["input_ids"])]}
+        trainer = HeteroTrainer(seeing_model("paligemma"), arguments(str(tmp_path), 1), train_dataset=[row, *rows])
+        with pytest.raises(BadSample, match=words):
+            trainer.train()

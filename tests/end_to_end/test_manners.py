@@ -15,6 +15,7 @@ import transformers
 from helpers import (
     IGNORE,
     LENGTHS,
+    ScriptedTrainer,
     arguments,
     largest_difference,
     run_ranks,
@@ -126,20 +127,42 @@ def expected_loss(kind: str) -> float:
     return total / count
 
 
-def sharded(folder: str) -> str:
+def own_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The causal language model loss, as a user would write it."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum") / num_items_in_batch
+
+
+class WithOwnLoss(ScriptedTrainer):
+    """Each rank has a token that stands in, beside its samples."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, compute_loss_func=own_loss, **kwargs)
+
+
+def train_sharded(kind: str, max_degree: int | None, args: dict[str, Any]) -> dict[str, Any]:
     shard_on_cpu()
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
-    with pytest.raises(UnsupportedModel) as caught:
-        HeteroTrainer(model_of("bloom"), arguments(folder, 2, **fsdp), train_dataset=samples(LENGTHS))
-    return str(caught.value)
+    return train_case(kind, max_degree, {**fsdp, **args})
 
 
-@pytest.mark.slow
-def test_whole_samples_are_refused_where_weights_are_sharded(tmp_path: Path) -> None:
-    """All ranks would have to call each layer equally often; the remedy is named."""
-    for words in run_ranks(sharded, 2, str(tmp_path)):
-        assert "Ranks cannot share samples of BloomForCausalLM" in words
-        assert "Train it under DDP" in words
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "max_degree", "args"),
+    [
+        ("bloom", 2, 2, {}),
+        pytest.param("bloom", 4, 4, {}, marks=pytest.mark.slow),
+        pytest.param("gptj", 2, 2, {"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param("bloom", 2, 2, {"trainer_class": WithOwnLoss}, marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_weights_equal_the_reference(
+    kind: str, num_ranks: int, max_degree: int | None, args: dict[str, Any]
+) -> None:
+    """Under FSDP2, where ranks have other numbers of samples, or none, no rank waits for another, and all are exact."""
+    expected = expected_of(kind)
+    for rank in run_ranks(train_sharded, num_ranks, kind, max_degree, args):
+        assert rank["wrapper"].startswith("FSDP")
+        assert largest_difference(rank["weights"], expected["weights"]) <= TOLERANCE
 
 
 def test_labels_of_ones_own_loss_are_not_moved(tmp_path: Path) -> None:

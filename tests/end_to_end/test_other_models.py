@@ -165,7 +165,7 @@ def test_with_lora(name: str) -> None:
 # -------------------------------------------------------------------------------------------------- rows with images
 
 
-@pytest.mark.parametrize(("name", "key"), [("gemma3", "pixel_values"), ("qwen2.5-vl", "pixel_values_videos")])
+@pytest.mark.parametrize(("name", "key"), [("gemma4", "pixel_values_videos"), ("qwen2.5-vl", "pixel_values_videos")])
 def test_rows_that_cannot_be_seen_are_refused(name: str, key: str, tmp_path: Any) -> None:
     """Before anything is learnt: a row that has an input of a tower, whatever its length."""
     model = model_of(name)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 import torch
 from helpers import tiny_model, with_lora
+from transformers import AutoConfig
 
 from hf_hetero import HeteroConfig, UnsupportedModel
 from hf_hetero.checks.outline import config_of, outline_of
@@ -20,7 +21,8 @@ from hf_hetero.estimate import memory
 from hf_hetero.estimate.devices import device_named
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.estimate.shares import reached
-from hf_hetero.forecast.forecast import Setting, forecast, machines_named, trained_shape
+from hf_hetero.forecast.forecast import forecast, machines_named, trained_shape
+from hf_hetero.forecast.setting import Setting
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding
@@ -193,6 +195,20 @@ def test_a_model_too_large_is_refused_with_what_would_do(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as small:
         forecast(name, "1xT4")
     assert "--lora-r" not in str(small.value)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "rwkv", "gptj"])
+def test_a_model_whose_samples_no_ranks_share(kind: str, tmp_path: Path) -> None:
+    """Its estimate offers single ranks, as its trainer does; it says so, and why; another's offers groups."""
+    config: Any = AutoConfig.for_model(kind, attention_dropout=0.0, attn_pdrop=0.0)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    found = forecast(str(tmp_path), "8xH100")
+    assert found.cost.degrees(8) == (1,)
+    assert "each sample on one" in found.trained
+    assert found.cost.capacity_tokens > 0
+    (other := tmp_path / "other").mkdir()
+    assert forecast(saved(other), "8xH100").cost.degrees(8) == (1, 2, 4, 8)
+    assert "each sample" not in forecast(saved(other), "8xH100").trained
 
 
 def test_a_model_that_is_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hf_hetero.images.features import merging_part
 from hf_hetero.images.sight import Sight
 
 INPUTS = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "pixel_values_videos"})
+INPUTS |= {"image_position_ids", "token_type_ids"}
 
 
 def sight(name: str) -> Sight:
@@ -57,7 +58,7 @@ def test_a_sight_travels_to_workers() -> None:
     assert torch.equal(again.sample(row, "row 2").positions, packer("qwen3-vl").sample(row, "row 2").positions)
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "llava-next", "mistral3"])
+@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "llava-next", "mistral3", "gemma3", "gemma4", "paligemma"])
 def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
     """By the real tower, from its config alone."""
     model, found = seeing_model(name), sight(name)
@@ -68,12 +69,17 @@ def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
 def test_images_are_told_apart() -> None:
     """By their grids, or where all are of one size; pictures of sizes of their own stay together."""
     nums = {}
-    for name in ("qwen3-vl", "llava", "llava-next"):
+    for name in ("qwen3-vl", "llava", "llava-next", "gemma4"):
         seen = packer(name).sample(rows_with_images(name)[2], "row 2").seen  # with two images
         assert seen is not None
         nums[name] = [picture.num_tokens for picture in seen.pictures]
-    assert {name: len(found) for name, found in nums.items()} == {"qwen3-vl": 2, "llava": 2, "llava-next": 1}
-    assert nums["qwen3-vl"] == [2, 18]
+    assert {name: len(found) for name, found in nums.items()} == {
+        "qwen3-vl": 2,
+        "llava": 2,
+        "llava-next": 1,
+        "gemma4": 2,
+    }
+    assert nums["qwen3-vl"] == nums["gemma4"] == [2, 18]
 
 
 def test_a_row_reads_the_same_whatever_holds_it() -> None:
@@ -151,7 +157,9 @@ def test_a_part_of_a_row_with_images_is_refused() -> None:
 def test_why_others_are_blind() -> None:
     """Each type that is not in the table is refused for a reason."""
     assert why_blind(seeing_model("llava")) == ""
-    assert "look at each other" in why_blind(seeing_model("gemma3"))
+    model = seeing_model("gemma4")
+    model.config.vision_config = None
+    assert "no vision_config" in why_blind(model)
     model = seeing_model("llava")
     model.config = SimpleNamespace(model_type="another")
     assert "'another' was not compared" in why_blind(model)

@@ -11,17 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
-from helpers import run_ranks
+from helpers import ScriptedPlanner, run_ranks, samples
 from hybrids import InFloat64
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.plain import PLAIN
+from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.sample import Sample
 from hf_hetero.collators.spans import pack_spans
 from hf_hetero.layout import Layout, contiguous, two_level, zigzag
-from hf_hetero.manners.whole_samples import WholeBackbone, WholeSamples, backbone_of
+from hf_hetero.manners.whole_samples import WholeBackbone, WholeSamples, backbone_of, passing_together
+from hf_hetero.samples.samples import Drawn
+from hf_hetero.step import Step, StepBatch, StepExamples, StepShare
 
 LENGTHS = [3, 1, 41, 2, 18, 1, 7]
 TOLERANCE = 1e-12
@@ -213,3 +216,47 @@ def test_the_backbone_is_what_begins_with_the_embedding() -> None:
     bart = transformers.BartConfig(vocab_size=97, d_model=32, decoder_layers=1, decoder_attention_heads=4)
     assert type(backbone_of(transformers.BartForCausalLM(bart))).__name__ == "BartDecoder"
     assert type(backbone_of(model_of("Bloom"))).__name__ == "BloomModel"
+
+
+def batches_of(lengths: list[int], num_ranks: int) -> list[StepBatch]:
+    """A step's tensors on each rank, by a plan of mixed degrees with ranks that hold nothing."""
+    plan = ScriptedPlanner(num_ranks).plan(lengths)
+    drawn = Drawn(tuple(range(len(lengths))), (0,) * len(lengths), tuple(lengths), tuple(lengths))
+    shares = [StepShare(Step(0, 0, drawn, plan), rank) for rank in range(num_ranks)]
+    data = samples(lengths)
+    found: Any = [PackedCollator()(StepExamples(s, {n: data[n] for n in s.samples()})) for s in shares]
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_pass_together(num_ranks: int) -> None:
+    """Under FSDP2 each rank counts as many passes as the others, and as the one with the most samples; alone, not."""
+    batches, needed, counted = batches_of([*LENGTHS, 5, 9, 13, 2, 30, 4], num_ranks), list[Any](), list[Any]()
+    for batch in batches:
+        ours = passing_together(batch, unshifted=False)
+        counted.append([m.num_passes for m in ours.micro_batches])
+        needed.append([max(1, len({span.sample for span in m.spans})) for m in batch.micro_batches])
+    assert counted == [counted[0]] * num_ranks
+    assert counted[0] == [max(of_ranks) for of_ranks in zip(*needed, strict=True)]
+    assert needed != [needed[0]] * num_ranks
+
+
+def test_passes_that_stand_in_teach_nothing() -> None:
+    """However many there are, gradients and outputs are the same, and each is gone through forward and backward."""
+    layout, expected = contiguous(LENGTHS, 1), expected_of("Bloom")
+    calls = list[str]()
+    for num_passes in (0, len(LENGTHS) + 3):
+        model = model_of("Bloom")
+        calls.clear()
+        layer = model.transformer.h[0]
+        layer.register_forward_hook(lambda *_: calls.append("forward"))
+        layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+        context = AttentionContext(layout, (0,), 0, None, "gather", PLAIN, torch.device("cpu"), num_passes=num_passes)
+        inputs = pack_spans(layout.spans[0], [Sample(row, row) for row in rows(LENGTHS)])
+        with InFloat64(), WholeSamples(model).planned(context):
+            logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[0]
+            loss = F.cross_entropy(logits, inputs["shift_labels"][0], reduction="sum") / num_targets(LENGTHS)
+            loss.backward()
+        assert [calls.count(way) for way in ("forward", "backward")] == [num_passes or len(LENGTHS)] * 2
+        found = {"logits": logits.detach(), "gradients": gradients_of(model)}
+        assert largest_error(found, expected, layout, 0) <= TOLERANCE

@@ -16,6 +16,10 @@ Backward. With weights p = exp(s - lse), and dp = grad_out . v, the gradient of 
 those of q, k and v follow from it and p. Other keys enter only by `lse` and `out`, and `out` only by grad_out . out. So
 a backward pass over A that is given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq
 is the sum over the sets.
+
+Keys ahead. Where tokens of a stretch look at each other, a query meets keys after it beside those of its run: another
+set, disjoint from the first, merged in the same way. Counted from the end of the stretch to its beginning, a token
+comes after those that it looks ahead to, so that this set, too, is causal runs, which every kernel knows (`Ahead`).
 """
 
 from __future__ import annotations
@@ -33,6 +37,10 @@ from hf_hetero.errors import UnsupportedModel
 HALF = frozenset({torch.float16, torch.bfloat16})
 FLOATS = HALF | {torch.float32, torch.float64}
 WINDOW, SOFTCAP, SINKS = "sliding window", "softcap", "attention sinks"
+NO_LSE = (
+    "Kernel {!r} gives no log-sum-exp, without which tokens of an image cannot look at each other. Install flash-attn, "
+    "or let hf_hetero choose the kernel: torch has one of its own."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +83,22 @@ class Segments:
 
 
 @dataclass(frozen=True, slots=True)
+class Ahead:
+    """`Ahead` says which queries meet which keys after them, beside those of their runs. No window limits these.
+
+    Args:
+        q_rows: of the queries, in the order of the runs; none twice. int64.
+        k, v: keys and values in the order of the runs, shapes (Tk, Hk, D) and (Tk, Hk, Dv).
+        segments: the runs, causal: what comes later in the sample stands earlier here.
+    """
+
+    q_rows: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """Scores say how a layer turns q @ k into weights.
 
@@ -84,6 +108,7 @@ class Scores:
         softcap: scores become `softcap * tanh(scores / softcap)`.
         sinks: one logit a query head that takes part in the softmax and has no value. Shape (H,).
         causal: a token sees none after it. A kernel is told by its segments.
+        mutual: the context's stretches of tokens look at each other. A kernel is told by `Ahead`.
     """
 
     scaling: float
@@ -91,6 +116,7 @@ class Scores:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     causal: bool = True
+    mutual: bool = False
 
     @property
     def features(self) -> frozenset[str]:
@@ -148,11 +174,23 @@ class Kernel:
         return self.forward is not None and self.backward is not None
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scores: Scores
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        segments: Segments,
+        scores: Scores,
+        ahead: Ahead | None = None,
     ) -> torch.Tensor:
         """Compute differentiable attention. q: (Tq, H, D); k: (Tk, Hk, D); v: (Tk, Hk, Dv); out: (Tq, H, Dv).
 
         Without queries, keys or heads the output is empty and still has a gradient.
+
+        Args:
+            q, k, v: rows in the order of the runs.
+            segments: the runs.
+            scores: of the layer.
+            ahead: keys after some of the queries, which these meet, too; None: there are none.
 
         Raises:
             UnsupportedModel: the layer needs what this kernel cannot do.
@@ -164,8 +202,14 @@ class Kernel:
             return q.new_zeros(*q.shape[:2], v.shape[2]) + 0 * (q.sum() + k.sum() + v.sum())
         (v,), value_dim = self.padded([v], q.shape[2]), v.shape[2]
         if self.attend is not None:
+            if ahead is not None:
+                raise UnsupportedModel(NO_LSE.format(self.name))
             return self.attend(q, k, v, segments, scores)[..., :value_dim]
-        out: Any = _Attend.apply(q, k, v, scores.sinks, self, segments, scores.without_sinks())
+        if ahead is not None:
+            ahead = replace(ahead, v=self.padded([ahead.v], q.shape[2])[0])
+        keys_ahead = (None, None) if ahead is None else (ahead.k, ahead.v)
+        call = self, segments, scores.without_sinks(), ahead
+        out: Any = _Attend.apply(q, k, v, scores.sinks, *keys_ahead, *call)
         return out[..., :value_dim]
 
     def require(self, features: frozenset[str]) -> None:
@@ -197,24 +241,39 @@ class _Attend(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sinks: torch.Tensor | None,
+        k_ahead: torch.Tensor | None,
+        v_ahead: torch.Tensor | None,
         kernel: Kernel,
         segments: Segments,
         scores: Scores,
+        ahead: Ahead | None,
     ) -> torch.Tensor:
         assert kernel.forward is not None
         out, lse = kernel.forward(q, k, v, segments, scores)
+        if ahead is not None:
+            rows, endless = ahead.q_rows, replace(scores, window=None)
+            part, part_lse = kernel.forward(q[rows], ahead.k, ahead.v, ahead.segments, endless)
+            merged, lse[rows] = merge(out[rows].to(lse.dtype), lse[rows], part.to(lse.dtype), part_lse)
+            out[rows] = merged.to(out.dtype)
         out, lse = with_sinks(out, lse, sinks)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, sinks, k_ahead, v_ahead)
         ctx.call = kernel.backward, segments, scores
+        ctx.ahead = None if ahead is None else (ahead.q_rows, ahead.segments)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[Any, ...]:
-        q, k, v, out, lse, sinks = ctx.saved_tensors
+        q, k, v, out, lse, sinks, k_ahead, v_ahead = ctx.saved_tensors
         backward, segments, scores = ctx.call
         grad = grad_outputs[0].contiguous()
         grads = backward(grad, q, k, v, out, lse, segments, scores)
-        return *grads, sinks_gradient(grad, out, lse, sinks), None, None, None
+        grads_ahead: Sequence[torch.Tensor | None] = (None, None)
+        if ctx.ahead is not None:
+            rows, runs = ctx.ahead
+            queries = grad[rows], q[rows], k_ahead, v_ahead, out[rows], lse[rows]
+            grad_q, *grads_ahead = backward(*queries, runs, replace(scores, window=None))
+            grads[0].index_add_(0, rows, grad_q)
+        return *grads, sinks_gradient(grad, out, lse, sinks), *grads_ahead, None, None, None, None
 
 
 def merge(

@@ -1,0 +1,125 @@
+"""Count what towers add to a step that plans know nothing of: operations of an image's patches beside those of tokens.
+
+    python benchmarks/estimate/count_towers.py
+
+Models are built by their sizes, without weights. A tower's weights are multiplied with each patch, and in its attention
+each patch meets all others of its image, or of its window; a projector's weights are multiplied with each token that
+the image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and the softmax are left out of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from hf_hetero.estimate.flops import flops_of
+
+TEXT_TOKENS = 300
+"""Of a question and its answer, beside one image."""
+QWEN = {"vocab_size": 152064, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+GEMMA_TOWER = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A `Subject` is a model by its sizes, and an image.
+
+    Args:
+        kind: of the classes.
+        text, vision, own: of the config.
+        num_patches, num_tokens: of the image.
+        seen: patches that one sees in attention, in most layers; None: all of the image.
+        layers_of_all: layers in which each patch sees all.
+    """
+
+    kind: str
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    own: dict[str, Any]
+    num_patches: int
+    num_tokens: int
+    seen: int | None = None
+    layers_of_all: int = 0
+
+
+def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Subject:
+    """Qwen2.5-VL beside an image of 896 x 896: 64 x 64 patches of 14, windows of 8 x 8, four of 32 layers without."""
+    text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
+    return Subject("Qwen2_5_VL", {**QWEN, **text}, vision, {}, 4096, 1024, seen=64, layers_of_all=4)
+
+
+def gemma(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> Subject:
+    """Gemma 3 beside an image of any size: 64 x 64 patches of 14, which become 256 tokens."""
+    text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
+    text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    vision = {**GEMMA_TOWER, "image_size": 896, "patch_size": 14}
+    return Subject("Gemma3", {**text, "vocab_size": 262208}, vision, {"mm_tokens_per_image": 256}, 4096, 256)
+
+
+SUBJECTS = {
+    "Qwen2.5-VL 3B": qwen(2048, 11008, 36, 16, 2),
+    "Qwen2.5-VL 7B": qwen(3584, 18944, 28, 28, 4),
+    "Qwen2.5-VL 72B": qwen(8192, 29568, 80, 64, 8),
+    "Gemma 3 4B": gemma(2560, 10240, 34, 8, 4, 256),
+    "Gemma 3 12B": gemma(3840, 15360, 48, 16, 8, 256),
+    "Gemma 3 27B": gemma(5376, 21504, 62, 32, 16, 128),
+    "LLaVA 1.5 7B": Subject(
+        "Llava",
+        {"model_type": "llama", "vocab_size": 32064},
+        {**CLIP, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        {},
+        576,
+        576,
+    ),
+}
+
+
+def outline(subject: Subject) -> Any:
+    """Build the model without weights."""
+    config = getattr(transformers, f"{subject.kind}Config")(
+        text_config=subject.text, vision_config=subject.vision, **subject.own
+    )
+    with torch.device("meta"):
+        return getattr(transformers, f"{subject.kind}ForConditionalGeneration")(config)
+
+
+def tower_flops(model: Any, subject: Subject) -> float:
+    """Count the operations of one image, forward."""
+    total = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) or not any(part in name for part in ("vis", "projector")):
+            continue
+        weights = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        at_tokens = "merger" in name or "projector" in name
+        total += 2 * weights * (subject.num_tokens if at_tokens else subject.num_patches)
+    vision = model.config.vision_config
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    whole = layers if subject.seen is None else subject.layers_of_all
+    met = whole * subject.num_patches + (layers - whole) * (subject.seen or 0)
+    return total + 4 * vision.hidden_size * subject.num_patches * met
+
+
+def main() -> None:
+    """Print a table."""
+    print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen |")
+    print("|---|---|---|---|---|")
+    for name, subject in SUBJECTS.items():
+        model = outline(subject)
+        tower, flops = tower_flops(model, subject), flops_of(model)
+        own = flops.of([TEXT_TOKENS + subject.num_tokens]) - flops.of([TEXT_TOKENS])
+        whole = flops.of([TEXT_TOKENS + subject.num_tokens])
+        shares = [times * tower / (times * tower + whole) for times in (3, 1)]
+        print(
+            f"| {name} | {subject.num_patches:,}, {subject.num_tokens:,} | {3 * tower / own:.2f} | "
+            f"{shares[0]:.0%} | {shares[1]:.0%} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
