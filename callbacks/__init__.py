@@ -3,6 +3,13 @@
 from hf_hetero.callbacks.calibration import CalibrationCallback
 from hf_hetero.callbacks.plan_metrics import PlanMetricsCallback
 from hf_hetero.callbacks.progress import StepProgressCallback
+from hf_hetero.callbacks.rank_speeds import RankSpeedsCallback
 from hf_hetero.callbacks.step_report import StepReportCallback
 
-__all__ = ["CalibrationCallback", "PlanMetricsCallback", "StepProgressCallback", "StepReportCallback"]
+__all__ = [
+    "CalibrationCallback",
+    "PlanMetricsCallback",
+    "RankSpeedsCallback",
+    "StepProgressCallback",
+    "StepReportCallback",
+]

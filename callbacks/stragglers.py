@@ -38,6 +38,8 @@ class Stragglers:
     def __init__(self, num_steps: int = NUM_STEPS, slower: float = SLOWER) -> None:
         self._slower = slower
         self._steps: deque[Floats] = deque(maxlen=num_steps)  # measured and planned seconds of each rank, (2, ranks)
+        self._numbers: deque[int] = deque(maxlen=num_steps)
+        self._before: tuple[str, list[float]] = ("", [])  # which steps were looked at last, and each rank's ratio then
         self._named: tuple[int, ...] = ()
         self._num_since = 0
 
@@ -48,6 +50,7 @@ class Stragglers:
         planned = np.array(report.planned_s)
         measured = np.where(planned > 0, np.array(report.busy_s), 0.0)  # of what has a price
         self._steps.append(np.stack([measured.sum(axis=0), planned.sum(axis=0)]))
+        self._numbers.append(report.step)
         self._num_since += 1
 
     def slowdowns(self) -> list[float]:
@@ -68,12 +71,21 @@ class Stragglers:
         if self._num_since < (self._steps.maxlen or 1):
             return ""
         self._num_since = 0
-        slowdowns = self.slowdowns()
+        slowdowns, steps = self.slowdowns(), f"{self._numbers[0]} to {self._numbers[-1]}"
+        before, self._before = self._before, (steps, slowdowns)
         slow = tuple(rank for rank, slowdown in enumerate(slowdowns) if slowdown >= self._slower)
         if slow == self._named:
             return ""
         self._named = slow
-        return _words(slow, slowdowns, len(self._steps)) if slow else ""
+        return _words([self._evidence(rank, slowdowns[rank], before) for rank in slow], steps) if slow else ""
+
+    def _evidence(self, rank: int, slowdown: float, before: tuple[str, Sequence[float]]) -> str:
+        """Say what was planned and measured of a slow rank, and what it was when steps were last looked at."""
+        measured, planned = np.sum(self._steps, axis=0)[:, rank]
+        steps, of_then = before
+        then = f"; {of_then[rank]:.2f} times in steps {steps}" if of_then else ""
+        seconds = f"{planned:.3g} s planned, {measured:.3g} s measured"
+        return f"rank {rank} takes {slowdown:.2f} times as long ({seconds}{then})"
 
 
 def _medians_of_others(values: Floats) -> Floats:
@@ -90,12 +102,12 @@ def _medians_of_others(values: Floats) -> Floats:
     return of_others(middle) if len(values) % 2 == 0 else (of_others(middle - 1) + of_others(middle)) / 2
 
 
-def _words(slow: Sequence[int], slowdowns: Sequence[float], num_steps: int) -> str:
+def _words(evidence: Sequence[str], steps: str) -> str:
     """Say who is slow, by how much, and what to look for."""
-    each = ", ".join(f"rank {rank} takes {slowdowns[rank]:.2f} times" for rank in slow)
     return (
-        f"Over the last {num_steps} steps, {each} as long for what it was planned to do as the other ranks do (median)."
-        " Look at its device (clocks, heat, other processes) and its host (data loading, cores shared with others)."
+        f"In steps {steps}, by what was planned and the median of the other ranks: {', '.join(evidence)}. Look at its "
+        "device (clocks, heat, other processes) and its host (data loading, cores shared with others). If it has to "
+        "stay, RankSpeedsCallback has plans give it less."
     )
 
 

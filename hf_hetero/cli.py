@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.advice.command import add_advise
-from hf_hetero.config import MIP_BACKENDS, SOLVERS
+from hf_hetero.config import DEFAULT_METHODS, MIP_BACKENDS, SOLVERS
 from hf_hetero.cookbook.command import add_recipes
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
@@ -265,10 +265,11 @@ def _add_machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=list(DEFAULT_METHODS),
         choices=METHODS,
         metavar="METHOD",
-        help=f"how attention may cross the ranks of a group, where the cost model knows: {', '.join(METHODS)}",
+        help="how attention may cross the ranks of a group, where the cost model knows: "
+        f"{', '.join(METHODS)}; default: all but token_ring",
     )
     verb.add_argument(
         "--prove",

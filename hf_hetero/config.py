@@ -15,6 +15,9 @@ Solver = Literal["auto", "fast", "mip"]
 Backend = Literal["highs", "cbc"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
 MIP_BACKENDS: tuple[str, ...] = get_args(Backend)
+DEFAULT_METHODS = tuple(method for method in METHODS if method != "token_ring")
+"""Methods that plans choose from unless more are asked for. A token ring may pay off on links that carry both ways at
+once, for models with as many heads of keys as of queries; that has not been measured on such links."""
 KINDS: dict[object, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
@@ -56,7 +59,8 @@ class HeteroConfig:
         metadata={"help": "Most ranks that may share one sample. Default: all; 1 where all of them would do its work."},
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS), metadata={"help": "Attention exchanges the planner may choose from."}
+        default_factory=lambda: list(DEFAULT_METHODS),
+        metadata={"help": f"Attention exchanges the planner may choose from, of {', '.join(METHODS)}."},
     )
     solver: str = field(
         default="auto",
@@ -81,7 +85,8 @@ class HeteroConfig:
         default=None,
         metadata={
             "help": "Synchronise gradients after every micro-batch instead of once a step: more communication, but "
-            "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded."
+            "where weights are sharded no rank ever holds whole gradients. Default: where weights are sharded, among "
+            "the ranks that share them; replicas add up theirs once a step, but for gradients in 16 bits."
         },
     )
     chunked_loss: bool = field(
@@ -147,6 +152,13 @@ class HeteroConfig:
         metadata={
             "help": "Seconds that ranks may wait for each other within a step; while some save or evaluate, "
             "TrainingArguments.ddp_timeout counts."
+        },
+    )
+    save_in_background: bool = field(
+        default=False,
+        metadata={
+            "help": "Copy what a checkpoint holds into host memory, and write it while training goes on; on_save and a "
+            "push to the hub come when it is whole. Takes host memory for a second copy of what is trained."
         },
     )
     planning_timeout_s: float = field(

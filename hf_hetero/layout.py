@@ -21,8 +21,7 @@ EVEN_WORK_TOKENS = 48 * 1024
 
 
 Mutual = Mapping[int, tuple[tuple[int, int], ...]]
-"""Sample of a pack -> its stretches whose tokens look at each other, before and after: the first token of each and its
-end, ascending. Samples without one may be left out."""
+"""Sample of a pack -> stretches, ascending, whose tokens look at each other: the first token of each, and its end."""
 NOWHERE: Mutual = MappingProxyType({})
 
 
@@ -225,11 +224,6 @@ def blocks_of(layout: Layout) -> Layout:
     return Layout(layout.lengths, spans, layout.kind)
 
 
-def reach(span: Span, mutual: Mutual) -> int:
-    """Return the end of what a span's tokens see: its own, or that of the stretch that its last token is in."""
-    return next((end for start, end in mutual.get(span.sample, ()) if start < span.end < end), span.end)
-
-
 def needed(
     layout: Layout, receiver: int, sender: int, window: int | None = None, mutual: Mutual = NOWHERE
 ) -> tuple[Span, ...]:
@@ -248,13 +242,26 @@ def needed(
         # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
-        ranges.append((first, reach(span, mutual)))
+        ranges.append((first, next((b for a, b in mutual.get(span.sample, ()) if a < span.end < b), span.end)))
     return tuple(
         Span(span.sample, max(span.start, first), min(span.end, end))
         for span in layout.spans[sender]
         for first, end in ranges_of.get(span.sample, ())
         if max(span.start, first) < min(span.end, end)
     )
+
+
+def asking(layout: Layout, asker: int, holder: int) -> tuple[Span, ...]:
+    """Find the queries of one rank that meet a key of another, in the order the asker holds them.
+
+    Args:
+        layout: who holds what.
+        asker, holder: ranks of the group, by position.
+    """
+    first: dict[int, int] = {}  # of each sample, the first key that the holder has
+    for span in layout.spans[holder]:
+        first[span.sample] = min(span.start, first.get(span.sample, span.start))
+    return tuple(span for span in layout.spans[asker] if first.get(span.sample, span.start) < span.start)
 
 
 def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:

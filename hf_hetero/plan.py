@@ -16,7 +16,7 @@ from typing import Any
 from hf_hetero.errors import HeteroError
 
 PLAN_FORMAT = "hf-hetero-plan/1"
-METHODS = ("ulysses", "gather", "ring", "ulysses_ring")
+METHODS = ("ulysses", "gather", "ring", "ulysses_ring", "token_ring")
 """How attention may cross the ranks of a group."""
 ACTIVATIONS = ("recompute", "offload")
 """What a group may do to hold more tokens: compute layers again in backward; the same, and keep their inputs in host

@@ -296,7 +296,8 @@ class ScriptedPlanner:
 
 def crossing(ranks: tuple[int, ...], key: int) -> tuple[str, int | None]:
     """A method for a group, each in turn; and the ranks of a block where there are blocks."""
-    methods = ("ring", "ulysses_ring", "ulysses", "gather") if len(ranks) == 4 else METHODS[:3]
+    of_four = ("ulysses", "gather", "token_ring", "ulysses_ring", "ring", "ulysses")
+    methods = of_four if len(ranks) == 4 else [method for method in METHODS if method != "ulysses_ring"]
     method = methods[key % len(methods)]
     return method, 2 if method == "ulysses_ring" else None
 

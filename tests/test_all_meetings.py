@@ -14,10 +14,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from transformers import TrainerState
 
 from hf_hetero.errors import CollectiveFailed, HeteroError
 from hf_hetero.ranks import agreement, groups
@@ -31,7 +32,8 @@ from hf_hetero.ranks.agreement import (
     scatter,
 )
 from hf_hetero.ranks.groups import named
-from hf_hetero.trainer.checkpoints.checkpoint import Saving
+from hf_hetero.trainer.checkpoints.saving import Saving
+from hf_hetero.trainer.checkpoints.writing import Writing
 
 NUM_STEPS = 2
 PATIENCE_S = 20.0
@@ -142,7 +144,8 @@ Faults = frozenset[tuple[str, int]]
 ON_RANK_0 = ("plan", "deal", "plan to evaluate")
 ON_ANY = (
     *("read", "other plan", "other rows", "model", "callback of the report", "callback of the step"),
-    *("begin", "write", "write the rest", "finish", "read to evaluate", "model to evaluate", "metrics"),
+    *("begin", "write", "write the rest", "finish", "write beside training"),
+    *("read to evaluate", "model to evaluate", "metrics"),
 )
 ALONE = ("model", "callback of the report", "callback of the step", "model to evaluate", "metrics")
 """What a rank raises where it stands; the others learn that it has gone, and what it left word of."""
@@ -171,11 +174,13 @@ class Rank:
         return 1 + self.ranks.get_rank() if self.goes_wrong(what) else 0
 
     def run(self) -> None:
-        self.planned = 0
+        self.planned, self.writing = 0, cast("Writing | None", None)
         for step in range(1, NUM_STEPS + 1):
             self.train(step)
+            self.announce()
             self.save()
             self.evaluate()
+        self.announce()
 
     def train(self, step: int) -> None:
         error: Exception | None = None
@@ -214,6 +219,22 @@ class Rank:
         for act in (partial(self.at, "begin"), write, partial(self.at, "finish")):
             saving.together(act, folder)
         any_of([False], CONTROL)
+        fails = self.goes_wrong("write beside training")
+
+        def write_beside_training() -> None:
+            if fails:
+                raise OSError("write beside training is broken")
+
+        self.writing = Writing(write_beside_training, folder, TrainerState(), is_pushed=False)
+
+    def announce(self) -> None:
+        """What has become of the checkpoint that a thread writes: ranks look for it until it is whole."""
+        if self.writing is None:
+            return
+        while not self.writing.is_whole(CONTROL):
+            self.writing.wait()
+        any_of([False], CONTROL)
+        self.writing = None
 
     def evaluate(self) -> None:
         error: Exception | None = None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from hf_hetero.layout import (
     Layout,
+    asking,
     blocks_of,
     contiguous,
     equal_splits,
@@ -106,12 +107,27 @@ def test_needed_is_what_queries_see(lengths: list[int], degree: int, window: int
             assert sorted(found) == sorted(pair for pair in seen if owner[pair] == sender)
 
 
+@settings(deadline=None, max_examples=50)
+@given(LENGTHS.map(lambda lengths: lengths[:8]), st.integers(2, 6), st.booleans())
+def test_asking_is_who_meets_a_key(lengths: list[int], degree: int, cut: bool) -> None:
+    """Token by token: a query goes to another rank if and only if a key of its sample before it is there."""
+    layout = (zigzag if cut else contiguous)(lengths, degree)
+    held = [{(s.sample, t) for s in spans for t in range(s.start, s.end)} for spans in layout.spans]
+    for asker in range(degree):
+        for holder in set(range(degree)) - {asker}:
+            asked = [(s.sample, t) for s in asking(layout, asker, holder) for t in range(s.start, s.end)]
+            first = {sample: min(t for n, t in held[holder] if n == sample) for sample, _ in held[holder]}
+            mine = [(s.sample, t) for s in layout.spans[asker] for t in range(s.start, s.end)]
+            assert asked == [(n, t) for n, t in mine if n in first and first[n] < t]
+
+
 def test_each_method_has_its_layout() -> None:
-    """Ulysses slices the pack, gather and ring cut it in a zigzag, and ulysses_ring does both."""
+    """Ulysses slices the pack, those that send keys or queries cut it in a zigzag, and ulysses_ring does both."""
     lengths, ranks, samples = [9, 4, 100], (0, 1, 2, 3), (2, 0)
     assert layout_of(Group(ranks, samples), lengths) == contiguous([100, 9], 4)
     assert layout_of(Group(ranks, samples, "gather"), lengths) == zigzag([100, 9], 4)
     assert layout_of(Group(ranks, samples, "ring"), lengths) == zigzag([100, 9], 4)
+    assert layout_of(Group(ranks, samples, "token_ring"), lengths) == zigzag([100, 9], 4)
     assert layout_of(Group(ranks, samples, "ulysses_ring", 2), lengths) == two_level([100, 9], 4, 2)
 
 

@@ -25,7 +25,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_hetero import HeteroError
+from hf_hetero.cookbook.shelf import MESH, mesh_in
 from hf_hetero.data.lengths import read_samples
+from hf_hetero.ranks.mesh import mesh_of
 from hf_hetero.report import read_records
 from hf_hetero.samples.samples import limited
 
@@ -162,8 +164,9 @@ def test_launch_files_start_as_many_ranks_as_recipes_need(path: Path) -> None:
 
 
 def test_every_launch_file_is_used() -> None:
-    """None lies about that no recipe shows."""
-    used = {launch_file_of(path) for path in RECIPES if yaml.safe_load(path.read_text())["num_ranks"] > 1}
+    """None lies about that no recipe shows, be it as what could be changed."""
+    shown = " ".join((path.parent / "README.md").read_text(encoding="utf-8") for path in RECIPES)
+    used = {ROOT / name for name in re.findall(r"--config_file (recipes/accelerate/\w+\.yaml)", shown)}
     assert used == set((ROOT / "recipes" / "accelerate").glob("*.yaml"))
 
 
@@ -190,21 +193,23 @@ def environment_of(launch_file: Path) -> dict[str, str]:
     arguments = launch_command_parser().parse_args(["--config_file", str(launch_file), "script.py"])
     arguments, _, _ = _validate_launch_command(arguments)
     found = prepare_multi_gpu_env(arguments)
-    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_", MESH.upper()))}
 
 
 def recipe_steps(path: str, launch_file: str | None, changes: list[str]) -> str:
     """Three steps of a recipe on this rank's CPU, as its launch file would have it; what the model was wrapped in."""
     if launch_file is not None:
         os.environ |= environment_of(Path(launch_file))
-    if "fsdp2" in str(launch_file):
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu()
+    if f"{MESH.upper()}_DP_SHARD_SIZE" in os.environ:  # as many replicas, of fewer ranks
+        os.environ[f"{MESH.upper()}_DP_SHARD_SIZE"] = "2"
     script, wrappers = load_script("sft"), list[str]()
 
     class Recording(script.HeteroTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             found = super().train(*args, **kwargs)
-            wrappers.append(type(self.model_wrapped).__name__)
+            wrappers.append(f"{type(self.model_wrapped).__name__}: {mesh_of(self.model_wrapped)}")
             return found
 
     script.HeteroTrainer = Recording
@@ -219,6 +224,26 @@ GPU_RECIPES = [path for path in RECIPES if script_of(path) == "sft" and not path
 def test_three_steps_of_each_recipe(path: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """The same settings, launch file and kind of model, shrunk, on chats of very different lengths."""
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    launch_file = launch_file_of(path) if recipe["num_ranks"] > 1 else None
+    check_three_steps(path, launch_file, min(recipe["num_ranks"], 2), tokenizer, tmp_path)
+
+
+def test_three_steps_of_replicas(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A recipe of nodes with the launch file that makes each node a replica: two of two ranks."""
+    path = ROOT / "recipes" / "llama31_8b_two_nodes" / "train.yaml"
+    launch_file = ROOT / "recipes" / "accelerate" / "hsdp.yaml"
+    config = yaml.safe_load(launch_file.read_text(encoding="utf-8"))
+    assert mesh_in(launch_file) == (config["num_machines"], config["num_processes"] // config["num_machines"])
+    assert environment_of(launch_file)["PARALLELISM_CONFIG_DP_REPLICATE_SIZE"] == "2"
+    assert environment_of(launch_file)["PARALLELISM_CONFIG_DP_SHARD_SIZE"] == "8"
+    wrappers = check_three_steps(path, launch_file, 4, tokenizer, tmp_path)
+    assert all(name.endswith("Mesh(replicas=2, shards=2)") for name in wrappers), wrappers
+
+
+def check_three_steps(
+    path: Path, launch_file: Path | None, num_ranks: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> list[str]:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     kind, special = ARCHITECTURES[recipe["model"]]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(vocab_size=len(tokenizer), **SHRUNK, **special)
@@ -228,7 +253,6 @@ def test_three_steps_of_each_recipe(path: Path, tokenizer: PreTrainedTokenizerFa
     rows = [{"messages": said * (1 + (7 * number) % 23)} for number in range(32)]
     data = write_lines(tmp_path / "chats.jsonl", rows)
 
-    num_ranks = min(recipe["num_ranks"], 2)
     changes = {
         **{"model": tmp_path / "model", "dataset": data, "output_dir": tmp_path / "out", "max_length": 400},
         **{"num_ranks": num_ranks, "per_device_train_batch_size": 8 // num_ranks, "max_steps": 3},
@@ -236,16 +260,16 @@ def test_three_steps_of_each_recipe(path: Path, tokenizer: PreTrainedTokenizerFa
         **{"save_strategy": "no"},
     }
     words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-    launch_file = str(launch_file_of(path)) if recipe["num_ranks"] > 1 else None
-    wrappers = run_ranks(recipe_steps, num_ranks, str(path), launch_file, words)
+    wrappers = run_ranks(recipe_steps, num_ranks, str(path), launch_file and str(launch_file), words)
     if launch_file is not None:
-        wrapper = "FSDP" if "fsdp2" in launch_file else "DistributedDataParallel"
+        wrapper = "FSDP" if "fsdp_config" in launch_file.read_text() else "DistributedDataParallel"
         assert all(name.startswith(wrapper) for name in wrappers), wrappers
     records = read_records(tmp_path / "out")
     assert [len(record["lengths"]) for record in records] == [8] * 3
     assert all(record["plan"]["num_ranks"] == num_ranks for record in records)
     saved = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"report.html", "adapter_model.safetensors" if "lora_r" in recipe else "model.safetensors"} <= saved
+    return wrappers
 
 
 def test_an_unknown_key_is_named(sft: ModuleType, tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
+from datetime import date
 from typing import Any
+
+import transformers
 
 TITLES = {"text": "Causal language models", "images": "Models of images and text, on text"}
 WHOLE = "whole samples: "
@@ -27,7 +31,8 @@ $ python benchmarks/checks/measure_models.py --results models.jsonl --markdown h
 - **refused**: `HeteroTrainer` says so, in words, when it is made. **wrong**, **crash**: it does not.
 - **stock cannot**: plain Trainer fails, too, on the tiny instance of the type's default config.
 
-A model whose loss cannot be divided by a step's targets is compared with plain Trainer's one batch a step.
+A model whose loss cannot be divided by a step's targets is compared with plain Trainer's one batch a step. Written on
+{today}, by transformers {version}.
 """
 
 
@@ -38,7 +43,7 @@ def table(results: Sequence[dict[str, Any]], exact: float, steep: float) -> str:
         results: of types.
         exact, steep: differences, of the movement, that are rounding; always, and where plain Trainer has as much.
     """
-    lines = [PREFACE.format(exact=exact, steep=steep)]
+    lines = [PREFACE.format(exact=exact, steep=steep, today=date.today(), version=transformers.__version__)]
     for kind, title in TITLES.items():
         ours = sorted((one for one in results if one["kind"] == kind), key=lambda one: one["type"])
         if not ours:
@@ -51,8 +56,11 @@ def table(results: Sequence[dict[str, Any]], exact: float, steep: float) -> str:
         lines += [
             f"## {title}",
             "",
-            f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train are exact, {whole} of "
-            "these by whole samples.",
+            *textwrap.wrap(
+                f"Of {len(ours)} types {words}: {share:.0f} % of those that plain Trainer can train are exact, {whole} "
+                "of these by whole samples.",
+                120,
+            ),
         ]
         lines += ["", "| type | class | result | difference | why |", "|---|---|---|---|---|"]
         for one in ours:

@@ -5,12 +5,12 @@ them, in which a rank that waits in its backward pass would keep the others from
 takes what a rank sends, and gives it what it has of the others, or zeros. The ranks go round several times. A message
 that hangs on n others is right after n + 1 rounds, whatever was in its place before; then rounds change nothing more.
 
-`attention.traffic` is the one place by which anything crosses ranks inside a layer: its two functions are replaced.
+`attention.traffic` is the one place by which anything crosses ranks inside a layer: what it has for that is replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +18,11 @@ from unittest.mock import patch
 
 import torch
 
-from hf_hetero.attention import ring, traffic
+from hf_hetero.attention import ring, token_ring, traffic
 from hf_hetero.attention.context import AttentionContext, Peers, Place
 from hf_hetero.attention.kernels.contract import Kernel, Scores
 from hf_hetero.attention.methods import attend
+from hf_hetero.attention.traffic import Leg
 from hf_hetero.layout import Layout, layout_of
 from hf_hetero.plan import Group
 
@@ -49,7 +50,8 @@ class Post:
     @contextmanager
     def carrying(self) -> Iterator[None]:
         """Meanwhile, all that crosses ranks inside a layer goes through here."""
-        with patch.object(traffic, "_exchange", self._exchange), patch.object(ring, "Shift", self._shift):
+        exchanges = patch.object(traffic, "_exchange", self._exchange)
+        with exchanges, patch.object(ring, "Shift", self._shift), patch.object(token_ring, "Messages", self._several):
             yield
 
     def _exchange(
@@ -92,6 +94,10 @@ class Post:
         key = (*what, peers.ranks[receive_from], me)
         return _Arrival(self._message(key, incoming.zero_()) if not self.is_settled else self._messages[key])
 
+    def _several(self, legs: Sequence[Leg], peers: Peers, operation: str, place: Place) -> _Arrivals:
+        sides = [(leg.outgoing, leg.incoming, leg.send_to, leg.receive_from, leg.tag) for leg in legs]
+        return _Arrivals([self._shift(*side, peers, operation, place).message for side in sides])
+
     def _send(self, key: Key, message: torch.Tensor) -> None:
         before = self._messages.get(key)
         self.num_changed += before is None or not torch.equal(before, message)
@@ -111,6 +117,17 @@ class _Arrival:
     def wait(self) -> torch.Tensor | None:
         """It is here."""
         return self.message
+
+
+@dataclass(frozen=True)
+class _Arrivals:
+    """What `Messages` have brought."""
+
+    messages: list[torch.Tensor | None]
+
+    def wait(self) -> list[torch.Tensor | None]:
+        """All of it is here."""
+        return self.messages
 
 
 @dataclass(frozen=True)

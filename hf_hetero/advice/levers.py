@@ -77,8 +77,12 @@ def changes(run: Run, is_sharded: bool) -> Iterator[tuple[str, Run]]:
             yield f"FlashAttention {kernel[-1]}", _with(run, kernel=kernel)
     if machines.num_ranks > 1 and not is_sharded:
         yield "weights sharded over the ranks (FSDP2)", _with(run, sharded=True)
+    if setting.shards is not None:
+        yield "weights sharded over all ranks, not those of a replica (FSDP2)", _with(run, sharded=True, shards=None)
+    elif is_sharded and machines.num_nodes > 1 and machines.ranks_per_node > 1:
+        yield "weights sharded over the ranks of a node (HSDP)", _with(run, shards=machines.ranks_per_node)
     if machines.num_ranks > 1 and is_sharded:
-        yield "all weights on each rank (DDP)", _with(run, sharded=False)
+        yield "all weights on each rank (DDP)", _with(run, sharded=False, shards=None)
     if setting.lora_r is None:
         yield "adapters instead of all weights (lora_r: 16)", _with(run, lora_r=16)
     if machines.num_nodes > 1:

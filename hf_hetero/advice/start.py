@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_hetero.advice.advise import Advice
 from hf_hetero.cookbook.changes import changed
-from hf_hetero.cookbook.shelf import SETTINGS, SHELF, USUAL_SCRIPT, Recipe, read, shelf
+from hf_hetero.cookbook.shelf import MESH, SETTINGS, SHELF, USUAL_SCRIPT, Recipe, mesh_in, read, shelf
 from hf_hetero.errors import ConfigError
 
 REPORT = "ADVICE.txt"
@@ -48,8 +48,11 @@ def start_of(advice: Advice, model: str, dataset: str | None) -> Start:
         dataset: as a recipe names it; None: the recipe's own.
     """
     recipe, machines = _nearest(advice, model), advice.run.machines
-    launch = _launch_file(advice.forecast.is_sharded, machines.num_nodes > 1) if machines.num_ranks > 1 else None
     setting, recipe_has = advice.run.setting, read(recipe.settings)
+    has_replicas = setting.shards not in (None, machines.num_ranks)
+    launch = None
+    if machines.num_ranks > 1:
+        launch = _launch_file(advice.forecast.is_sharded, machines.num_nodes > 1, has_replicas)
     whole = bool(setting.checkpointing and not advice.forecast.is_sharded)
     settings: dict[str, Any] = {
         "num_ranks": machines.num_ranks,
@@ -125,6 +128,10 @@ def _launch_text(start: Start, advice: Advice) -> str:
     wanted = "true" if advice.run.setting.checkpointing else "false"
     for other in {"true", "false"} - {wanted}:
         text = text.replace(f"fsdp_activation_checkpointing: {other}", f"fsdp_activation_checkpointing: {wanted}")
+    if (shards := advice.run.setting.shards) is not None:
+        sizes = {"dp_replicate_size": advice.run.machines.num_ranks // shards, "dp_shard_size": shards}
+        for axis, size in sizes.items():
+            text = re.sub(rf"({MESH}_{axis}:) *\d+", rf"\g<1> {size}", text)
     # what it says of itself in its first lines was of another number of ranks
     body = text[text.index("compute_environment") :] if "compute_environment" in text else text
     nodes = (
@@ -159,9 +166,13 @@ def _nearest(advice: Advice, model: str) -> Recipe:
     return min(shelf(), key=distance)
 
 
-def _launch_file(is_sharded: bool, has_nodes: bool) -> Path:
+def _launch_file(is_sharded: bool, has_nodes: bool, has_replicas: bool) -> Path:
     """Return the launch file for GPUs with weights where they are to be; one for several nodes, if there is one."""
     kind = "FSDP" if is_sharded else "MULTI_GPU"
     files = [file for file in sorted((SHELF / "accelerate").glob("*.yaml")) if file.stem != "cpu"]
     alike = [file for file in files if read(file).get("distributed_type") == kind]
-    return min(alike, key=lambda file: (read(file).get("num_machines", 1) > 1) != has_nodes)
+
+    def differs(file: Path) -> tuple[bool, bool]:
+        return (mesh_in(file) is not None) != has_replicas, (read(file).get("num_machines", 1) > 1) != has_nodes
+
+    return min(alike, key=differs)

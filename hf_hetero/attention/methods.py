@@ -11,6 +11,7 @@ from hf_hetero.attention.context import Place
 from hf_hetero.attention.gather import gather
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.ring import ring
+from hf_hetero.attention.token_ring import token_ring
 from hf_hetero.attention.ulysses import ulysses, ulysses_ring
 from hf_hetero.errors import UnsupportedModel
 
@@ -19,7 +20,7 @@ Method = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores, Place], tor
 in forward and backward, whatever the layout holds; by Ulysses also where tokens look at those after them."""
 
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {"ulysses": ulysses, "gather": gather, "ring": ring, "ulysses_ring": ulysses_ring}
+    {"ulysses": ulysses, "gather": gather, "ring": ring, "ulysses_ring": ulysses_ring, "token_ring": token_ring}
 )
 
 

@@ -41,7 +41,7 @@ from hf_hetero.attention.routes import Meeting, RingRoute, Round, ring_route
 from hf_hetero.attention.traffic import Shift
 from hf_hetero.errors import UnsupportedModel
 
-MERGING = frozenset({"ring", "ulysses_ring"})
+MERGING = frozenset({"ring", "ulysses_ring", "token_ring"})
 """Methods that merge parts, which takes a kernel that tells its log-sum-exp."""
 
 
@@ -79,16 +79,25 @@ def attend_in_rounds(
         CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
     """
-    # refused before any message leaves: all ranks have this kernel, so all refuse, and none waits for another
-    kernel = place.context.kernel
+    require_parts(place.context.kernel, scores)
+    out: Any = _Ring.apply(q, k, v, scores.sinks, scores.without_sinks(), place, peers, route)
+    return out
+
+
+def require_parts(kernel: Kernel, scores: Scores) -> None:
+    """Refuse a kernel whose outputs over some of the keys cannot be merged.
+
+    It is asked before any message leaves. All ranks have this kernel, so all refuse, and none waits for another.
+
+    Raises:
+        UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
+    """
     kernel.require(scores.features)
     if not kernel.has_lse:
         raise UnsupportedModel(
-            f"Kernel {kernel.name!r} gives no log-sum-exp, so a ring cannot merge its parts. "
-            'Leave "ring" and "ulysses_ring" out of HeteroConfig.methods, or let hf_hetero choose the kernel.'
+            f"Kernel {kernel.name!r} gives no log-sum-exp, so a ring cannot merge its parts. Leave "
+            f"{', '.join(sorted(MERGING))} out of HeteroConfig.methods, or let hf_hetero choose the kernel."
         )
-    out: Any = _Ring.apply(q, k, v, scores.sinks, scores.without_sinks(), place, peers, route)
-    return out
 
 
 class _Ring(torch.autograd.Function):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_hetero.attention.kernels.contract import Ahead, Segments
-from hf_hetero.layout import NOWHERE, Layout, Mutual, Span, needed
+from hf_hetero.layout import NOWHERE, Layout, Mutual, Span, asking, needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,15 @@ class GatherRoute:
 class Round:
     """A round is one step of a ring: rows to the rank `number` places on, rows from the rank as many places back.
 
-    A rank may have nothing to do in a round; it still knows of it (see `RingRoute`).
+    In a ring the rows are keys, in a token ring queries. A rank may have nothing to do in a round; it still knows of it
+    (see `RingRoute`).
 
     Args:
         number: from 1 to degree - 1.
         send_to, receive_from: positions in the group.
         send_rows: None sends nothing.
         num_received: 0 receives nothing.
-        meeting: keys are the rows received; None with nothing received.
+        meeting: keys, or queries, are the rows received; None with nothing received.
     """
 
     number: int
@@ -146,6 +147,20 @@ def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
         meeting = _full_meeting(spans, received, device) if received else None
         rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
     # at first with one's own keys only: the others come in rounds
+    return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
+
+
+def token_ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
+    """Route queries in rounds to the keys that they meet, for a layer whose queries see all before them."""
+    spans = layout.spans[me]
+    mine = Rows(spans)
+    rounds: list[Round] = []
+    for number in range(1, layout.degree):
+        to, source = (me + number) % layout.degree, (me - number) % layout.degree
+        sent, received = asking(layout, me, to), asking(layout, source, me)
+        rows = row_index(mine.of(sent), device) if sent else None
+        meeting = _full_meeting(received, spans, device) if received else None
+        rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
     return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
 
 
@@ -224,12 +239,12 @@ def _causal_meeting(
     return Meeting(None if is_in_order else row_index(flat, device), segments)
 
 
-def _full_meeting(spans: Sequence[Span], received: Sequence[Span], device: torch.device) -> Meeting:
-    """Let each span of queries meet the keys received that lie before it.
+def _full_meeting(spans: Sequence[Span], keys_at: Sequence[Span], device: torch.device) -> Meeting:
+    """Let each span of queries meet those of another rank's keys that lie before it.
 
     Spans do not overlap, so another rank's keys lie before all queries of a span or after all: no mask is needed.
     """
-    mine, theirs = Rows(spans), Rows(received)
+    mine, theirs = Rows(spans), Rows(keys_at)
     candidates = [(span, theirs.within(span.sample, 0, span.start)) for span in spans]
     pairs = [(span, keys) for span, keys in candidates if keys]  # kernels want no empty runs
     q_rows, key_rows = mine.of(span for span, _ in pairs), [rows for _, keys in pairs for rows in keys]

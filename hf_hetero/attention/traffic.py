@@ -1,4 +1,4 @@
-"""All that crosses ranks inside a layer goes through here: an uneven all-to-all with a gradient, and shifts.
+"""All that crosses ranks inside a layer goes through here: an uneven all-to-all with a gradient, and messages.
 
 Every exchange is named after its step, micro-batch, layer and ranks, so that a failing one can be found. With gradient
 checkpointing, the context keeps what arrived, and the recompute repeats no exchange.
@@ -6,6 +6,8 @@ checkpointing, the context keeps what arrived, and the recompute repeats no exch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,16 +84,68 @@ def all_to_all(
     return arrived
 
 
-class Shift:
-    """A `Shift` is point-to-point messages under way, to one rank, from another, or either. One computes until `wait`.
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A `Leg` is a message from this rank, one to it, or both; None is none.
 
     Args:
-        outgoing: for the rank `send_to`; None sends nothing. Kept until it has left.
-        incoming: filled with what comes from `receive_from`; None expects nothing.
+        outgoing: for the rank `send_to`. Kept until it has left.
+        incoming: filled with what comes from `receive_from`.
         send_to, receive_from: positions among the peers.
         tag: tells the messages between two ranks apart.
+    """
+
+    outgoing: torch.Tensor | None
+    incoming: torch.Tensor | None
+    send_to: int
+    receive_from: int
+    tag: int
+
+
+class Messages:
+    """`Messages` are point-to-point and under way at once, in one batch. One computes until `wait`.
+
+    Args:
+        legs: what leaves and what comes.
         peers: who exchanges.
         operation, place: for messages.
+
+    Raises:
+        CollectiveFailed: a rank is gone.
+    """
+
+    def __init__(self, legs: Sequence[Leg], peers: Peers, operation: str, place: Place) -> None:
+        assert peers.group is not None
+        self._legs, self._name, self._waits = legs, (operation, place.where), place.context.waits
+        ops: list[dist.P2POp] = []
+        for leg in legs:
+            if leg.outgoing is not None and leg.outgoing.numel():  # both sides know the size: nobody sends nothing
+                ops.append(dist.P2POp(dist.isend, leg.outgoing, peers.ranks[leg.send_to], peers.group, leg.tag))
+                place.context.sent.num_bytes += leg.outgoing.nbytes
+            if leg.incoming is not None and leg.incoming.numel():
+                ops.append(dist.P2POp(dist.irecv, leg.incoming, peers.ranks[leg.receive_from], peers.group, leg.tag))
+        # as one batch: alone, a send that waits for its receiver could hold up the receive behind it
+        with named(*self._name):
+            self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self) -> list[torch.Tensor | None]:
+        """Return what arrived by each leg, once all is there.
+
+        Raises:
+            CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
+        """
+        with named(*self._name), noted(self._waits, *self._name):
+            for work in self._works:
+                work.wait()
+        return [leg.incoming for leg in self._legs]
+
+
+class Shift:
+    """A `Shift` is `Messages` of a single `Leg`: to one rank, from another, or either.
+
+    Args:
+        outgoing, incoming, send_to, receive_from, tag: as in `Leg`.
+        peers, operation, place: as in `Messages`.
 
     Raises:
         CollectiveFailed: a rank is gone.
@@ -108,18 +162,7 @@ class Shift:
         operation: str,
         place: Place,
     ) -> None:
-        assert peers.group is not None
-        self._outgoing, self._incoming, self._name = outgoing, incoming, (operation, place.where)
-        self._waits = place.context.waits
-        ops: list[dist.P2POp] = []
-        if outgoing is not None and outgoing.numel():  # both sides know the size, and nobody sends nothing
-            ops.append(dist.P2POp(dist.isend, outgoing, peers.ranks[send_to], peers.group, tag))
-            place.context.sent.num_bytes += outgoing.nbytes
-        if incoming is not None and incoming.numel():
-            ops.append(dist.P2POp(dist.irecv, incoming, peers.ranks[receive_from], peers.group, tag))
-        # as one batch: alone, a send that waits for its receiver could hold up the receive behind it
-        with named(*self._name):
-            self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
+        self._messages = Messages([Leg(outgoing, incoming, send_to, receive_from, tag)], peers, operation, place)
 
     def wait(self) -> torch.Tensor | None:
         """Return what arrived, once it is there.
@@ -127,7 +170,5 @@ class Shift:
         Raises:
             CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         """
-        with named(*self._name), noted(self._waits, *self._name):
-            for work in self._works:
-                work.wait()
-        return self._incoming
+        (arrived,) = self._messages.wait()
+        return arrived

@@ -19,6 +19,7 @@ from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.estimate.memory import tokens_by_lever
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.layout import share_heads
+from hf_hetero.model.by_layer import fewest
 from hf_hetero.topology import Topology
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "peft", "trl", "flash-attn", "mip", "highsbox")
@@ -97,8 +98,8 @@ def check(name: str, max_degree: int = 64, num_ranks: int = 8, card_bytes: float
         raise ConfigError(f"The largest degree to look at is {max_degree}: it must be at least 1.")
     config = config_of(name)
     text: Any = config.get_text_config(decoder=True)
-    num_heads = int(getattr(text, "num_attention_heads", 0) or 0)
-    num_kv_heads = int(getattr(text, "num_key_value_heads", None) or num_heads)
+    num_heads = fewest(text, "num_attention_heads", 0)
+    num_kv_heads = fewest(text, "num_key_value_heads", num_heads)
     try:
         kernel = choice.choose_kernel("cuda", torch.bfloat16, choice.features_of(text)).name
     except HeteroError as error:
@@ -150,6 +151,7 @@ def fits(degree: int, num_heads: int, num_kv_heads: int) -> dict[str, str]:
         "gather": "any heads",
         "ring": "any heads",
         "ulysses_ring": in_blocks,
+        "token_ring": "any heads" if num_heads == num_kv_heads else "any heads; a ring sends less",
     }
 
 

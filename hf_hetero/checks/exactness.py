@@ -19,7 +19,7 @@ from hf_hetero.checks import own_loss, router_loss
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
 from hf_hetero.model.wrapped import base_model
-from hf_hetero.ranks import sharding
+from hf_hetero.ranks import mesh, sharding
 from hf_hetero.state_layers.families import mixers_of
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     """Yield, in words, why a trainer is refused for more than its model and its arguments."""
     yield from sharding.trainer_problems(trainer)
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
-        yield from sharding.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
+        yield from mesh.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
     yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
     if labelled_of(base_model(trainer.model)) in (TOKENS, SEQUENCES):
         yield from _class_problems(trainer)

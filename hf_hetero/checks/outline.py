@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from hf_hetero.checks.tiny import architecture_of, build
 from hf_hetero.errors import ConfigError
+from hf_hetero.model.by_layer import stated
 
 HEADS = ("num_attention_heads", "num_key_value_heads")
 SIZES = {
@@ -44,15 +45,15 @@ def _check_sizes(name: str, config: Any) -> None:
         ConfigError: with the field.
     """
     for field, most in SIZES.items():
-        size = getattr(config, field, None)
-        if isinstance(size, int | float) and not (size == size // 1 and 1 <= size <= most):
-            raise ConfigError(f"The config of {name!r} has {field}={size!r:.60}: it must be from 1 to {most:,}.")
-    heads, kv_heads = (getattr(config, field, None) for field in HEADS)
-    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
-        raise ConfigError(
-            f"The config of {name!r} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the second "
-            "must divide the first."
-        )
+        for size in stated(config, field):
+            if isinstance(size, int | float) and not (size == size // 1 and 1 <= size <= most):
+                raise ConfigError(f"The config of {name!r} has {field}={size!r:.60}: it must be from 1 to {most:,}.")
+    for heads, kv_heads in zip(*(stated(config, field) for field in HEADS), strict=False):
+        if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+            raise ConfigError(
+                f"The config of {name!r} has num_attention_heads={heads} and num_key_value_heads={kv_heads}: the "
+                "second must divide the first."
+            )
 
 
 def outline_of(config: PretrainedConfig) -> Any:

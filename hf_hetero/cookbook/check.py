@@ -10,7 +10,7 @@ from typing import Any
 from hf_hetero.config import HeteroConfig
 from hf_hetero.cookbook.keys import ON_A_CPU, Problem, key_in, key_problems, launch_problems, script_of, settings_of
 from hf_hetero.cookbook.sample import Planned, Sample, can_be_looked_at, planned, sample_of
-from hf_hetero.cookbook.shelf import Recipe, read
+from hf_hetero.cookbook.shelf import Recipe, mesh_in, read
 from hf_hetero.cookbook.trial import Trial, tried
 from hf_hetero.errors import HeteroError, InfeasibleBatch
 
@@ -86,8 +86,10 @@ def _plan(
     assert checked.sample is not None
     hetero = next(settings for settings in parsed if isinstance(settings, HeteroConfig))
     sharded = recipe.launch is not None and read(recipe.launch).get("distributed_type") == "FSDP"
+    mesh = mesh_in(recipe.launch) if recipe.launch is not None and sharded else None
+    shards = None if mesh is None else mesh[1]
     with _noted(checked, values):
-        checked.planned = planned(values, checked.sample.lengths, hetero, gpus, sharded)
+        checked.planned = planned(values, checked.sample.lengths, hetero, gpus, sharded, shards)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from hf_hetero.cookbook.shelf import Recipe, read
+from hf_hetero.cookbook.shelf import MESH, Recipe, mesh_in, read
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning import explaining
 
@@ -92,7 +92,7 @@ def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]
 
 
 def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
-    """Return whether the launch file starts another number of ranks than the settings insist on."""
+    """Return whether the launch file starts another number of ranks than the settings insist on, or its mesh has."""
     wanted = values.get("num_ranks")
     if wanted is None or (recipe.launch is None and wanted == 1):
         return []
@@ -100,9 +100,12 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
         return [
             Problem("num_ranks", f"num_ranks={wanted}, but there is no launch file beside it, so one rank would start.")
         ]
-    starts = read(recipe.launch).get("num_processes")
-    if starts == wanted:
+    starts, mesh = read(recipe.launch).get("num_processes"), mesh_in(recipe.launch)
+    if starts == wanted and (mesh is None or mesh[0] * mesh[1] == wanted):
         return []
+    if starts == wanted and mesh is not None:
+        said = f"{MESH} of {recipe.launch.name} has {mesh[0]} x {mesh[1]} ranks, and {starts} start."
+        return [Problem("num_ranks", f"{said} Choose sizes whose product is {starts}.")]
     return [
         Problem(
             "num_ranks",

@@ -95,7 +95,12 @@ def sample_of(script: ModuleType, args: Any) -> Sample:
 
 
 def planned(
-    values: Mapping[str, Any], lengths: Sequence[int], hetero: HeteroConfig, gpus: str | None, sharded: bool
+    values: Mapping[str, Any],
+    lengths: Sequence[int],
+    hetero: HeteroConfig,
+    gpus: str | None,
+    sharded: bool,
+    shards: int | None = None,
 ) -> Planned:
     """Plan one step of a recipe.
 
@@ -105,6 +110,7 @@ def planned(
         hetero: its limits.
         gpus: such as "8xH100"; None: so many H100, or this CPU under `use_cpu`.
         sharded: its weights are in parts over the ranks.
+        shards: ranks of a replica, over which they are; None: all of them.
 
     Raises:
         HeteroError: the model cannot be read or trained, or a sample fits nowhere.
@@ -121,7 +127,7 @@ def planned(
         saves = bool(values.get("activation_checkpointing") or values.get("gradient_checkpointing") or sharded)
         offloads = "offload" in hetero.activation_policies
         with _model_named(values) as model:
-            found = forecast(model, gpus, Setting(adapters, saves, offloads, computed, sharded))
+            found = forecast(model, gpus, Setting(adapters, saves, offloads, computed, sharded, shards=shards))
         if found.machines.num_ranks != num_ranks:
             raise ConfigError(f"--gpus {gpus} are {found.machines.num_ranks}, but num_ranks={num_ranks}.")
         cost, by = found.cost, f"{found.machines.name} by estimate"

@@ -16,6 +16,8 @@ SHELF = Path(__file__).parents[1] / "recipes"
 """In a checkout this is a link to the folder of that name at its top; in an installed wheel, a folder."""
 SETTINGS = "train.yaml"
 USUAL_SCRIPT = "sft.py"
+MESH = "parallelism_config"
+"""What accelerate's files call the mesh of ranks, and what the names of its sizes begin with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,15 @@ def read(settings: Path) -> dict[str, Any]:
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):  # pyright: ignore
         raise ConfigError(f"{settings} holds {values!r:.60}; it must hold lines of `key: value`.")
     return values  # pyright: ignore[reportUnknownVariableType]
+
+
+def mesh_in(launch: Path) -> tuple[int, int] | None:
+    """Read how many replicas a file of accelerate makes, and of how many ranks; None: it says nothing about them."""
+    sizes: Any = read(launch).get(MESH)
+    if not isinstance(sizes, dict):
+        return None
+    replicas, shards = (sizes.get(f"{MESH}_{axis}_size", 1) for axis in ("dp_replicate", "dp_shard"))
+    return replicas, shards
 
 
 def _shipped(settings: Path) -> Recipe:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import ACTIVATIONS
@@ -43,6 +44,39 @@ class ActivationPolicy:
                 raise ConfigError(f"An activation policy's {name} is {value!r}; it must be 0 or more.")
         if not self.activation_bytes_per_token >= LEAST_NUMBER:
             raise ConfigError("An activation policy's activation_bytes_per_token must be above 0.")
+
+    def room_bytes(self, free_bytes: float, host_bytes: float | None) -> float:
+        """Count the device's bytes for activations: of those that are free, as many as the host's bytes go with.
+
+        Args:
+            free_bytes: of the device, beside the model.
+            host_bytes: of the host, for activations; None: no limit.
+        """
+        if host_bytes is None or self.host_bytes_per_token <= 0:
+            return free_bytes
+        tokens = max(1.0, host_bytes / self.host_bytes_per_token)
+        return min(free_bytes, tokens * self.activation_bytes_per_token)
+
+
+def prices_under(policy: ActivationPolicy, room_bytes: float, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those fields of a cost model that are other ones for groups that follow a policy; they have no other.
+
+    Args:
+        policy: that they follow.
+        room_bytes: of the device, for their activations.
+        values: of the fields of `CostModel`, by name.
+    """
+    kv_bytes, query_bytes = values["kv_bytes_per_token"], values["query_bytes_per_token"]
+    return {
+        "activation_policies": {},
+        "activation_bytes_per_token": policy.activation_bytes_per_token,
+        "attention_s_per_token2": policy.attention_s_per_token2,
+        "linear_s_per_token": policy.linear_s_per_token,
+        "all_to_all_bytes_per_token": values["all_to_all_bytes_per_token"] * policy.exchanges,
+        "kv_bytes_per_token": None if kv_bytes is None else kv_bytes * policy.exchanges,
+        "query_bytes_per_token": None if query_bytes is None else query_bytes * policy.exchanges,
+        "memory_bytes_per_rank": values["model_state_bytes_per_rank"] + room_bytes,
+    }
 
 
 def check_policies(policies: Mapping[str, ActivationPolicy], attention_s: float, linear_s: float, name: str) -> None:

@@ -7,15 +7,16 @@ For a group of degree d that holds samples of s tokens (FlexSP, arXiv:2412.01523
                            + all_to_all_latency_s[d] + sum(s) * (1 - 1/d) * state_s_per_token[d])
     bytes   = model_state_bytes_per_rank + activation_bytes_per_token * sum(s) / d
 
-A micro-batch lasts as long as its slowest group; a step is its micro-batches, one after the other.
-
-A group may also hold more tokens and take longer (`Group.activations`): each such way is an `ActivationPolicy`.
+A micro-batch lasts as long as its slowest group; a step is the sum of its micro-batches. A group may also hold more
+tokens and take longer (`Group.activations`): each such way is an `ActivationPolicy`.
 
 That is a group whose ranks exchange heads ("ulysses"). With `kv_bytes_per_token` the model also knows the other methods
 (`crossings`): what they exchange follows from where the samples are cut, and so does how evenly attention is shared.
-
 Layers that carry state (`state_s_per_token`) need, of a sample that is shared, the tokens of other ranks too: what that
 takes is not divided by the degree.
+
+All this is said of ranks and links of full speed. Where some are slower, what a group takes depends on where it
+stands, too (`places`); `seconds`, `work` and their like are those of full speed.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_hetero.costs.activation_policy import ActivationPolicy, check_policies
+from hf_hetero.costs.activation_policy import ActivationPolicy, check_policies, prices_under
 from hf_hetero.costs.crossings import Charges, Crossings
 from hf_hetero.costs.files import as_json, read_json, values_of, write_json
+from hf_hetero.costs.places import Place, Places, prices_at
 from hf_hetero.costs.ranges import check_values
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import ACTIVATIONS, Group, Plan
@@ -56,11 +58,14 @@ class CostModel:
         num_kv_heads: of the model; with fewer of them than ranks in a block, "ulysses_ring" sends copies.
         network_bytes_per_s: what one rank sends across nodes when all do; None leaves "ulysses_ring" out.
         ring_overlap: share of a ring's attention behind which its exchange hides, 0 to 1.
+        query_bytes_per_token: queries of a token in all layers, and 4 bytes a head, one way; None: no "token_ring".
+        both_ways_overlap: share of what comes home in it that hides behind what goes out, 0 to 1; None: nothing.
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         ran_out: 1: its memory is what was tried next after a rank had run out of it; None: none has.
-        state_s_per_token: seconds that layers with state take for a token of another rank: its hidden states are
-            fetched, and what is not shared by heads is computed anew. By degree; 0 where absent.
+        state_s_per_token: seconds that layers with state take for another rank's token, fetched and in part computed
+            anew. By degree; 0 where absent.
+        rank_speeds, link_speeds: rank -> its share, and its link's to the rank before, of the rest; 1 where absent.
         name, source: what was measured, where, and how.
         provenance: where the seconds come from, one of `ranges.PROVENANCES`; None: whoever wrote the file knows.
         model: which model it was made for, in words (`estimate.subject`); None: any.
@@ -84,30 +89,36 @@ class CostModel:
     num_kv_heads: int | None = None
     network_bytes_per_s: float | None = None
     ring_overlap: float = 0.0
+    query_bytes_per_token: float | None = None
+    both_ways_overlap: float | None = None
     activation_policies: Mapping[str, ActivationPolicy] = field(default_factory=dict[str, ActivationPolicy])
     host_memory_bytes_per_rank: float | None = None
     ran_out: int | None = None
     state_s_per_token: Mapping[int, float] = field(default_factory=dict[int, float])
+    rank_speeds: Mapping[int, float] = field(default_factory=dict[int, float])
+    link_speeds: Mapping[int, float] = field(default_factory=dict[int, float])
     name: str = ""
     source: str = ""
     provenance: str | None = None
     model: str | None = None
 
     def __post_init__(self) -> None:
-        check_values({item.name: getattr(self, item.name) for item in fields(self)})
+        check_values(vars(self))
         check_policies(self.activation_policies, self.attention_s_per_token2, self.linear_s_per_token, self.name)
         if self.capacity_tokens < 1:
-            free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
             raise ConfigError(
-                f"Cost model {self.name!r}: {free / 2**30:.2f} GiB is left beside the model, which holds no token. "
-                "Use more ranks, a smaller model, or sharded training."
+                f"Cost model {self.name!r}: {self._free_bytes / 2**30:.2f} GiB is left beside the model, which "
+                "holds no token. Use more ranks, a smaller model, or sharded training."
             )
+
+    @property
+    def _free_bytes(self) -> float:
+        return self.memory_bytes_per_rank - self.model_state_bytes_per_rank
 
     @property
     def capacity_tokens(self) -> int:
         """Count the tokens that one rank can hold in a micro-batch if its group does nothing to hold more."""
-        free = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
-        return int(free // self.activation_bytes_per_token)
+        return int(self._free_bytes // self.activation_bytes_per_token)
 
     @cached_property
     def by_activations(self) -> Mapping[str | None, CostModel]:
@@ -121,8 +132,9 @@ class CostModel:
                 continue
             most = max(model.capacity_tokens for model in models.values())
             # compared before the cost model is built: one that holds no token is refused
-            if self._room_bytes(policy) // policy.activation_bytes_per_token > most:
-                models[name] = self._under(policy)
+            room = policy.room_bytes(self._free_bytes, self.host_memory_bytes_per_rank)
+            if room // policy.activation_bytes_per_token > most:
+                models[name] = replace(self, **prices_under(policy, room, vars(self)))
         return models
 
     @property
@@ -141,7 +153,32 @@ class CostModel:
                 f"A plan's group of ranks {list(group.ranks)} has activations {group.activations!r}, about which cost "
                 f"model {self.name!r} says nothing. Plan again with this cost model."
             )
-        return self.by_activations[group.activations]
+        under = self.by_activations[group.activations]
+        return under.at(self.places.of(group.ranks)) if self.is_uneven else under
+
+    @property
+    def is_uneven(self) -> bool:
+        """Tell whether what a group takes depends on where it stands."""
+        return bool(self.rank_speeds or self.link_speeds)
+
+    @cached_property
+    def places(self) -> Places:
+        """Tell how fast contiguous ranks are as a group."""
+        return Places(self.rank_speeds, self.link_speeds)
+
+    @cached_property
+    def _at(self) -> dict[Place, CostModel]:
+        return {}
+
+    def at(self, place: Place) -> CostModel:
+        """Return the cost model of groups at a place, which is the same wherever they stand."""
+        if place not in self._at:
+            self._at[place] = replace(self, **prices_at(place, vars(self)))
+        return self._at[place]
+
+    def evened(self) -> CostModel:
+        """Return the machine if all its ranks and links had full speed: no plan is faster than one on it."""
+        return replace(self, rank_speeds={}, link_speeds={})
 
     def with_free_memory(self) -> CostModel:
         """Return the same machine if no way to hold more tokens took time: no plan is faster than one on it."""
@@ -150,28 +187,6 @@ class CostModel:
             self.by_activations[None],
             activation_bytes_per_token=most.activation_bytes_per_token,
             memory_bytes_per_rank=most.memory_bytes_per_rank,
-        )
-
-    def _room_bytes(self, policy: ActivationPolicy) -> float:
-        """Count the device's bytes for activations under a policy: as many as the host's bytes go with."""
-        room = self.memory_bytes_per_rank - self.model_state_bytes_per_rank
-        if self.host_memory_bytes_per_rank is not None and policy.host_bytes_per_token > 0:
-            tokens = max(1.0, self.host_memory_bytes_per_rank / policy.host_bytes_per_token)
-            room = min(room, tokens * policy.activation_bytes_per_token)
-        return room
-
-    def _under(self, policy: ActivationPolicy) -> CostModel:
-        """Price a group that follows a policy, as a cost model without any."""
-        kv_bytes = self.kv_bytes_per_token
-        return replace(
-            self,
-            activation_policies={},
-            activation_bytes_per_token=policy.activation_bytes_per_token,
-            attention_s_per_token2=policy.attention_s_per_token2,
-            linear_s_per_token=policy.linear_s_per_token,
-            all_to_all_bytes_per_token=self.all_to_all_bytes_per_token * policy.exchanges,
-            kv_bytes_per_token=None if kv_bytes is None else kv_bytes * policy.exchanges,
-            memory_bytes_per_rank=self.model_state_bytes_per_rank + self._room_bytes(policy),
         )
 
     def degrees(self, num_ranks: int) -> tuple[int, ...]:
@@ -202,7 +217,7 @@ class CostModel:
 
     def group_seconds(self, group: Group, lengths: Sequence[int]) -> float:
         """Predict the seconds of a plan's group, given the lengths of the global batch."""
-        if group.activations is not None:
+        if group.activations is not None or self.is_uneven:
             return self.of_group(group).group_seconds(replace(group, activations=None), lengths)
         # as searches compute it, to the last bit: the sum of charges is rounded otherwise
         if self.exchanges_heads(group) and self.head_imbalance(group.degree) == 1:
@@ -223,7 +238,7 @@ class CostModel:
 
     def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
         """Split the seconds of a plan's group by what they are for; `group_seconds` is their sum."""
-        if group.activations is not None:
+        if group.activations is not None or self.is_uneven:
             return self.of_group(group).charges(replace(group, activations=None), lengths)
         if not self.exchanges_heads(group):
             return self._crossings.charges(group, lengths)
@@ -257,6 +272,7 @@ class CostModel:
             kv_bytes_per_token=None,
             num_heads=None,
             state_s_per_token={},
+            link_speeds={},
         )
 
     def plan_seconds(self, plan: Plan, lengths: Sequence[int]) -> float:

@@ -8,10 +8,17 @@ with `causal_pairs` and moves `travelling_tokens` (see `volume`), in seconds:
     exchange  = 2 * once                                                            gather
               = max(0, 3 * once + messages - ring_overlap * attention)              ring, ulysses_ring
     messages  = RING_MESSAGES * all_to_all_latency_s[d] * (d / n - 1)
+    exchange  = max(0, (5 - 2 * both_ways_overlap) * lent + batches - ring_overlap * attention)         token_ring
+    lent      = query_bytes_per_token * travelling_queries / bandwidth
+    batches   = TOKEN_RING_BATCHES * all_to_all_latency_s[d] * min(d + 1, 2 d - 2)
 
 Keys that are needed elsewhere go there once and their gradients come back; a ring sends them once more in backward, in
 messages of their own, and hides part of that behind attention. What a block exchanges within itself comes on top, and
 so do layers with state, for each token that travels over the whole group.
+
+In a token ring queries go out and outputs come home, once each; in backward queries and gradients go out, and gradients
+come home. Where links carry both ways at once, what comes home, once a pass, hides in part behind what goes out. There
+`causal_pairs` are those of the keys that a rank holds.
 """
 
 from __future__ import annotations
@@ -20,14 +27,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_hetero.costs.volume import causal_pairs, travelling_tokens
-from hf_hetero.layout import blocks_of, layout_of
+from hf_hetero.costs.volume import causal_pairs, travelling_queries, travelling_tokens
+from hf_hetero.layout import Layout, blocks_of, layout_of
 from hf_hetero.plan import Group
 
 GATHER_MESSAGES = 2 / 4
 """Latency of a layer that gathers, by that of one which exchanges heads: two collectives instead of four."""
 RING_MESSAGES = 3 / 4
 """The same for each other rank of a ring: one message in forward, two in backward (`hf_hetero.attention`)."""
+TOKEN_RING_BATCHES = 2 / 4
+"""The same for each batch of messages of a token ring: one in forward, one in backward."""
 
 
 class Charges(NamedTuple):
@@ -62,6 +71,8 @@ class Crossings:
     num_kv_heads: int | None
     network_bytes_per_s: float | None
     ring_overlap: float
+    query_bytes_per_token: float | None
+    both_ways_overlap: float | None
     state_s_per_token: Mapping[int, float]
 
     def head_imbalance(self, degree: int) -> float:
@@ -81,6 +92,8 @@ class Crossings:
         blocks = 1 < inner < group.degree and group.degree % inner == 0 and group.ranks[0] % inner == 0
         if blocks and self.network_bytes_per_s and inner in self.all_to_all_bytes_per_s:
             ways.append(Group(group.ranks, group.samples, "ulysses_ring", inner))
+        if self.query_bytes_per_token is not None:
+            ways.append(Group(group.ranks, group.samples, "token_ring"))
         return tuple(ways)
 
     def bytes_gathered(self, group: Group, lengths: Sequence[int]) -> float:
@@ -92,14 +105,15 @@ class Crossings:
         """Split the seconds of a group whose ranks share tokens, not heads only; the busiest rank counts.
 
         Args:
-            group: of a plan; its method is "gather", "ring" or "ulysses_ring".
+            group: of a plan; its method is any but "ulysses".
             lengths: tokens of each sample of the global batch.
         """
         degree, inner = group.degree, group.ulysses_degree or 1
         tokens = sum(lengths[sample] for sample in group.samples) / degree
         layout = layout_of(group, lengths)
         blocks = blocks_of(layout) if inner > 1 else layout
-        attention_s = self.attention_s_per_token2 * causal_pairs(blocks) / inner * self.head_imbalance(inner)
+        pairs = causal_pairs(blocks, by_keys=group.method == "token_ring")
+        attention_s = self.attention_s_per_token2 * pairs / inner * self.head_imbalance(inner)
         exchange_s, fixed_s = 0.0, self.micro_batch_s
         if state_s := self.state_s_per_token.get(degree):
             exchange_s += state_s * travelling_tokens(layout)
@@ -118,7 +132,18 @@ class Crossings:
             latency_s = self.micro_batch_s + self.all_to_all_latency_s.get(degree, 0.0) - self.micro_batch_s
             if group.method == "gather":
                 exchange_s, fixed_s = exchange_s + 2 * once_s, fixed_s + latency_s * GATHER_MESSAGES
+            elif group.method == "token_ring":
+                exchange_s += self._lent_s(layout, latency_s, attention_s)
             else:
                 messages_s = latency_s * RING_MESSAGES * (blocks.degree - 1)
                 exchange_s += max(0.0, 3 * once_s + messages_s - self.ring_overlap * attention_s)
         return Charges(attention_s, self.linear_s_per_token * tokens, exchange_s, fixed_s)
+
+    def _lent_s(self, layout: Layout, latency_s: float, attention_s: float) -> float:
+        """Return the seconds in which queries go out and answers come home, as far as attention does not hide them."""
+        assert self.query_bytes_per_token is not None
+        degree = layout.degree
+        once_s = self.query_bytes_per_token * travelling_queries(layout) / self.all_to_all_bytes_per_s[degree]
+        batches_s = latency_s * TOKEN_RING_BATCHES * min(degree + 1, 2 * degree - 2)
+        trips = 5 - 2 * (self.both_ways_overlap or 0.0)
+        return max(0.0, trips * once_s + batches_s - self.ring_overlap * attention_s)

@@ -20,6 +20,11 @@ SHIPPED_FOLDER = Path(__file__).parent
 MOST_COUNTED = 1 << 40
 MOST_DIGITS = 12
 """Digits of a degree, at most: no run has more, and Python refuses to read a number of thousands of digits."""
+BY_RANK = {"rank_speeds", "link_speeds"}
+BY_NUMBER = {"all_to_all_bytes_per_s", "all_to_all_latency_s", "state_s_per_token", *BY_RANK}
+"""Fields that map degrees, or ranks, to numbers."""
+LEFT_OUT = {"activation_policies", "state_s_per_token", *BY_RANK}
+"""Fields that a file lacks where they say nothing."""
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -66,17 +71,16 @@ def write_json(data: Mapping[str, Any], path: str | Path) -> None:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a cost model's values ready for JSON: degrees as text, without what is None or says nothing.
+    """Return a cost model's values ready for JSON: degrees and ranks as text, without what is None or says nothing.
 
     Args:
         values: of each field of `CostModel`, by name; policies as mappings of their own fields.
     """
     data: dict[str, Any] = {"format": COST_FORMAT}
     for name, value in values.items():
-        if value is None or (name in {"activation_policies", "state_s_per_token"} and not value):
+        if value is None or (name in LEFT_OUT and not value):
             continue
-        by_degree = name in {"all_to_all_bytes_per_s", "all_to_all_latency_s", "state_s_per_token"}
-        data[name] = {str(degree): number for degree, number in value.items()} if by_degree else value
+        data[name] = {str(number): of for number, of in value.items()} if name in BY_NUMBER else value
     return data
 
 
@@ -151,12 +155,10 @@ def read_field(item: Field[Any], value: object, where: str) -> Any:
         return None
     if kind.startswith("Mapping"):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {item.name} is {value!r:.60}; it must be an object, degree -> number.")
+            kind = "rank" if item.name in BY_RANK else "degree"
+            raise ConfigError(f"{where}: {item.name} is {value!r:.60}; it must be an object, {kind} -> number.")
         entries: Mapping[object, object] = value
-        return {
-            _degree(item, degree, where): number_of(number, f"{where}: {item.name}")
-            for degree, number in entries.items()
-        }
+        return {_key(item, key, where): number_of(number, f"{where}: {item.name}") for key, number in entries.items()}
     if kind.startswith("float"):
         return number_of(value, f"{where}: {item.name}")
     if kind.startswith("int"):
@@ -204,9 +206,11 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return by_name
 
 
-def _degree(item: Field[Any], value: object, where: str) -> int:
-    """Read a degree, which as the name of a JSON field is text."""
+def _key(item: Field[Any], value: object, where: str) -> int:
+    """Read a degree, or a rank, which as the name of a JSON field is text."""
     # in one spelling only, so that "08" and "8" are not the same degree twice
-    if not isinstance(value, str) or not (value.isdecimal() and len(value) <= MOST_DIGITS and str(int(value)) == value):
-        raise ConfigError(f"{where}: {item.name} has the degree {value!r:.60}; a degree is a positive whole number.")
-    return int(value)
+    if isinstance(value, str) and value.isdecimal() and len(value) <= MOST_DIGITS and str(int(value)) == value:
+        return int(value)
+    what = "the rank" if item.name in BY_RANK else "the degree"
+    kind = "rank is a whole number from 0 on" if item.name in BY_RANK else "degree is a positive whole number"
+    raise ConfigError(f"{where}: {item.name} has {what} {value!r:.60}; a {kind}.")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_hetero.costs.activation_policy import LEAST_NUMBER, MOST_NUMBER
+from hf_hetero.costs.places import check_speeds
 from hf_hetero.errors import ConfigError
 
 PROVENANCES = ("estimated", "measured", "refitted")
@@ -19,7 +20,7 @@ def check_values(values: Mapping[str, Any]) -> None:
         values: of the fields of `CostModel`, by name.
 
     Raises:
-        ConfigError: a number is negative or not finite, a bandwidth is 0, or a name is unknown.
+        ConfigError: a number is negative or not finite, a bandwidth is 0, a speed is no share, or a name is unknown.
     """
     name: str = values["name"]
     for field, value in values.items():
@@ -40,8 +41,12 @@ def check_values(values: Mapping[str, Any]) -> None:
             f"Cost model {name!r}: network_bytes_per_s is {network} and ring_overlap is "
             f"{overlap}; a bandwidth is above 0, and a share at most 1."
         )
+    if (both_ways := values["both_ways_overlap"]) is not None and both_ways > 1:
+        raise ConfigError(f"Cost model {name!r}: both_ways_overlap is {both_ways}; it is a share, so at most 1.")
     if not values["activation_bytes_per_token"] >= LEAST_NUMBER:
         raise ConfigError(f"Cost model {name!r}: activation_bytes_per_token must be above 0.")
+    for field in ("rank_speeds", "link_speeds"):
+        check_speeds(name, field, values[field])
     if (provenance := values["provenance"]) not in (None, *PROVENANCES):
         raise ConfigError(
             f"Cost model {name!r}: provenance is {provenance!r:.60}; choose one of {', '.join(PROVENANCES)}, or leave "

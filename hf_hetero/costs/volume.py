@@ -3,35 +3,42 @@
 For one layer without a window, T tokens in a group of d ranks, H query heads and K key-value heads of size D, a rank
 sends, in elements:
 
-============  =====================================================  ==============
+============  =====================================================  =====================
 method        forward                                                backward
-============  =====================================================  ==============
+============  =====================================================  =====================
 ulysses       T / d * (d - 1) / d * D * (2 H + 2 max(K, d))          as forward
 gather        the keys and values that others' queries meet          as forward
 ring          as gather                                              twice as much
 ulysses_ring  ulysses in a block, and ring with the heads of a rank  likewise
-============  =====================================================  ==============
+token_ring    the queries that meet others' keys; outputs go back    half as much again
+============  =====================================================  =====================
 
-With `gather` and `ring` that is nothing for samples that one rank holds whole, and at most T (d - 1) / d * 2 K D.
-Uneven slices, heads and values of another size are counted as they are.
+With `gather` and `ring` that is nothing for samples that one rank holds whole, and at most T (d - 1) / d * 2 K D. With
+`token_ring` a log-sum-exp goes back with each head of an output; in backward queries, gradients of outputs and two
+numbers a head leave, and gradients of queries come home. Uneven slices, heads and values of another size are counted
+as they are.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from hf_hetero.layout import Layout, blocks_of, needed, share_heads
+from hf_hetero.layout import Layout, asking, blocks_of, needed, share_heads
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """`Heads` count a layer's heads, of queries and of keys, and the elements of a query or key, and of a value."""
+    """`Heads` count a layer's heads, of queries and of keys, and the elements of a query or key, and of a value.
+
+    `lse_elements` are those that a log-sum-exp takes: its bytes, 4 or more, by those of an element.
+    """
 
     num_q: int
     num_kv: int
     head_dim: int
     value_dim: int
+    lse_elements: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +71,8 @@ def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | N
         return Volume(0, 0)
     if method == "ulysses":
         return _by_heads(layout.rank_tokens, heads, rank)
+    if method == "token_ring" and window is None:
+        return _by_queries(layout, heads, rank)
     if method != "ulysses_ring":
         return _by_keys(layout, heads, rank, method == "ring" and window is None, window)
     block, place = divmod(rank, layout.inner)
@@ -101,11 +110,45 @@ def travelling_tokens(layout: Layout) -> int:
     return max(max(sent), max(received))
 
 
-def causal_pairs(layout: Layout) -> int:
+def travelling_queries(layout: Layout) -> int:
+    """Count the tokens whose queries the busiest rank sends, or receives, where keys stay and all queries needed go.
+
+    A query goes to each rank that has a key before it; of a span, either all queries have one there, or none has.
+    """
+    first: dict[int, dict[int, int]] = {}  # of each cut sample, by rank: the first key that the rank has
+    queries: dict[int, list[tuple[int, int, int]]] = {}
+    for rank, spans in enumerate(layout.spans):
+        for span in spans:
+            if span.num_tokens < layout.lengths[span.sample]:
+                starts = first.setdefault(span.sample, {})
+                starts[rank] = min(span.start, starts.get(rank, span.start))
+                queries.setdefault(span.sample, []).append((span.start, span.num_tokens, rank))
+    sent, received = [0] * layout.degree, [0] * layout.degree
+    for sample, starts in first.items():
+        ordered = sorted(starts.values())
+        for rank, start in starts.items():
+            received[rank] += layout.lengths[sample] - start  # all behind its first key, less its own
+        for start, num_tokens, rank in queries[sample]:
+            # ranks whose first key is before this span meet it, less the rank itself, which may be one of them
+            sent[rank] += num_tokens * (bisect_left(ordered, start) - (starts[rank] < start))
+            received[rank] -= num_tokens
+    return max(max(sent), max(received))
+
+
+def causal_pairs(layout: Layout, by_keys: bool = False) -> int:
     """Count twice the pairs of a query and a key of the busiest rank, where ranks share tokens: `s**2` for a sample.
 
     Queries `start` to `end` meet about `(end**2 - start**2) / 2` keys; the halves are in `attention_s_per_token2`.
+
+    Args:
+        by_keys: the rank that holds the key computes a pair, not the one that holds the query.
     """
+    if by_keys:
+        lengths = layout.lengths
+        return max(
+            sum((lengths[s.sample] - s.start) ** 2 - (lengths[s.sample] - s.end) ** 2 for s in spans)
+            for spans in layout.spans
+        )
     return max(sum(span.end**2 - span.start**2 for span in spans) for spans in layout.spans)
 
 
@@ -131,3 +174,15 @@ def _by_keys(layout: Layout, heads: Heads, me: int, again: bool, window: int | N
     sent = size * sum(s.num_tokens for rank in others for s in needed(layout, rank, me, window))
     received = size * sum(s.num_tokens for rank in others for s in needed(layout, me, rank, window))
     return Volume(sent, received + (sent if again else 0))
+
+
+def _by_queries(layout: Layout, heads: Heads, me: int) -> Volume:
+    """Count queries that go to keys, and what comes back for them; in backward, with what that takes."""
+    others = [rank for rank in range(layout.degree) if rank != me]
+    sent = heads.num_q * sum(s.num_tokens for rank in others for s in asking(layout, me, rank))
+    answered = heads.num_q * sum(s.num_tokens for rank in others for s in asking(layout, rank, me))
+    number = heads.lse_elements
+    return Volume(
+        sent * heads.head_dim + answered * (heads.value_dim + number),
+        sent * (heads.head_dim + heads.value_dim + 2 * number) + answered * heads.head_dim,
+    )

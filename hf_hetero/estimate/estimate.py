@@ -20,6 +20,7 @@ from hf_hetero.estimate.operations import (
     kv_bytes,
     linear_flops,
     optimizer_bytes,
+    query_bytes,
     traffic_bytes,
 )
 from hf_hetero.topology import Topology
@@ -32,19 +33,42 @@ EXPOSED_GATHER = 0.5
 GATHER_GAIN, SWITCHED_BYTES_PER_S = 2.0, 40e9
 
 
-def gather_s(shape: ModelShape, device: Device, topology: Topology) -> float:
+def gather_s(shape: ModelShape, device: Device, topology: Topology, replicas: int = 1) -> float:
     """Return the seconds that sharding adds to a micro-batch: weights gathered twice, gradients scattered once.
 
     Those of a reference are gathered once more for each of its passes.
 
-    All ranks of a node share what the network brings. Part of it hides behind computation (`EXPOSED_GATHER`).
+    A rank gathers from those of its replica. All ranks of a node share what the network brings, if they must have it.
+    Part of it hides behind computation (`EXPOSED_GATHER`).
     """
-    weight_bytes = shape.num_params * shape.element_bytes
-    speed = device.link_bytes_per_s * (GATHER_GAIN if device.link_bytes_per_s > SWITCHED_BYTES_PER_S else 1.0)
-    if topology.crosses_nodes(topology.num_ranks):
+    weight_bytes, num_shards = shape.num_params * shape.element_bytes, topology.num_ranks // replicas
+    speed = _collective_bytes_per_s(device)
+    # a replica is contiguous ranks: where it divides a node's, it does not straddle two nodes
+    if topology.crosses_nodes(topology.num_ranks) and (topology.ranks_per_node or 0) % num_shards:
         assert topology.ranks_per_node is not None
         speed = min(speed, device.network_bytes_per_s * topology.ranks_per_node)
-    return EXPOSED_GATHER * (3 + shape.reference_passes) * weight_bytes * (1 - 1 / topology.num_ranks) / speed
+    return EXPOSED_GATHER * (3 + shape.reference_passes) * weight_bytes * (1 - 1 / num_shards) / speed
+
+
+def replicas_s(shape: ModelShape, device: Device, topology: Topology, replicas: int) -> float:
+    """Return the seconds in which replicas add up their gradients: each rank those of the part that it holds.
+
+    A ring of each part's ranks sends every byte of it twice. The rings that pass a node share its network: as many as
+    there are parts, or ranks of the node. As much hides behind computation as of what is gathered, which is assumed.
+    """
+    num_shards = topology.num_ranks // replicas
+    part_bytes = shape.trainable_params * shape.element_bytes / num_shards
+    speed = _collective_bytes_per_s(device)
+    if topology.crosses_nodes(topology.num_ranks):
+        assert topology.ranks_per_node is not None
+        rings = min(num_shards, topology.ranks_per_node)
+        speed = min(speed, device.network_bytes_per_s * topology.ranks_per_node / rings)
+    return EXPOSED_GATHER * 2 * part_bytes * (1 - 1 / replicas) / speed
+
+
+def _collective_bytes_per_s(device: Device) -> float:
+    """Return what a collective along a ring brings a rank inside a node."""
+    return device.link_bytes_per_s * (GATHER_GAIN if device.link_bytes_per_s > SWITCHED_BYTES_PER_S else 1.0)
 
 
 def exchange_bytes_per_s(shape: ModelShape, device: Device, topology: Topology, degree: int) -> float:
@@ -73,7 +97,8 @@ def estimate_cost_model(
     Args:
         shape, device, topology: what is estimated.
         degrees: to offer; 1 always is.
-        shards: how model states are sharded over all ranks; None: each rank holds them all.
+        shards: how model states are sharded over ranks; None: each rank holds them all. What replicas add up once a
+            step, as the optimizer, is the same for every plan, and not in the cost model.
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
     """
     assert topology.memory_bytes is not None
@@ -84,7 +109,9 @@ def estimate_cost_model(
     # backward begins as much twice as forward does
     micro_batch_s = device.layer_s * shape.num_layers * (1 + asked / 3)
     if shards is not None:
-        micro_batch_s += gather_s(shape, device, topology)
+        micro_batch_s += gather_s(shape, device, topology, shards.replicas)
+        if not shards.reduces_once:
+            micro_batch_s += replicas_s(shape, device, topology, shards.replicas)
     token_bytes, fixed_bytes = memory_of(shape, states, topology.memory_bytes)
     return CostModel(
         name="estimate",
@@ -92,7 +119,7 @@ def estimate_cost_model(
         source=(
             f"estimated, not measured: {shape.active_params / 1e6:.1f}M active weights, "
             f"{shape.trainable_params / 1e6:.1f}M trainable, checkpointing {'on' if shape.checkpointing else 'off'}"
-            f"{', beside a reference' if asked else ''}; "
+            f"{', beside a reference' if asked else ''}{_replicas(shards)}; "
             f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s in products, "
             f"{(device.attention_flops or device.flops) / 1e12:.3g} in attention, "
             f"{device.link_bytes_per_s / 1e9:.3g} GB/s in a node, {device.network_bytes_per_s / 1e9:.3g} GB/s across; "
@@ -104,6 +131,7 @@ def estimate_cost_model(
         num_kv_heads=shape.kv_heads,
         network_bytes_per_s=device.network_bytes_per_s if topology.crosses_nodes(topology.num_ranks) else None,
         ring_overlap=device.ring_overlap,
+        query_bytes_per_token=query_bytes(shape),
         attention_s_per_token2=attention_s(shape, device),
         linear_s_per_token=linear_s(shape, device),
         micro_batch_s=micro_batch_s,
@@ -116,6 +144,11 @@ def estimate_cost_model(
         activation_policies=_policies(shape, device, states, topology.memory_bytes, policies),
         host_memory_bytes_per_rank=topology.host_memory_bytes,
     )
+
+
+def _replicas(shards: Shards | None) -> str:
+    """Say how many replicas there are, where there are several."""
+    return "" if shards is None or shards.replicas == 1 else f", in {shards.replicas} replicas"
 
 
 def attention_s(shape: ModelShape, device: Device) -> float:

@@ -28,7 +28,7 @@ def first_estimate(
 
     Args:
         shape, device, topology: what is estimated; `topology.memory_bytes` must be known.
-        shards: how model states are sharded over all ranks; None: each rank holds them all.
+        shards: how model states are sharded over ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
         hetero: the user's limits.
         states: layers of the model that carry state; None: it has none.
@@ -51,7 +51,7 @@ def restricted(
     """
     cost = replace(cost, activation_policies={n: p for n, p in cost.activation_policies.items() if n in policies})
     most = hetero.max_degree or num_ranks
-    if cost.kv_bytes_per_token is None or not {"gather", "ring"} & set(hetero.methods):
+    if cost.kv_bytes_per_token is None or not {"gather", "ring", "token_ring"} & set(hetero.methods):
         most = min(most, num_heads)
     else:
         cost = replace(cost, num_heads=num_heads)

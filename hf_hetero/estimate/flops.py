@@ -21,6 +21,7 @@ import torch
 
 from hf_hetero.estimate.active import idle_shares
 from hf_hetero.estimate.state_layers import WEIGHTS_A_STATE, numbers_of
+from hf_hetero.model.by_layer import of_layer
 from hf_hetero.model.wrapped import text_part
 from hf_hetero.state_layers.families import family_of, mixers_of, window_of
 
@@ -73,8 +74,9 @@ def flops_of(model: Any) -> ModelFlops:
     a_pair: dict[int | None, float] = {}
     for module in text.modules():
         if _attends(module):
-            window = _window(module, text.config)
-            a_pair[window] = a_pair.get(window, 0.0) + 6 * _width(module, text.config)
+            layer: Any = of_layer(text.config, module.layer_idx)
+            window = _window(module, layer)
+            a_pair[window] = a_pair.get(window, 0.0) + 6 * _width(module, layer)
     return ModelFlops(a_token + 3 * 2 * WEIGHTS_A_STATE * numbers, tuple(a_pair.items()))
 
 

@@ -152,15 +152,19 @@ def model_state_bytes(shape: ModelShape) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """`Shards` are model states in parts over all ranks (FSDP, ZeRO-3), layers gathered while they compute.
+    """`Shards` are model states in parts over ranks (FSDP, HSDP, ZeRO-3), layers gathered while they compute.
 
     Args:
         offloaded: the parts wait in the host's memory, so only what is gathered takes the device's.
         whole_gradients: gradients add up whole over the micro-batches of a step, and are scattered by the last one.
+        replicas: groups of ranks that hold all states each; 1: all ranks together hold them once.
+        reduces_once: replicas add up their gradients once a step; else in every micro-batch.
     """
 
     offloaded: bool = False
     whole_gradients: bool = False
+    replicas: int = 1
+    reduces_once: bool = False
 
 
 def state_bytes(shape: ModelShape, num_ranks: int, shards: Shards | None) -> float:
@@ -170,7 +174,7 @@ def state_bytes(shape: ModelShape, num_ranks: int, shards: Shards | None) -> flo
 
 def sharded_bytes(shape: ModelShape, num_ranks: int, shards: Shards) -> float:
     """Count the bytes of the model's states on a rank's device."""
-    own = 0.0 if shards.offloaded else model_state_bytes(shape) / num_ranks
+    own = 0.0 if shards.offloaded else model_state_bytes(shape) * shards.replicas / num_ranks
     gradients = shape.trainable_params * shape.element_bytes if shards.whole_gradients else 0.0
     return own + gathered_bytes(shape) + gradients
 

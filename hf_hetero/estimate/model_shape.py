@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hf_hetero.estimate.active import active_params, num_experts, num_used
+from hf_hetero.model.by_layer import sizes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,5 @@ def shape_of(
 
 def _mean(config: Any, name: str) -> int:
     """Return a size of a layer, averaged where it differs by layer; 0 where the config does not say it."""
-    try:
-        value = getattr(config, name, None)
-    except RuntimeError:  # transformers does not say what differs by layer
-        value = [getattr(layer, name, None) for layer in config.per_layer_config]
-    sizes = [size for size in (value if isinstance(value, list | tuple) else [value]) if isinstance(size, int)]  # pyright: ignore
+    sizes = sizes_of(config, name)
     return round(sum(sizes) / len(sizes)) if sizes else 0

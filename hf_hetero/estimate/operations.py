@@ -68,3 +68,11 @@ def exchange_bytes(shape: ModelShape) -> float:
 def kv_bytes(shape: ModelShape) -> float:
     """Count the bytes of a token's keys and values in all layers: what it costs to send them once."""
     return 2 * shape.kv_heads * shape.head_dim * shape.num_layers * shape.element_bytes
+
+
+def query_bytes(shape: ModelShape) -> float:
+    """Count the bytes of a token's queries in all layers, and 4 bytes for each head, such as its log-sum-exp takes.
+
+    Outputs and gradients take as many.
+    """
+    return shape.heads * (shape.head_dim * shape.element_bytes + 4) * shape.num_layers

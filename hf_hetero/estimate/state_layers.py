@@ -108,6 +108,7 @@ def with_state_layers(cost: CostModel, states: StateShape | None, shape: ModelSh
         linear_s_per_token=cost.linear_s_per_token * more,
         all_to_all_bytes_per_token=cost.all_to_all_bytes_per_token * share,
         kv_bytes_per_token=None if cost.kv_bytes_per_token is None else cost.kv_bytes_per_token * share,
+        query_bytes_per_token=None if cost.query_bytes_per_token is None else cost.query_bytes_per_token * share,
         all_to_all_latency_s={d: s * messages for d, s in cost.all_to_all_latency_s.items()},
         state_s_per_token=_fetched_s(cost, states, shape),
         activation_bytes_per_token=cost.activation_bytes_per_token + most_fetched_bytes(cost, states, shape),

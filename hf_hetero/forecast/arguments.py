@@ -13,6 +13,9 @@ def add_setting(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--dtype", default="bfloat16", help="computed in; default: bfloat16")
     where = verb.add_mutually_exclusive_group()
     where.add_argument("--fsdp", dest="sharded", action="store_const", const=True, help="weights over all ranks")
+    where.add_argument(
+        "--shards", type=int, metavar="N", help="weights over every N ranks, which hold them all (HSDP): a node's, say"
+    )
     where.add_argument("--ddp", dest="sharded", action="store_const", const=False, help="all weights on each rank")
     verb.add_argument("--network", type=float, metavar="GBPS", help="line rate of a node, in gigabits a second")
     verb.add_argument("--attention", default="fa2", help="fa2 (torch's own kernel, too), fa3 or fa4; default: fa2")

@@ -1,24 +1,28 @@
 """The planner takes a batch of lengths, and returns a plan.
 
-It checks the batch, once, and hands it to the top layer, `policies`; each layer calls only those below.
+It checks the batch, once, and hands it to the top layer, `policies`; each layer calls only those below. On a machine
+whose ranks are not alike, what the layers plan as if they were is where `uneven` begins.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import cast, get_args
 
+from hf_hetero.config import DEFAULT_METHODS
 from hf_hetero.costs import CostModel
-from hf_hetero.errors import ConfigError
+from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Plan
 from hf_hetero.planner import items, methods, policies
 from hf_hetero.planner.basic import Search, Solver
 from hf_hetero.planner.improve.program import Backend
 from hf_hetero.planner.items import Items, Lengths, has_items, make_items, sequences_of
 from hf_hetero.planner.problem import Problem, make_problem, usable_degrees
+from hf_hetero.planner.uneven import uneven
 
 MOST_RANKS = 1 << 20
 """Ranks, at most: a plan names every one of them, so that a mistyped number would fill the memory."""
@@ -50,7 +54,7 @@ class Planner:
     solver: Solver = "auto"
     mip_time_limit_s: float = 2.0
     mip_backend: Backend = "highs"
-    methods: Sequence[str] = METHODS
+    methods: Sequence[str] = DEFAULT_METHODS
 
     def __post_init__(self) -> None:
         if not _positive_integer(self.num_ranks):
@@ -84,7 +88,9 @@ class Planner:
         started = time.perf_counter()
         if len(lengths) == 0:  # an array has no truth of its own
             return Plan(self.num_ranks, ())
-        if has_items(lengths):
+        if self.cost_model.is_uneven:
+            plan = self._uneven_plan(lengths)
+        elif has_items(lengths):
             plan = items.plan(self._items(lengths), self._search, self.methods)
         else:
             plan = policies.plan(self._checked(lengths), self._search, self.methods)
@@ -120,7 +126,10 @@ class Planner:
             )
         if len(lengths) == 0:  # an array has no truth of its own
             return Plan(self.num_ranks, ())
-        if has_items(lengths):
+        if self.cost_model.is_uneven:
+            even = self._even_statics(lengths).values() if degree is None else [self._evened.static(lengths, degree)]
+            plan = uneven.static(self._items(lengths), even, self.methods)
+        elif has_items(lengths):
             plan = items.static(self._items(lengths), degree, self.methods)
         else:
             plan = policies.static(self._checked(lengths), degree, self.methods)
@@ -135,6 +144,9 @@ class Planner:
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
         """
+        if self.cost_model.is_uneven and len(lengths):
+            batch, even = self._items(lengths), self._even_statics(lengths)
+            return {degree: uneven.static(batch, [way], self.methods).seconds for degree, way in even.items()}
         return policies.static_seconds(self._checked(lengths)) if len(lengths) else {}
 
     def improve(self, plan: Plan, lengths: Lengths) -> Plan:
@@ -156,10 +168,13 @@ class Planner:
             )
         if len(lengths) == 0:  # an array has no truth of its own
             return plan
-        if has_items(lengths):
+        if self.cost_model.is_uneven or has_items(lengths):
             together = self._items(lengths)
             self._check_seconds(plan, sequences_of(plan, together.lengths), together.as_sequences.batch)
-            better = items.improve(together, plan, self._search, self.methods)
+            if self.cost_model.is_uneven:
+                better = self._improved(together, plan, lengths)
+            else:
+                better = items.improve(together, plan, self._search, self.methods)
         else:
             problem = self._checked(lengths)
             self._check_seconds(plan, plan, problem.batch)
@@ -174,6 +189,42 @@ class Planner:
                 f"The plan takes {plan.seconds} s; with these lengths and this cost model it would take {seconds} s. "
                 "Improve a plan with the lengths and the cost model that it was made for."
             )
+
+    @property
+    def _evened(self) -> Planner:
+        """Return the planner for the machine if its ranks and links were alike."""
+        return replace(self, cost_model=self.cost_model.evened())
+
+    def _even_statics(self, lengths: Lengths) -> dict[int, Plan]:
+        """Plan with each degree that holds the samples, as if ranks were alike."""
+        longest, room = self._items(lengths).as_samples.lengths[0], self.cost_model.leanest.capacity_tokens
+        return {d: self._evened.static(lengths, d) for d in self.degrees if longest <= room * d}
+
+    def _uneven_plan(self, lengths: Lengths) -> Plan:
+        """Plan for ranks that are not alike, from plans as if they were: with all degrees, with fewer, with one."""
+        even, batch = replace(self._evened, solver="fast"), self._items(lengths)
+        ignoring = even.plan(lengths)
+
+        def others() -> Iterator[Plan]:
+            yield from self._even_statics(lengths).values()
+            largest = max(group.degree for group in ignoring.groups)
+            machines = [replace(even, cost_model=uneven.smaller(self.cost_model, self.num_ranks))]
+            machines += [replace(even, max_degree=largest // part) for part in (2, 4) if largest >= part]
+            if 0 < (fast := uneven.num_fast(self.cost_model, self.num_ranks)) < self.num_ranks:
+                most = min(self.max_degree or fast, 1 << fast.bit_length() - 1)  # of what can be placed among all ranks
+                machines.append(replace(even, num_ranks=fast, max_degree=most))
+            for planner in machines if len(lengths) <= uneven.MOST_REPLANNED else ():
+                with suppress(InfeasibleBatch):
+                    yield uneven.widened(planner.plan(lengths), self.num_ranks)
+
+        plan = uneven.plan(batch, ignoring, others(), self.methods)
+        return self._improved(batch, plan, lengths) if self.solver == "mip" else plan
+
+    def _improved(self, batch: Items, plan: Plan, lengths: Lengths) -> Plan:
+        """Improve a plan for ranks that are not alike: half of the time as if they were, which is when it is proven."""
+        half_s = self.mip_time_limit_s / 2
+        even = replace(self._evened, mip_time_limit_s=half_s).improve(uneven.as_even(batch, plan), lengths)
+        return uneven.improve(batch, plan, even, self.methods, half_s)
 
     @property
     def _search(self) -> Search:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.errors import ConfigError
+from hf_hetero.plan import METHODS
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -39,6 +40,13 @@ def add_profile(verbs: Any) -> None:
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights; default: float32")
     verb.add_argument("--bf16", action="store_true", help="compute in bf16, as `bf16: true` of a run does")
     verb.add_argument("--cpu", action="store_true", help="on the CPU, although there is a GPU")
+    verb.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"that the run may use, of {', '.join(METHODS)}; default: the recipe's, else all but token_ring",
+    )
     verb.add_argument("--seconds", type=float, default=75.0, help="to time for, after warming up; default: 75")
     verb.add_argument("--ranks", type=int, default=8, help="of the run to come, if this is not one of many; default: 8")
     verb.set_defaults(run=_profile)
@@ -62,14 +70,14 @@ def _profile(args: argparse.Namespace) -> None:
     arguments |= {"gradient_checkpointing": True} if args.checkpointing else {}
     arguments |= {"bf16": True} if args.bf16 else {}
     arguments |= {"use_cpu": True} if args.cpu else {}
-    most = args.max_tokens_per_rank
+    limits = {"max_tokens_per_rank": args.max_tokens_per_rank, "methods": args.methods}
     subject = replace(
         subject,
         arguments=arguments,
         dtype=args.dtype or subject.dtype,
         lora_r=args.lora_r or subject.lora_r,
         max_length=args.max_length or subject.max_length,
-        hetero={**subject.hetero, **({"max_tokens_per_rank": most} if most else {})},
+        hetero={**subject.hetero, **{name: limit for name, limit in limits.items() if limit}},
     )
     command = (
         f"hf-hetero {shlex.join(sys.argv[1:])}" if sys.argv[1:2] == ["profile"] else f"hf-hetero profile {args.model}"

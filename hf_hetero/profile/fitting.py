@@ -19,6 +19,8 @@ LEAST_SHARE = 0.1
 """Least of a measured part, by its estimate, if all of that is scaled alike: nothing computes, or is kept, for free."""
 FREE_BYTES_PER_S = 1e15
 """Bandwidth of an exchange that was too short to be noticed."""
+OVERLAPS = {"ring": "ring_overlap", "token_ring": "both_ways_overlap"}
+"""Method -> the share, a field of the cost model, that only groups by this method tell. Each builds on those before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +87,8 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
     """Return the estimate with the seconds that were measured in the place of its own.
 
     What was not measured, such as the exchange of more ranks than there were, is scaled as the nearest that was. The
-    formula is fitted to groups that exchange heads; of the other methods only the share of a ring's exchange that
-    attention hides is free, so their errors tell whether the rest of their price is true.
+    formula is fitted to groups that exchange heads; of the other methods only what a ring's exchange hides behind
+    (`OVERLAPS`) is free, so their errors tell whether the rest of their price is true.
 
     Args:
         measured: groups of models of some layers, of one number or of several.
@@ -97,9 +99,9 @@ def fitted(measured: Sequence[Measured], estimate: CostModel, num_layers: int) -
     seconds = np.array([one.seconds for one in heads])
     x, head_errors = _Columns(heads, estimate).solved(seconds)
     cost = replace(_computed(x, heads, estimate, num_layers), provenance="measured")
-    rings = [one for one in measured if one.trial.method == "ring"]
-    if rings:
-        cost = replace(cost, ring_overlap=_overlap(rings, cost, x, num_layers))
+    for method, overlap in OVERLAPS.items():
+        if rings := [one for one in measured if one.trial.method == method]:
+            cost = replace(cost, **{overlap: _share(overlap, rings, cost, x, num_layers)})
     known = iter(head_errors.tolist())
     errors = [
         next(known) if one.trial.method == "ulysses" else _error(one, _at_depth(cost, x, one.num_layers, num_layers))
@@ -172,7 +174,7 @@ def _exchanges(x: dict[str, float], estimate: CostModel, num_layers: int) -> tup
 def _at_depth(cost: CostModel, x: dict[str, float], layers: int, num_layers: int) -> CostModel:
     """Return the cost model of the same model with so many layers, of groups that hold no more than others."""
     share = layers / num_layers
-    kv_bytes = cost.kv_bytes_per_token
+    kv_bytes, query_bytes = cost.kv_bytes_per_token, cost.query_bytes_per_token
     return replace(
         cost,
         attention_s_per_token2=cost.attention_s_per_token2 * share,
@@ -181,6 +183,7 @@ def _at_depth(cost: CostModel, x: dict[str, float], layers: int, num_layers: int
         all_to_all_bytes_per_token=cost.all_to_all_bytes_per_token * share,
         all_to_all_latency_s={degree: s * share for degree, s in cost.all_to_all_latency_s.items()},
         kv_bytes_per_token=None if kv_bytes is None else kv_bytes * share,
+        query_bytes_per_token=None if query_bytes is None else query_bytes * share,
         activation_policies={},
     )
 
@@ -192,11 +195,11 @@ def _error(one: Measured, cost: CostModel) -> float:
     return abs(cost.group_seconds(group, trial.lengths) / one.seconds - 1)
 
 
-def _overlap(rings: Sequence[Measured], cost: CostModel, x: dict[str, float], num_layers: int) -> float:
-    """Return the share of a ring's attention behind which its exchange hides: of 0, 0.05 ... 1 the best."""
+def _share(name: str, rings: Sequence[Measured], cost: CostModel, x: dict[str, float], num_layers: int) -> float:
+    """Return a share of the cost model, by its name, by which such groups take what was measured: 0, 0.05 ... or 1."""
     by_depth = {one.num_layers: _at_depth(cost, x, one.num_layers, num_layers) for one in rings}
 
-    def misfit(overlap: float) -> float:
-        return sum(_error(one, replace(by_depth[one.num_layers], ring_overlap=overlap)) ** 2 for one in rings)
+    def misfit(share: float) -> float:
+        return sum(_error(one, replace(by_depth[one.num_layers], **{name: share})) ** 2 for one in rings)
 
     return min(np.linspace(0.0, 1.0, 21).tolist(), key=misfit)

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from hf_hetero.costs import CostModel
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.subject import subject_of
+from hf_hetero.model.by_layer import fewest
 from hf_hetero.profile.fitting import Fitted, Measured, fitted
 from hf_hetero.profile.fitting_memory import with_measured_memory
 from hf_hetero.profile.models import Subject
@@ -32,7 +33,7 @@ GLANCE = ((256,), (1024,))
 """Samples that a first glance at the machine is taken with."""
 ROUNDS = 3
 """Rounds that the time allowed must suffice for; where it would not, groups are smaller."""
-OTHER_METHODS = {"gather", "ring"}
+OTHER_METHODS = {"gather", "ring", "token_ring"}
 """Methods that are timed beside the exchange of heads; "ulysses_ring" is made of what is known of two of them."""
 LEAST_ROOM = 256
 """Tokens of a rank below which groups are not made smaller."""
@@ -175,7 +176,7 @@ def _chosen(subject: Subject, glance: _Glance, seconds: float) -> list[Trial]:
     """Choose groups that fit the memory, and of which the time allowed suffices for several rounds."""
     cost, text = glance.cost_model, subject.config.get_text_config(decoder=True)
     longest = _longest(subject, glance.device.type)
-    most_heads = getattr(text, "num_attention_heads", 1)
+    most_heads = fewest(text, "num_attention_heads", 1)
     degrees = [degree for degree in cost.degrees(glance.num_ranks) if degree <= most_heads]
     room = min(cost.capacity_tokens, longest)
     others = [] if cost.kv_bytes_per_token is None else OTHER_METHODS & set(glance.ground.hetero.methods)

@@ -83,6 +83,7 @@ class GroupPool:
         self._limit = timedelta(seconds=timeout_s)
         self._usual: dict[dist.ProcessGroup, list[tuple[Any, timedelta]]] = {}
         self._others: tuple[dist.ProcessGroup, ...] = ()
+        self._beside: dist.ProcessGroup | None = None
         self.open()
 
     def open(self) -> None:
@@ -122,6 +123,15 @@ class GroupPool:
             if ranks not in self.carried:
                 self.carried[ranks] = self._made(ranks, self._control_timeout_s)
         return self.carried
+
+    def beside_training(self) -> dist.ProcessGroup | None:
+        """Return a group of all ranks for a thread beside training, on the host; a collective of all where it is new.
+
+        Nothing that goes on in steps is in its way, or broken off with it. Ranks may wait in it as long as for saving.
+        """
+        if self._beside is None and self.control is not None:
+            self._beside = _new_group(None, self._control_timeout_s, backend="gloo")
+        return self._beside
 
     def _break_off(self) -> None:
         for group, opened in self._connections.items():
@@ -196,9 +206,9 @@ class GroupPool:
         members = [
             *self._groups.values(),
             *self.carried.values(),
-            *([self.control] if self.control is not None else []),
+            *(group for group in (self._beside, self.control) if group is not None),
         ]
-        self._groups, self.carried, self.control = {}, {}, None
+        self._groups, self.carried, self._beside, self.control = {}, {}, None, None
         self._connections.clear()
         for group in members:
             if dist.is_initialized():  # a script may have ended torch.distributed before

@@ -23,11 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from hf_hetero.errors import HeteroError
+from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems
 
-FSDP2_LINES = (
-    "`distributed_type: FSDP` with `fsdp_config: {fsdp_version: 2}` in the accelerate config, or "
-    "TrainingArguments(fsdp=True)"
-)
 FSDP_GROUPS = ("shard_process_group", "replicate_process_group", "reduce_scatter_process_group")
 """Attributes in which FSDP2 keeps the process groups of a mesh."""
 
@@ -42,12 +39,16 @@ class Sharding:
         offloads: the parts wait in the host's memory.
         checkpointing: layers are computed again in backward, whether Trainer or FSDP arranges it.
         syncs_each: gradients are synchronised after every micro-batch; else they add up, whole, until the last one.
+        replicas: groups of ranks that hold all weights each, in parts; 1: all ranks together hold them once.
+        reduces_once: replicas add up their gradients in a step's last micro-batch; else in every one.
     """
 
     is_sharded: bool = False
     offloads: bool = False
     checkpointing: bool = False
     syncs_each: bool = False
+    replicas: int = 1
+    reduces_once: bool = False
 
 
 def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Sharding:
@@ -59,12 +60,22 @@ def sharding_of(trainer: Trainer, sync_each_micro_batch: bool | None) -> Shardin
     if plugin is None:
         # DDP holds whole gradients anyway, so one reduction a step is less to send and costs no memory
         return Sharding(checkpointing=recomputes, syncs_each=bool(sync_each_micro_batch))
+    asked, syncs_each = mesh_asked_for(trainer.args), sync_each_micro_batch is not False
     return Sharding(
         is_sharded=True,
         offloads=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         checkpointing=recomputes or bool(plugin.activation_checkpointing),
-        syncs_each=sync_each_micro_batch is not False,
+        syncs_each=syncs_each,
+        replicas=1 if asked is None else asked.replicas,
+        reduces_once=asked is not None and asked.replicas > 1 and not (syncs_each and _reduces_in_half(plugin)),
     )
+
+
+def _reduces_in_half(plugin: Any) -> bool:
+    """Return whether FSDP2 exchanges gradients in 16 bits, in which it would also add up what waits for replicas."""
+    policy = plugin.mixed_precision_policy
+    dtype: torch.dtype | None = policy and (policy.reduce_dtype or policy.param_dtype)
+    return dtype is not None and dtype.itemsize < 4
 
 
 def argument_problems(args: TrainingArguments) -> Iterator[str]:
@@ -74,6 +85,7 @@ def argument_problems(args: TrainingArguments) -> Iterator[str]:
             "DeepSpeed's engine reduces and steps by a number of micro-batches fixed at start, and plans vary it; "
             f"use FSDP2: {FSDP2_LINES}."
         )
+    yield from replica_problems(args, asks_for_fsdp(args))
     if not asks_for_fsdp(args):
         return
     asked: Any = args.fsdp_config if args.fsdp else {}
@@ -92,40 +104,6 @@ def trainer_problems(trainer: Trainer) -> Iterator[str]:
             f"FSDP was asked for, and accelerate runs {kind} here, as it does on CPU and with a single process; "
             "start several processes on GPUs, or take FSDP out of the configuration."
         )
-
-
-def mesh_problems(mesh: Any) -> Iterator[str]:
-    """Give the reasons to refuse a model that was spread over a mesh of ranks while loading, in words.
-
-    Args:
-        mesh: transformers' `DistributedConfig`, which has the number of ranks along each axis; None: it is not known.
-    """
-    tensor, pipeline, experts = (getattr(mesh, name, None) or 1 for name in ("tp_size", "pp_size", "ep_size"))
-    if tensor > 1:
-        yield (
-            f"distributed_config.tp_size={tensor}: ranks with parts of the same products must hold the same tokens, "
-            "and under a plan each rank holds its own; set it to 1, for a plan lets ranks share a sample instead."
-        )
-    if pipeline > 1:
-        yield (
-            f"distributed_config.pp_size={pipeline}: a rank with some of the layers waits for the tokens of others, "
-            "and under a plan each rank goes through all layers with its own; set it to 1."
-        )
-    if experts > max(tensor, 1):
-        # with as many as for tensors they are spread over the same ranks, which is refused above
-        yield (
-            f"distributed_config.ep_size={experts}: in each layer, and where it is recomputed, ranks with other "
-            "experts send each other tokens; under a plan some groups recompute and others do not, so that they would "
-            "wait for each other, and nobody could leave a step when memory runs out. Set it to 1: experts are then "
-            "sharded, and gathered layer by layer, as all other weights."
-        )
-    if max(tensor, pipeline, experts) == 1:
-        yield (
-            "its weights were sharded while loading (distributed_config), and gradients of such a model are not "
-            f"exchanged by accelerate; load it whole and let accelerate shard it: {FSDP2_LINES}."
-        )
-    else:
-        yield f"Spread weights over all ranks, or over those of a node and their replicas, by FSDP2: {FSDP2_LINES}."
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
@@ -177,6 +155,7 @@ def check_wrapper(model: torch.nn.Module, args: TrainingArguments) -> None:
             f"Training on {args.world_size} ranks should run in {expected.__name__} and runs in "
             f"{type(inside).__name__}. Leave wrapping to accelerate: pass the bare model to the trainer."
         )
+    check_mesh(model, args)
 
 
 def groups_of(model: torch.nn.Module) -> list[ProcessGroup]:
@@ -243,17 +222,24 @@ def leave_step(model: torch.nn.Module) -> None:
         return
     for group in _param_groups(model):
         group._all_gather_result = None  # it would wait for an exchange that has failed
-        for param in group.fsdp_params:  # what adds up until gradients are synchronised
-            param.unsharded_accumulated_grad = None
-            if hasattr(param, "_unsharded_param"):
-                param._unsharded_param.grad = None
+    forget_gradients(model)
     if _states(model)[0]._is_root is not None:  # its first forward pass has begun
         model.reset_iter_state()
 
 
+def forget_gradients(model: torch.nn.Module) -> None:
+    """Have FSDP2 forget what adds up until gradients are synchronised: `zero_grad` knows nothing of it."""
+    for group in _param_groups(_inside(model)):
+        group._partial_reduce_output = None
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
+
+
 def _inside(model: torch.nn.Module) -> Any:
-    """Return a wrapped model out of what torch.compile puts around it."""
-    return getattr(model, "_orig_mod", model)
+    """Return a wrapped model out of what torch.compile puts around DDP; FSDP2 is around what was compiled."""
+    return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
 
 
 def _states(model: torch.nn.Module) -> list[Any]:
@@ -274,10 +260,18 @@ def _places(model: torch.nn.Module) -> list[tuple[Any, str]]:
 
 
 @contextmanager
-def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterator[None]:
-    """Return a context in which backward synchronises gradients, or only adds them up, whatever Trainer asks for."""
-    inside: Any = getattr(model, "_orig_mod", model)
-    if not now:
+def synchronising(trainer: Trainer, model: torch.nn.Module, sharding: Sharding, is_last: bool) -> Iterator[None]:
+    """Return a context in which backward synchronises gradients, or only adds them up, whatever Trainer asks for.
+
+    Args:
+        trainer, model, sharding: whose gradients, and how they are spread.
+        is_last: this is the last micro-batch of a step.
+
+    Raises:
+        HeteroError: a step ends, and gradients of some weights were not added up over replicas.
+    """
+    inside = _inside(model)
+    if not (sharding.syncs_each or is_last):
         with trainer.accelerator.no_sync(model=model):
             yield
     elif isinstance(inside, DistributedDataParallel):
@@ -290,7 +284,20 @@ def synchronising(trainer: Trainer, model: torch.nn.Module, now: bool) -> Iterat
     else:
         if hasattr(inside, "set_requires_gradient_sync"):
             inside.set_requires_gradient_sync(True)
+            if sharding.reduces_once:
+                inside.set_requires_all_reduce(is_last)
         yield
+        if is_last and sharding.reduces_once:
+            _check_reduced(inside)
+
+
+def _check_reduced(model: torch.nn.Module) -> None:
+    """Refuse a step in which FSDP2 still keeps gradients for its replicas: it adds them up when more of them come."""
+    if any(group._partial_reduce_output is not None for group in _param_groups(model)):
+        raise HeteroError(
+            "Some weights got gradients in a step's first micro-batches and none in its last one, so that replicas "
+            "have not added them up. Set HeteroConfig.sync_each_micro_batch=False."
+        )
 
 
 def _launched_with(name: str) -> bool:

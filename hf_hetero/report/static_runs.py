@@ -84,9 +84,11 @@ def spread_steps(run: Run) -> list[int]:
 
 def knows(cost: CostModel, plan: Plan) -> bool:
     """Tell whether a cost model can predict all groups of a plan."""
-    degrees, knows_rings = {1, *cost.all_to_all_bytes_per_s}, cost.network_bytes_per_s is not None
+    degrees = {1, *cost.all_to_all_bytes_per_s}
+    known_by = {"ulysses_ring": cost.network_bytes_per_s, "token_ring": cost.query_bytes_per_token}
+    unknown = {method for method, number in known_by.items() if number is None}
     return all(
-        g.degree in degrees and g.activations in cost.by_activations and (knows_rings or g.method != "ulysses_ring")
+        g.degree in degrees and g.activations in cost.by_activations and (g.degree == 1 or g.method not in unknown)
         for g in plan.groups
     )
 

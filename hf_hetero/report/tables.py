@@ -106,7 +106,7 @@ def _tokens_table(tokens: Mapping[str, int], card: str) -> list[str]:
 
 def _methods_table(methods: Mapping[int, Mapping[str, str]]) -> list[str]:
     """Say how heads fit: a line a degree, a column a method."""
-    rows = [(str(degree), *(ways[method] for method in METHODS)) for degree, ways in methods.items() if ways]
+    rows = [(str(degree), *(ways.get(method, "") for method in METHODS)) for degree, ways in methods.items() if ways]
     if not rows:
         return []
     table = [("degree", *METHODS), *rows]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from hf_hetero.estimate.shares import cuda_device
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
 from hf_hetero.model.activations import Activations
+from hf_hetero.model.by_layer import fewest
 from hf_hetero.model.lm_head import LeanHead
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks.agreement import broadcast
@@ -48,7 +49,7 @@ class Ground:
         shape: of the model, and of how it is trained.
         speed: of one rank's device, by this rank.
         topology: how the ranks stand on nodes, and what memory each of them has.
-        spread: how model states are sharded over all ranks; None: each rank holds them all.
+        spread: how model states are sharded over ranks; None: each rank holds them all.
         policies: what groups may do to hold more tokens, and gain by it.
         hetero: the user's limits.
         states: layers of the model that carry state; None: it has none.
@@ -129,12 +130,12 @@ def set_up(
         ConfigError: the cost model cannot be read, or leaves room for no token; raised on every rank.
     """
     world = args.world_size
-    heads = getattr(_text_config(model), "num_attention_heads", None) or world
+    heads = fewest(_text_config(model), "num_attention_heads", world)
     shape = _shape(model, args, hetero, dtype, sharding, activations)
     shape = replace(shape, reference_passes=asked.passes, reference_bytes=asked.num_bytes)
     subject = subject_of(shape, base_model(model).config.model_type, dtype)
     policies = [policy for policy in activations.policies if policy in hetero.activation_policies]
-    shards = memory.Shards(offloaded=sharding.offloads, whole_gradients=not sharding.syncs_each)
+    shards = memory.Shards(sharding.offloads, not sharding.syncs_each, sharding.replicas, sharding.reduces_once)
     # without a GPU offloading copies from host memory to host memory: there is none to gain
     gained = [policy for policy in policies if policy != "offload" or args.device.type == "cuda"]
     # a CPU is timed on all ranks at once, as training will run
@@ -143,7 +144,7 @@ def set_up(
     ground = Ground(shape, speed, _topology(args.device, world), spread, gained, hetero, states)
 
     def make() -> Found:
-        found = _found(hetero, ground, subject, kept := kept_cost_model(checkpoint, world))
+        found = _found(hetero, ground, subject, kept := kept_cost_model(checkpoint, world, sharding.replicas))
         cost = restricted(found.cost_model, hetero, world, heads, policies)
         # what has proven too much stays so, whatever a file or a setting says
         if kept is not None and kept.cost_model.ran_out:
@@ -157,7 +158,7 @@ def set_up(
     messengers.close()
     cost = found.cost_model
     if args.process_index == 0:
-        _log_cost_model(cost, world, heads, subject, args.device)
+        _log_cost_model(cost, world, heads, subject, args.device, hetero.methods)
     groups = GroupPool(cost.degrees(world), hetero.group_timeout_s, args.ddp_timeout, args.device)
     return Machine(cost, groups, ground, checkpoint, found.given, found.is_estimate, found.is_kept)
 
@@ -210,7 +211,9 @@ def _of_file(given: CostModel, kept: Kept | None) -> Found:
     return Found(kept.cost_model if is_refit else given, digest, is_estimate, is_kept=True)
 
 
-def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: str, device: torch.device) -> None:
+def _log_cost_model(
+    cost: CostModel, num_ranks: int, num_heads: int, subject: str, device: torch.device, methods: Collection[str]
+) -> None:
     """Log which cost model plans are made by, as a warning: all of them stand on it, and it may be an estimate."""
     if cost.model not in (None, subject):
         logger.warning(
@@ -224,6 +227,12 @@ def _log_cost_model(cost: CostModel, num_ranks: int, num_heads: int, subject: st
     extra = ", ".join(f"{model.capacity_tokens} with {name}" for name, model in cost.by_activations.items() if name)
     tokens = f"{cost.capacity_tokens} tokens a rank{f' ({extra})' if extra else ''}"
     logger.warning("Cost model %r: %s, degrees %s. %s", cost.name, tokens, degrees, cost.source)
+    if "token_ring" in methods and None in (cost.kv_bytes_per_token, cost.query_bytes_per_token):
+        logger.warning(
+            "Cost model %r says nothing of the bytes of keys or queries, so 'token_ring' is never planned. Make a file "
+            "with `hf-hetero profile`, or add kv_bytes_per_token and query_bytes_per_token to this one.",
+            cost.name,
+        )
     if advice := memory.allocator_advice(device):
         logger.warning("%s", advice)
     if uneven := [degree for degree in cost.degrees(num_ranks) if num_heads % degree]:
@@ -268,17 +277,17 @@ def digest_of(cost: CostModel) -> str:
     return hashlib.sha256(json.dumps(cost.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int, given: str | None = None) -> None:
-    """Put a cost model into a checkpoint, with the number of ranks it is for, and the digest of the user's file."""
-    data = {**cost.to_dict(), "num_ranks": num_ranks, "given": given}
+def keep_cost_model(folder: Path, cost: CostModel, num_ranks: int, given: str | None = None, replicas: int = 1) -> None:
+    """Put a cost model into a checkpoint, with the ranks and replicas it is for, and the digest of the user's file."""
+    data = {**cost.to_dict(), "num_ranks": num_ranks, "given": given, "replicas": replicas}
     (folder / KEPT_COST_MODEL).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def kept_cost_model(checkpoint: str | None, num_ranks: int) -> Kept | None:
-    """Read the cost model of a checkpoint; None if it has none, or was made on another number of ranks."""
+def kept_cost_model(checkpoint: str | None, num_ranks: int, replicas: int = 1) -> Kept | None:
+    """Read the cost model of a checkpoint; None if it has none, or was made on other numbers of ranks or replicas."""
     if checkpoint is None or not (path := Path(checkpoint) / KEPT_COST_MODEL).is_file():
         return None
     data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("num_ranks") != num_ranks:
+    if (data.get("num_ranks"), data.get("replicas", 1)) != (num_ranks, replicas):
         return None
     return Kept(CostModel.from_dict(data, where=str(path)), data.get("given"))

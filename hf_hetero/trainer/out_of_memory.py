@@ -262,7 +262,8 @@ def adopt_exchanges(model: torch.nn.Module, run: PlannedRun) -> list[Exchange]:
     exchanges = sharding.exchanges_of(model)
     # every rank makes every group: under HSDP each knows its own only
     mine = [exchange.ranks for exchange in exchanges]
-    if run.fitted.router_loss:  # what routers chose is told to all
+    # what routers chose is told to all, as embeddings are, and replicas have no group of all ranks
+    if run.fitted.router_loss or run.fitted.sharding.replicas > 1:
         mine.append(tuple(range(run.args.world_size)))
     asked = gather_objects(mine, run.control)
     run.groups.carry(sorted({ranks for one in asked for ranks in one}))
@@ -274,7 +275,9 @@ def move_exchanges(exchanges: Sequence[Exchange], model: torch.nn.Module, run: P
     """Let a wrapper exchange over the pool's groups of now."""
     for exchange in exchanges:
         exchange.set(run.groups.carried[exchange.ranks])
-    run.groups.include([*sharding.groups_of(model), *run.groups.carried.values()])
+    # of the groups that are carried, this rank is in some only
+    carried = [group for ranks, group in run.groups.carried.items() if run.args.process_index in ranks]
+    run.groups.include([*sharding.groups_of(model), *carried])
 
 
 def _known_to_all(error: HeteroError) -> HeteroError:

@@ -10,15 +10,13 @@ beside it: the micro-batches of the plan, dealt out over the batches of the step
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hetero.checks import exactness, overrides
 from hf_hetero.collators import PackedCollator
@@ -31,6 +29,7 @@ from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
+from hf_hetero.trainer.checkpoints.saves import SavesWhole
 from hf_hetero.trainer.classes.planned import LearnsClasses
 from hf_hetero.trainer.evaluation import evaluation
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
@@ -40,7 +39,7 @@ from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
-class HeteroTrainerMixin(LearnsClasses):
+class HeteroTrainerMixin(SavesWhole, LearnsClasses):
     """`HeteroTrainerMixin` goes before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -145,6 +144,7 @@ class HeteroTrainerMixin(LearnsClasses):
             opened.callback(setattr, self, "_training", None)
             opened.callback(reporting.close_bars, self)
             self._training = training.Training(opened)
+            opened.callback(self._training.let_writing_end)
             if resume_from_checkpoint:
                 resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)
                 self._training.resumed, resume_from_checkpoint = resumed, str(resumed.folder)
@@ -234,32 +234,6 @@ class HeteroTrainerMixin(LearnsClasses):
         super().log(logs, start_time)
         if start_time is not None:  # from the loop of training, on all ranks; a script may log on one
             self._decision.join(self.control)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """Log, save and evaluate as Trainer does; ranks may wait long for one that saves or evaluates."""
-        takes_long = self.control.should_save or self.control.should_evaluate
-        with self._run.groups.relaxed() if takes_long else nullcontext():
-            super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save as Trainer does, but a checkpoint that is known to be whole, or removed."""
-        assert self._training is not None
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-
-        def save() -> None:
-            super(HeteroTrainerMixin, self)._save_checkpoint(model, trial)
-
-        kept = reporting.kept_calibration(self)
-        training.save_whole(self, self._run, self._training, self._between_runs, save, folder, kept)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others."""
-
-        def save() -> None:
-            super(HeteroTrainerMixin, self).save_model(output_dir, _internal_call)
-
-        saving = self._training.saving if self._training is not None else None
-        return save() if saving is None or output_dir is None else saving.together(save, Path(output_dir))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as `Trainer.evaluate` does; several datasets share the groups."""

@@ -29,10 +29,11 @@ from hf_hetero.ranks.by_source import SourcesOfAll, Tally
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
-from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
+from hf_hetero.trainer.checkpoints.checkpoint import Resumed
 from hf_hetero.trainer.checkpoints.safekeeping import claim
+from hf_hetero.trainer.checkpoints.saving import Saving
+from hf_hetero.trainer.checkpoints.writing import Writing
 from hf_hetero.trainer.fitting import check_reached
-from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.out_of_memory import Attempt, Repeats, adopt_exchanges
 from hf_hetero.trainer.packing import columns_kept
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_step
@@ -72,7 +73,10 @@ class Training:
         resumed: the checkpoint that training goes on from; None: it starts anew.
         data: the planned steps, from the moment Trainer asks for its loader.
         clock: times micro-batches, from the first step on.
-        saving: how a checkpoint is written, while one is.
+        saving: how a checkpoint is written, while the loop does it.
+        writing: the checkpoint that is written beside it.
+        is_saved_by_loop: it is the loop that asks for a checkpoint, and not a script or a search.
+        has_said_why_at_once: that checkpoints cannot be written beside the loop.
         step: which all ranks hold; its micro-batches are being trained on.
         step_s: seconds that they took so far.
         repeats: what is known of it, should memory run out.
@@ -86,6 +90,9 @@ class Training:
     data: TrainingData | None = None
     clock: StepClock | None = None
     saving: Saving | None = None
+    writing: Writing | None = None
+    is_saved_by_loop: bool = False
+    has_said_why_at_once: bool = False
     step: ConfirmedStep | None = None
     step_s: float = 0.0
     repeats: Repeats = field(default_factory=Repeats)
@@ -97,6 +104,11 @@ class Training:
     def checkpoint(self) -> str | None:
         """Return the folder of the checkpoint that training goes on from; None: it starts anew."""
         return None if self.resumed is None else str(self.resumed.folder)
+
+    def let_writing_end(self) -> None:
+        """Wait for the checkpoint that is being written, where training ends with an error."""
+        if self.writing is not None:
+            self.writing.end()
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
@@ -219,7 +231,7 @@ def train_part(
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 _watch_sources(context, micro_batch, training)
-                syncs = sharding.synchronising(trainer, model, run.fitted.sharding.syncs_each or index == last)
+                syncs = sharding.synchronising(trainer, model, run.fitted.sharding, is_last=index == last)
                 adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
                 with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})
@@ -245,6 +257,7 @@ def train_part(
 def _start_clock(trainer: Trainer, run: PlannedRun, training: Training, model: torch.nn.Module) -> StepClock:
     """Start the clock, and adopt the wrapper's groups, in the first step: by now accelerate has wrapped the model."""
     sharding.check_wrapper(model, trainer.args)
+    sharding.forget_gradients(model)  # of a step that an error broke off, in a run before
     training.repeats.exchanges = adopt_exchanges(model, run)
     for exchange in training.repeats.exchanges:
         training.opened.callback(exchange.put_back)
@@ -267,46 +280,3 @@ def _watch_sources(context: AttentionContext, micro_batch: RankMicroBatch, train
     of_tokens[: micro_batch.num_tokens] = of_spans.repeat_interleave(lengths)
     context.by_source = SumsBySource(of_tokens.to(context.device), len(slots))
     training.seen.by_source.append((slots, context.by_source))
-
-
-# ------------------------------------------------------------------------------------------------------ the checkpoint
-
-
-def save_whole(
-    trainer: Trainer,
-    run: PlannedRun,
-    training: Training,
-    between: BetweenRuns,
-    save: Callable[[], None],
-    folder: Path,
-    calibration: dict[str, Any] | None,
-) -> None:
-    """Save a checkpoint, with its cost model and its place in the data, that is known to be whole, or removed.
-
-    Args:
-        trainer, run, training: whose it is.
-        between: with the cost model of now.
-        save: writes Trainer's files.
-        folder: of the checkpoint.
-        calibration: what the next refit of the cost model needs; None: there is none.
-
-    Raises:
-        HeteroError: what went wrong on any rank.
-    """
-    assert training.data is not None
-    args, stream = trainer.args, training.data.stream
-    position = stream.position(trainer.state.global_step) if stream is not None else None
-
-    def save_with_cost_model() -> None:
-        save()
-        if args.should_save:
-            given = between.machine.given if between.machine is not None else None
-            keep_cost_model(folder, between.cost_model_of_now(), args.world_size, given)
-
-    # `save_model`, which Trainer calls on the way, asks for it
-    training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
-    place = Run(args.world_size, training.data.order, position, calibration)
-    try:
-        saving.write(save_with_cost_model, folder, place, best=lambda: trainer.state.best_model_checkpoint)
-    finally:
-        training.saving = None

@@ -2,6 +2,7 @@
 
 adaptive       this package: degrees chosen for every group of every step
 by-heads       the same, if attention could cross ranks by exchanging heads only ("ulysses"); where there is a choice
+unaware        the same, if it did not know that ranks or links are slower than others; where some are
 static         one degree for the whole run, the best of those that hold its context (DeepSpeed-Ulysses with packing)
 batch-static   one degree for each batch, the best of them (FlexSP's "BatchAda", arXiv:2412.01523, section 6.1)
 dynamic-cp     Megatron's idea, tuned by us for each batch: the faster of our balancing and of what is released
@@ -36,6 +37,7 @@ SIMULATION_FORMAT = "hf-hetero-simulation/1"
 WAYS = {
     "adaptive": "adaptive",
     "by-heads": "adaptive, by heads only",
+    "unaware": "adaptive, speeds unknown",
     "static": "one degree a run",
     "batch-static": "one degree a batch",
     "dynamic-cp": "dynamic CP, tuned",
@@ -184,9 +186,9 @@ def simulate(
         raise BadSample(f"A sample has {longest:,} tokens, more than the context of {context:,}. Raise the context.")
     cost = planner.cost_model
     by_degree = {degree: WayTotals() for degree in _degrees_that_hold(planner, context)}
-    left_out = {name for name, out in (("padded", 1 not in by_degree), ("by-heads", not planner.has_choice)) if out}
-    ways = {name: WayTotals() for name in WAYS if name not in left_out}
-    by_heads = replace(planner, methods=("ulysses",))
+    has = {"padded": 1 in by_degree, "by-heads": planner.has_choice, "unaware": cost.is_uneven}
+    ways = {name: WayTotals() for name in WAYS if has.get(name, True)}
+    others = {"by-heads": replace(planner, methods=("ulysses",)), "unaware": replace(planner, cost_model=cost.evened())}
     # groups of `padded` do the least that holds the context, everywhere, as a user would set it for a whole run
     alone = next((under for under in cost.by_activations.values() if _holds(under, 1, context)), cost)
     rivals, by_setting = Rivals(planner, context), dict[tuple[str, int], WayTotals]()
@@ -194,8 +196,9 @@ def simulate(
     for lengths in progress(batches):
         adaptive.append(planner.plan(lengths))
         ways["adaptive"].add(adaptive[-1], lengths, cost)
-        if "by-heads" in ways:
-            ways["by-heads"].add(by_heads.plan(lengths), lengths, cost)
+        for name, other in others.items():
+            if name in ways:
+                ways[name].add(other.plan(lengths), lengths, cost)
         _add_static(by_degree, ways["batch-static"], planner, lengths)
         for priced in rivals.plans(lengths):
             totals = by_setting.setdefault((priced.way, priced.setting), WayTotals(note=priced.note))
@@ -285,12 +288,13 @@ def _add_padded(totals: WayTotals, lengths: Sequence[int], cost: CostModel, num_
     """Deal samples to the ranks, sorted as `group_by_length` does, in blocks that fit when padded; count the step."""
     ordered = sorted(lengths, reverse=True)
     position, step_s = 0, 0.0
+    of_rank = [cost.at(cost.places.of((rank,))) for rank in range(num_ranks)]
     while position < len(ordered):
         longest = ordered[position]
         # no more rows than an even share of what is left, else the last block would leave ranks idle
         rows = max(1, min(cost.capacity_tokens // longest, math.ceil((len(ordered) - position) / num_ranks)))
         block = ordered[position : position + rows * num_ranks]
-        busy = [cost.seconds([longest] * len(block[rank::num_ranks]), 1) for rank in range(num_ranks)]
+        busy = [under.seconds([longest] * len(block[rank::num_ranks]), 1) for rank, under in enumerate(of_rank)]
         step_s += max(busy)
         totals.idle_s += sum(max(busy) - seconds for seconds in busy)
         totals.num_micro_batches += 1

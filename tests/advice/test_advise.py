@@ -21,7 +21,7 @@ from hf_hetero.advice.outlook import longest
 from hf_hetero.advice.start import start_of, write_start
 from hf_hetero.cli import main
 from hf_hetero.cookbook.keys import key_problems, launch_problems, script_of
-from hf_hetero.cookbook.shelf import read, recipe_at
+from hf_hetero.cookbook.shelf import MESH, read, recipe_at
 from hf_hetero.errors import ConfigError
 from hf_hetero.forecast.forecast import Model, Setting, forecast, model_named
 from hf_hetero.what_if.sources import Source, global_batches
@@ -97,6 +97,14 @@ def test_levers_are_of_many_kinds(model: Model) -> None:
     names = " ".join(name for name, _ in changes(Run(machines_of("16xH100"), Setting()), True))
     for word in ("offload", "recompute", "FlashAttention 3", "DDP", "lora_r", "max_degree: 8", "node more", "H200"):
         assert word in names
+    assert "HSDP" in names
+    replicas = Setting(shards=8)
+    by_name = {name: run.setting for name, run in changes(Run(machines_of("16xH100"), replicas), True)}
+    [fsdp] = [setting for name, setting in by_name.items() if "FSDP2" in name]
+    assert (fsdp.sharded, fsdp.shards) == (True, None)
+    [ddp] = [setting for name, setting in by_name.items() if "DDP" in name]
+    assert (ddp.sharded, ddp.shards) == (False, None)
+    assert not [name for name in by_name if "HSDP" in name]
     done = Setting(lora_r=8, checkpointing=True, offload=True, kernel="fa4")
     names = " ".join(name for name, _ in changes(Run(machines_of("1xH100"), done), False))
     assert names.startswith("one card more: 2xH100")
@@ -141,6 +149,7 @@ def test_samples_that_fit_nowhere(model: Model) -> None:
         ("4xA100", Setting(), "fsdp2.yaml"),
         ("4xA100", Setting(sharded=False, checkpointing=True), "ddp.yaml"),
         ("16xH100", Setting(checkpointing=True), "fsdp2_nodes.yaml"),
+        ("3x8xH100", Setting(checkpointing=True, shards=4), "hsdp.yaml"),
         ("3x8xH100", Setting(lora_r=8, offload=True), "ddp.yaml"),
     ],
 )
@@ -166,6 +175,9 @@ def test_what_is_written_is_a_recipe_for_the_run(
         assert (config.num_processes, config.num_machines) == (run.machines.num_ranks, run.machines.num_nodes)
         sharded = config.distributed_type == "FSDP"
         assert sharded == found.forecast.is_sharded
+        sizes = dict(config.parallelism_config)
+        replicas = {} if setting.shards is None else {f"{MESH}_dp_replicate_size": 6, f"{MESH}_dp_shard_size": 4}
+        assert sizes == replicas
         recomputes = (
             config.fsdp_config["fsdp_activation_checkpointing"] if sharded else values.get("activation_checkpointing")
         )

@@ -38,7 +38,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "all": {"window": 4, "softcap": 3.0, "has_sinks": True},
     "values of another size": {"head_dim": 12, "value_dim": 4},
 }
-METHODS = {2: ["ulysses", "gather", "ring"], 4: ["ulysses", "gather", "ring", "ulysses_ring"]}
+METHODS = {
+    2: ["ulysses", "gather", "ring", "token_ring"],
+    4: ["ulysses", "gather", "ring", "ulysses_ring", "token_ring"],
+}
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 Key = tuple[str, str, str, str]
 
@@ -125,7 +128,7 @@ def test_both_directions_equal_dense_attention(num_ranks: int) -> None:
     assert (dense(case)[0] - dense(replace(case, causal=False))[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", ["gather", "ring", "ulysses_ring"])
+@pytest.mark.parametrize("method", ["gather", "ring", "ulysses_ring", "token_ring"])
 def test_both_directions_by_other_methods_are_refused(method: str) -> None:
     """They send keys to those that come after them only; a group of one rank sends nothing, whatever its method."""
     x = torch.randn(4, 2, 8)

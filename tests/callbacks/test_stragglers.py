@@ -52,6 +52,22 @@ def test_a_slow_rank_is_named(rank: int, off: float) -> None:
     assert f"rank {rank} takes" in words[0]
 
 
+def test_a_rank_that_degrades_is_named_with_its_evidence() -> None:
+    """Which steps, what was planned and measured of it in them, and what it was in those before."""
+    stragglers, words = Stragglers(num_steps=4), list[str]()
+    plan = Plan(3, (MicroBatch(tuple(Group((rank,), (rank,)) for rank in range(3))),))
+    for number in range(11, 23):
+        busy = (1.0, 1.0, 3.0 if number > 18 else 1.0)
+        report = StepReport(number, plan, (1, 1, 1), 1, 1.0, (busy,), planned_s=((0.5, 0.5, 0.5),))
+        stragglers.add(report)
+        words.append(stragglers.words())
+    (said,) = filter(None, words)
+    assert words[-1] == said
+    assert said.startswith("In steps 19 to 22, ")
+    assert "rank 2 takes 3.00 times as long (2 s planned, 12 s measured; 1.00 times in steps 15 to 18)" in said
+    assert "RankSpeedsCallback" in said
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_nobody_is_named_where_all_are_alike(seed: int) -> None:
     """Nor for a few percent, nor for a cost model that is wrong."""

@@ -240,7 +240,9 @@ def test_degrees_start_at_one(max_degree: int, tmp_path: Path) -> None:
 def test_heads_and_degrees(degree: int, num_heads: int, num_kv_heads: int, ulysses: str, in_blocks: str) -> None:
     """How heads fit each method, in words."""
     found = fits(degree, num_heads, num_kv_heads)
-    assert found == {"ulysses": ulysses, "gather": "any heads", "ring": "any heads", "ulysses_ring": in_blocks}
+    lent = "any heads" if num_heads == num_kv_heads else "any heads; a ring sends less"
+    any_heads = {"gather": "any heads", "ring": "any heads"}
+    assert found == {"ulysses": ulysses, **any_heads, "ulysses_ring": in_blocks, "token_ring": lent}
     assert tuple(found) == METHODS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import transformers
 from test_recipes import ARCHITECTURES, CHAT_TEMPLATE, SHRUNK
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from hf_hetero import HeteroConfig
 from hf_hetero.cli import main
 from hf_hetero.cookbook.check import check_recipe
-from hf_hetero.cookbook.keys import key_in
-from hf_hetero.cookbook.shelf import Recipe, read, recipe_named, shelf
+from hf_hetero.cookbook.keys import key_in, launch_problems
+from hf_hetero.cookbook.sample import planned
+from hf_hetero.cookbook.shelf import SHELF, Recipe, mesh_in, read, recipe_named, shelf
 
 TEXTS = [f"def f{number}(x):\n" + f"    return x + {number}\n" * (1 + 3 * number % 17) for number in range(40)]
 
@@ -95,6 +98,32 @@ def test_what_is_right_is_not_refused(rows: str, capsys: pytest.CaptureFixture[s
     assert printed[2].startswith("data      40 rows looked at, 40 samples")
     assert main(["recipes", "check", "quickstart_cpu", "--no-training", "--set", "solver=best"]) == 1
     assert capsys.readouterr().out.splitlines()[-2].startswith("wrong     solver: HeteroConfig.solver='best'")
+
+
+def test_a_mesh_of_other_ranks_is_refused(tmp_path: Path) -> None:
+    """A launch file whose replicas and their ranks are not as many as start is told so, with both."""
+    shipped = recipe_named("llama31_8b_two_nodes")
+    launch = tmp_path / "hsdp.yaml"
+    launch.write_text((SHELF / "accelerate" / "hsdp.yaml").read_text())
+    assert mesh_in(launch) == (2, 8)
+    assert launch_problems(replace(shipped, launch=launch), {"num_ranks": 16}) == []
+    launch.write_text(launch.read_text().replace("dp_shard_size: 8", "dp_shard_size: 4"))
+    [problem] = launch_problems(replace(shipped, launch=launch), {"num_ranks": 16})
+    assert (
+        problem.said
+        == "parallelism_config of hsdp.yaml has 2 x 4 ranks, and 16 start. Choose sizes whose product is 16."
+    )
+    assert shipped.launch is not None
+    assert mesh_in(shipped.launch) is None
+
+
+def test_a_step_is_planned_for_the_replicas_of_its_launch_file() -> None:
+    """Over nodes, weights that are gathered inside a node take less of the step."""
+    model = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2}
+    values = {"model_config": {**model, "num_attention_heads": 4}, "num_ranks": 16, "bf16": True}
+    hetero, lengths = HeteroConfig(), [100] * 128
+    over_all, over_nodes = (planned(values, lengths, hetero, None, True, shards).plan for shards in (None, 8))
+    assert over_nodes.seconds < over_all.seconds
 
 
 def test_a_message_is_of_the_key_that_it_names() -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from hf_hetero import CostModel, Group
 from hf_hetero.costs import ActivationPolicy, Charges
-from hf_hetero.layout import Layout, blocks_of, contiguous, layout_of, needed
+from hf_hetero.errors import ConfigError
+from hf_hetero.layout import Layout, asking, blocks_of, contiguous, layout_of, needed
 
 DEGREES = (1, 2, 4, 8)
 BATCHES = st.lists(st.integers(1, 60) | st.sampled_from([1, 200, 1000]), min_size=1, max_size=8)
@@ -25,6 +26,7 @@ def that_knows_methods(**changes: Any) -> CostModel:
         "all_to_all_latency_s": {2: 0.125, 4: 0.25, 8: 0.5},
         "memory_bytes_per_rank": 1e6,
         "kv_bytes_per_token": 100,
+        "query_bytes_per_token": 150,
         "ranks_per_node": 2,
         "network_bytes_per_s": 5e4,
         "activation_policies": POLICIES,
@@ -38,6 +40,8 @@ COST_MODELS = st.builds(
     num_heads=st.none() | st.integers(1, 12),
     num_kv_heads=st.none() | st.integers(1, 4),
     ring_overlap=st.floats(0, 1),
+    query_bytes_per_token=st.none() | st.floats(0, 1000),
+    both_ways_overlap=st.none() | st.floats(0, 1),
     ranks_per_node=st.sampled_from([None, 2, 4]),
     network_bytes_per_s=st.none() | st.floats(1e3, 1e6),
 )
@@ -60,8 +64,34 @@ def moved_tokens(blocks: Layout) -> int:
     return max([*map(sum, sent), *map(sum, zip(*sent, strict=True))])
 
 
+def lent_tokens(layout: Layout) -> int:
+    """Tokens whose queries the busiest rank sends or receives, pair by pair."""
+    ranks = range(layout.degree)
+    sent = [[sum(s.num_tokens for s in asking(layout, me, to)) if to != me else 0 for to in ranks] for me in ranks]
+    return max([*map(sum, sent), *map(sum, zip(*sent, strict=True))])
+
+
+def charged_by_queries(cost: CostModel, group: Group, lengths: list[int]) -> Charges:
+    """What the README says that a group is charged in which queries go round."""
+    degree, layout = group.degree, layout_of(group, lengths)
+    keys = [[(lengths[s.sample], t) for s in spans for t in range(s.start, s.end)] for spans in layout.spans]
+    attention_s = cost.attention_s_per_token2 * max(sum(2 * (n - t) - 1 for n, t in of_rank) for of_rank in keys)
+    linear_s = cost.linear_s_per_token * sum(lengths) / degree
+    if not layout.is_cut:
+        return Charges(attention_s, linear_s, 0, cost.micro_batch_s)
+    assert cost.query_bytes_per_token is not None
+    once_s = cost.query_bytes_per_token * lent_tokens(layout) / cost.all_to_all_bytes_per_s[degree]
+    home = 1 - (cost.both_ways_overlap or 0)
+    forward_s, backward_s = (1 + home) * once_s, (2 + home) * once_s
+    batches_s = cost.all_to_all_latency_s[degree] / 2 * (2 if degree == 2 else degree + 1)
+    shown_s = max(0, forward_s + backward_s + batches_s - cost.ring_overlap * attention_s)
+    return Charges(attention_s, linear_s, shown_s, cost.micro_batch_s)
+
+
 def charged(cost: CostModel, group: Group, lengths: list[int]) -> Charges:
     """What the README says that a group is charged which follows no policy."""
+    if group.method == "token_ring" and group.degree > 1:
+        return charged_by_queries(cost, group, lengths)
     degree = group.degree
     inner = degree if group.method == "ulysses" else group.ulysses_degree or 1
     tokens, layout = sum(lengths) / degree, layout_of(group, lengths)
@@ -113,7 +143,7 @@ def test_charges_are_the_formula(cost: CostModel, degree: int, lengths: list[int
 
 def test_all_ways_are_tried() -> None:
     """The laws above are about every method, under every policy: none is left out by the cost models drawn."""
-    methods = ("ulysses", "ring", "gather", "ulysses_ring")
+    methods = ("ulysses", "ring", "gather", "ulysses_ring", "token_ring")
     tried = {(group.method, group.activations) for group in ways_of(that_knows_methods(), 4, [60, 200, 1000])}
     assert tried == {(method, policy) for method in methods for policy in (None, *POLICIES)}
 
@@ -128,3 +158,25 @@ def test_more_exchange_costs_more() -> None:
     for dearer in (wide, slow, far):
         assert dearer.charges(group, cut).exchange_s > plain.charges(group, cut).exchange_s > 0
         assert dearer.charges(group, whole).exchange_s == 0
+
+
+def test_a_token_ring_needs_to_know_of_queries() -> None:
+    """Files without their bytes offer what they always did, and cost the same; with them, nothing else changes."""
+    knows, without = that_knows_methods(), that_knows_methods(query_bytes_per_token=None)
+    group = Group((0, 1, 2, 3), (0, 1))
+    assert {way.method for way in knows.methods(group, [1000, 60])} - {"token_ring"} == {
+        way.method for way in without.methods(group, [1000, 60])
+    }
+    for way in without.methods(group, [1000, 60]):
+        assert without.charges(way, [1000, 60]) == knows.charges(way, [1000, 60])
+
+
+def test_what_comes_home_may_hide() -> None:
+    """Behind what goes out, where links carry both ways at once: of 5 trips, one forward and one back in backward."""
+    group, lengths = Group((0, 1, 2, 3), (0,), "token_ring"), [1000]
+    free = {"all_to_all_latency_s": {}, "ring_overlap": 0.0}
+    one, both = (that_knows_methods(both_ways_overlap=share, **free).charges(group, lengths) for share in (None, 1.0))
+    assert one.exchange_s == pytest.approx(5 / 3 * both.exchange_s)
+    assert that_knows_methods(both_ways_overlap=0.0, **free).charges(group, lengths) == one
+    with pytest.raises(ConfigError, match=r"both_ways_overlap is 1\.5"):
+        that_knows_methods(both_ways_overlap=1.5)

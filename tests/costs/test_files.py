@@ -17,6 +17,7 @@ from hf_hetero.errors import ConfigError
 
 NUMBERS = st.floats(1e-6, 1e6) | st.integers(1, 10**9)
 BY_DEGREE = st.dictionaries(st.integers(1, 4096), NUMBERS, max_size=4)
+SPEEDS = st.dictionaries(st.integers(0, 4096), st.floats(1e-3, 1), max_size=4)
 POLICIES = st.dictionaries(
     st.sampled_from(["recompute", "offload"]),
     st.builds(ActivationPolicy, NUMBERS, st.just(1), st.just(1), st.floats(1, 4), NUMBERS),
@@ -38,8 +39,12 @@ COST_MODELS = st.builds(
     num_kv_heads=st.none() | st.integers(1, 128),
     network_bytes_per_s=st.none() | NUMBERS,
     ring_overlap=st.floats(0, 1),
+    query_bytes_per_token=st.none() | NUMBERS,
+    both_ways_overlap=st.none() | st.floats(0, 1),
     activation_policies=POLICIES,
     host_memory_bytes_per_rank=st.none() | NUMBERS,
+    rank_speeds=SPEEDS,
+    link_speeds=SPEEDS,
     name=st.text(max_size=8),
     source=st.text(max_size=8),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -14,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import _functional_collectives as collectives
 
-from hf_hetero.costs.volume import Heads, Volume, causal_pairs, travelling_tokens, volume
-from hf_hetero.layout import contiguous, layout_of, needed, zigzag
+from hf_hetero.costs.volume import Heads, Volume, causal_pairs, travelling_queries, travelling_tokens, volume
+from hf_hetero.layout import asking, contiguous, layout_of, needed, zigzag
 from hf_hetero.plan import Group
 from hf_hetero.ranks.groups import GroupPool
 
@@ -41,7 +42,7 @@ class Counter:
         return self._shift(ops)
 
 
-def counted(cases: list[tuple[str, tuple[str, str, str]]]) -> list[int]:
+def counted(cases: list[tuple[str, tuple[str, str, str]]], dtype: torch.dtype = torch.float64) -> list[int]:
     """Elements that this rank sends in a forward and a backward pass of each case."""
     counter = Counter()
     collectives.all_to_all_single = counter.all_to_all  # type: ignore[assignment]
@@ -50,7 +51,7 @@ def counted(cases: list[tuple[str, tuple[str, str, str]]]) -> list[int]:
     found: list[int] = []
     for method, key in cases:
         counter.elements = 0
-        on_group(case_of(*key), method, pool, 2)
+        on_group(replace(case_of(*key), dtype=dtype), method, pool, 2)
         found.append(counter.elements)
     pool.close()
     return found
@@ -70,6 +71,19 @@ def test_each_method_moves_what_its_formula_says(num_ranks: int) -> None:
         assert [rank[number] for rank in ranks] == expected, (method, key)
 
 
+def test_a_log_sum_exp_takes_two_elements_of_half_the_size() -> None:
+    """In bf16 a token ring moves what the formula says for such; a formula of one element would be noticed."""
+    keys = [(pack, heads, FEATURES[2]) for pack in ("one long", "long and short") for heads in ("mha", "gqa")]
+    ranks = run_ranks(counted, 4, [("token_ring", key) for key in keys], torch.bfloat16)
+    for number, key in enumerate(keys):
+        case = case_of(*key)
+        layout = zigzag(case.lengths, 4)
+        one = Heads(*case.heads, case.head_dim, case.value_dim)
+        expected = [volume(layout, "token_ring", replace(one, lse_elements=2), rank).total for rank in range(4)]
+        assert [rank[number] for rank in ranks] == expected
+        assert expected > [volume(layout, "token_ring", one, rank).total for rank in range(4)]
+
+
 def test_closed_forms() -> None:
     """The table of the module: Ulysses at its formula; one long sample gathers all keys that lie before a query."""
     heads, degree, tokens = Heads(8, 2, 64, 64), 4, 4096
@@ -82,6 +96,11 @@ def test_closed_forms() -> None:
     assert rows == piece * sum(8 - r - 2 for r in range(degree))
     ring, gather = (volume(long, method, heads, 1) for method in ("ring", "gather"))
     assert ring == Volume(gather.forward, gather.forward + gather.backward)
+    # queries travel as far as keys; 5 tensors of their heads for 6 of the keys' heads, and 3 numbers a head
+    lent = [volume(long, "token_ring", Heads(8, 8, 64, 64), rank) for rank in range(degree)]
+    fetched = [volume(long, "ring", Heads(8, 8, 64, 64), rank) for rank in range(degree)]
+    assert sum(v.total for v in lent) * 6 * 64 == sum(v.total for v in fetched) * (5 * 64 + 3)
+    assert sum(v.forward for v in lent) == rows * 8 * (64 + 64 + 1)
 
 
 @settings(deadline=None)
@@ -92,6 +111,16 @@ def test_travelling_tokens(lengths: list[int], degree: int, slices: bool) -> Non
     ranks = range(degree)
     sent = [[sum(s.num_tokens for s in needed(layout, to, me)) if to != me else 0 for to in ranks] for me in ranks]
     assert travelling_tokens(layout) == max([*map(sum, sent), *map(sum, zip(*sent, strict=True))])
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60) | st.just(900), max_size=12), st.integers(1, 8), st.booleans())
+def test_travelling_queries(lengths: list[int], degree: int, slices: bool) -> None:
+    """The busiest rank's, as counted pair by pair."""
+    layout = (contiguous if slices else zigzag)(lengths, degree)
+    ranks = range(degree)
+    sent = [[sum(s.num_tokens for s in asking(layout, me, to)) if to != me else 0 for to in ranks] for me in ranks]
+    assert travelling_queries(layout) == max([*map(sum, sent), *map(sum, zip(*sent, strict=True))])
 
 
 def test_short_samples_cost_next_to_nothing() -> None:
@@ -109,3 +138,14 @@ def test_pairs_of_the_busiest_rank() -> None:
     share = sum(length**2 for length in lengths) / 4
     assert causal_pairs(zigzag(lengths, 4)) < 1.01 * share
     assert causal_pairs(contiguous(lengths, 4)) > 1.7 * share
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 4))
+def test_pairs_by_who_holds_the_key(lengths: list[int], degree: int) -> None:
+    """Counted pair by pair, a token with itself by half; all ranks together have those of all samples."""
+    layout = zigzag(lengths, degree)
+    keys = [[(lengths[s.sample], t) for s in spans for t in range(s.start, s.end)] for spans in layout.spans]
+    pairs = [sum(2 * (length - t) - 1 for length, t in of_rank) for of_rank in keys]
+    assert causal_pairs(layout, by_keys=True) == max(pairs)
+    assert sum(pairs) == sum(length**2 for length in lengths)

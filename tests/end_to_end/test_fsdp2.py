@@ -14,6 +14,7 @@ from helpers import (
     LENGTHS,
     arguments,
     largest_difference,
+    plain_name,
     reference_steps,
     run_ranks,
     samples,
@@ -21,6 +22,7 @@ from helpers import (
     tiny_model,
     trained,
     trainer_order,
+    whole,
     with_lora,
 )
 from transformers import AutoModelForCausalLM
@@ -183,21 +185,31 @@ def test_wrong_wrapper_is_refused() -> None:
     assert message in run_ranks(wrapped_already, 2, None)[0]
 
 
-def trained_evaluated_and_trained(folder: str) -> list[str]:
-    shard_on_cpu()
+def trained_evaluated_and_trained(folder: str, sharded: bool) -> dict[str, torch.Tensor] | tuple[str, str]:
+    if sharded:
+        shard_on_cpu()
     rows = samples(LENGTHS)
-    args = arguments(folder, 2, max_steps=1, per_device_eval_batch_size=4, **with_fsdp({}))
-    trainer = HeteroTrainer(tiny_model(), args, train_dataset=rows, eval_dataset=rows[:8])
+    args = arguments(folder, 2, max_steps=1, per_device_eval_batch_size=4, **(with_fsdp({}) if sharded else {}))
+    trainer = HeteroTrainer(tiny_model(dtype=torch.float64), args, train_dataset=rows, eval_dataset=rows[:8])
     trainer.train()
     trainer.train()
     trainer.evaluate()
-    with pytest.raises(HeteroError) as caught:
+    try:
         trainer.train()
-    return [str(caught.value), type(caught.value.__cause__).__name__]
+    except HeteroError as error:
+        return str(error), type(error.__cause__).__name__
+    return {plain_name(name): whole(p) for name, p in trainer.model.named_parameters()}
 
 
 def test_what_accelerate_cannot_shard_again(tmp_path: Path) -> None:
-    """Trained again, a model goes on; where accelerate cannot prepare it anew, all ranks say so and what to do."""
-    for words, cause in run_ranks(trained_evaluated_and_trained, 2, str(tmp_path)):
-        assert "a plain Trainer ends so, too. Save it (save_model), and train it on in a new trainer" in words
-        assert cause == "KeyError"
+    """Trained again, a model goes on; where accelerate cannot prepare it anew, all ranks say so and what to do.
+
+    Transformers 5.23 leaves it no way, 5.24 does: then it learns what it does without shards.
+    """
+    for found in run_ranks(trained_evaluated_and_trained, 2, str(tmp_path), True):
+        if isinstance(found, dict):
+            expected = run_ranks(trained_evaluated_and_trained, 2, str(tmp_path), False)[0]
+            assert largest_difference(found, expected) < 1e-12
+        else:
+            assert "a plain Trainer ends so, too. Save it (save_model), and train it on in a new trainer" in found[0]
+            assert found[1] == "KeyError"

@@ -18,7 +18,7 @@ from helpers import LENGTHS, MARK, processes_of, run_ranks, samples, tiny_model,
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
-from hf_hetero.trainer.checkpoints.checkpoint import problem_of
+from hf_hetero.trainer.checkpoints.checkpoint import newest_whole, problem_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -38,7 +38,7 @@ class Kills(TrainerCallback):
     """From the start of training on, a thread that kills something at a moment that the seed decides.
 
     Args:
-        victim: "worker" | "rank" | "planner".
+        victim: "worker" | "rank" | "planner" | "job": of all ranks.
         rank: whose.
         seed: decides the moment, and which of several.
         mark: of the processes of the test.
@@ -50,7 +50,7 @@ class Kills(TrainerCallback):
         self.draw, self.num_killed = random.Random(seed), 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.process_index == self.rank:
+        if args.process_index == self.rank or self.victim == "job":
             threading.Thread(target=self._work, daemon=True).start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,27 +67,38 @@ class Kills(TrainerCallback):
                 return  # it has ended before
 
     def _found(self) -> list[int]:
-        if self.victim == "rank":
+        if self.victim in ("rank", "job"):
             return [os.getpid()]
         if self.victim == "worker":
             return [int(child.pid or 0) for child in mp.active_children()]
         return sorted(pid for pid, command in processes_of(self.mark).items() if PLANNER in command)
 
 
-def killed_run(folder: str, mark: str, victim: str, rank: int, seed: int, num_kills: int = 1) -> int:
+class Saved(TrainerCallback):
+    """Leaves word of each checkpoint that is said to be whole."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == 0:
+            (Path(args.output_dir) / f"saved-{state.global_step}").touch()
+
+
+def killed_run(
+    folder: str, mark: str, victim: str, rank: int, seed: int, num_kills: int = 1, in_background: bool = False
+) -> int:
     os.environ[MARK] = mark
     kills = Kills(victim, rank, seed, mark, num_kills)
     # while ranks save or evaluate, the limit of the job counts
     options: dict[str, Any] = {"output_dir": folder, "max_steps": 30 if num_kills == 1 else 100_000, "ddp_timeout": 30}
     if num_kills == 1:
-        evaluating = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5}
+        evaluating = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
         options |= {"dataloader_num_workers": 1, "save_total_limit": 1, **evaluating}
+        options["save_steps"] = 2 if in_background else 5  # then one is being written at most moments
     trained(
         tiny_model(),
         samples(LENGTHS),
         EvaluatedTrainer if num_kills == 1 else HeteroTrainer,
-        HeteroConfig(group_timeout_s=LIMIT_S),
-        callbacks=[kills],
+        HeteroConfig(group_timeout_s=LIMIT_S, save_in_background=in_background),
+        callbacks=[kills, Saved()],
         per_device_train_batch_size=8 // dist.get_world_size(),
         logging_strategy="no",
         **options,
@@ -115,21 +126,31 @@ def is_named(error: Any) -> bool:
 
 
 @pytest.mark.parametrize("first", range(0, NUM_KILLS, KILLS_A_TEST))
-@pytest.mark.parametrize("victim", ["worker", "rank"])
-def test_killed_at_any_moment(tmp_path: Path, victim: str, first: int) -> None:
-    """Every rank that is left ends in words within its limit, or has come to its end; nothing is left behind."""
+@pytest.mark.parametrize(
+    ("victim", "in_background"), [("worker", False), ("rank", False), ("rank", True), ("job", True)]
+)
+def test_killed_at_any_moment(tmp_path: Path, victim: str, in_background: bool, first: int) -> None:
+    """Every rank that is left ends in words within its limit, or has come to its end; nothing is left behind.
+
+    Once a checkpoint was said to be whole, one is: that one, or a later one.
+    """
     for seed in range(first, first + KILLS_A_TEST):
         mark, rank, start = f"{os.getpid()}-{time.time_ns()}", seed % 2, time.monotonic()
         folder = str(tmp_path / str(seed))
-        ended = run_ranks(killed_run, 2, folder, mark, victim, rank, seed, expect_errors=True, timeout_s=90)
+        args = folder, mark, victim, rank, seed, 1, in_background
+        ended = run_ranks(killed_run, 2, *args, expect_errors=True, timeout_s=90)
         took_s = time.monotonic() - start
         assert took_s < 90, (seed, ended)
         if any(not isinstance(one, int) for one in ended):
-            others = ended[:rank] + ended[rank + 1 :] if victim == "rank" else ended
+            others = ended[:rank] + ended[rank + 1 :] if victim == "rank" else [] if victim == "job" else ended
             assert all(is_named(one) or one == 0 for one in others), (seed, ended)
         check_nothing_left(mark)
         # what is left of a checkpoint is known not to be whole
         assert {problem_of(path) for path in Path(folder).glob("checkpoint-*")} <= {None, CUT_SHORT}
+        if said := [int(path.name.partition("-")[2]) for path in Path(folder).glob("saved-*")]:
+            newest, _ = newest_whole(Path(folder))
+            assert newest is not None, seed
+            assert int(newest.name.partition("-")[2]) >= max(said), seed
 
 
 def test_planners_killed_at_any_moment(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
 from helpers import (
     LENGTHS,
     largest_difference,
@@ -114,6 +115,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if case.pop("fsdp2", False):
         shard_on_cpu()
         case |= FSDP
+    if replicas := case.pop("replicas", 0):
+        case["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=world // replicas)
     reports, kept, also = Reports(), list[Any](), case.pop("also", [])
 
     class Trainer(HeteroTrainer):
@@ -170,6 +173,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         2,
         {"rank": 0, "fsdp2": True, "where": "backward", "hetero": {"sync_each_micro_batch": False}},
     ),
+    "HSDP, backward": (4, {"rank": 2, "fsdp2": True, "replicas": 2, "where": "backward", "tokens": 20}),
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.parallelism_config import ParallelismConfig
 from helpers import (
     IGNORE,
     LENGTHS,
@@ -55,6 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulation": {"args": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3}},
     "each micro-batch synchronised": {"hetero": {"sync_each_micro_batch": True}},
     "sharded": {"args": SHARDED},
+    "replicas": {"args": {**SHARDED, "parallelism_config": ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)}},
 }
 
 

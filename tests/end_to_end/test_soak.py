@@ -1,10 +1,16 @@
-"""Two thousand steps of everything that may go wrong with plans: nothing leaks, nothing hangs, nothing is lost."""
+"""Two thousand steps of all that may go wrong: nothing leaks, nothing hangs, nothing is lost.
+
+Plans are late, missing, or differ between ranks; checkpoints are written beside training, and evaluations come between;
+a rank is killed, then all of them, and the run starts again from what is whole.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,14 +21,16 @@ import torch.distributed as dist
 from helpers import ScriptedPlanner, ScriptedSource, arguments, run_ranks, samples, tiny_model
 from transformers import TrainerCallback
 
-from hf_hetero import HeteroTrainer
+from hf_hetero import HeteroConfig, HeteroTrainer
 from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import PlanMismatch
 from hf_hetero.step import Step
+from hf_hetero.trainer.checkpoints.checkpoint import newest_whole
 
-NUM_STEPS, SAVE_STEPS = 2000, 250
+NUM_STEPS, SAVE_STEPS, EVAL_STEPS = 2000, 40, 200
 BAD_DIGESTS = (401, 803, 1502)  # steps at which a rank once holds another plan
-WARM_UP = 300  # steps until caches are filled
+KILLS = ((653, (1,)), (1257, (0, 1, 2, 3)))  # step and ranks, one of each start of the ranks
+WARM_UP = 150  # steps of a start until caches are filled
 
 
 def resident_bytes() -> int:
@@ -53,22 +61,35 @@ class FaultyTrainer(HeteroTrainer):
 
 
 class Watch(TrainerCallback):
-    """Memory on the way, and the tokens that were trained."""
+    """Memory on the way, and the steps that were trained, which outlive this process; and its end.
 
-    def __init__(self) -> None:
+    Args:
+        file: for the steps.
+        kill_at: the step at whose end this rank is killed; None: it is not.
+    """
+
+    def __init__(self, file: Path, kill_at: int | None) -> None:
         self.resident: list[int] = []
-        self.steps: list[int] = []
+        self.file, self.kill_at = file, kill_at
+        self.num_steps = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.steps.append(state.global_step)
-        if state.global_step % 50 == 0 and state.global_step > WARM_UP:
+        if args.process_index == 0:
+            with self.file.open("a") as file:
+                file.write(f"{state.global_step}\n")
+        self.num_steps += 1
+        if self.num_steps % 25 == 0 and self.num_steps > WARM_UP:
             gc.collect()
             self.resident.append(resident_bytes())
+        if state.global_step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
-def soak(folder: str) -> dict[str, Any]:
+def soak(folder: str, start: int) -> dict[str, Any]:
     logging.getLogger("hf_hetero").setLevel(logging.ERROR)  # each fault is logged, and there are many
-    rank, digest, watch = dist.get_rank(), Step.digest, Watch()
+    rank, digest = dist.get_rank(), Step.digest
+    kill_at, killed = KILLS[start] if start < len(KILLS) else (0, ())
+    watch = Watch(Path(folder) / f"steps-{start}.txt", kill_at if rank in killed else None)
     bad = set(BAD_DIGESTS if rank == 2 else ())
     now = {"step": 0}
 
@@ -84,28 +105,31 @@ def soak(folder: str) -> dict[str, Any]:
     data = samples([1 + int(60 * chance.random() ** 3) for _ in range(500)])
 
     class Count(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now["step"] = state.global_step
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now["step"] = state.global_step
 
-    mismatches, resume = 0, False
+    mismatches, resume = 0, start > 0
     for _ in range(len(BAD_DIGESTS) + 1):
         args = arguments(folder, 4, 8, max_steps=NUM_STEPS, save_strategy="steps", save_steps=SAVE_STEPS)
-        args.logging_strategy = "no"
+        args.logging_strategy, args.eval_strategy, args.eval_steps = "no", "steps", EVAL_STEPS
         args.save_total_limit = 2
-        trainer = FaultyTrainer(tiny_model(), args, train_dataset=data, callbacks=[watch, Count()])
-        if resume:
-            now["step"] = SAVE_STEPS * (now["step"] // SAVE_STEPS)
+        more: dict[str, Any] = {"eval_dataset": data[:20], "hetero": HeteroConfig(save_in_background=True)}
+        trainer = FaultyTrainer(tiny_model(), args, train_dataset=data, callbacks=[watch, Count()], **more)
         try:
             trainer.train(resume_from_checkpoint=resume)
             break
         except PlanMismatch:
             mismatches, resume = mismatches + 1, True
+    evaluated = sum("eval_loss" in entry for entry in trainer.state.log_history)
     weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
     return {
         "mismatches": mismatches,
         "step": trainer.state.global_step,
+        "evaluated": evaluated,
         "resident": watch.resident,
-        "steps": watch.steps,
         "weights": weights,
     }
 
@@ -113,12 +137,22 @@ def soak(folder: str) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(1260)
 def test_soak(tmp_path: Path) -> None:
-    """All steps are trained, ranks agree to the last bit, each mismatch ends in a resumed run, memory stays flat."""
-    ranks = run_ranks(soak, 4, str(tmp_path), timeout_s=1200)
+    """All steps are trained, ranks agree to the last bit, whatever ends a run is resumed, memory stays flat."""
+    for start, (kill_at, killed) in enumerate(KILLS):
+        ended = run_ranks(soak, 4, str(tmp_path), start, timeout_s=600, expect_errors=True)
+        assert all(ended[rank] is None for rank in killed)
+        newest, _ = newest_whole(tmp_path)
+        assert newest is not None
+        # the one before the last is whole at least: it was waited for
+        assert kill_at - 2 * SAVE_STEPS < int(newest.name.partition("-")[2]) <= kill_at
+    ranks = run_ranks(soak, 4, str(tmp_path), len(KILLS), timeout_s=600)
+    trained = [list(map(int, path.read_text().split())) for path in sorted(tmp_path.glob("steps-*.txt"))]
+    assert len(trained) == len(KILLS) + 1
+    assert set().union(*trained) == set(range(1, NUM_STEPS + 1))
     for rank in ranks:
-        assert rank["mismatches"] == len(BAD_DIGESTS)
+        assert rank["mismatches"] == 1  # the last of them; the others were before the kills
         assert rank["step"] == NUM_STEPS
-        assert set(rank["steps"]) == set(range(1, NUM_STEPS + 1))
+        assert rank["evaluated"] == NUM_STEPS // EVAL_STEPS
         assert torch.equal(rank["weights"], ranks[0]["weights"])
         assert torch.isfinite(rank["weights"]).all()
         quarter = len(rank["resident"]) // 4

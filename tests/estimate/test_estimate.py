@@ -9,11 +9,11 @@ import pytest
 from estimate.test_operations import shape
 from helpers import tiny_model
 
-from hf_hetero import CostModel, HeteroConfig, Topology
+from hf_hetero import CostModel, HeteroConfig, Plan, Planner, Topology
 from hf_hetero.estimate.devices import Device, device_named
-from hf_hetero.estimate.estimate import attention_s, estimate_cost_model, gather_s, linear_s, optimizer_s
+from hf_hetero.estimate.estimate import attention_s, estimate_cost_model, gather_s, linear_s, optimizer_s, replicas_s
 from hf_hetero.estimate.first_estimate import restricted
-from hf_hetero.estimate.memory import Shards, boundary_bytes, gathered_bytes
+from hf_hetero.estimate.memory import Shards, boundary_bytes, gathered_bytes, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.operations import attention_flops, linear_flops, traffic_bytes
 from hf_hetero.estimate.shares import reached
@@ -46,6 +46,77 @@ def test_gathering_by_switched_links() -> None:
     moved = 0.5 * 3 * shape().num_params * 4 * (7 / 8)
     assert gather_s(shape(), nvlink, topology) == pytest.approx(moved / 360e9)
     assert gather_s(shape(), pcie, topology) == pytest.approx(moved / 12e9)
+
+
+def test_replicas_gather_among_themselves() -> None:
+    """Weights come from the ranks of the replica: inside a node by its links, across nodes over the node's network."""
+    nodes, weights = Topology(16, 8, 2**30), shape().num_params * 4
+    slow = replace(DEVICE, network_bytes_per_s=1e8)
+    whole = 0.5 * 3 * weights * (15 / 16) / 8e8
+    assert gather_s(shape(), slow, nodes) == pytest.approx(whole)
+    assert gather_s(shape(), slow, nodes, replicas=2) == pytest.approx(0.5 * 3 * weights * (7 / 8) / 1e10)
+    assert gather_s(shape(), slow, nodes, replicas=4) == pytest.approx(0.5 * 3 * weights * (3 / 4) / 1e10)
+    # replicas of 3 on nodes of 8: one of them lies on both sides
+    assert gather_s(shape(), slow, Topology(24, 8, 2**30), replicas=8) == pytest.approx(
+        0.5 * 3 * weights * (2 / 3) / 8e8
+    )
+    # replicas of 16 on nodes of 8
+    assert gather_s(shape(), slow, Topology(32, 8, 2**30), replicas=2) == pytest.approx(whole)
+
+
+def test_replicas_add_up_their_gradients() -> None:
+    """A ring sends each part twice; where nodes part replicas, its share of the node's network limits it."""
+    model, slow = shape(), replace(DEVICE, network_bytes_per_s=1e8)
+    part = model.trainable_params * 4 / 8
+    assert replicas_s(model, slow, Topology(16, 8, 2**30), 1) == 0
+    assert replicas_s(model, slow, Topology(16, 8, 2**30), 2) == pytest.approx(0.5 * 2 * part * (1 / 2) / 1e8)
+    assert replicas_s(model, slow, Topology(32, 8, 2**30), 4) == pytest.approx(0.5 * 2 * part * (3 / 4) / 1e8)
+    # four replicas of four ranks, two in a node: four rings pass each node
+    assert replicas_s(model, slow, Topology(16, 8, 2**30), 4) == pytest.approx(0.5 * 2 * 2 * part * (3 / 4) / 2e8)
+    # all in one node
+    assert replicas_s(model, slow, Topology(16, 16, 2**30), 2) == pytest.approx(0.5 * 2 * part * (1 / 2) / 1e10)
+    adapters = replace(model, trainable_params=model.num_params // 100)
+    assert replicas_s(adapters, slow, Topology(16, 8, 2**30), 2) == pytest.approx(
+        replicas_s(model, slow, Topology(16, 8, 2**30), 2) * adapters.trainable_params / model.trainable_params
+    )
+
+
+def test_replicas_in_a_cost_model() -> None:
+    """Each holds all states in as many parts as it has ranks; a micro-batch has its sums of gradients, or not."""
+    nodes = Topology(16, 8, 2**30)
+
+    def estimated(**changes: Any) -> CostModel:
+        return estimate_cost_model(shape(), DEVICE, nodes, nodes.degrees, Shards(**changes))
+
+    one, two, once = estimated(), estimated(replicas=2), estimated(replicas=2, reduces_once=True)
+    states = model_state_bytes(shape())
+    assert two.model_state_bytes_per_rank - one.model_state_bytes_per_rank == pytest.approx(states * (1 / 8 - 1 / 16))
+    assert two.micro_batch_s - once.micro_batch_s == pytest.approx(replicas_s(shape(), DEVICE, nodes, 2))
+    gathered = gather_s(shape(), DEVICE, nodes) - gather_s(shape(), DEVICE, nodes, 2)
+    assert one.micro_batch_s - once.micro_batch_s == pytest.approx(gathered)
+    assert once.model_state_bytes_per_rank == two.model_state_bytes_per_rank
+    assert "in 2 replicas" in two.source
+    assert "replicas" not in one.source
+    # nothing else: what a group costs is a matter of nodes, not of replicas
+    alike = {"source": "", "micro_batch_s": 1.0, "model_state_bytes_per_rank": 1.0}
+    assert replace(two, **alike) == replace(one, **alike)
+
+
+def test_plans_stay_in_the_node_that_is_a_replica() -> None:
+    """Samples that a node's ranks hold are shared inside it, so inside a replica; one that they do not hold is not."""
+    device = replace(DEVICE, network_bytes_per_s=1e7)
+    nodes = Topology(16, 8, 2**26)
+    cost = estimate_cost_model(shape(), device, nodes, nodes.degrees, Shards(replicas=2))
+    most = cost.capacity_tokens
+    planner = Planner(cost, 16, solver="fast")
+    lengths = [most * eighths // 8 for eighths in (1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 62)]
+
+    def replicas_of(plan: Plan) -> list[int]:
+        groups = [group for micro_batch in plan.micro_batches for group in micro_batch.groups if group.samples]
+        return [len({rank // 8 for rank in group.ranks}) for group in groups]
+
+    assert set(replicas_of(planner.plan(lengths))) == {1}
+    assert 2 in replicas_of(planner.plan([*lengths, 9 * most]))
 
 
 def test_says_what_it_assumed() -> None:

@@ -10,6 +10,7 @@ import torch
 from helpers import tiny_model, with_lora
 from torch.utils.flop_counter import FlopCounterMode
 
+from hf_hetero.costs.volume import Heads, volume
 from hf_hetero.estimate.memory import activation_bytes, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.operations import (
@@ -18,8 +19,10 @@ from hf_hetero.estimate.operations import (
     exchange_bytes,
     linear_flops,
     optimizer_bytes,
+    query_bytes,
     traffic_bytes,
 )
+from hf_hetero.layout import asking, zigzag
 
 
 def shape(checkpointing: bool = False, lora: bool = False) -> ModelShape:
@@ -79,6 +82,17 @@ def test_attention_flops_match_a_count() -> None:
 def test_exchange_bytes() -> None:
     """Queries, keys, values and outputs of two layers, in fp32, forward and backward."""
     assert exchange_bytes(shape()) == 2 * (4 + 2 + 2 + 4) * 8 * 2 * 4
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_query_bytes_are_what_a_token_ring_moves(element_bytes: int) -> None:
+    """Five trips are no less than what is counted to the element, and at most 1 % more for heads of usual size."""
+    wide = replace(shape(), head_dim=128, element_bytes=element_bytes)
+    heads = Heads(wide.heads, wide.kv_heads, 128, 128, lse_elements=4 // element_bytes)
+    layout = zigzag([4096], 4)
+    moved = sum(volume(layout, "token_ring", heads, rank).total for rank in range(4)) * element_bytes * wide.num_layers
+    lent = sum(s.num_tokens for a in range(4) for b in range(4) if a != b for s in asking(layout, a, b))
+    assert moved <= 5 * query_bytes(wide) * lent <= 1.01 * moved
 
 
 def test_kept_exchanges_cost_memory_and_save_traffic() -> None:

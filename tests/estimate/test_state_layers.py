@@ -53,6 +53,8 @@ def test_seconds_by_hand() -> None:
     assert cost.attention_s_per_token2 == before.attention_s_per_token2 / 2
     assert cost.all_to_all_bytes_per_token == before.all_to_all_bytes_per_token / 2
     assert cost.kv_bytes_per_token == before.kv_bytes_per_token / 2
+    assert before.query_bytes_per_token is not None
+    assert cost.query_bytes_per_token == before.query_bytes_per_token / 2
     a_weight_s = before.linear_s_per_token / shape.active_params
     worth = states.weights + 3 * 512
     assert cost.linear_s_per_token == pytest.approx(before.linear_s_per_token + a_weight_s * 3 * 512)

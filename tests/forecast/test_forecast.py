@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -139,6 +140,42 @@ def test_what_is_set_is_estimated(tmp_path: Path) -> None:
     assert "whole on each rank" in whole.trained
     assert "sharded over 8 ranks" in forecast(name, "2x4xH100").trained
     assert "whole on each rank" in forecast(name, "2x4xH100", Setting(lora_r=4)).trained
+
+
+def test_replicas_of_shards(tmp_path: Path) -> None:
+    """Over every four of eight ranks, each rank holds twice as much, and waits less for a slow network."""
+    name = saved(tmp_path)
+    over_all, over_nodes = (forecast(name, "2x4xH100", Setting(network_gbps=10, shards=shards)) for shards in (8, 4))
+    assert over_all.cost == forecast(name, "2x4xH100", Setting(network_gbps=10, sharded=True)).cost
+    assert over_nodes.is_sharded
+    assert "sharded over 4 ranks in each of 2 replicas" in over_nodes.trained
+    shape, _ = trained_shape(outline_of(config := config_of(name)), config, Setting())
+    more = over_nodes.cost.model_state_bytes_per_rank - over_all.cost.model_state_bytes_per_rank
+    assert more == pytest.approx(memory.model_state_bytes(shape) / 8)
+    assert over_nodes.cost.micro_batch_s < over_all.cost.micro_batch_s
+    computed = {dtype: Setting(dtype=dtype, shards=4, network_gbps=10) for dtype in ("float32", "bfloat16")}
+    sums = {}
+    for dtype, setting in computed.items():
+        whole = forecast(name, "2x4xH100", replace(setting, network_gbps=1e6)).cost
+        sums[dtype] = forecast(name, "2x4xH100", setting).cost.micro_batch_s - whole.micro_batch_s
+    assert sums["float32"] == 0  # replicas add up once a step, which every plan pays alike
+    assert sums["bfloat16"] > 0
+
+
+def test_replicas_that_cannot_be(tmp_path: Path) -> None:
+    """Sizes that do not divide the ranks are named with those that do; a replica too small, with what is not."""
+    name = saved(tmp_path, **LLAMA_70B, num_key_value_heads=8, head_dim=128, vocab_size=128256)
+    with pytest.raises(ConfigError, match=r"16 ranks make no replicas of 3\. Choose one of 2, 4, 8, 16\."):
+        forecast(name, "2x8xH100", Setting(shards=3))
+    with pytest.raises(ConfigError, match=r"1 ranks make no replicas of 2\. Leave --shards out"):
+        forecast(name, "1xH100", Setting(shards=2))
+    with pytest.raises(ConfigError, match="Weights over 1 ranks: 2 at least; --ddp"):
+        Setting(shards=1)
+    with pytest.raises(ConfigError, match="--ddp alone"):
+        Setting(shards=8, sharded=False)
+    with pytest.raises(ConfigError, match=r"GiB over 2 ranks, .* instead of those of a replica \(--fsdp\)"):
+        forecast(name, "4x8xH100", Setting(shards=2))
+    assert forecast(name, "4x8xH100").cost.capacity_tokens > 0
 
 
 def test_a_model_too_large_is_refused_with_what_would_do(tmp_path: Path) -> None:

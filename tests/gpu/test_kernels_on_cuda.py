@@ -17,6 +17,7 @@ from hf_hetero.attention.kernels.contract import SINKS, WINDOW, Kernel, Scores, 
 from hf_hetero.attention.kernels.cuda import torch_varlen
 from hf_hetero.attention.kernels.flash import flash_kernels
 from hf_hetero.attention.kernels.plain import PLAIN
+from hf_hetero.attention.token_ring import along, share_along
 
 pytestmark = pytest.mark.gpu
 
@@ -148,6 +149,33 @@ def test_pairs_on_cuda(kernel: Kernel, runs: str, window: int | None, kv_heads: 
     expected = PLAIN.backward(grad.double(), *wide, merged.double(), merged_lse.double(), segments, scores)
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.double() - theirs).abs().max() < 2e-2 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2])
+@pytest.mark.parametrize("runs", RUNS)
+@EACH_KERNEL
+def test_a_projection_takes_the_place_of_the_output_on_cuda(kernel: Kernel, runs: str, kv_heads: int) -> None:
+    """A token ring sends one number a head for the output: the gradients err no more than by the output itself.
+
+    Twice the projection is another product with the gradient, and gives other gradients.
+    """
+    assert kernel.forward is not None
+    assert kernel.backward is not None
+    assert PLAIN.backward is not None
+    segments, scores = segments_of(runs), Scores(1 / 8)
+    q, k, v, grad = (x.bfloat16() for x in drawn(runs, kv_heads)[:4])
+    out, lse = kernel.forward(q, k, v, segments, scores)
+    projection = along(grad, share_along(grad, out.float()))
+    wide = [x.double() for x in (grad, q, k, v, out, lse)]
+    exact = PLAIN.backward(*wide, segments, scores)
+    by_output, by_projection, by_another = (
+        kernel.backward(grad, q, k, v, one.bfloat16(), lse, segments, scores)
+        for one in (out, projection, 2 * projection)
+    )
+    for number, theirs in enumerate(exact):
+        usual, ours = ((found[number].double() - theirs).abs().max() for found in (by_output, by_projection))
+        assert ours <= 1.5 * usual + LEAST * theirs.abs().max()
+    assert (by_another[0].double() - exact[0]).abs().max() > 0.1 * exact[0].abs().max()
 
 
 @pytest.mark.parametrize("head_dim", [12, 96, 128, 256])

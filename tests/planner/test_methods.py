@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from planner.reference import optimal_seconds, problems
 
 from hf_hetero import CostModel, Plan, Planner
+from hf_hetero.config import DEFAULT_METHODS
 from hf_hetero.costs import ActivationPolicy
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
@@ -48,10 +49,10 @@ batches = st.lists(st.integers(1, 12_000), min_size=1, max_size=24)
 
 
 @settings(deadline=None)
-@given(batches, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([None, 2, 6]))
-def test_laws(lengths: list[int], num_ranks: int, num_heads: int | None) -> None:
+@given(batches, st.sampled_from([1, 2, 3, 4, 8]), st.sampled_from([None, 2, 6]), st.sampled_from([None, 2e3, 1e5]))
+def test_laws(lengths: list[int], num_ranks: int, num_heads: int | None, query_bytes: float | None) -> None:
     """Valid; no slower than exchanging heads only; at or above the bound; seconds as the cost model counts them."""
-    cost = a_cost(num_heads=num_heads)
+    cost = a_cost(num_heads=num_heads, query_bytes_per_token=query_bytes)
     if max(lengths) > cost.capacity_tokens * max(d for d in cost.degrees(num_ranks) if num_ranks >= d):
         return
     plan, heads = (Planner(cost, num_ranks, methods=methods).plan(lengths) for methods in (METHODS, ("ulysses",)))
@@ -79,6 +80,25 @@ def test_each_method_is_best_somewhere() -> None:
     assert chosen(a_cost(kv_bytes_per_token=1e6), [9001], 4) == "ulysses"
     assert chosen(a_cost(ranks_per_node=8, ring_overlap=1.0, memory_bytes_per_rank=2.4e8), [9001], 4) == "ring"
     assert chosen(a_cost(), [30_001], 8) == "ulysses_ring"
+
+
+def test_a_token_ring_is_chosen_where_it_wins() -> None:
+    """With as many heads of keys as of queries, and never where it was not asked for, or keys are few."""
+    sizes = {"kv_bytes_per_token": 6e3, "query_bytes_per_token": 3e3, "all_to_all_bytes_per_token": 2.4e4}
+    mha = a_cost(**sizes, ranks_per_node=8, ring_overlap=1.0)
+    gqa = replace(mha, kv_bytes_per_token=750.0, all_to_all_bytes_per_token=1.35e4)
+    lengths = [24_000]
+    by_default, asked, few_keys = (
+        Planner(cost, 8, methods=methods).plan(lengths)
+        for cost, methods in ((mha, DEFAULT_METHODS), (mha, METHODS), (gqa, METHODS))
+    )
+    assert {group.method for group in asked.groups if group.samples} == {"token_ring"}
+    assert asked.seconds < by_default.seconds
+    unknowing = Planner(replace(mha, query_bytes_per_token=None), 8).plan(lengths)
+    assert replace(by_default, planning_s=0) == replace(unknowing, planning_s=0)
+    assert "token_ring" not in {group.method for group in few_keys.groups}
+    group, ring = (Group(tuple(range(8)), (0,), method) for method in ("token_ring", "ring"))
+    assert gqa.group_seconds(ring, lengths) < gqa.group_seconds(group, lengths)
 
 
 def test_more_ranks_than_heads() -> None:

@@ -148,6 +148,20 @@ def test_other_methods_are_priced() -> None:
     assert all((error > 0.5) == (one.trial.method == "gather") for error, one in zip(off, slow, strict=True))
 
 
+def test_a_token_ring_is_priced() -> None:
+    """What its answers hide behind is found, after what a ring hides behind; and it is only told by such groups."""
+    truth = a_truth(ring_overlap=0.3, both_ways_overlap=0.45, query_bytes_per_token=2e4, activation_policies={})
+    chosen = trials([1, 2, 4], 4096, 32768, methods=["ring", "token_ring"])
+    measured = [Measured(trial, LAYERS, seconds_of(truth, trial)) for trial in chosen]
+    estimate = an_estimate(activation_policies={}, query_bytes_per_token=2e4)
+    fit = fitted(measured, estimate, LAYERS)
+    assert fit.cost_model.ring_overlap == pytest.approx(0.3)
+    assert fit.cost_model.both_ways_overlap == pytest.approx(0.45)
+    assert fit.errors == pytest.approx(0.0, abs=1e-5)
+    without = [one for one in measured if one.trial.method != "token_ring"]
+    assert fitted(without, estimate, LAYERS).cost_model.both_ways_overlap is None
+
+
 def test_other_methods_at_two_depths() -> None:
     """Of a model of 40 layers, timed with 1 and 3, the ring's overlap is found by what those would take."""
 
@@ -159,13 +173,16 @@ def test_other_methods_at_two_depths() -> None:
             micro_batch_s=0.02 * per + 0.01,
             all_to_all_bytes_per_token=2e4 * per,
             kv_bytes_per_token=1e4 * per,
+            query_bytes_per_token=2e4 * per,
+            both_ways_overlap=0.8,
             all_to_all_latency_s={degree: s * per for degree, s in a_truth().all_to_all_latency_s.items()},
             ring_overlap=0.35,
             activation_policies={},
         )
 
-    chosen = trials([1, 2, 4], 4096, 32768, methods=["gather", "ring"])
+    chosen = trials([1, 2, 4], 4096, 32768, methods=["gather", "ring", "token_ring"])
     measured = [Measured(trial, layers, seconds_of(at(layers), trial)) for layers in (1, 3) for trial in chosen]
-    fit = fitted(measured, an_estimate(activation_policies={}), 40)
+    fit = fitted(measured, an_estimate(activation_policies={}, query_bytes_per_token=2e4), 40)
     assert fit.cost_model.ring_overlap == pytest.approx(0.35)
+    assert fit.cost_model.both_ways_overlap == pytest.approx(0.8)
     assert fit.errors == pytest.approx(0.0, abs=1e-4)

@@ -14,6 +14,7 @@ from helpers import LENGTHS, arguments, run_ranks, samples, tiny_model
 from hf_hetero import CostModel, HeteroConfig, HeteroTrainer
 from hf_hetero.cli import main
 from hf_hetero.costs import files
+from hf_hetero.plan import Group
 from hf_hetero.profile import timing
 
 
@@ -50,10 +51,23 @@ def test_a_profile_serves_its_model(tmp_path: Path) -> None:
     assert cost.degrees(2) == (1, 2)
     assert cost.linear_s_per_token > 0
     assert "GiB was weighed" in cost.source
+    assert cost.both_ways_overlap is None, "no token ring is timed unless it is asked for"
     same, other = run_ranks(lines_of_run, 2, str(tmp_path))[0]
     assert "was made for another model" not in same
     assert "was made for another model: llama, 2 layers of 32" in other
     assert "This run trains: llama, 2 layers of 64" in other
+
+
+@pytest.mark.slow
+def test_a_token_ring_is_timed_where_it_is_asked_for(tmp_path: Path) -> None:
+    """What its answers hide behind is then in the file, and a run that names it may plan it."""
+    tiny_model().config.save_pretrained(tmp_path / "model")
+    words = ["--max-length", "64", "--methods", "ulysses", "token_ring"]
+    assert run_ranks(profiled, 2, str(tmp_path), words) == [0, 0]
+    cost = CostModel.load(tmp_path / "cost.json")
+    assert cost.both_ways_overlap is not None
+    assert 0 <= cost.both_ways_overlap <= 1
+    assert "token_ring" in {way.method for way in cost.methods(Group((0, 1), (0,)), [64])}
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import re
+import threading
 import time
 from typing import Any
 
@@ -70,10 +71,36 @@ def test_a_groups_first_exchange_is_of_all_its_ranks() -> None:
         assert found == [(pair, "cpu"), ((0, 1, 2, 3), "cpu")]
 
 
+def beside_training() -> list[Any]:
+    """What a thread and the training beside it exchange at once, each in its own order; and whether groups are made."""
+    pool, num_groups = GroupPool((2,), 20, 20), len(dist.distributed_c10d._world.pg_map)
+    group = pool.beside_training()
+    assert group is pool.beside_training()  # made once
+    assert len(dist.distributed_c10d._world.pg_map) == num_groups + 1
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(gather([dist.get_rank()], group)))
+    if dist.get_rank() == 0:  # the others' threads meet this one after its training has gone on
+        found.append(gather([5], pool.control))
+        thread.start()
+    else:
+        thread.start()
+        found.append(gather([5], pool.control))
+    thread.join(20)
+    pool.close()
+    assert len(dist.distributed_c10d._world.pg_map) == num_groups - 2  # the pool's own two groups are gone, too
+    return sorted(found)
+
+
+def test_a_group_beside_training() -> None:
+    """What a thread exchanges does not meet what training exchanges, whichever comes first."""
+    assert run_ranks(beside_training, 2) == [[[[0], [1]], [[5], [5]]]] * 2
+
+
 def test_single_process_has_no_groups() -> None:
     """Without torch.distributed there is nothing to make, and control messages stay at home."""
     pool = GroupPool((1, 2), 1, 1)
     assert pool.control is None
+    assert pool.beside_training() is None
     assert broadcast(lambda: 5, pool.control) == 5
     assert gather([1, 2], pool.control) == [[1, 2]]
     assert confirm_step(1, 99, 7, None, pool.control) == 7

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers.distributed import DistributedConfig
 
-from hf_hetero.ranks.sharding import mesh_problems, sharding_of
+from hf_hetero.ranks.mesh import mesh_problems
+from hf_hetero.ranks.sharding import sharding_of
 
 
 def trainer(**arguments: Any) -> Any:

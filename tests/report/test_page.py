@@ -14,7 +14,7 @@ import pytest
 from runs_to_report import BATCHES, COST, HOSTILE, data_of, many_steps, named, page_of, records_of, write_run
 
 from hf_hetero import Planner
-from hf_hetero.plan import Plan
+from hf_hetero.plan import METHODS, Group, MicroBatch, Plan
 from hf_hetero.report import read_records
 from hf_hetero.report.page import axes, palette, timeline
 from hf_hetero.report.page.charts import Line, bars_chart, buckets, lengths_chart, lines_chart
@@ -23,7 +23,7 @@ from hf_hetero.report.page.page import make_page
 from hf_hetero.report.report import summary
 from hf_hetero.report.rows import bin_start, length_bin, row_of
 from hf_hetero.report.run import Run, read_run
-from hf_hetero.report.static_runs import static_runs
+from hf_hetero.report.static_runs import knows, static_runs
 from hf_hetero.what_if.simulate import simulate
 
 # ------------------------------------------------------------------------------------------------------- text is text
@@ -254,6 +254,16 @@ def test_a_cost_model_that_knows_no_such_plan_predicts_nothing() -> None:
     run = Run([row_of(record)], lambda step: record, cost_model=other)
     assert static_runs(run) is None
     assert make_page(run, summary(run.rows))
+
+
+def test_plans_of_every_method_are_drawn() -> None:
+    """Each has its words; a cost model that does not know of queries cannot tell what lending them takes."""
+    assert tuple(timeline.METHODS) == METHODS
+    knowing = replace(COST, kv_bytes_per_token=8.0, query_bytes_per_token=4.0)
+    plan = Plan(2, (MicroBatch((Group((0, 1), (0,), "token_ring"),)),))
+    assert knows(knowing, plan)
+    assert not knows(replace(knowing, query_bytes_per_token=None), plan)
+    assert knows(COST, Plan(2, (MicroBatch((Group((0,), (0,), "token_ring"), Group((1,), ()))),)))
 
 
 def test_the_picture_without_a_script_has_each_sample() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -34,8 +35,9 @@ def test_bars_are_seconds(batches: list[list[int]]) -> None:
 
 
 def test_every_way_has_its_bar() -> None:
-    """Where every way is there is to be compared, padding and exchanges of heads alone too, each is drawn."""
-    simulation = simulate([[4000, 300, 20], [90] * 9], Planner(CostModel.load("llama-8b_8xh200_nvlink"), 8))
+    """Where every way is there is to be compared, padding, heads alone and unknown speeds too, each is drawn."""
+    cost = replace(CostModel.load("llama-8b_8xh200_nvlink"), rank_speeds={3: 0.8})
+    simulation = simulate([[4000, 300, 20], [90] * 9], Planner(cost, 8))
     assert list(simulation.ways) == list(WAYS)
     figure = simulation_figure(simulation)
     assert list(bars(figure)) == list(WAYS)

@@ -8,6 +8,7 @@ import pytest
 from costs.test_cost_model import SHARED, a_cost_model
 
 from hf_hetero import CostModel, InfeasibleBatch, Planner
+from hf_hetero.costs.places import Place
 from hf_hetero.errors import BadSample
 from hf_hetero.what_if.simulate import Simulation, busy_seconds, simulate
 from hf_hetero.what_if.sources import global_batches, read_source
@@ -62,6 +63,25 @@ def test_padding_costs_what_it_pads() -> None:
     result = simulated([[80, 10, 10, 10]])
     assert result.ways["padded"].seconds == [pytest.approx(cost.seconds([80], 1))]
     assert result.ways["padded"].num_micro_batches == 1
+
+
+def test_slow_ranks() -> None:
+    """Ways are priced where their groups stand; the plan that knows of no speeds is one of them, and no faster."""
+    cost = a_cost_model(rank_speeds={2: 0.5})
+    result = simulate(BATCHES, Planner(cost, 4))
+    seconds = totals(result)
+    assert sum(result.bound_s) <= seconds["adaptive"] * (1 + 1e-9)
+    assert 1.02 * seconds["adaptive"] < seconds["unaware"]
+    assert seconds["adaptive"] <= seconds["batch-static"] <= seconds["static"]
+    unaware = [Planner(cost.evened(), 4).plan(lengths) for lengths in BATCHES]
+    known = [cost.plan_seconds(plan, lengths) for plan, lengths in zip(unaware, BATCHES, strict=True)]
+    assert result.ways["unaware"].seconds == pytest.approx(known)
+    assert "unaware" not in simulated(BATCHES).ways
+    padded = simulate([[80, 5, 5, 5]], Planner(cost, 4)).ways["padded"]  # the third rank pads 5 to 80, at half speed
+    assert padded.seconds == [pytest.approx(cost.at(Place(0.5, 1.0)).seconds([80], 1))]
+    assert busy_seconds(unaware[1], BATCHES[1], cost)[0][2] == pytest.approx(
+        cost.group_seconds(unaware[1].micro_batches[0].group_of(2), BATCHES[1])
+    )
 
 
 def test_lengths_are_counted_in_powers_of_two() -> None:

@@ -34,6 +34,7 @@ from hf_hetero.attention.kernels.hub import hub_kernel, is_of_hub, stand_in
 from hf_hetero.attention.kernels.pair import Offer
 from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.errors import UnsupportedModel
+from hf_hetero.model.by_layer import stated
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def features_of(config: Any) -> frozenset[str]:
     """Return what the attention layers of a transformers config will ask of a kernel."""
     features: set[str] = set()
     layer_types = getattr(config, "layer_types", None) or []
-    if "sliding_attention" in layer_types or (not layer_types and getattr(config, "sliding_window", None)):
+    if "sliding_attention" in layer_types or (not layer_types and any(stated(config, "sliding_window"))):
         features.add(WINDOW)
     if getattr(config, "attn_logit_softcapping", None):
         features.add(SOFTCAP)

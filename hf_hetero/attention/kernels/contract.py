@@ -13,8 +13,9 @@ exactly attention over all keys (`merge`). No exponent is above 0, so nothing ov
 score and without a value (`with_sinks`).
 
 Backward. With weights p = exp(s - lse), and dp = grad_out . v, the gradient of a score is p (dp - grad_out . out), and
-those of q, k and v follow from it and p. Other keys enter only by `lse` and `out`. So a backward pass over A that is
-given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq is the sum over the sets.
+those of q, k and v follow from it and p. Other keys enter only by `lse` and `out`, and `out` only by grad_out . out. So
+a backward pass over A that is given the merged `out` and `lse` has the gradients that A's keys have among all keys; dq
+is the sum over the sets.
 
 Keys ahead. Where tokens of a stretch look at each other, a query meets keys after it beside those of its run: another
 set, disjoint from the first, merged in the same way. Counted from the end of the stretch to its beginning, a token
@@ -139,7 +140,7 @@ differentiable."""
 
 Backward = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 """(grad_out, q, k, v, out, lse, segments, scores without sinks) -> dq, dk, dv. Out and lse may be merged over more keys
-than these; then the gradients are those keys' part."""
+than these; then the gradients are those keys' part. Any out with the same product with grad_out may stand for it."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, Scores], torch.Tensor]
 

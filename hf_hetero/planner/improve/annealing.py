@@ -41,11 +41,29 @@ def annealed(problem: Problem, draft: Draft, num_moves: int, time_limit_s: float
             walk that ends warm has found little.
         seed: of the random numbers.
     """
-    started = time.perf_counter()
     state, chance = DraftState(problem, draft, POWERS[0]), random.Random(seed).random
-    moves, log = Moves(state, chance).often(), math.log
+    best = cooled(state, Moves(state, chance).often(), chance, num_moves, time_limit_s)
+    return best if best and draft_seconds(problem, best) < draft_seconds(problem, draft) else draft
+
+
+def cooled(
+    state: DraftState,
+    moves: Sequence[Callable[[], None]],
+    chance: Callable[[], float],
+    num_moves: int,
+    time_limit_s: float = math.inf,
+) -> Draft | None:
+    """The fastest draft met, or None where none is faster than the one to begin with.
+
+    Args:
+        state: where to begin; its power is the first of `POWERS`.
+        moves: what is tried, each as likely.
+        chance: gives random numbers from 0 to 1.
+        num_moves, time_limit_s: as `annealed` takes them.
+    """
+    started = time.perf_counter()
     step_s = best_s = state.step_seconds()
-    best, num_tried, past = draft, 0, 0.0
+    best, num_tried, past, log = None, 0, 0.0, math.log
     while past < 1:
         if (power := POWERS[int(past * len(POWERS))]) != state.power:
             state.sharpen(power)
@@ -57,7 +75,7 @@ def annealed(problem: Problem, draft: Draft, num_moves: int, time_limit_s: float
             best_s, best = state.step_seconds(), state.draft()
         num_tried += MOVES_A_TEMPERATURE
         past = max(num_tried / num_moves, (time.perf_counter() - started) / time_limit_s)
-    return best if draft_seconds(problem, best) < draft_seconds(problem, draft) else draft
+    return best
 
 
 class Moves:
@@ -73,16 +91,22 @@ class Moves:
 
     def often(self) -> Sequence[Callable[[], None]]:
         """The moves, each as often as it is to be tried."""
+        reshaping: list[tuple[Callable[[], None], int]] = [
+            (self.open_group, 3),
+            (self.change_degree, 3),
+            (self.merge, 1),
+            (self.split, 1),
+        ]
+        return [*self.in_place(), *(move for move, times in reshaping for _ in range(times))]
+
+    def in_place(self) -> Sequence[Callable[[], None]]:
+        """The moves after which a micro-batch has groups of the kinds it had, or fewer."""
         often: list[tuple[Callable[[], None], int]] = [
             (self.swap_near, 45),
             (self.give, 20),
             (self.swap_for_two, 20),
             (self.swap_groups, 6),
             (self.swap, 5),
-            (self.open_group, 3),
-            (self.change_degree, 3),
-            (self.merge, 1),
-            (self.split, 1),
         ]
         return [move for move, times in often for _ in range(times)]
 

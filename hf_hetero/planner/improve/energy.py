@@ -21,6 +21,39 @@ UNIT_DRIFT = 0.03
 SECONDS = attrgetter("seconds")
 
 
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Kinds of groups: each a degree, or what more tells groups of one degree apart. All lists go by kind.
+
+    Args:
+        names: what a draft calls them.
+        degrees: ranks.
+        capacity: tokens that a group holds.
+        fixed_s: seconds before its first token.
+        attention_s, linear_s: seconds that a square of tokens, and a token, add to a group.
+    """
+
+    names: Sequence[int]
+    degrees: Sequence[int]
+    capacity: Sequence[int]
+    fixed_s: Sequence[float]
+    attention_s: Sequence[float]
+    linear_s: Sequence[float]
+
+
+def kinds_of(problem: Problem) -> Kinds:
+    """The degrees of a problem, on ranks that are alike."""
+    degrees, attention = problem.degrees, problem.cost.attention_s_per_token2
+    return Kinds(
+        names=degrees,
+        degrees=degrees,
+        capacity=[problem.capacity * degree for degree in degrees],
+        fixed_s=problem.fixed_s,
+        attention_s=[attention / degree for degree in degrees],
+        linear_s=[s / degree for s, degree in zip(problem.linear_s, degrees, strict=True)],
+    )
+
+
 @dataclass(slots=True, eq=False)
 class MicroBatchState:
     """Groups that run side by side.
@@ -53,7 +86,7 @@ class GroupState:
 
     Args:
         micro_batch: where the group runs.
-        index: of its degree.
+        index: of its kind.
         samples: positions in `Problem.lengths`.
         tokens: sum of their lengths.
         squares: sum of the squares of their lengths.
@@ -75,26 +108,35 @@ class DraftState:
 
     Args:
         problem: the batch.
-        draft: where to begin.
+        draft: where to begin; it calls groups by the names of their kinds.
         power: of the seconds.
+        kinds: of the groups; None: the degrees of the problem.
+        squares: of the tokens of each sample; None: those of its length.
     """
 
-    def __init__(self, problem: Problem, draft: Draft, power: float) -> None:
-        self.degrees, self.lengths = problem.degrees, problem.lengths
+    def __init__(
+        self,
+        problem: Problem,
+        draft: Draft,
+        power: float,
+        kinds: Kinds | None = None,
+        squares: Sequence[float] | None = None,
+    ) -> None:
+        longest_s = 0.0 if kinds else max((micro_batch_seconds(problem, groups) for groups in draft), default=0.0)
+        kinds = kinds or kinds_of(problem)
+        self.degrees, self.lengths, self._names = kinds.degrees, problem.lengths, kinds.names
         self.power, self.allowed = power, 0.0
-        self._squares = [float(length * length) for length in problem.lengths]
-        self._capacity = [problem.capacity * degree for degree in problem.degrees]
-        self._rank_share = [degree / problem.num_ranks for degree in problem.degrees]
-        self._fixed_s = problem.fixed_s
-        self._attention_s = [problem.cost.attention_s_per_token2 / degree for degree in problem.degrees]
-        self._linear_s = [s / degree for s, degree in zip(problem.linear_s, problem.degrees, strict=True)]
-        self._longest_s = max((micro_batch_seconds(problem, groups) for groups in draft), default=0.0)
+        self._squares = squares or [float(length * length) for length in problem.lengths]
+        self._rank_share = [degree / problem.num_ranks for degree in kinds.degrees]
+        self._capacity, self._fixed_s = kinds.capacity, kinds.fixed_s
+        self._attention_s, self._linear_s = kinds.attention_s, kinds.linear_s
         self.micro_batches = [MicroBatchState(problem.num_ranks) for _ in range(len(draft) + 1)]  # one more, to open
         self.groups: list[GroupState] = []
         self.holders: list[GroupState] = []
         """The group of each sample."""
         drafted = zip(self.micro_batches, draft, strict=False)
-        groups = [self.group(m, self.degrees.index(d), list(held)) for m, groups in drafted for d, held in groups]
+        groups = [self.group(m, self._names.index(n), list(held)) for m, groups in drafted for n, held in groups]
+        self._longest_s = longest_s or max((group.seconds for group in groups), default=0.0)
         holders = {sample: group for group in groups for sample in group.samples}
         self.holders = [holders[sample] for sample in range(len(self.lengths))]
         self._replace((), groups)
@@ -112,7 +154,7 @@ class DraftState:
     def draft(self) -> Draft:
         """The groups as they are."""
         states = (micro_batch.groups for micro_batch in self.micro_batches if micro_batch.groups)
-        return [[(self.degrees[group.index], sorted(group.samples)) for group in groups] for groups in states]
+        return [[(self._names[group.index], sorted(group.samples)) for group in groups] for groups in states]
 
     def group(self, micro_batch: MicroBatchState, index: int, samples: list[int]) -> GroupState:
         """A group of these samples that is not in place yet."""

@@ -33,6 +33,7 @@ METHODS = {
     "gather": "keys and values are fetched",
     "ring": "keys and values go round",
     "ulysses_ring": "heads within a block, keys and values round the blocks",
+    "token_ring": "queries go round, outputs come home",
 }
 """How attention crosses the ranks of a group, in words."""
 

@@ -13,21 +13,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from transformers import TrainingArguments
 
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.ranks.agreement import broadcast, raise_together
+from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.groups import GroupPool
-from hf_hetero.trainer.checkpoints.safekeeping import drop_older, seals_of, settle, steps_of
+from hf_hetero.trainer.checkpoints.safekeeping import seals_of, steps_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,91 +59,6 @@ class Run:
         stream = None if self.stream is None else self.stream.to_dict()
         data = {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
         return data if self.calibration is None else {**data, "calibration": self.calibration}
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """A `Saving` says how a run writes its checkpoints.
-
-    Args:
-        args: who writes, and how many are kept.
-        control: group of all ranks; None for a single process.
-        may_wait: whether ranks wait for each other while they save, as for sharded weights. What goes wrong is then
-            raised on its rank alone, which ends the job: the others could not be told.
-    """
-
-    args: TrainingArguments
-    control: dist.ProcessGroup | None
-    may_wait: bool
-
-    def write(self, save: Callable[[], None], folder: Path, run: Run, best: Callable[[], str | None]) -> None:
-        """Save on all ranks; delete older checkpoints only once this one is whole.
-
-        Args:
-            save: writes the files of this rank.
-            folder: the checkpoint's.
-            run: where the run is.
-            best: the checkpoint that must stay.
-
-        Raises:
-            HeteroError: what went wrong on any rank; the half-written checkpoint is removed.
-        """
-        writes = self.args.should_save
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # `save` would delete too early
-        try:
-            # each step ends on all ranks before the next begins: none writes before the folder is marked, and the
-            # checksums are of what all have written
-            self.together(lambda: _begin(folder) if writes else None, folder)
-            self.together(save, folder)
-            self.together(lambda: _finish(folder, run) if writes else None, folder)
-        except Exception:
-            if writes:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
-        finally:
-            self.args.save_total_limit = limit
-        if writes and limit and limit > 0:
-            drop_older(folder, limit, [path for path in [best()] if path is not None])
-
-    def together(self, act: Callable[[], object], folder: Path) -> None:
-        """Act on all ranks, then wait for all.
-
-        Raises:
-            HeteroError: what went wrong on any rank.
-        """
-        error: Exception | None = None
-        try:
-            act()
-        except HeteroError as raised:  # in its own words, and maybe on all ranks already
-            if raised.is_known_to_all or self.may_wait:
-                raise
-            error = raised
-        except Exception as raised:
-            error = HeteroError(f"Saving {folder} failed: {type(raised).__name__}: {raised}. Older checkpoints stay.")
-            error.__cause__ = raised
-            if self.may_wait:
-                raise error from raised
-        raise_together(error, self.control)
-
-
-def _begin(folder: Path) -> None:
-    """Mark a checkpoint as being written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).unlink(missing_ok=True)
-    (folder / INCOMPLETE_FILE).write_text("It is being written, or its writing was cut short.\n", encoding="utf-8")
-
-
-def _finish(folder: Path, run: Run) -> None:
-    """Write down what a checkpoint holds, and that it is whole, when all ranks have written their files."""
-    paths = _files(folder)
-    seals = seals_of(dict.fromkeys(paths, False), "Counting checksums")
-    files = {str(path.relative_to(folder)): seal for path, seal in zip(paths, seals, strict=True)}
-    data = {**run.to_dict(), "files": files}
-    (folder / RUN_FILE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    # all is on the disk before the mark goes, so a power cut leaves the mark, or a checkpoint that is whole
-    settle([*paths, folder / RUN_FILE, *{path.parent for path in paths}, folder, folder.parent])
-    (folder / INCOMPLETE_FILE).unlink(missing_ok=True)
-    settle([folder])
 
 
 def problem_of(folder: Path) -> str | None:
@@ -292,8 +204,3 @@ def _run_of(folder: Path) -> Run | None:
     if not isinstance(order, dict) or not all(type(count) is int for count in counts):
         raise TypeError(f"{folder / RUN_FILE} does not say where its run was")
     return run
-
-
-def _files(folder: Path) -> list[Path]:
-    own = {RUN_FILE, INCOMPLETE_FILE}
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in own)

@@ -21,12 +21,12 @@ from hf_hetero.trainer.checkpoints.checkpoint import (
     INCOMPLETE_FILE,
     RUN_FILE,
     Run,
-    Saving,
     chosen,
     newest_whole,
     problem_of,
 )
 from hf_hetero.trainer.checkpoints.safekeeping import END_BYTES
+from hf_hetero.trainer.checkpoints.saving import Saving
 
 ORDER = {"rows": 20, "batch_size": 8, "seed": 7, "shuffle": True, "drop_last": False, "lengths": "ab12"}
 RUN = Run(4, ORDER, Position(1, 2, 16, {"examples": 3}))
