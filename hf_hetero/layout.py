@@ -21,8 +21,7 @@ EVEN_WORK_TOKENS = 48 * 1024
 
 
 Mutual = Mapping[int, tuple[tuple[int, int], ...]]
-"""Sample of a pack -> its stretches whose tokens look at each other, before and after: the first token of each and its
-end, ascending. Samples without one may be left out."""
+"""Sample of a pack -> stretches, ascending, whose tokens look at each other: the first token of each, and its end."""
 NOWHERE: Mutual = MappingProxyType({})
 
 
@@ -193,11 +192,6 @@ def blocks_of(layout: Layout) -> Layout:
     return Layout(layout.lengths, spans, layout.kind)
 
 
-def reach(span: Span, mutual: Mutual) -> int:
-    """Return the end of what a span's tokens see: its own, or that of the stretch that its last token is in."""
-    return next((end for start, end in mutual.get(span.sample, ()) if start < span.end < end), span.end)
-
-
 def needed(
     layout: Layout, receiver: int, sender: int, window: int | None = None, mutual: Mutual = NOWHERE
 ) -> tuple[Span, ...]:
@@ -216,7 +210,7 @@ def needed(
         # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
-        ranges.append((first, reach(span, mutual)))
+        ranges.append((first, next((b for a, b in mutual.get(span.sample, ()) if a < span.end < b), span.end)))
     return tuple(
         Span(span.sample, max(span.start, first), min(span.end, end))
         for span in layout.spans[sender]

@@ -115,7 +115,7 @@ def test_plans_cut_stretches() -> None:
                 for start, end in stretches_of(data[rows[number]]):
                     if any(s.sample == sample and start < s.start < end for spans in layout.spans for s in spans):
                         methods.add(group.method)
-    assert methods == {"ulysses", "gather", "ring"}
+    assert methods >= {"ulysses", "gather", "ring"}
 
 
 @pytest.mark.parametrize("name", ["qwen3-vl", *(pytest.param(n, marks=pytest.mark.slow) for n in SEEING[:3])])
