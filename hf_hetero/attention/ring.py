@@ -46,16 +46,11 @@ MERGING = frozenset({"ring", "ulysses_ring", "token_ring"})
 
 def ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, place: Place) -> torch.Tensor:
     """Compute attention of a pack that is spread over a group in any layout; as `gather`, with less memory."""
-    if gathers(scores):
+    if scores.window is not None:
         return gather(q, k, v, scores, place)
     context = place.context
     route: RingRoute = context.shared("ring", lambda: ring_route(context.layout, context.group_rank, context.device))
     return attend_in_rounds(q, k, v, scores, place, context.peers, route)
-
-
-def gathers(scores: Scores) -> bool:
-    """Tell whether a layer fetches keys at once, though its method goes in rounds: those of a window are few."""
-    return scores.window is not None
 
 
 def attend_in_rounds(

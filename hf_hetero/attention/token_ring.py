@@ -32,7 +32,7 @@ import torch
 from hf_hetero.attention.context import Place
 from hf_hetero.attention.gather import gather
 from hf_hetero.attention.kernels.contract import Kernel, Scores, merge, sinks_gradient, with_sinks
-from hf_hetero.attention.ring import gathers, require_parts
+from hf_hetero.attention.ring import require_parts
 from hf_hetero.attention.routes import Meeting, RingRoute, Round, token_ring_route
 from hf_hetero.attention.traffic import Leg, Messages
 
@@ -50,7 +50,7 @@ def token_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
         CollectiveFailed: a rank is gone, or waited longer than the group's timeout.
         UnsupportedModel: the kernel gives no log-sum-exp to merge by, or lacks a feature.
     """
-    if gathers(scores):
+    if scores.window is not None:
         return gather(q, k, v, scores, place)
     require_parts(place.context.kernel, scores)
     out: Any = _TokenRing.apply(q, k, v, scores.sinks, scores.without_sinks(), place)

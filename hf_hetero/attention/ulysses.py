@@ -21,7 +21,7 @@ import torch
 from hf_hetero.attention.context import AttentionContext, Peers, Place
 from hf_hetero.attention.gather import attend_gathered
 from hf_hetero.attention.kernels.contract import Scores, Segments
-from hf_hetero.attention.ring import attend_in_rounds, gathers
+from hf_hetero.attention.ring import attend_in_rounds
 from hf_hetero.attention.routes import gather_route, ring_route
 from hf_hetero.attention.traffic import all_to_all
 from hf_hetero.layout import HeadShare, Layout, blocks_of, share_heads
@@ -59,7 +59,7 @@ def ulysses_ring(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scor
     across = _across_blocks(context, blocks)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
-        if gathers(scores):
+        if scores.window is not None:
             route = context.shared(
                 ("blocks", scores.window), lambda: gather_route(blocks, across.me, scores.window, context.device)
             )
