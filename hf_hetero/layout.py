@@ -220,15 +220,9 @@ def needed(
 
 
 def asking(layout: Layout, asker: int, holder: int) -> tuple[Span, ...]:
-    """Find the queries of one rank that meet a key of another, in the order the asker holds them.
-
-    Args:
-        layout: who holds what.
-        asker, holder: ranks of the group, by position.
-    """
-    first: dict[int, int] = {}  # of each sample, the first key that the holder has
-    for span in layout.spans[holder]:
-        first[span.sample] = min(span.start, first.get(span.sample, span.start))
+    """Find the queries of one rank that meet a key of another, in the order the asker holds them; both by position."""
+    # descending, so that of each sample the first token stays that the holder has
+    first = {s.sample: s.start for s in sorted(layout.spans[holder], key=lambda span: -span.start)}
     return tuple(span for span in layout.spans[asker] if first.get(span.sample, span.start) < span.start)
 
 
