@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from hf_hetero.errors import HeteroError
 
@@ -83,7 +83,7 @@ class MicroBatch:
 
     def group_of(self, rank: int) -> Group:
         """Return the group that this rank belongs to."""
-        return next(group for group in self.groups if rank in group.ranks)
+        return next(group for group in self.groups if group.ranks[0] <= rank <= group.ranks[-1])
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -215,10 +215,10 @@ def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
     Raises:
         TypeError: one of them is not.
     """
-    whole = tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
-    if len(whole) < len(numbers):
+    # by type, of which there are few, and not number by number, of which a long run has many
+    if any(kind is bool or not issubclass(kind, int) for kind in set(map(type, numbers))):
         raise TypeError(f"{numbers!r:.60} are not all whole numbers")
-    return whole
+    return cast("tuple[int, ...]", tuple(numbers))
 
 
 @dataclass(frozen=True, slots=True)

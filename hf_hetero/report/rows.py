@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -83,15 +84,18 @@ def row_of(record: Record) -> StepRow:
     """Sum up a step's record. It was checked when it was read: to make its plan again would take most of the time."""
     plan, lengths = record["plan"], record["lengths"]
     groups = [group for micro_batch in plan["micro_batches"] for group in micro_batch["groups"]]
-    bins = [length_bin(length) for length in lengths]
+    of_degree: dict[int, list[int]] = {}
+    for group in groups:
+        of_degree.setdefault(len(group["ranks"]), []).extend(group["samples"])
+    bins = {length: length_bin(length) for length in set(lengths)}
     samples: dict[Key, int] = {}
     tokens: dict[Key, int] = {}
-    for group in groups:
-        degree = len(group["ranks"])
-        for sample in group["samples"]:
-            key = degree, bins[sample]
-            samples[key] = samples.get(key, 0) + 1
-            tokens[key] = tokens.get(key, 0) + lengths[sample]
+    for degree, held in of_degree.items():
+        # each length once, however many samples have it
+        for length, count in Counter(map(lengths.__getitem__, held)).items():
+            key = degree, bins[length]
+            samples[key] = samples.get(key, 0) + count
+            tokens[key] = tokens.get(key, 0) + count * length
     return StepRow(
         step=record["step"],
         seconds=record["seconds"],
