@@ -15,6 +15,7 @@ import socket
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.scale.ranks_as_threads import World
 from benchmarks.scale.run_of_many_ranks import Seen, Setup, rank_of_a_run
 from hf_hetero.costs import CostModel
+from hf_hetero.data.plan_ahead import planned_elsewhere
+from hf_hetero.planner import Planner
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.what_if.mixes import MIXES, draw_lengths
 
@@ -35,6 +38,12 @@ MIB = 2**20
 def resident_bytes() -> int:
     """Return the memory of this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def most_bytes(process: Any) -> int:
+    """Return the most memory that another process had so far, in bytes."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def table_of(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> Any:
@@ -63,6 +72,9 @@ def of_steps(options: argparse.Namespace, present: list[int]) -> tuple[World, di
     gc.collect()
     before = resident_bytes()
     held: list[int] = []
+    planner = Planner(cost, options.ranks, solver="fast")
+    source = planned_elsewhere(lambda: planner, improves=False)
+    planning_bytes: list[int] = []
 
     class Watch:
         """Notes the memory at the start of the first step, and at the end of each."""
@@ -73,8 +85,12 @@ def of_steps(options: argparse.Namespace, present: list[int]) -> tuple[World, di
 
         def __exit__(self, *_: object) -> None:
             held.append(resident_bytes())
+            planning_bytes.append(most_bytes(source.planning._process))
 
-    setup = Setup(dataset, cost, options.ranks, num_samples, options.steps, around=lambda rank, step: Watch())
+    def around(rank: int, step: int) -> Any:
+        return nullcontext() if rank else Watch()
+
+    setup = Setup(dataset, cost, options.ranks, num_samples, options.steps, source, around)
     world = World(options.ranks, present)
     found = world.run(lambda rank: rank_of_a_run(setup, rank))
     print(
@@ -82,10 +98,10 @@ def of_steps(options: argparse.Namespace, present: list[int]) -> tuple[World, di
         f"begin, {max(held) / MIB:,.0f} at most after a step, {held[-1] / MIB:,.0f} after the last; "
         f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} at most at any time"
     )
-    planner = resource.getrusage(resource.RUSAGE_CHILDREN)
+    core_s = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     print(
-        f"the process that plans: {planner.ru_maxrss / 1024:,.0f} MiB at most, "
-        f"{planner.ru_utime / options.steps:.2f} s of a core a step, what one degree would take included\n"
+        f"the process that plans: {max(planning_bytes) / MIB:,.0f} MiB at most, "
+        f"{core_s / options.steps:.2f} s of a core a step, what one degree would take included\n"
     )
     return world, found
 
