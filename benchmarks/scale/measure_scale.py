@@ -73,7 +73,7 @@ def of_steps(options: argparse.Namespace, present: list[int]) -> tuple[World, di
     before = resident_bytes()
     held: list[int] = []
     planner = Planner(cost, options.ranks, solver="fast")
-    source = planned_elsewhere(lambda: planner, improves=False)
+    source = planned_elsewhere(lambda: planner, improves=False, limit_s=600.0)
     planning_bytes: list[int] = []
 
     class Watch:
@@ -153,7 +153,7 @@ def main() -> None:
         description=__doc__, epilog="The numbers quoted are from: python benchmarks/scale/measure_scale.py"
     )
     parser.add_argument("--ranks", type=int, default=1024)
-    parser.add_argument("--samples", type=int, default=8, help="of a step, for each rank")
+    parser.add_argument("--samples", type=int, default=4, help="of a step, for each rank")
     parser.add_argument("--rows", type=int, default=10_000_000, help="of the dataset")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--mix", default="wiki-192k", choices=list(MIXES))
