@@ -206,6 +206,7 @@ def test_a_step_of_more_ranks() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_of_1024_ranks() -> None:
     """The same with 1,024 ranks, each of them there."""
     setup, world = a_run(1024, 2), World(1024)
