@@ -246,16 +246,20 @@ def _deal_in_zigzag(sample: int, length: int, spans_of: list[list[Span]], room: 
 
 def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
     """Cut spans into consecutive slices, equal to one token."""
-    starts = (0, *accumulate(span.num_tokens for span in spans))
-    bounds = (0, *accumulate(equal_splits(starts[-1], parts)))
-    return tuple(
-        tuple(
-            Span(span.sample, span.start + max(low - start, 0), span.start + min(high - start, span.num_tokens))
-            for start, span in zip(starts, spans, strict=False)  # `starts` has the end, too
-            if max(low, start) < min(high, start + span.num_tokens)
-        )
-        for low, high in pairwise(bounds)
-    )
+    # in one walk over the spans: a group may be a thousand ranks, with as many samples and more
+    rest = [span for span in reversed(spans) if span.num_tokens]
+    slices: list[tuple[Span, ...]] = []
+    for num_tokens in equal_splits(sum(span.num_tokens for span in spans), parts):
+        own: list[Span] = []
+        while num_tokens:
+            span = rest.pop()
+            end = min(span.end, span.start + num_tokens)
+            if end < span.end:
+                rest.append(Span(span.sample, end, span.end))
+            own.append(Span(span.sample, span.start, end))
+            num_tokens -= end - span.start
+        slices.append(tuple(own))
+    return tuple(slices)
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:
