@@ -29,7 +29,8 @@ from hf_hetero.ranks.by_source import SourcesOfAll, Tally
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
-from hf_hetero.trainer.checkpoints.checkpoint import Resumed, Run, Saving
+from hf_hetero.trainer.checkpoints.checkpoint import Run, Saving
+from hf_hetero.trainer.checkpoints.resuming import Resumed, settings_of
 from hf_hetero.trainer.checkpoints.safekeeping import claim
 from hf_hetero.trainer.fitting import check_reached
 from hf_hetero.trainer.machine import keep_cost_model
@@ -98,6 +99,11 @@ class Training:
         """Return the folder of the checkpoint that training goes on from; None: it starts anew."""
         return None if self.resumed is None else str(self.resumed.folder)
 
+    @property
+    def resumes_by_itself(self) -> bool:
+        """Return whether training goes on from a checkpoint that nobody asked for by name."""
+        return self.resumed is not None and self.resumed.is_own
+
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
@@ -149,7 +155,7 @@ def open_data(
         columns = partial(trainer._remove_unused_columns, description="training")  # pyright: ignore[reportPrivateUsage]
         data = training_data(dataset, columns, sampler=sampler_of(loader), **common)
     training.opened.callback(data.close)  # before it may be refused: it plans ahead already
-    check_order(data.order, before.order if before is not None else {})
+    check_order(data.order, before.order if before is not None else {}, training.resumes_by_itself)
     training.data = data
 
 
@@ -305,7 +311,7 @@ def save_whole(
 
     # `save_model`, which Trainer calls on the way, asks for it
     training.saving = saving = Saving(args, run.control, may_wait=run.fitted.sharding.is_sharded)
-    place = Run(args.world_size, training.data.order, position, calibration)
+    place = Run(args.world_size, training.data.order, position, calibration, settings_of(trainer))
     try:
         saving.write(save_with_cost_model, folder, place, best=lambda: trainer.state.best_model_checkpoint)
     finally:
