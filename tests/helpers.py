@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing as mp
 import os
@@ -143,6 +144,7 @@ def store_of(rank: int, num_ranks: int, ports: Any) -> dist.TCPStore:
 
 
 def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any, ...], results: Any) -> None:
+    gc.freeze()  # what was imported before: no rank needs to look at it each time that a trainer collects garbage
     torch.set_num_threads(1)
     mp.set_start_method("fork", force=True)  # a rank's own children start as they would in a user's script
     os.environ |= {
