@@ -55,8 +55,10 @@ def job(folder: Path, lost: list[tuple[str, int, int]], pause_s: float = 0.1, **
 
 
 def attempts(folder: Path) -> list[tuple[int, dict[int, Counter[int]]]]:
-    """What ranks wrote down, in the order of the attempts: number of ranks, and for each step that all of them ended
-    the tokens that they trained together."""
+    """What ranks wrote down, in the order of the attempts.
+
+    Of each: its number of ranks and, for each step that all of them ended, the tokens that they trained together.
+    """
     found: list[tuple[int, dict[int, Counter[int]]]] = []
     seen = folder / "seen"
     for attempt in sorted(seen.iterdir() if seen.exists() else [], key=lambda path: path.stat().st_ctime_ns):
@@ -79,8 +81,10 @@ def newest_step(folder: Path, num_ranks: int) -> int:
 
 
 def check_samples(folder: Path) -> list[int]:
-    """Each step, also those that were lost and trained again, held the rows of a plain Trainer's step, each token once;
-    so of what stayed each row was trained once an epoch. Returns the ranks of the attempts that came to a step."""
+    """Each step, also one that was lost and trained again, held the rows of a plain Trainer's step, each token once.
+
+    So of what stayed each row was trained once an epoch. Returns the ranks of the attempts that came to a step.
+    """
     rows, order = tagged_rows(), trainer_order(NUM_ROWS, BATCH, 7, NUM_STEPS)
     surviving: dict[int, Counter[int]] = {}
     for _, steps in attempts(folder):
@@ -218,7 +222,9 @@ def test_started_again_on_one_machine(folder: Path, tmp_path: Path, launcher: st
     path = os.pathsep.join([str(root / "tests"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     line = [sys.executable, "-m", *LAUNCHERS[launcher], str(JOB), str(job(folder, [("rank", 0, 6)], pause_s=0.0))]
     environment = {**os.environ, "PYTHONPATH": path, "NODE": "0", "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(line, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    ended = subprocess.run(
+        line, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert ended.returncode == 0, ended.stderr[-6000:]
     assert check_samples(folder) == [2, 2]
     assert "checkpoint-4, on 2 ranks (HeteroConfig.auto_resume)" in ended.stderr

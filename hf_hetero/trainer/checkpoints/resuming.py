@@ -191,7 +191,9 @@ def _of_another_run(folder: Path, difference: str) -> str:
 def _say_where(found: Resumed | None, output_dir: Path, num_ranks: int) -> None:
     """Log where a run goes on by itself: nobody has asked for it by name."""
     if found is None:
-        logger.warning("No whole checkpoint in %s: training begins at the start (HeteroConfig.auto_resume).", output_dir)
+        logger.warning(
+            "No whole checkpoint in %s: training begins at the start (HeteroConfig.auto_resume).", output_dir
+        )
         return
     assert found.run is not None
     before = found.run.num_ranks
