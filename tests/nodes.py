@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     "OMP_NUM_THREADS": "1",
 }
-RENDEZVOUS = {"is_host": 0, "last_call_timeout": 2, "keep_alive_interval": 1, "keep_alive_max_attempt": 5}
+RENDEZVOUS = {"is_host": 0, "last_call_timeout": 4, "keep_alive_interval": 1, "keep_alive_max_attempt": 5}
 """Seconds, small ones: how long the others are waited for, and when a node counts as lost."""
 
 
@@ -104,8 +104,13 @@ class Nodes:
         """Whether no node runs any more."""
         return all(node.process.exitcode is not None for node in self.nodes.values())
 
+    def logs(self) -> str:
+        """All that nodes wrote."""
+        return "\n".join(node.said() for node in self.nodes.values())
+
     def said(self) -> str:
-        return "\n".join(f"--- node {number}\n{node.said()[-6000:]}" for number, node in sorted(self.nodes.items()))
+        """The last of what each wrote."""
+        return "\n".join(f"--- node {number}\n{node.said()[-3000:]}" for number, node in sorted(self.nodes.items()))
 
     def close(self) -> None:
         """End what is left."""

@@ -27,7 +27,8 @@ pytestmark = [
 JOB = Path(__file__).parents[1] / "elastic_job.py"
 NUM_STEPS = 24
 SAVE_STEPS = 2
-LIMIT_S = 110.0
+LIMIT_S = 200.0
+"""After that a job hangs; on a free machine none takes half of it."""
 
 
 def undisturbed(folder: str, num_steps: int) -> dict[str, torch.Tensor]:
@@ -118,7 +119,7 @@ def test_four_then_three_then_four(folder: Path, tmp_path: Path, turn: int) -> N
     """A node is lost at a random step, agent and rank at once, and comes back at another: 4 ranks, 3, and 4 again."""
     draw = random.Random(SEED + turn)  # shown with the locals of a failure
     node, lost_at = draw.randrange(4), draw.randrange(3, 9)
-    nodes = Nodes(folder, JOB, [str(job(folder, [("node", node, lost_at)]))], most=4)
+    nodes = Nodes(folder, JOB, [str(job(folder, [("node", node, lost_at)]))], most=4, least=3)
     try:
         for number in range(4):
             nodes.start(number)
@@ -130,12 +131,10 @@ def test_four_then_three_then_four(folder: Path, tmp_path: Path, turn: int) -> N
     finally:
         nodes.close()
     assert [one.process.exitcode for one in nodes.nodes.values()] == [0, 0, 0, 0], nodes.said()
-    ranks = check_samples(folder)
-    assert ranks[0] == 4
-    assert ranks[-1] == 4
-    assert 3 in ranks[1:-1]
+    ranks = iter(check_samples(folder))
+    assert all(number in ranks for number in (4, 3, 4))  # in this order; torchrun may have begun before all had come
     check_weights(folder, tmp_path)
-    assert "Going on from" in nodes.said()
+    assert "Going on from" in nodes.logs()
 
 
 def test_lost_before_the_first_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -166,7 +165,7 @@ def test_a_rank_is_killed(folder: Path, tmp_path: Path, what: str) -> None:
         nodes.close()
     assert [one.process.exitcode for one in nodes.nodes.values()] == [0, 0], nodes.said()
     assert check_samples(folder) == [4, 4]
-    assert f"checkpoint-{step - SAVE_STEPS}, on 4 ranks (HeteroConfig.auto_resume)" in nodes.said()
+    assert f"checkpoint-{step - SAVE_STEPS}, on 4 ranks (HeteroConfig.auto_resume)" in nodes.logs()
     check_weights(folder, tmp_path)
 
 
@@ -184,7 +183,7 @@ def test_sharded_weights_on_fewer_ranks(folder: Path, tmp_path: Path, kind: str)
         nodes.close()
     assert [nodes.nodes[number].process.exitcode for number in (0, 1, 3)] == [0, 0, 0], nodes.said()
     assert check_samples(folder) == [4, 3]
-    assert "checkpoint-4, on 3 ranks, 4 before" in nodes.said()
+    assert "checkpoint-4, on 3 ranks, 4 before" in nodes.logs()
     check_weights(folder, tmp_path)
 
 
