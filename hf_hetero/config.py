@@ -24,8 +24,10 @@ KINDS: dict[object, tuple[type, str]] = {
 }
 """A field's annotation -> what it may be, and that in words."""
 # a sample of one token has nothing to predict, so that samples are not cut shorter than two
-LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
-LEAST |= {"global_batch_size": 1}
+LEAST = {
+    **{"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2},
+    **{"num_ranks": 1, "plan_ahead_steps": 0, "global_batch_size": 1},
+}
 MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_s": 604_800}
 """Plans wait in memory; and who waits for more than a week waits for ever."""
 MOST_COUNTED = 1 << 40

@@ -61,11 +61,17 @@ class CountsByStep(Trainer):
         return super().set_initial_training_values(args, counted)
 
     def _init_training_state(
-        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *others: Any
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
     ) -> tuple[int, int]:
         """Begin as Trainer does; but how many epochs of a stream there were, only the checkpoint knows."""
-        counts = max_steps, num_update_steps_per_epoch, num_train_epochs
-        trained: tuple[int, int] = super()._init_training_state(*counts, *others)
+        trained: tuple[int, int] = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
         if self._training is None:
             return trained
         # a step is over before Trainer asks whether it was the last: where a job ended after that, it would do another

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from elastic_job import BATCH, NUM_ROWS, tagged_rows
-from helpers import arguments, largest_difference, run_ranks, tiny_model, trainer_order
+from helpers import arguments, free_port, largest_difference, run_ranks, tiny_model, trainer_order
 from nodes import Nodes
 
 from hf_hetero import HeteroConfig, HeteroTrainer
@@ -205,12 +205,18 @@ def test_a_node_that_comes_back_costs_no_step(folder: Path, tmp_path: Path) -> N
     check_weights(folder, tmp_path)
 
 
-LAUNCHERS: dict[str, list[str]] = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"],
-    "accelerate": [
-        *("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "--num_processes", "2"),
-        *("--max_restarts", "3"),
-    ],
+LAUNCHERS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "torchrun": (
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"],
+        {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+    ),
+    "accelerate": (
+        [
+            *("accelerate.commands.launch", "--config_file", "recipes/accelerate/cpu.yaml", "--num_processes", "2"),
+            *("--max_restarts", "3", "--rdzv_backend", "c10d"),
+        ],
+        {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_RDZV_ENDPOINT": "127.0.0.1:{port}", "PET_NNODES": "1:2"},
+    ),
 }
 
 
@@ -219,12 +225,15 @@ def test_started_again_on_one_machine(folder: Path, tmp_path: Path, launcher: st
     """A launcher, as it is started on a command line, starts the ranks of one machine again when one was killed."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root / "tests"), str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    line = [sys.executable, "-m", *LAUNCHERS[launcher], str(JOB), str(job(folder, [("rank", 0, 6)], pause_s=0.0))]
+    words, variables = LAUNCHERS[launcher]
+    line = [sys.executable, "-m", *words, str(JOB), str(job(folder, [("rank", 0, 6)], pause_s=0.0))]
     environment = {**os.environ, "PYTHONPATH": path, "NODE": "0", "OMP_NUM_THREADS": "1"}
+    environment |= {name: value.format(port=free_port()) for name, value in variables.items()}
     ended = subprocess.run(
         line, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert ended.returncode == 0, ended.stderr[-6000:]
     assert check_samples(folder) == [2, 2]
+    assert "keeps the store in which ranks find each other" not in ended.stderr
     assert "checkpoint-4, on 2 ranks (HeteroConfig.auto_resume)" in ended.stderr
     check_weights(folder, tmp_path)

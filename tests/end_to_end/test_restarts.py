@@ -321,6 +321,19 @@ def test_says_what_could_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.Mon
     assert said in run(str(tmp_path), SHORT, {})["said"]
 
 
+def kept_store(folder: str, kept: str) -> str:
+    os.environ |= {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": kept}
+    return run(folder, SHORT, OWN)["said"]
+
+
+def test_says_what_the_launcher_would_fail_by(tmp_path: Path) -> None:
+    """Where torchrun keeps the ranks' store, they could not be started again: it is said when they start first."""
+    said = run_ranks(kept_store, 2, str(tmp_path), "True")
+    assert "Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in said[0]
+    assert "SHARE_RDZV" not in said[1]
+    assert "SHARE_RDZV" not in run_ranks(kept_store, 2, str(tmp_path), "False")[0]
+
+
 def test_a_node_that_does_not_see_the_checkpoint(tmp_path: Path) -> None:
     """Where output_dir is not shared between nodes, all ranks say so; none waits for one that has failed."""
     run(str(tmp_path), SHORT, OWN)

@@ -227,10 +227,10 @@ def run_of(folder: Path) -> Run | None:
         raise HeteroError(f"{folder / RUN_FILE} is of format {data.get('format')!r}; this version reads {FORMAT!r}.")
     order: Any = data.get("order", {})
     stream: Any = data.get("stream")
-    position = None if stream is None else Position(**stream)
-    run = Run(data["num_ranks"], order, position, data.get("calibration"), data.get("settings"))
+    position, settings = None if stream is None else Position(**stream), data.get("settings")
+    run = Run(data["num_ranks"], order, position, data.get("calibration"), settings)
     counts = [run.num_ranks, *([run.stream.epoch, run.stream.batches, run.stream.rows] if run.stream else [])]
-    are_known = isinstance(order, dict) and isinstance(run.settings, dict | None)
+    are_known = isinstance(order, dict) and isinstance(settings, dict | None)
     if not are_known or not all(type(count) is int for count in counts):
         raise TypeError(f"{folder / RUN_FILE} does not say where its run was")
     return run

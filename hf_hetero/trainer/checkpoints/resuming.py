@@ -36,6 +36,9 @@ LEARNS_BY = (
 """Those of `TrainingArguments` by which a run is known again: another value is another run."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 """How often `torchrun` has started the ranks of this node again because one failed."""
+MOST_RESTARTS = "TORCHELASTIC_MAX_RESTARTS"
+SHARES_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+"""Whether ranks meet at a store of `torchrun` itself, which it keeps while it starts them again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ def to_resume(
             "HeteroConfig.auto_resume goes on at the sample where the run was, and ignore_data_skip=True would begin "
             "its data anew: choose one of them."
         )
+    _say_what_would_fail(args)
     settings = settings_of(trainer)
     found = chosen_together(lambda: _own(output_dir, settings), args, hetero.group_timeout_s)
     if args.process_index == 0:
@@ -211,4 +215,18 @@ def _say_what_is_left(output_dir: Path, args: TrainingArguments) -> None:
             RESTARTS,
             restarts,
             output_dir,
+        )
+
+
+def _say_what_would_fail(args: TrainingArguments) -> None:
+    """Log, at the first start, why a launcher's next one would fail: then it is torch that ends, in words of its own.
+
+    gloo, and NCCL, leave in the store where a rank is to be reached, and take the address of a rank that is gone for
+    that of the one in its place.
+    """
+    may_restart = os.environ.get(MOST_RESTARTS, "0") != "0" and args.world_size > 1
+    if args.process_index == 0 and may_restart and os.environ.get(SHARES_STORE) == "True":
+        logger.warning(
+            "torchrun keeps the store in which ranks find each other when it starts them again, and they would look "
+            "for those that are gone. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 beside --rdzv-backend c10d."
         )
