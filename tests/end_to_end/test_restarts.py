@@ -188,6 +188,29 @@ def run_plain(folder: str, changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """The rows in their order, and how many they are."""
+
+    def __iter__(self) -> Any:
+        return iter(ROWS)
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+
+def test_counts_of_a_stream(tmp_path: Path) -> None:
+    """A stream that knows its length has as many steps an epoch as the global batch makes of it."""
+    model = tiny_model()
+    trained = Trained(model)
+    args = arguments(str(tmp_path), 1, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=5)
+    hetero = HeteroConfig(global_batch_size=BATCH)
+    trainer = HeteroTrainer(model, args, train_dataset=Stream(), callbacks=[trained], hetero=hetero)
+    trainer.train()
+    assert (trainer.state.global_step, trainer.state.epoch) == (6, 2.0)
+    parts = [range(0, 8), range(8, 16), range(16, NUM_ROWS)]
+    assert trained.steps == {step: tokens_of([*parts[(step - 1) % 3]]) for step in range(1, 7)}
+
+
 def test_a_batch_that_cannot_be_cut(tmp_path: Path) -> None:
     """A global batch that accumulation does not divide is refused, with both numbers."""
     args = arguments(str(tmp_path), 1, gradient_accumulation_steps=3)
