@@ -151,9 +151,9 @@ def test_a_step_is_the_same_on_any_ranks(tmp_path: Path, num_ranks: int) -> None
 @pytest.mark.parametrize(
     ("changes", "steps_an_epoch"),
     [
-        ({"gradient_accumulation_steps": 2}, 3),
+        pytest.param({"gradient_accumulation_steps": 2}, 3, marks=pytest.mark.slow),
         ({"gradient_accumulation_steps": 8, "logging_steps": 2}, 3),
-        ({"dataloader_drop_last": True}, 2),
+        pytest.param({"dataloader_drop_last": True}, 2, marks=pytest.mark.slow),
         ({"gradient_accumulation_steps": 4, "dataloader_drop_last": True}, 3),
     ],
 )
