@@ -27,7 +27,10 @@ KINDS: dict[object, tuple[type, str]] = {
 }
 """A field's annotation -> what it may be, and that in words."""
 # a sample of one token has nothing to predict, so that samples are not cut shorter than two
-LEAST = {"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2, "num_ranks": 1, "plan_ahead_steps": 0}
+LEAST = {
+    **{"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2},
+    **{"num_ranks": 1, "plan_ahead_steps": 0, "global_batch_size": 1},
+}
 MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_s": 604_800}
 """Plans wait in memory; and who waits for more than a week waits for ever."""
 MOST_COUNTED = 1 << 40
@@ -166,6 +169,20 @@ class HeteroConfig:
     )
     num_ranks: int | None = field(
         default=None, metadata={"help": "Ranks this run was written for; another number is refused."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Samples of an optimizer step, over all ranks, however many there are. Default: "
+            "per_device_train_batch_size x gradient_accumulation_steps x ranks."
+        },
+    )
+    auto_resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from the newest whole checkpoint in output_dir, if there is one, where train() is not told "
+            "from which: for a job that is started again. A checkpoint of another run is refused."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -118,6 +118,7 @@ def planned(
     """
     num_ranks = values.get("num_ranks") or 1
     batch = values.get("per_device_train_batch_size", 8) * values.get("gradient_accumulation_steps", 1) * num_ranks
+    batch = hetero.global_batch_size or batch
     if hetero.cost_model is not None:
         cost, by = CostModel.load(hetero.cost_model), hetero.cost_model
     elif values.get("use_cpu") and gpus is None:

@@ -40,6 +40,7 @@ CHANGES: Mapping[str, Any] = {
     **{"max_length": TOKENS, "max_length_policy": "truncate", "group_timeout_s": 120.0},
     **{"rounds": 1, "steps": 1, "eval_dataset": None},
     **{"resume_from_checkpoint": None, "cost_model": None, "push_to_hub": None, "eval_strategy": None},
+    **{"global_batch_size": None, "auto_resume": None},
 }
 """What a trial changes of a recipe's settings, as far as its script knows them; None takes a key out."""
 

@@ -15,7 +15,8 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.step import Step, StepBatch
 
 REMEDIES = {
-    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same",
+    "batch_size": "per_device_train_batch_size x gradient_accumulation_steps x ranks must stay the same; "
+    "HeteroConfig.global_batch_size={} keeps it so on any number of ranks",
     "rows": "go back to the dataset it was trained on",
     "lengths": "go back to the dataset, and to the tokenizer, it was trained on",
 }
@@ -60,23 +61,29 @@ class TrainingData:
             self.stream.close()
 
 
-def check_order(current: dict[str, Any], saved: dict[str, Any]) -> None:
+def check_order(current: dict[str, Any], saved: dict[str, Any], by_itself: bool = False) -> None:
     """Refuse to go on with other data: what is left of an epoch would not be what was not trained yet.
+
+    Args:
+        current, saved: what decides the order, now and in the checkpoint.
+        by_itself: nobody asked for the checkpoint, which may be another run's.
 
     Raises:
         ConfigError: what differs, and what to do.
     """
+    anew = "or start the data anew with ignore_data_skip=True"
+    if by_itself:
+        anew = "or, if that was another run, choose another output_dir (HeteroConfig.auto_resume found it)"
     for name in saved:
         if name in current and name != "contents" and current[name] != saved[name]:
-            remedy = REMEDIES.get(name, f"set it to {saved[name]}")
+            remedy = REMEDIES.get(name, "set it to {}").format(saved[name])
             raise ConfigError(
                 f"The data's {name} was {saved[name]} when the checkpoint was written and is {current[name]} now, so "
-                f"steps would draw other samples: {remedy}; or start the data anew with ignore_data_skip=True."
+                f"steps would draw other samples: {remedy}; {anew}."
             )
     rows: dict[str, int] = saved.get("contents", {})
     if changed := sorted(int(row) for row in rows if current.get("contents", {}).get(row, rows[row]) != rows[row]):
         raise ConfigError(
             f"Row {changed[0]} of the data holds other tokens, labels or weights than when the checkpoint was written "
-            f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; or start the data "
-            "anew with ignore_data_skip=True."
+            f"({len(changed)} of {len(rows)} rows that were looked at do): {REMEDIES['lengths']}; {anew}."
         )

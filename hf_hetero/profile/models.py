@@ -25,6 +25,8 @@ OURS = {
     *("resume_from_checkpoint", "full_determinism", "enable_jit_checkpoint", "learning_rate", "report_to"),
 }
 """Arguments of a recipe that timing has its own of."""
+RUNS = {"global_batch_size", "auto_resume"}
+"""Settings of how a run is dealt out and goes on, which timing does not."""
 
 
 def _no_settings() -> dict[str, Any]:
@@ -105,7 +107,7 @@ def subject_named(name: str) -> Subject:
             made = {"vocab_size": settings.get("vocab_size", 4096)} if settings.get("tokenizer") == "train" else {}
             config = AutoConfig.for_model(**{**made, **settings["model_config"]})
     known = {item.name for item in fields(TrainingArguments)} - OURS
-    planned = {item.name for item in fields(HeteroConfig)} - {"num_ranks", "cost_model", "calibrate"}
+    planned = {item.name for item in fields(HeteroConfig)} - {"num_ranks", "cost_model", "calibrate"} - RUNS
     return Subject(
         name,
         config,

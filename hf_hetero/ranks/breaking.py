@@ -83,6 +83,10 @@ class Alarm:
     def __init__(self, name: str, store: Any, leave: Callable[[], None], look_s: float = LOOK_S) -> None:
         self._name, self._store, self._leave, self._look_s = name, store, leave, look_s
         self._number, self._is_in_step = 0, False
+        # ranks that are started again may find the store in which those before them gave an alarm; nobody gives one
+        # before all ranks have come by here
+        while self._sounds():
+            self._number += 1
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, name="alarm", daemon=True)

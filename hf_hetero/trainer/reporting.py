@@ -24,7 +24,7 @@ from hf_hetero.plan import StepReport
 from hf_hetero.ranks.agreement import gather
 from hf_hetero.ranks.by_source import Tally
 from hf_hetero.step import StepBatch
-from hf_hetero.trainer.checkpoints.checkpoint import Resumed
+from hf_hetero.trainer.checkpoints.resuming import Resumed
 from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.training import Observed, Training

@@ -28,18 +28,19 @@ from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
-from hf_hetero.trainer.checkpoints.checkpoint import chosen_together
+from hf_hetero.trainer.checkpoints.resuming import to_resume
 from hf_hetero.trainer.checkpoints.saves import SavesWhole
 from hf_hetero.trainer.classes.planned import LearnsClasses
 from hf_hetero.trainer.evaluation import evaluation
 from hf_hetero.trainer.fitting import Fitted, accept, compute_dtype
+from hf_hetero.trainer.loop_counts import CountsByStep, check_global_batch
 from hf_hetero.trainer.out_of_memory import next_step
 from hf_hetero.trainer.packing import collator_of, packer_of
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
-class HeteroTrainerMixin(SavesWhole, LearnsClasses):
+class HeteroTrainerMixin(SavesWhole, CountsByStep, LearnsClasses):
     """`HeteroTrainerMixin` goes before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -74,6 +75,7 @@ class HeteroTrainerMixin(SavesWhole, LearnsClasses):
         super().__init__(model, args, *others, **kwargs)
         exactness.check_arguments(self.args)  # which a subclass may have made of them
         exactness.check_num_ranks(self.hetero.num_ranks, self.args.world_size)
+        check_global_batch(self.hetero.global_batch_size, self.args)
         exactness.check_model(self)
         self.data_collator = collator_of(self)
         self._between_runs = BetweenRuns(LoggedMeans(self))
@@ -145,8 +147,8 @@ class HeteroTrainerMixin(SavesWhole, LearnsClasses):
             opened.callback(reporting.close_bars, self)
             self._training = training.Training(opened)
             opened.callback(self._training.let_writing_end)
-            if resume_from_checkpoint:
-                resumed = chosen_together(resume_from_checkpoint, self.args, self.hetero.group_timeout_s)
+            resumed = to_resume(self, self.hetero, resume_from_checkpoint, self._between_runs.has_learned)
+            if resumed is not None:
                 self._training.resumed, resume_from_checkpoint = resumed, str(resumed.folder)
             sharding.forget_evaluation(self)
             words = ending_in_words(lambda: self.state.global_step + 1)
@@ -170,14 +172,6 @@ class HeteroTrainerMixin(SavesWhole, LearnsClasses):
             training.open_data(self, run, self._training, self._plan_source(), loader)
         return loader
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Begin as Trainer does; but how many epochs of a stream there were, only the checkpoint knows."""
-        trained: tuple[int, int] = super()._init_training_state(*args, **kwargs)
-        data = self._training.data if self._training is not None else None
-        if data is None or data.entered is None:
-            return trained
-        return data.entered.epoch, data.entered.batches * self.args.gradient_accumulation_steps
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
@@ -200,10 +194,8 @@ class HeteroTrainerMixin(SavesWhole, LearnsClasses):
         if not self._between_runs.has_learned:
             training.check_targets(step, number)
         self._between_runs.has_learned = True
-        # as many batches as Trainer's own loader has of these rows, because its loop counts them
-        rows, at_once = len(set(step.batch.share.step.rows)), self._train_batch_size * self.args.world_size
-        parts = step.batch.parts(min(num_batches, -(-rows // at_once)))
-        return [*parts], torch.tensor(max(step.num_targets, 1), device=device)  # without targets the loss is 0, not nan
+        # without targets the loss is 0, not nan
+        return self._parts_of(step.batch, num_batches), torch.tensor(max(step.num_targets, 1), device=device)
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None

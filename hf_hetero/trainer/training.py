@@ -29,7 +29,7 @@ from hf_hetero.ranks.by_source import SourcesOfAll, Tally
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
-from hf_hetero.trainer.checkpoints.checkpoint import Resumed
+from hf_hetero.trainer.checkpoints.resuming import Resumed
 from hf_hetero.trainer.checkpoints.safekeeping import claim
 from hf_hetero.trainer.checkpoints.saving import Saving
 from hf_hetero.trainer.checkpoints.writing import Writing
@@ -110,6 +110,11 @@ class Training:
         if self.writing is not None:
             self.writing.end()
 
+    @property
+    def resumes_by_itself(self) -> bool:
+        """Return whether training goes on from a checkpoint that nobody asked for by name."""
+        return self.resumed is not None and self.resumed.is_own
+
 
 # ------------------------------------------------------------------------------------------------------------ the data
 
@@ -161,7 +166,7 @@ def open_data(
         columns = partial(trainer._remove_unused_columns, description="training")  # pyright: ignore[reportPrivateUsage]
         data = training_data(dataset, columns, sampler=sampler_of(loader), **common)
     training.opened.callback(data.close)  # before it may be refused: it plans ahead already
-    check_order(data.order, before.order if before is not None else {})
+    check_order(data.order, before.order if before is not None else {}, training.resumes_by_itself)
     training.data = data
 
 

@@ -104,6 +104,27 @@ def test_a_rank_that_gets_no_error_hears_it_too() -> None:
         assert heard.is_set()
 
 
+def test_an_alarm_of_ranks_before_is_not_heard() -> None:
+    """A launcher may start ranks again beside the store of those that were lost: what these had called is over."""
+    store = dist.HashStore()
+    for _ in range(3):  # lives of a job, each of two ranks, in each of which there are two alarms
+        left = list[str]()
+        mine = Alarm("one", store, lambda left=left: left.append("mine"), look_s=60)
+        theirs = Alarm("one", store, lambda left=left: left.append("theirs"), look_s=60)
+        assert not mine.follow()
+        assert not theirs.follow()
+        for _ in range(2):
+            mine.sound()
+            assert theirs.follow()
+            for alarm in (mine, theirs):
+                with alarm.over():
+                    pass
+        mine.sound()
+        assert left == ["mine", "theirs", "mine", "theirs", "mine"]
+        mine.close()
+        theirs.close()
+
+
 def test_a_store_that_is_gone_is_no_alarm() -> None:
     """Who asks a store whose rank has gone gets no answer, which is no reason to leave; the thread stays quiet."""
 

@@ -18,12 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
-
 from hf_hetero.data.streams.reading import Position
-from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.ranks.agreement import broadcast
-from hf_hetero.ranks.groups import GroupPool
+from hf_hetero.errors import HeteroError
 from hf_hetero.trainer.checkpoints.safekeeping import seals_of, steps_of
 
 logger = logging.getLogger(__name__)
@@ -47,18 +43,21 @@ class Run:
         order: what decides which samples make which step.
         stream: how far its stream was read; None: the dataset is no stream.
         calibration: what the next refit of its cost model needs (`CalibrationCallback.state`); None: there is none.
+        settings: by which it learns (`resuming.settings_of`); None: they are not known.
     """
 
     num_ranks: int
     order: dict[str, Any] = field(default_factory=dict[str, Any])
     stream: Position | None = None
     calibration: dict[str, Any] | None = None
+    settings: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return a form that is ready for JSON."""
         stream = None if self.stream is None else self.stream.to_dict()
         data = {"format": FORMAT, "num_ranks": self.num_ranks, "order": self.order, "stream": stream}
-        return data if self.calibration is None else {**data, "calibration": self.calibration}
+        more = {"calibration": self.calibration, "settings": self.settings}
+        return {**data, **{name: value for name, value in more.items() if value is not None}}
 
 
 def problem_of(folder: Path) -> str | None:
@@ -72,7 +71,7 @@ def problem_of(folder: Path) -> str | None:
     try:
         files = _seals_in(folder)
         with suppress(HeteroError):  # another version's, which is said when it is resumed
-            _run_of(folder)
+            run_of(folder)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"its {RUN_FILE} cannot be read"
     if not files:
@@ -127,70 +126,7 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-def chosen(requested: str | bool, output_dir: Path) -> tuple[Path, Run | None, list[str]]:
-    """Choose the checkpoint to resume; return it, where its run was, and why newer ones are passed over.
-
-    Args:
-        requested: a folder; or True: the newest whole one.
-        output_dir: of the run.
-
-    Raises:
-        ConfigError: the folder cannot be resumed, or there is none, with the reason and a remedy.
-    """
-    if requested is True:
-        newest, problems = newest_whole(output_dir)
-        if newest is None:
-            reasons = " ".join(problems) or "There is none."
-            raise ConfigError(f"No checkpoint of {output_dir} can be resumed. {reasons} Train without it.")
-        return newest, _run_of(newest), problems
-    folder = Path(str(requested))
-    if (problem := problem_of(folder)) is not None:
-        other = newest_whole(output_dir)[0] or newest_whole(folder.parent)[0]
-        remedy = f"The newest whole one is {other}" if other is not None else "There is no whole one beside it"
-        raise ConfigError(
-            f"The checkpoint {folder} cannot be resumed: {problem}. {remedy}. (If its files were changed on purpose, "
-            f"remove {RUN_FILE}.)"
-        )
-    return folder, _run_of(folder), []
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """A `Resumed` is a checkpoint that a run goes on from.
-
-    Args:
-        folder: of the checkpoint.
-        run: where its run was; None: a plain Trainer wrote it.
-    """
-
-    folder: Path
-    run: Run | None
-
-
-def chosen_together(requested: str | bool, args: TrainingArguments, timeout_s: float) -> Resumed:
-    """Choose the checkpoint to resume, the same on all ranks. A collective of all of them.
-
-    Args:
-        requested: a folder; or True: the newest whole one.
-        args: of the run.
-        timeout_s: seconds that ranks may wait for each other.
-
-    Raises:
-        ConfigError: the folder cannot be resumed, or there is none; raised on every rank.
-    """
-    # its cost model decides which groups there are, so they cannot carry this yet
-    messengers = GroupPool((), timeout_s, args.ddp_timeout)
-    try:
-        output_dir = Path(args.output_dir or ".")
-        folder, run, passed_over = broadcast(lambda: chosen(requested, output_dir), messengers.control)
-    finally:
-        messengers.close()
-    if passed_over and args.process_index == 0:
-        logger.warning("Resuming from %s. Passed over: %s", folder, " ".join(passed_over))
-    return Resumed(folder, run)
-
-
-def _run_of(folder: Path) -> Run | None:
+def run_of(folder: Path) -> Run | None:
     """Read where a checkpoint's run was; None: a plain Trainer wrote it."""
     if not (folder / RUN_FILE).exists():
         return None
@@ -199,8 +135,10 @@ def _run_of(folder: Path) -> Run | None:
         raise HeteroError(f"{folder / RUN_FILE} is of format {data.get('format')!r}; this version reads {FORMAT!r}.")
     order: Any = data.get("order", {})
     stream: Any = data.get("stream")
-    run = Run(data["num_ranks"], order, None if stream is None else Position(**stream), data.get("calibration"))
+    position, settings = None if stream is None else Position(**stream), data.get("settings")
+    run = Run(data["num_ranks"], order, position, data.get("calibration"), settings)
     counts = [run.num_ranks, *([run.stream.epoch, run.stream.batches, run.stream.rows] if run.stream else [])]
-    if not isinstance(order, dict) or not all(type(count) is int for count in counts):
+    are_known = isinstance(order, dict) and isinstance(settings, dict | None)
+    if not are_known or not all(type(count) is int for count in counts):
         raise TypeError(f"{folder / RUN_FILE} does not say where its run was")
     return run

@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_hetero.config import HeteroConfig
 from hf_hetero.trainer import reporting
 from hf_hetero.trainer.checkpoints.checkpoint import Run
+from hf_hetero.trainer.checkpoints.resuming import settings_of
 from hf_hetero.trainer.checkpoints.saving import Saving
 from hf_hetero.trainer.checkpoints.taken import Taken, reason_against
 from hf_hetero.trainer.checkpoints.writing import Writing
@@ -94,7 +95,7 @@ class SavesWhole(Trainer):
         assert self._training.data is not None
         data = self._training.data
         position = data.stream.position(self.state.global_step) if data.stream is not None else None
-        return Run(self.args.world_size, data.order, position, reporting.kept_calibration(self))
+        return Run(self.args.world_size, data.order, position, reporting.kept_calibration(self), settings_of(self))
 
     def _writes_beside(self) -> bool:
         """Return whether the checkpoint that is due is written beside training; the same on all ranks."""

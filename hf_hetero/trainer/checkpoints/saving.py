@@ -137,9 +137,10 @@ class Saving:
 
 
 def _begin(folder: Path) -> None:
-    """Mark a checkpoint as being written."""
+    """Mark a checkpoint as being written, without what an earlier one of this step has left, maybe on other ranks."""
+    if any((folder / name).exists() for name in (RUN_FILE, INCOMPLETE_FILE)):
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).unlink(missing_ok=True)
     (folder / INCOMPLETE_FILE).write_text("It is being written, or its writing was cut short.\n", encoding="utf-8")
 
 

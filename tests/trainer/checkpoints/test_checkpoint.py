@@ -21,10 +21,10 @@ from hf_hetero.trainer.checkpoints.checkpoint import (
     INCOMPLETE_FILE,
     RUN_FILE,
     Run,
-    chosen,
     newest_whole,
     problem_of,
 )
+from hf_hetero.trainer.checkpoints.resuming import chosen
 from hf_hetero.trainer.checkpoints.safekeeping import END_BYTES
 from hf_hetero.trainer.checkpoints.saving import Saving
 
@@ -111,6 +111,7 @@ ODD_RUNS: list[dict[str, Any]] = [
     *({"files": {name: [1, 2]}} for name in ("/etc/passwd", "../other", "a/../../b")),
     *({"num_ranks": ranks} for ranks in (None, "4", 1.5, True)),
     *({"order": order} for order in (None, [], "x")),
+    *({"settings": settings} for settings in ([], "x", 3)),
     *({"stream": stream} for stream in ([], "x", 3, {"epochs": 1}, {"epoch": "1"}, {"rows": None})),
 ]
 
