@@ -76,7 +76,7 @@ class Training:
         saving: how a checkpoint is written, while the loop does it.
         writing: the checkpoint that is written beside it.
         is_saved_by_loop: it is the loop that asks for a checkpoint, and not a script or a search.
-        has_said_why_at_once: that checkpoints cannot be written beside the loop.
+        may_write_beside: whether checkpoints can be written beside the loop; None: nobody has looked.
         step: which all ranks hold; its micro-batches are being trained on.
         step_s: seconds that they took so far.
         repeats: what is known of it, should memory run out.
@@ -92,7 +92,7 @@ class Training:
     saving: Saving | None = None
     writing: Writing | None = None
     is_saved_by_loop: bool = False
-    has_said_why_at_once: bool = False
+    may_write_beside: bool | None = None
     step: ConfirmedStep | None = None
     step_s: float = 0.0
     repeats: Repeats = field(default_factory=Repeats)

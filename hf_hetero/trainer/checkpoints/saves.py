@@ -66,13 +66,14 @@ class SavesWhole(Trainer):
         assert self._training is not None
         replicas = self._planned_run.fitted.sharding.replicas
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        sharding = self._planned_run.fitted.sharding
 
         def save() -> None:
             super(SavesWhole, self)._save_checkpoint(model, trial)
             if self.args.should_save:
                 between = self._between_runs
                 given = between.machine.given if between.machine is not None else None
-                keep_cost_model(folder, between.cost_model_of_now(), self.args.world_size, given, replicas)
+                keep_cost_model(folder, between.cost_model_of_now(), self.args.world_size, given, sharding.replicas)
 
         self._announce(waits=True)
         run = self._place()  # before callbacks are silenced
@@ -81,9 +82,8 @@ class SavesWhole(Trainer):
             # Trainer has them called next, and nothing is whole yet: `_announce` does it when it is
             self.callback_handler.callbacks = []
             return
-        may_wait = self._planned_run.fitted.sharding.is_sharded
         # `save_model`, which Trainer calls on the way, asks for it
-        self._training.saving = saving = Saving(self.args, self._planned_run.control, may_wait)
+        self._training.saving = saving = Saving(self.args, self._planned_run.control, sharding.is_sharded)
         try:
             saving.write(save, folder, run, lambda: self.state.best_model_checkpoint)
         finally:
@@ -102,12 +102,12 @@ class SavesWhole(Trainer):
         assert self._training is not None
         if not (self.hetero.save_in_background and self._training.is_saved_by_loop):
             return False
-        if (reason := reason_against(self)) is None:
-            return True
-        if not self._training.has_said_why_at_once and self.args.process_index == 0:
-            logger.warning("Checkpoints are written at once, in spite of save_in_background: %s.", reason)
-        self._training.has_said_why_at_once = True
-        return False
+        if self._training.may_write_beside is None:
+            reason = reason_against(self)
+            self._training.may_write_beside = reason is None
+            if reason is not None and self.args.process_index == 0:
+                logger.warning("Checkpoints are written at once, in spite of save_in_background: %s.", reason)
+        return self._training.may_write_beside
 
     def _begin_writing(self, save: Callable[[], None], folder: Path, run: Run) -> None:
         """Take a checkpoint, and have a thread write it. A collective of all ranks."""
