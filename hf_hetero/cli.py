@@ -134,7 +134,8 @@ def _check(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> None:
     """Estimate a run's cost model; print it in words, and write it where the user says."""
-    from hf_hetero.forecast.forecast import forecast, setting_of  # torch and transformers, which planning does without
+    from hf_hetero.forecast.forecast import forecast  # torch and transformers, which planning does without
+    from hf_hetero.forecast.setting import setting_of
 
     found = forecast(args.model, args.gpus, setting_of(args))
     print(estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))

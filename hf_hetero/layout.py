@@ -2,7 +2,7 @@
 
 A group packs its samples one after the other, without padding. A layout cuts the pack into spans and gives each rank
 some of them; the spans of a rank, in order, are what the rank has in memory. Where ranks exchange heads instead, each
-computes a `HeadShare` of all tokens.
+computes a `HeadShare` of all tokens (`heads`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ EVEN_WORK_TOKENS = 48 * 1024
 
 
 Mutual = Mapping[int, tuple[tuple[int, int], ...]]
-"""Sample of a pack -> stretches, ascending, whose tokens look at each other: the first token of each, and its end."""
+"""Sample of a pack -> its stretches whose tokens look at each other, before and after: the first token of each and its
+end, ascending. Samples without one may be left out."""
 NOWHERE: Mutual = MappingProxyType({})
 
 
@@ -100,38 +101,6 @@ class Layout:
     def max_seqlen(self) -> int:
         """Count the tokens of the longest sample; 0 for an empty pack."""
         return max(self.lengths, default=0)
-
-
-@dataclass(frozen=True, slots=True)
-class HeadShare:
-    """A `HeadShare` is what one rank computes: query heads `[q_start, q_end)`, key-value heads `[kv_start, kv_end)`.
-
-    `kv_of_q` names, for each query head, its key-value head counted from `kv_start`.
-    """
-
-    q_start: int
-    q_end: int
-    kv_start: int
-    kv_end: int
-    kv_of_q: tuple[int, ...]
-
-    @property
-    def num_q(self) -> int:
-        """Count the query heads."""
-        return self.q_end - self.q_start
-
-    @property
-    def num_kv(self) -> int:
-        """Count the key-value heads."""
-        return self.kv_end - self.kv_start
-
-    @property
-    def is_grouped(self) -> bool:
-        """Tell whether the key-value heads serve equal runs of query heads, as kernels expect."""
-        if not self.num_kv or self.num_q % self.num_kv:
-            return self.num_q == 0
-        run = self.num_q // self.num_kv
-        return self.kv_of_q == tuple(head // run for head in range(self.num_q))
 
 
 def layout_of(group: Group, lengths: Sequence[int]) -> Layout:
@@ -224,6 +193,11 @@ def blocks_of(layout: Layout) -> Layout:
     return Layout(layout.lengths, spans, layout.kind)
 
 
+def reach(span: Span, mutual: Mutual) -> int:
+    """Return the end of what a span's tokens see: its own, or that of the stretch that its last token is in."""
+    return next((end for start, end in mutual.get(span.sample, ()) if start < span.end < end), span.end)
+
+
 def needed(
     layout: Layout, receiver: int, sender: int, window: int | None = None, mutual: Mutual = NOWHERE
 ) -> tuple[Span, ...]:
@@ -242,7 +216,7 @@ def needed(
         # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
-        ranges.append((first, next((b for a, b in mutual.get(span.sample, ()) if a < span.end < b), span.end)))
+        ranges.append((first, reach(span, mutual)))
     return tuple(
         Span(span.sample, max(span.start, first), min(span.end, end))
         for span in layout.spans[sender]
@@ -262,19 +236,6 @@ def asking(layout: Layout, asker: int, holder: int) -> tuple[Span, ...]:
     for span in layout.spans[holder]:
         first[span.sample] = min(span.start, first.get(span.sample, span.start))
     return tuple(span for span in layout.spans[asker] if first.get(span.sample, span.start) < span.start)
-
-
-def share_heads(num_heads: int, num_kv_heads: int, degree: int) -> tuple[HeadShare, ...]:
-    """Share query heads in near-equal runs; a rank gets every key-value head its run needs, so some travel twice."""
-    group_size = num_heads // num_kv_heads
-    bounds = (0, *accumulate(equal_splits(num_heads, degree)))
-    shares: list[HeadShare] = []
-    for start, end in pairwise(bounds):
-        kv_start = start // group_size if end > start else 0
-        kv_end = (end - 1) // group_size + 1 if end > start else 0
-        kv_of_q = tuple(head // group_size - kv_start for head in range(start, end))
-        shares.append(HeadShare(start, end, kv_start, kv_end, kv_of_q))
-    return tuple(shares)
 
 
 def _deal_in_zigzag(sample: int, length: int, spans_of: list[list[Span]], room: list[int]) -> None:

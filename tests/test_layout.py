@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_hetero.heads import share_heads
 from hf_hetero.layout import (
     Layout,
     asking,
@@ -14,7 +15,6 @@ from hf_hetero.layout import (
     equal_splits,
     layout_of,
     needed,
-    share_heads,
     two_level,
     zigzag,
 )

@@ -38,7 +38,8 @@ def _advise(args: argparse.Namespace) -> None:
     from hf_hetero.advice.levers import Run
     from hf_hetero.advice.report import advice_lines
     from hf_hetero.advice.start import start_of, write_start
-    from hf_hetero.forecast.forecast import model_named, setting_of
+    from hf_hetero.forecast.forecast import model_named
+    from hf_hetero.forecast.setting import setting_of
 
     run = Run(machines_of(args.gpus), setting_of(args), args.max_degree)
     model = model_named(args.model)

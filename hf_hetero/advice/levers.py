@@ -10,8 +10,9 @@ from hf_hetero.advice.outlook import Outlook, longest, outlook
 from hf_hetero.errors import HeteroError
 from hf_hetero.estimate.devices import KNOWN_DEVICES, Device
 from hf_hetero.estimate.shares import ATTENTION
-from hf_hetero.forecast.forecast import Model, Setting, forecast_of
+from hf_hetero.forecast.forecast import Model, forecast_of
 from hf_hetero.forecast.machines import MOST_GPUS, MOST_PER_NODE, Machines, doubled
+from hf_hetero.forecast.setting import Setting
 from hf_hetero.planner import Planner
 
 

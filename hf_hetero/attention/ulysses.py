@@ -24,7 +24,8 @@ from hf_hetero.attention.kernels.contract import Scores, Segments
 from hf_hetero.attention.ring import attend_in_rounds
 from hf_hetero.attention.routes import MeetingAhead, Rows, gather_route, meeting_ahead, ring_route
 from hf_hetero.attention.traffic import all_to_all
-from hf_hetero.layout import HeadShare, Layout, Span, blocks_of, share_heads
+from hf_hetero.heads import HeadShare, share_heads
+from hf_hetero.layout import Layout, Span, blocks_of
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scores], torch.Tensor]
 """Attention of all tokens of some ranks and some of the heads."""

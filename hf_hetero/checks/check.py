@@ -18,7 +18,7 @@ from hf_hetero.collators.limits import limits_of
 from hf_hetero.errors import ConfigError, HeteroError
 from hf_hetero.estimate.memory import tokens_by_lever
 from hf_hetero.estimate.model_shape import shape_of
-from hf_hetero.layout import share_heads
+from hf_hetero.heads import share_heads
 from hf_hetero.model.by_layer import fewest
 from hf_hetero.topology import Topology
 

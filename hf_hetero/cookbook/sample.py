@@ -28,7 +28,8 @@ from hf_hetero.estimate.first_estimate import first_estimate, restricted
 from hf_hetero.estimate.memory import free_memory_bytes
 from hf_hetero.estimate.state_layers import state_shape
 from hf_hetero.fine_tuning import explaining, sample_lengths
-from hf_hetero.forecast.forecast import Setting, forecast, trained_shape
+from hf_hetero.forecast.forecast import forecast, trained_shape
+from hf_hetero.forecast.setting import Setting
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner
 from hf_hetero.topology import Topology

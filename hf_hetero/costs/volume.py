@@ -24,7 +24,8 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
-from hf_hetero.layout import Layout, asking, blocks_of, needed, share_heads
+from hf_hetero.heads import share_heads
+from hf_hetero.layout import Layout, asking, blocks_of, needed
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,11 +72,11 @@ def flops_of(model: Any) -> ModelFlops:
     a_token = sum((6 if p.requires_grad else 4) * p.numel() * (1 - idle.get(p, 0.0)) for p in weights)
     numbers = sum(numbers_of(mixer) for mixer in mixers_of(text) if window_of(mixer) is None)
     a_pair: dict[int | None, float] = {}
-    for module in text.modules():
-        if _attends(module):
-            layer: Any = of_layer(text.config, module.layer_idx)
-            window = _window(module, layer)
-            a_pair[window] = a_pair.get(window, 0.0) + 6 * _width(module, layer)
+    attending: list[Any] = [module for module in text.modules() if _attends(module)]
+    for module in attending:
+        layer = of_layer(text.config, module.layer_idx)
+        window = _window(module, layer)
+        a_pair[window] = a_pair.get(window, 0.0) + 6 * _width(module, layer)
     return ModelFlops(a_token + 3 * 2 * WEIGHTS_A_STATE * numbers, tuple(a_pair.items()))
 
 

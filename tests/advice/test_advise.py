@@ -23,7 +23,8 @@ from hf_hetero.cli import main
 from hf_hetero.cookbook.keys import key_problems, launch_problems, script_of
 from hf_hetero.cookbook.shelf import MESH, read, recipe_at
 from hf_hetero.errors import ConfigError
-from hf_hetero.forecast.forecast import Model, Setting, forecast, model_named
+from hf_hetero.forecast.forecast import Model, forecast, model_named
+from hf_hetero.forecast.setting import Setting
 from hf_hetero.what_if.sources import Source, global_batches
 
 SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 16}

@@ -21,7 +21,8 @@ from hf_hetero.estimate import memory
 from hf_hetero.estimate.devices import device_named
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.estimate.shares import reached
-from hf_hetero.forecast.forecast import Setting, forecast, machines_named, trained_shape
+from hf_hetero.forecast.forecast import forecast, machines_named, trained_shape
+from hf_hetero.forecast.setting import Setting
 from hf_hetero.model import lm_head
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding

@@ -63,12 +63,13 @@ class SavesWhole(Trainer):
         """Save as Trainer does, but a checkpoint that is known to be whole, or removed."""
         assert self._planned_run is not None
         assert self._training is not None
+        replicas = self._planned_run.fitted.sharding.replicas
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
 
         def save() -> None:
             super(SavesWhole, self)._save_checkpoint(model, trial)
             if self.args.should_save:
-                between, replicas = self._between_runs, self._planned_run.fitted.sharding.replicas
+                between = self._between_runs
                 given = between.machine.given if between.machine is not None else None
                 keep_cost_model(folder, between.cost_model_of_now(), self.args.world_size, given, replicas)
 
