@@ -70,7 +70,7 @@ class CalibrationCallback(StepReportCallback):
 
     def recalibrated(self, cost: CostModel) -> CostModel | None:
         """Return a refitted cost model once enough steps were reported since the last look, if it predicts better."""
-        self._seen = self._seen.with_more(observations(cost, self._reports), MOST_OBSERVATIONS)
+        self._seen = self._seen.with_more(observations(cost, self._reports, MOST_OBSERVATIONS), MOST_OBSERVATIONS)
         self._reports.clear()
         due = self._every_steps if self._has_tried else self._first_steps
         if self._num_since < due or not len(self._seen.measured):

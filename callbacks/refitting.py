@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -54,32 +54,45 @@ class Observations:
         return np.abs(self.charged.sum(axis=1) / self.measured - 1)
 
 
-def observations(cost: CostModel, reports: Sequence[StepReport]) -> Observations:
+def observations(cost: CostModel, reports: Sequence[StepReport], most: int | None = None) -> Observations:
     """Pair what the model charges for each group with what was measured.
 
     Of a group that was planned otherwise, at a degree, with activations or by a method that the model knows nothing of,
     nothing is learned, nor of micro-batches without a backward pass.
+
+    Args:
+        cost: prices the groups.
+        reports: of steps, the oldest first.
+        most: groups, the newest; the others are not even priced, because a step of many ranks has many. None: all.
     """
-    charged: list[list[float]] = []
-    measured: list[float] = []
-    for report in reports:
-        for number, (micro_batch, busy_s) in enumerate(zip(report.plan.micro_batches, report.busy_s, strict=True)):
+    newest: list[tuple[list[float], float]] = []
+    for group, seconds, lengths in _measured_groups(cost, reports):
+        if len(newest) == most:
+            break
+        newest.append((list(cost.charges(group, lengths)), seconds))
+    newest.reverse()
+    charged = np.array([row for row, _ in newest]).reshape(-1, len(PARTS))
+    return Observations(charged, np.array([seconds for _, seconds in newest]))
+
+
+def _measured_groups(cost: CostModel, reports: Sequence[StepReport]) -> Iterator[tuple[Group, float, Sequence[int]]]:
+    """Give what something is learned from, the newest first: a group, its measured seconds, the lengths of its step."""
+    for report in reversed(reports):
+        measured = list(enumerate(zip(report.plan.micro_batches, report.busy_s, strict=True)))
+        for number, (micro_batch, busy_s) in reversed(measured):
             if number in report.forward_only:
                 continue
-            groups = [group for group in micro_batch.groups if group.samples]
-            filled = [group for group in groups if is_priced(cost, group, report.lengths)]
-            if report.is_lockstep and len(filled) < len(groups):
-                continue  # the slowest may be one of those
-            # under sharded weights every rank measures the slowest group: one observation, of the one predicted slowest
+            groups = [group for group in reversed(micro_batch.groups) if group.samples]
             if report.is_lockstep:
-                filled = sorted(filled, key=lambda group: cost.group_seconds(group, report.lengths))[-1:]
-            for group in filled:
+                # under sharded weights every rank measures the slowest group: one observation, of the one predicted so
+                if not all(is_priced(cost, group, report.lengths) for group in groups):
+                    continue  # the slowest may be one of those
+                groups = sorted(groups, key=lambda group: -cost.group_seconds(group, report.lengths))[:1]
+            for group in groups:
                 seconds = max(busy_s[rank] for rank in group.ranks)
-                if seconds <= 0:  # too short to be measured
-                    continue
-                charged.append(list(cost.charges(group, report.lengths)))
-                measured.append(seconds)
-    return Observations(np.array(charged).reshape(-1, len(PARTS)), np.array(measured))
+                # what takes 0 s is too short to be measured
+                if seconds > 0 and is_priced(cost, group, report.lengths):
+                    yield group, seconds, report.lengths
 
 
 def is_priced(cost: CostModel, group: Group, lengths: Sequence[int]) -> bool:

@@ -21,8 +21,7 @@ EVEN_WORK_TOKENS = 48 * 1024
 
 
 Mutual = Mapping[int, tuple[tuple[int, int], ...]]
-"""Sample of a pack -> its stretches whose tokens look at each other, before and after: the first token of each and its
-end, ascending. Samples without one may be left out."""
+"""Sample of a pack -> stretches, ascending, whose tokens look at each other: the first token of each, and its end."""
 NOWHERE: Mutual = MappingProxyType({})
 
 
@@ -193,11 +192,6 @@ def blocks_of(layout: Layout) -> Layout:
     return Layout(layout.lengths, spans, layout.kind)
 
 
-def reach(span: Span, mutual: Mutual) -> int:
-    """Return the end of what a span's tokens see: its own, or that of the stretch that its last token is in."""
-    return next((end for start, end in mutual.get(span.sample, ()) if start < span.end < end), span.end)
-
-
 def needed(
     layout: Layout, receiver: int, sender: int, window: int | None = None, mutual: Mutual = NOWHERE
 ) -> tuple[Span, ...]:
@@ -216,7 +210,7 @@ def needed(
         # merged with the one before where they meet, so that no key is sent twice
         if ranges and first <= ranges[-1][1]:
             first, _ = ranges.pop()
-        ranges.append((first, reach(span, mutual)))
+        ranges.append((first, next((b for a, b in mutual.get(span.sample, ()) if a < span.end < b), span.end)))
     return tuple(
         Span(span.sample, max(span.start, first), min(span.end, end))
         for span in layout.spans[sender]
@@ -226,15 +220,9 @@ def needed(
 
 
 def asking(layout: Layout, asker: int, holder: int) -> tuple[Span, ...]:
-    """Find the queries of one rank that meet a key of another, in the order the asker holds them.
-
-    Args:
-        layout: who holds what.
-        asker, holder: ranks of the group, by position.
-    """
-    first: dict[int, int] = {}  # of each sample, the first key that the holder has
-    for span in layout.spans[holder]:
-        first[span.sample] = min(span.start, first.get(span.sample, span.start))
+    """Find the queries of one rank that meet a key of another, in the order the asker holds them; both by position."""
+    # descending, so that of each sample the first token stays that the holder has
+    first = {s.sample: s.start for s in sorted(layout.spans[holder], key=lambda span: -span.start)}
     return tuple(span for span in layout.spans[asker] if first.get(span.sample, span.start) < span.start)
 
 
@@ -258,16 +246,20 @@ def _deal_in_zigzag(sample: int, length: int, spans_of: list[list[Span]], room: 
 
 def _slices(spans: Sequence[Span], parts: int) -> tuple[tuple[Span, ...], ...]:
     """Cut spans into consecutive slices, equal to one token."""
-    starts = (0, *accumulate(span.num_tokens for span in spans))
-    bounds = (0, *accumulate(equal_splits(starts[-1], parts)))
-    return tuple(
-        tuple(
-            Span(span.sample, span.start + max(low - start, 0), span.start + min(high - start, span.num_tokens))
-            for start, span in zip(starts, spans, strict=False)  # `starts` has the end, too
-            if max(low, start) < min(high, start + span.num_tokens)
-        )
-        for low, high in pairwise(bounds)
-    )
+    # in one walk over the spans: a group may be a thousand ranks, with as many samples and more
+    rest = [span for span in reversed(spans) if span.num_tokens]
+    slices: list[tuple[Span, ...]] = []
+    for num_tokens in equal_splits(sum(span.num_tokens for span in spans), parts):
+        own: list[Span] = []
+        while num_tokens:
+            span = rest.pop()
+            end = min(span.end, span.start + num_tokens)
+            if end < span.end:
+                rest.append(Span(span.sample, end, span.end))
+            own.append(Span(span.sample, span.start, end))
+            num_tokens -= end - span.start
+        slices.append(tuple(own))
+    return tuple(slices)
 
 
 def _joined(spans: Iterable[Span]) -> tuple[Span, ...]:

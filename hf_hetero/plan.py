@@ -11,7 +11,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 from hf_hetero.errors import HeteroError
 
@@ -83,7 +84,7 @@ class MicroBatch:
 
     def group_of(self, rank: int) -> Group:
         """Return the group that this rank belongs to."""
-        return next(group for group in self.groups if rank in group.ranks)
+        return next(group for group in self.groups if group.ranks[0] <= rank <= group.ranks[-1])
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -117,13 +118,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         for index, micro_batch in enumerate(self.micro_batches):
-            ranks = sorted(rank for group in micro_batch.groups for rank in group.ranks)
+            ranks = sorted(chain.from_iterable(group.ranks for group in micro_batch.groups))
             # counted first, so that a plan from a file with a huge number of ranks makes no huge list
             if len(ranks) != self.num_ranks or ranks != list(range(self.num_ranks)):
                 raise HeteroError(
                     f"Micro-batch {index} uses ranks {ranks}: its groups must partition the {self.num_ranks} ranks."
                 )
-        samples = sorted(sample for group in self.groups for sample in group.samples)
+        samples = sorted(chain.from_iterable(group.samples for group in self.groups))
         if samples != list(range(len(samples))):
             wrong = next(s for i, s in enumerate(samples) if s != i)
             raise HeteroError(f"The plan does not hold each sample exactly once: look at sample {wrong}.")
@@ -215,10 +216,9 @@ def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
     Raises:
         TypeError: one of them is not.
     """
-    whole = tuple(number for number in numbers if isinstance(number, int) and not isinstance(number, bool))
-    if len(whole) < len(numbers):
+    if not set(map(type, numbers)) <= {int}:
         raise TypeError(f"{numbers!r:.60} are not all whole numbers")
-    return whole
+    return cast("tuple[int, ...]", tuple(numbers))
 
 
 @dataclass(frozen=True, slots=True)

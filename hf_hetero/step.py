@@ -56,12 +56,13 @@ class Step:
     def shared_rows(self) -> tuple[int, ...]:
         """Return the rows that several ranks may hold tokens of, ascending. Each of these ranks reads them itself."""
         # by group, not by span, which would need every layout: a rank that holds no token of a row has no fingerprint
-        # of it to compare, and that is no disagreement
-        ranks: dict[int, set[int]] = {}
+        # of it to compare, and that is no disagreement; and without a list of readers, which may be all ranks
+        rows, first, shared = self.rows, dict[int, tuple[int, ...]](), set[int]()
         for group in self.plan.groups:
             for sample in group.samples:
-                ranks.setdefault(self.rows[sample], set()).update(group.ranks)
-        return tuple(sorted(row for row, readers in ranks.items() if len(readers) > 1))
+                if group.degree > 1 or first.setdefault(rows[sample], group.ranks) != group.ranks:
+                    shared.add(rows[sample])
+        return tuple(sorted(shared))
 
     def digest(self) -> int:
         """Return a 63-bit fingerprint of everything that must be the same on all ranks."""

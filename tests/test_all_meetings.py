@@ -111,12 +111,19 @@ class Ranks:
             self.waiting.clear()
         self.changed.notify_all()
 
-    def all_gather(self, found: list[torch.Tensor], mine: torch.Tensor, group: Any, async_op: bool = False) -> Any:
+    def gather(self, mine: torch.Tensor, found: Any, dst: int, group: Any, async_op: bool = False) -> Any:
         def wait(timeout: Any = None) -> None:
-            for place, value in zip(found, self.meet(f"numbers of {group.name}", mine), strict=True):
+            every = self.meet(f"numbers of {group.name}", mine)
+            for place, value in zip(found or every, every, strict=True):
                 place.copy_(value)
             if len(mine) == 2 + agreement.NUM_VALUES:  # an exchange begins
                 self.places.add(agreement.PLACES[int(mine[1])])
+
+        return SimpleNamespace(wait=wait, is_completed=lambda: True)
+
+    def broadcast(self, tensor: torch.Tensor, src: int, group: Any, async_op: bool = False) -> Any:
+        def wait(timeout: Any = None) -> None:
+            tensor.copy_(self.meet(f"all numbers of {group.name}", tensor)[src])
 
         return SimpleNamespace(wait=wait, is_completed=lambda: True)
 

@@ -224,13 +224,17 @@ def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | N
     if len(compared) < num_rows:
         share = range(rank * num_rows // num_ranks, (rank + 1) * num_rows // num_ranks)
         rows_read = in_rounds(_read(source, share, prints=False), num_rows, control)
-    own_share = (list(rows_read.tokens.values()), list(rows_read.documents.values()))
+    # arrays, not lists, of what may be millions of rows
+    counted, packed = np.fromiter(rows_read.tokens.values(), np.int64), list(rows_read.documents.values())
+    own_share = counted, packed if any(row is not None for row in packed) else None
     shares = gather_objects(own_share, control) if len(compared) < num_rows else [own_share]
     samples: list[Samples] = []
 
     def join_shares() -> None:
-        lengths = np.asarray([tokens for counted, _ in shares for tokens in counted], dtype=np.int64)
-        documents: Any = [row for _, packed in shares for row in packed]
+        lengths = np.concatenate([counted for counted, _ in shares])
+        documents: Any = None
+        if any(packed is not None for _, packed in shares):
+            documents = [row for counted, packed in shares for row in packed or [None] * len(counted)]
         if is_plain_table(source.dataset):  # the column may not be among those that are read
             documents = table_documents(source.dataset)
         samples.append(samples_of(lengths, documents))
@@ -254,10 +258,14 @@ def _compare(source: Source, rows_read: _RowsRead, control: dist.ProcessGroup | 
             break
     raise_together(error, control)
     is_steady = all(rows_read.contents[row] == content for row, content in again.contents.items())
-    everywhere = gather_objects((rows_read.tokens, rows_read.contents, is_steady), control)
-    tokens, contents, _ = everywhere[0]
-    compares_contents = all(steady for _, _, steady in everywhere)  # else they are drawn anew at each read
-    for rank, (their_tokens, their_contents, _) in enumerate(everywhere):
+    prints = gather([_print(rows_read.tokens), _print(rows_read.contents), int(is_steady)], control)
+    compares_contents = all(steady for _, _, steady in prints)  # else they are drawn anew at each read
+    if len({(tokens, contents if compares_contents else 0) for tokens, contents, _ in prints}) == 1:
+        return
+    # only now the rows themselves, which are many from many ranks
+    everywhere = gather_objects((rows_read.tokens, rows_read.contents), control)
+    tokens, contents = everywhere[0]
+    for rank, (their_tokens, their_contents) in enumerate(everywhere):
         for row in tokens:
             what = f"Row {row} of the dataset differs between ranks: rank {rank} reads"
             if their_tokens[row] != tokens[row]:
@@ -271,6 +279,12 @@ def _refuse_others(values: Sequence[Any], what: str) -> None:
     for rank, value in enumerate(values):
         if value != values[0]:
             raise ConfigError(f"{what.format(rank, value)}, rank 0 {values[0]}. {REMEDY}")
+
+
+def _print(values: Mapping[int, int]) -> int:
+    """Return a fingerprint of numbers by row, 64 bits."""
+    digest = hashlib.blake2b(repr(sorted(values.items())).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def _content(example: Mapping[str, Any]) -> int:

@@ -5,7 +5,6 @@ It is what a trainer on such GPUs would start from (`estimate.first_estimate`), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,14 +18,14 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.estimate.clusters import NETWORK_SHARE
-from hf_hetero.estimate.devices import GIB
 from hf_hetero.estimate.first_estimate import first_estimate
 from hf_hetero.estimate.memory import Shards, model_state_bytes
 from hf_hetero.estimate.model_shape import ModelShape, shape_of
 from hf_hetero.estimate.shares import reached
 from hf_hetero.estimate.state_layers import StateShape, state_shape
 from hf_hetero.estimate.subject import subject_of
-from hf_hetero.forecast.machines import MOST_GPUS, Machines, doubled, machines_named
+from hf_hetero.forecast.machines import Machines, machines_named
+from hf_hetero.forecast.remedies import what_would_fit
 from hf_hetero.forecast.setting import DTYPES, Setting
 from hf_hetero.manners.manner import Manner, settings_for
 from hf_hetero.model import lm_head
@@ -120,17 +119,19 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
     """
     text = model.config.get_text_config(decoder=True)
     shape, policies = trained_shape(model.outline, text, setting)
-    shards = _shards(shape, machines, setting)
-    states = state_shape(model.outline, text)
+    shards, states = _shards(shape, machines, setting), state_shape(model.outline, text)
     estimated = partial(_estimated, setting=setting, policies=policies, states=states, hetero=model.hetero)
     try:
         subject = subject_of(shape, model.config.model_type, DTYPES[setting.dtype])
         cost = replace(estimated(shape, machines, shards), model=subject)
     except ConfigError:
-        raise ConfigError(_what_would_fit(model.name, shape, machines, shards, setting, estimated)) from None
+        adapted = None
+        if setting.lora_r is None:  # adapters of rank 16 are less than a hundredth of any model's weights
+            frozen_bytes = DTYPES[setting.dtype].itemsize * shape.num_params
+            adapted = replace(shape, trainable_params=shape.num_params // 100, param_bytes=frozen_bytes)
+        raise ConfigError(what_would_fit(model.name, shape, machines, shards, estimated, adapted)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
-    where = _where(machines, shards)
-    where += ", each sample on one" if model.whole and machines.num_ranks > 1 else ""
+    where = _where(machines, shards) + (", each sample on one" if model.whole and machines.num_ranks > 1 else "")
     trained = f"{model.name}, {shape.num_params / 1e9:.2f}B weights, {how}, {where}"
     return Forecast(cost, machines, trained, shards is not None)
 
@@ -227,52 +228,3 @@ def _estimated(
         node_bytes_per_s = NETWORK_SHARE * setting.network_gbps * 1e9 / 8
         device = replace(device, network_bytes_per_s=node_bytes_per_s / machines.ranks_per_node)
     return first_estimate(shape, device, machines.topology, shards, policies, hetero, states)
-
-
-def _what_would_fit(
-    model: str,
-    shape: ModelShape,
-    machines: Machines,
-    shards: Shards | None,
-    setting: Setting,
-    estimated: Callable[[ModelShape, Machines, Shards | None], CostModel],
-) -> str:
-    """Say that a model does not fit, and what would: more GPUs, or another setting."""
-
-    def fits(machines: Machines, shards: Shards | None, shape: ModelShape = shape) -> bool:
-        try:
-            estimated(shape, machines, shards)
-        except ConfigError:
-            return False
-        return True
-
-    ways: list[str] = []
-    if shards is None and machines.num_ranks > 1 and fits(machines, Shards()):
-        ways.append("weights sharded over the ranks (--fsdp)")
-    if shards is not None and shards.replicas > 1 and fits(machines, Shards()):
-        ways.append("weights sharded over all ranks instead of those of a replica (--fsdp)")
-    more = doubled(machines)
-    while more.num_ranks <= MOST_GPUS and not fits(more, Shards()):
-        more = doubled(more)
-    if more.num_ranks <= MOST_GPUS:
-        ways.append(f"{more.num_ranks} GPUs ({more.name}), with weights sharded over them")
-    # adapters of rank 16 are less than a hundredth of any model's weights
-    frozen_bytes = DTYPES[setting.dtype].itemsize * shape.num_params
-    adapted = replace(shape, trainable_params=shape.num_params // 100, param_bytes=frozen_bytes)
-    if setting.lora_r is None and fits(machines, Shards(), adapted):
-        ways.append("adapters instead of all weights (--lora-r 16)")
-    if fits(machines, Shards(offloaded=True)):
-        ways.append("FSDP that keeps weights in the host's memory (fsdp_offload_params of accelerate)")
-    ways.append("a smaller model")
-    assert machines.topology.memory_bytes is not None
-    return (
-        f"{model} does not fit on {machines.name}: weights, gradients and optimizer are "
-        f"{model_state_bytes(shape) / GIB:,.1f} GiB {_over(machines, shards)}, and a rank has "
-        f"{machines.topology.memory_bytes / GIB:.1f} GiB for its part and its tokens. What would do: {'; '.join(ways)}."
-    )
-
-
-def _over(machines: Machines, shards: Shards | None) -> str:
-    if shards is None:
-        return "on each rank"
-    return "over all ranks" if shards.replicas == 1 else f"over {machines.num_ranks // shards.replicas} ranks"

@@ -252,12 +252,18 @@ def _known_to_all(error: HeteroError, control: dist.ProcessGroup) -> HeteroError
 
 
 def _all_gather(values: Sequence[int], place: str, control: dist.ProcessGroup) -> list[list[int]]:
-    """Return the integers of every rank; who waits long for them says so."""
+    """Return the integers of every rank; who waits long for them says so.
+
+    Rank 0 gathers and hands them out. In an all-gather of gloo's they go round a ring: as many messages one after the
+    other as there are ranks, each of which waits for a rank to wake up. A broadcast of gloo's is a tree.
+    """
     own = torch.tensor(values, dtype=torch.int64)
-    rows = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    rows = torch.empty((dist.get_world_size(), len(own)), dtype=torch.int64)
+    parts = list(rows.unbind()) if dist.get_rank() == 0 else None
     with _named(place, control):
-        wait_for(dist.all_gather(rows, own, group=control, async_op=True), _lower(place), control)
-    return [row.tolist() for row in rows]
+        wait_for(dist.gather(own, parts, dst=0, group=control, async_op=True), _lower(place), control)
+        wait_for(dist.broadcast(rows, src=0, group=control, async_op=True), _lower(place), control)
+    return rows.tolist()
 
 
 def _all_gather_objects(value: T, place: str, control: dist.ProcessGroup) -> list[T]:

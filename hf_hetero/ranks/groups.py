@@ -101,9 +101,11 @@ class GroupPool:
 
     def _made(self, ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup:
         """Make a group of some ranks for what they exchange within steps. A collective of all ranks."""
-        before = connections()
+        # whoever is not in it opens nothing, and looks for nothing: most groups of many ranks are others'
+        is_own = dist.get_rank() in ranks
+        before = connections() if is_own else {}
         group = _new_group(list(ranks), timeout_s)
-        if dist.get_rank() in ranks:
+        if is_own:
             with named("The first exchange of a group", f"ranks {list(ranks)}"):
                 dist.all_reduce(torch.zeros(1, device=self._device), group=group)
             self._connections[group] = opened_since(before)

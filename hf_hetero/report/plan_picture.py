@@ -10,6 +10,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Group, Plan, idle_share
 from hf_hetero.report.drawing import FIXED, IDLE, INK, LENGTH_COLOURS, new_figure, short, write_picture
+from hf_hetero.what_if.simulate import busy_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,10 +54,7 @@ def plan_figure(
         assert cost is not None
         bound = [f"within {100 * plan.gap:.1f} % of optimal"] if plan.lower_bound_s > 0 else []
         words = ["predicted {:.3g} s", "idle {:.0%}", *bound]
-        busy_s = [
-            [cost.group_seconds(micro_batch.group_of(rank), lengths) for rank in range(plan.num_ranks)]
-            for micro_batch in plan.micro_batches
-        ]
+        busy_s = busy_seconds(plan, lengths, cost)
     total = sum(map(max, busy_s))
     figure, axes = new_figure(10, 1.4 + min(max(0.36 * plan.num_ranks, 1.4), 9))
     colours = _length_colours(figure, axes, lengths)

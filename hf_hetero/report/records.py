@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -119,11 +120,11 @@ def _checked(record: object, place: str) -> dict[str, Any]:
     lengths, busy_s = values["lengths"], values["busy_s"]
     rules = {
         "step": is_step(values["step"]),
-        "lengths": _is_list(lengths, plan.num_samples) and all(_is_whole(n, MOST_TOKENS, least=1) for n in lengths),
+        "lengths": _is_list(lengths, plan.num_samples) and _are_whole(lengths, MOST_TOKENS, least=1),
         "seconds": _is_seconds(values["seconds"]),
         "wait_s": _is_seconds(values["wait_s"]),
         "busy_s": _is_list(busy_s, len(plan.micro_batches))
-        and all(_is_list(ranks, plan.num_ranks) and all(map(_is_seconds, ranks)) for ranks in busy_s),
+        and all(_is_list(ranks, plan.num_ranks) and _are_seconds(ranks) for ranks in busy_s),
         "is_lockstep": isinstance(values["is_lockstep"], bool),
         "peak_bytes": _is_whole(values["peak_bytes"], MOST_BYTES, least=0),
     }
@@ -147,6 +148,19 @@ def _is_list(value: object, size: int) -> bool:
 def _is_whole(value: object, most: int, least: int) -> bool:
     """Tell whether a value from JSON is a whole number in these limits."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _are_whole(values: Sequence[Any], most: int, least: int) -> bool:
+    """Tell whether values from JSON are all whole numbers in these limits."""
+    return set(map(type, values)) <= {int} and (not values or (least <= min(values) and max(values) <= most))
+
+
+def _are_seconds(values: Sequence[Any]) -> bool:
+    """Tell whether values from JSON are all durations."""
+    if not set(map(type, values)) <= {int, float} or not values:
+        return not values
+    # NaN is neither the least nor the most, unless it comes first; but a sum with it is NaN
+    return min(values) >= 0 and max(values) <= MOST_SECONDS and not math.isnan(sum(values))
 
 
 def _is_seconds(value: object) -> bool:

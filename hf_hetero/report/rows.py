@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hf_hetero.plan import idle_share
-from hf_hetero.report.records import Record
+from hf_hetero.report.records import MOST_TOKENS, Record
+
+Integers = NDArray[np.int64]
 
 BINS_PER_DOUBLING = 2
 """Lengths are counted in bins, each ending at the square root of two times where it begins."""
@@ -83,15 +90,7 @@ def row_of(record: Record) -> StepRow:
     """Sum up a step's record. It was checked when it was read: to make its plan again would take most of the time."""
     plan, lengths = record["plan"], record["lengths"]
     groups = [group for micro_batch in plan["micro_batches"] for group in micro_batch["groups"]]
-    bins = [length_bin(length) for length in lengths]
-    samples: dict[Key, int] = {}
-    tokens: dict[Key, int] = {}
-    for group in groups:
-        degree = len(group["ranks"])
-        for sample in group["samples"]:
-            key = degree, bins[sample]
-            samples[key] = samples.get(key, 0) + 1
-            tokens[key] = tokens.get(key, 0) + lengths[sample]
+    samples, tokens = _counts(groups, lengths)
     return StepRow(
         step=record["step"],
         seconds=record["seconds"],
@@ -111,6 +110,25 @@ def row_of(record: Record) -> StepRow:
     )
 
 
+def _counts(groups: Sequence[Mapping[str, Any]], lengths: Sequence[int]) -> tuple[dict[Key, int], dict[Key, int]]:
+    """Count the samples of groups, and their tokens, by degree and bin: all at once, for there may be many of each."""
+    tokens = np.array(lengths, dtype=np.int64)
+    bins = STARTS.searchsorted(tokens, side="right") - 1
+    held = np.fromiter(chain.from_iterable(group["samples"] for group in groups), dtype=np.int64)
+    degrees = [len(group["ranks"]) for group in groups]
+    different = sorted(set(degrees))
+    first_key = {degree: number * len(STARTS) for number, degree in enumerate(different)}
+    keys = np.repeat([first_key[d] for d in degrees], [len(group["samples"]) for group in groups]) + bins[held]
+    counts, sums = np.bincount(keys), np.zeros(keys.max(initial=-1) + 1, dtype=np.int64)
+    np.add.at(sums, keys, tokens[held])  # not by weights of `bincount`, which are no integers
+    filled = np.flatnonzero(counts)
+    named = [(different[key // len(STARTS)], key % len(STARTS)) for key in filled.tolist()]
+    return (
+        dict(zip(named, counts[filled].tolist(), strict=True)),
+        dict(zip(named, sums[filled].tolist(), strict=True)),
+    )
+
+
 def length_bin(length: int) -> int:
     """Return the bin that a length falls into.
 
@@ -118,6 +136,17 @@ def length_bin(length: int) -> int:
     [0, 2, 3, 4, 20]
     """
     return math.floor(BINS_PER_DOUBLING * math.log2(length))
+
+
+def _starts() -> Integers:
+    """Return the least length of each bin in tokens, and of those that are empty that of the next."""
+    starts: list[int] = []
+    for number in range(length_bin(MOST_TOKENS) + 1):
+        length = max(1, math.floor(bin_start(number)) - 1)
+        while length_bin(length) < number:
+            length += 1
+        starts.append(length)
+    return np.array(starts, dtype=np.int64)
 
 
 def bin_start(number: int) -> float:
@@ -140,3 +169,7 @@ def totals(counts: Iterable[Mapping[Key, int]]) -> dict[Key, int]:
         for key, count in one.items():
             sums[key] = sums.get(key, 0) + count
     return dict(sorted(sums.items()))
+
+
+STARTS = _starts()
+"""Of all bins that there are."""

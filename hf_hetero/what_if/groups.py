@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
 
 from hf_hetero.plan import Group, MicroBatch
 
@@ -13,11 +14,14 @@ Open = list[tuple[int, list[int]]]
 def doubled(groups: Open, num_ranks: int, degrees: Sequence[int]) -> Open:
     """Give free ranks to the smallest groups that can double."""
     groups, free = list(groups), num_ranks - sum(degree for degree, _ in groups)
-    while doubling := [i for i, (degree, _) in enumerate(groups) if degree <= free and 2 * degree in degrees]:
-        smallest = min(doubling, key=lambda i: (groups[i][0], i))
-        degree, samples = groups[smallest]
-        groups[smallest] = (2 * degree, samples)
-        free -= degree
+    smallest = [(degree, number) for number, (degree, _) in enumerate(groups)]
+    heapify(smallest)
+    while smallest and smallest[0][0] <= free:
+        degree, number = heappop(smallest)
+        if 2 * degree in degrees:
+            groups[number] = (2 * degree, groups[number][1])
+            heappush(smallest, (2 * degree, number))
+            free -= degree
     return groups
 
 

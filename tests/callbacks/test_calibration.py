@@ -80,6 +80,27 @@ def test_groups_of_other_costs_teach_nothing(is_lockstep: bool) -> None:
     assert len(observations(cost, [report, *others]).measured) == known > 0
 
 
+@pytest.mark.parametrize("is_lockstep", [False, True])
+def test_the_newest_groups_are_enough(is_lockstep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many groups the newest are taken, in their order, and no others are priced."""
+    cost, rng, priced = a_cost_model(), random.Random(0), list[Group]()
+    reports = [measured_by(cost, rng, is_lockstep) for _ in range(20)]
+    every = observations(cost, reports)
+    charge = CostModel.charges
+
+    def charged(self: CostModel, group: Group, lengths: Any) -> Any:
+        priced.append(group)
+        return charge(self, group, lengths)
+
+    monkeypatch.setattr(CostModel, "charges", charged)
+    for most in (1, 7, len(every.measured), 1000):
+        priced.clear()
+        some = observations(cost, reports, most)
+        assert len(priced) == len(some.measured) == min(most, len(every.measured))
+        np.testing.assert_array_equal(some.charged, every.charged[-most:])
+        np.testing.assert_array_equal(some.measured, every.measured[-most:])
+
+
 def test_passes_without_gradients_teach_nothing() -> None:
     """What micro-batches take that have no backward pass is not what the cost model predicts."""
     cost = a_cost_model()

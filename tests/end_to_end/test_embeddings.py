@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from accelerate.parallelism_config import ParallelismConfig
 from helpers import (
     FAMILIES,
     TINY,
@@ -188,6 +189,15 @@ def test_however_the_model_is_held(adapters: bool, changes: dict[str, Any], tmp_
     found = run_ranks(learned, 2, str(tmp_path), "mean", adapters, changes)[0]
     assert found["wrapper"].startswith("FSDP") == bool(changes.get("fsdp"))
     compare(found, reference("mean", adapters))
+
+
+@pytest.mark.slow
+def test_in_replicas_of_shards(tmp_path: Any) -> None:
+    """So they are where weights lie in parts over two ranks each: embeddings pass between all four."""
+    mesh = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+    for rank in run_ranks(learned, 4, str(tmp_path), "mean", False, {**SHARDED, "parallelism_config": mesh}):
+        assert rank["wrapper"].startswith("FSDP")
+        compare(rank, reference("mean"))
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate.parallelism_config import ParallelismConfig
 from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, shard_on_cpu, tiny_model, trained, with_lora
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -40,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded adapters": {"kind": SHARDED, "lora": True},
     "full adapters": {"kind": FULL, "lora": True},
     "full tied weights": {"kind": FULL, "config": {"tie_word_embeddings": True}},
+    "replicas of shards": {"kind": SHARDED, "replicas": 2},
+    "full replicas of shards": {"kind": FULL, "replicas": 2},
 }
 FAST = ("ddp", "sharded")
 
@@ -79,6 +82,8 @@ def run(folder: str, case: dict[str, Any], in_background: bool, resume: Any = No
         shard_on_cpu()
         plugin = {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": kind}
         options |= {"fsdp": True, "fsdp_config": plugin}
+    if replicas := case.get("replicas"):
+        options["parallelism_config"] = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2)
     if case.get("live"):  # what is not to be: nothing is copied
         HostCopies._copied = lambda self, tensor: tensor  # type: ignore[method-assign]
     model = tiny_model(**case.get("config", {}))
@@ -134,9 +139,9 @@ def check_same_content(folder: Path, other: Path) -> None:
 @pytest.mark.parametrize("name", [pytest.param(c, marks=[] if c in FAST else pytest.mark.slow) for c in CASES])
 def test_they_hold_the_same(tmp_path: Path, name: str) -> None:
     """Each file holds what it holds when written at once, though it is written after another step; so resumes agree."""
-    at_once, beside = tmp_path / "at once", tmp_path / "beside"
-    whole = run_ranks(run, 2, str(at_once), CASES[name], False)
-    found = run_ranks(run, 2, str(beside), CASES[name], True)
+    at_once, beside, num_ranks = tmp_path / "at once", tmp_path / "beside", 2 * CASES[name].get("replicas", 1)
+    whole = run_ranks(run, num_ranks, str(at_once), CASES[name], False)
+    found = run_ranks(run, num_ranks, str(beside), CASES[name], True)
     names = sorted(path.name for path in at_once.glob("checkpoint-*"))
     assert names == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     for checkpoint in names:
@@ -148,7 +153,7 @@ def test_they_hold_the_same(tmp_path: Path, name: str) -> None:
         assert rank["saved"][0][1] > 2
     if "args" in CASES[name]:
         return  # nothing to resume from
-    rest = run_ranks(run, 2, str(beside), CASES[name], True, f"{beside}/checkpoint-2")
+    rest = run_ranks(run, num_ranks, str(beside), CASES[name], True, f"{beside}/checkpoint-2")
     for mine, theirs in zip(rest, whole, strict=True):
         assert equal(mine["weights"], theirs["weights"])
 

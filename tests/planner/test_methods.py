@@ -13,7 +13,7 @@ from planner.reference import optimal_seconds, problems
 
 from hf_hetero import CostModel, Plan, Planner
 from hf_hetero.config import DEFAULT_METHODS
-from hf_hetero.costs import ActivationPolicy
+from hf_hetero.costs import ActivationPolicy, shipped_names
 from hf_hetero.errors import ConfigError, InfeasibleBatch
 from hf_hetero.plan import METHODS, Group, MicroBatch
 from hf_hetero.planner.methods import with_methods
@@ -99,6 +99,21 @@ def test_a_token_ring_is_chosen_where_it_wins() -> None:
     assert "token_ring" not in {group.method for group in few_keys.groups}
     group, ring = (Group(tuple(range(8)), (0,), method) for method in ("token_ring", "ring"))
     assert gqa.group_seconds(ring, lengths) < gqa.group_seconds(group, lengths)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names() if CostModel.load(name).query_bytes_per_token])
+def test_few_keys_are_no_case_for_a_token_ring(name: str) -> None:
+    """By the shipped estimates, all of models with fewer heads for keys than for queries, a ring is never slower."""
+    cost = CostModel.load(name)
+    for lengths in ([200_000], [9000, 8000, 300], [5000] * 9, LENGTHS):
+        for degree in (2, 4, 8):
+            group = Group(tuple(range(degree)), tuple(range(len(lengths))))
+            lent, ring = (cost.group_seconds(replace(group, method=m), lengths) for m in ("token_ring", "ring"))
+            assert ring <= lent
+    long, eight = [9000, 8000, 300], tuple(range(8))
+    many_keys = replace(cost, kv_bytes_per_token=4 * (cost.kv_bytes_per_token or 0), ring_overlap=0.0)
+    lent, ring = (many_keys.group_seconds(Group(eight, (0, 1, 2), m), long) for m in ("token_ring", "ring"))
+    assert lent < ring, "with four times as many heads for keys it would be"
 
 
 def test_more_ranks_than_heads() -> None:

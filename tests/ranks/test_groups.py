@@ -19,10 +19,31 @@ from torch.distributed.fsdp import fully_shard
 
 from hf_hetero import HeteroError
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
-from hf_hetero.ranks import groups
+from hf_hetero.ranks import breaking, groups
 from hf_hetero.ranks.agreement import broadcast, confirm_step, gather
 from hf_hetero.ranks.groups import GroupPool, limit_of, named, tell
 from hf_hetero.ranks.sharding import groups_of
+
+
+def looks_at_sockets(degrees: tuple[int, ...]) -> int:
+    """How often a rank looks at its sockets while the groups are made."""
+    looks: list[int] = []
+    look = breaking.connections
+
+    def looking() -> dict[int, int]:
+        looks.append(1)
+        return look()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "connections", looking)
+        patch.setattr(breaking, "connections", looking)
+        GroupPool(degrees, timeout_s=20, control_timeout_s=20).close()
+    return len(looks)
+
+
+def test_groups_of_others_cost_no_look() -> None:
+    """A rank looks for new sockets, of which it may have thousands, before and after each group that it is in."""
+    assert run_ranks(looks_at_sockets, 4, (1, 2)) == [2] * 4
 
 
 def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:
