@@ -38,11 +38,11 @@ def ulysses(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores, p
         ("pack", scores.causal), lambda: Segments.packed(layout.lengths, context.device, scores.causal)
     )
 
-    whole = [Span(sample, 0, length) for sample, length in enumerate(layout.lengths)]
-    ahead: MeetingAhead | None = context.shared(
-        ("pack ahead", scores.mutual),
-        lambda: meeting_ahead(whole, Rows(whole), context.mutual_of(scores), context.device),
-    )
+    def keys_ahead() -> MeetingAhead | None:
+        whole = [Span(sample, 0, length) for sample, length in enumerate(layout.lengths)]
+        return meeting_ahead(whole, Rows(whole), context.mutual_of(scores), context.device)
+
+    ahead: MeetingAhead | None = context.shared(("pack ahead", scores.mutual), keys_ahead)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         return context.kernel(q, k, v, segments, scores, None if ahead is None else ahead.met(k, v))
