@@ -64,7 +64,6 @@ class SavesWhole(Trainer):
         """Save as Trainer does, but a checkpoint that is known to be whole, or removed."""
         assert self._planned_run is not None
         assert self._training is not None
-        replicas = self._planned_run.fitted.sharding.replicas
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         sharding = self._planned_run.fitted.sharding
 
