@@ -9,10 +9,13 @@ import hypothesis
 import pytest
 import torch
 
+from hf_hetero.estimate import devices
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+devices.TIMED_S = 0.03  # of each trainer of a test
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
 

@@ -11,13 +11,14 @@ import random
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -27,6 +28,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.data.plan_ahead import PlanSource
+from hf_hetero.estimate import devices
 from hf_hetero.model.chunked_mlp import ChunkedMLP
 from hf_hetero.plan import ACTIVATIONS, METHODS
 
@@ -67,6 +69,17 @@ FAMILIES: dict[
     "deepseek-v3": ("DeepseekV3", {**MLA, **EXPERTS, "first_k_dense_replace": 1}),
     "gpt-oss": ("GptOss", {**MIXED_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}),
 }
+
+
+def often(cases: Iterable[Any], *chosen: Any) -> list[Any]:
+    """Parameters of a test that takes long: those chosen run each time, the others with the slow tests."""
+    unused = [case for case in chosen if case not in (cases := list(cases))]
+    assert not unused, unused
+    return [case if case in chosen else pytest.param(*_tuple(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _tuple(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
 
 
 # ----------------------------------------------------------------------------------------------------------- ranks
@@ -146,6 +159,7 @@ def store_of(rank: int, num_ranks: int, ports: Any) -> dist.TCPStore:
 def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any, ...], results: Any) -> None:
     gc.freeze()  # what was imported before: no rank needs to look at it each time that a trainer collects garbage
     torch.set_num_threads(1)
+    devices.TIMED_S = 0.03
     mp.set_start_method("fork", force=True)  # a rank's own children start as they would in a user's script
     os.environ |= {
         "RANK": str(rank),

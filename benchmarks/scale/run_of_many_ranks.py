@@ -133,6 +133,7 @@ def rank_of_a_run(setup: Setup, rank: int) -> Seen:
     planners = Planners(hetero, setup.num_ranks, between.cost_model_of_now, METHODS)
     fitted: Any = SimpleNamespace(
         experts=None,
+        state_layers=None,
         sharding=SimpleNamespace(is_sharded=False),
         flops=None,
         router_loss=SimpleNamespace(value=None),

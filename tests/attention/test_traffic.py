@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from attention.test_methods import METHODS, case_of, context_of, rows_of
-from helpers import run_ranks
+from helpers import often, run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
@@ -148,7 +148,7 @@ def heard_while_waiting(method: str) -> str:
     return heard.getvalue()
 
 
-@pytest.mark.parametrize("method", METHODS[4])
+@pytest.mark.parametrize("method", often(METHODS[4], "ulysses", "ring"))
 def test_a_long_wait_says_so(method: str) -> None:
     """While a rank is late, two of its group say where they wait, and how long they may; ever more rarely."""
     heard = run_ranks(heard_while_waiting, 4, method, timeout_s=60)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from helpers import LENGTHS, run_ranks, samples, tiny_model, trained
+from helpers import LENGTHS, often, run_ranks, samples, tiny_model, trained
 from torch.utils.data import DataLoader, get_worker_info
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
@@ -79,7 +79,7 @@ def killed_while_reading(folder: str, what: str) -> None:
     )
 
 
-@pytest.mark.parametrize("what", ["training", "evaluation", "evaluation without plans"])
+@pytest.mark.parametrize("what", often(["training", "evaluation", "evaluation without plans"], "training"))
 def test_killed_while_its_reader_is_busy(tmp_path: Path, what: str) -> None:
     """The other rank says that it has gone, instead of waiting to its limit for who is only late."""
     killed, error = run_ranks(killed_while_reading, 2, str(tmp_path), what, expect_errors=True, timeout_s=60)
@@ -92,7 +92,7 @@ def seeded(worker: int) -> None:
     raise RuntimeError(f"asked of worker {worker}")
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("context", often(["fork", "spawn", "forkserver"], "spawn"))
 def test_workers_do_what_they_were_asked_to(context: str) -> None:
     """Once, however often a loader is told, and however its workers are started."""
     loader = DataLoader([1, 2, 3], num_workers=1, multiprocessing_context=context, collate_fn=list)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from helpers import (
     ScriptedTrainer,
     arguments,
     largest_difference,
+    often,
     reference_steps,
     run_ranks,
     samples,
@@ -78,7 +79,7 @@ def train(kind: str) -> dict[str, Any]:
     return trained(adapted(kind), samples(LENGTHS))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "four bits"])
+@pytest.mark.parametrize("kind", often([*KINDS, "four bits"], "lora", "dora", "head trained whole", "four bits"))
 def test_gradients_equal_the_reference(kind: str) -> None:
     """Gradients of each step, and the weights after four, under plans that mix degrees, methods and micro-batches."""
     found = run_ranks(train, 4, kind)

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from helpers import (
     MARK,
     ScriptedTrainer,
     largest_difference,
+    often,
     processes_of,
     run_ranks,
     samples,
@@ -102,7 +104,8 @@ def checkpoints(folder: Path) -> dict[str, str | None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rank"), [("kill in step", 0), ("kill in step", 1), ("kill while saving", 0), ("kill while saving", 1)]
+    ("kind", "rank"),
+    often(product(("kill in step", "kill while saving"), (0, 1)), ("kill in step", 1), ("kill while saving", 0)),
 )
 def test_killed(tmp_path: Path, kind: str, rank: int) -> None:
     """SIGKILL of a rank, in a step or while it writes: the other ends with a named error; what was whole is resumed."""
@@ -169,7 +172,7 @@ def test_frozen(tmp_path: Path, is_in_model: bool, words: str) -> None:
     assert "raise HeteroConfig.group_timeout_s" in str(error)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", often([0, 1], 1))
 def test_told_to_stop(tmp_path: Path, rank: int) -> None:
     """SIGTERM to any rank: all save after the same step and end in good order."""
     options = {"enable_jit_checkpoint": True, "save_steps": 1000}
@@ -219,7 +222,7 @@ def run_best(folder: str, fault: tuple[str, int, int]) -> None:
     trained(tiny_model(), samples(LENGTHS), Evaluated, callbacks=[Fault(*fault)], output_dir=folder, **options)
 
 
-@pytest.mark.parametrize("kind", ["disk", "folder"])
+@pytest.mark.parametrize("kind", often(["disk", "folder"], "disk"))
 def test_cannot_write_where_ranks_wait(tmp_path: Path, kind: str) -> None:
     """A full disk in a run that keeps its best model, or a folder that cannot be made: its reason on all ranks."""
     start = time.monotonic()
@@ -232,6 +235,7 @@ def test_cannot_write_where_ranks_wait(tmp_path: Path, kind: str) -> None:
         assert ("too large" if kind == "disk" else "FileExistsError") in str(error)
 
 
+@pytest.mark.slow
 def test_two_runs_in_a_folder(tmp_path: Path) -> None:
     """A run that saves where another one does is refused on all ranks before it has touched anything."""
     (tmp_path / "plans.jsonl").touch()
@@ -257,7 +261,7 @@ def spoil(folder: Path, how: str) -> None:
         (folder / "trainer_state.json").unlink()
 
 
-@pytest.mark.parametrize("how", ["truncated", "half-written"])
+@pytest.mark.parametrize("how", often(["truncated", "half-written"], "half-written"))
 def test_spoilt_checkpoint(tmp_path: Path, how: str) -> None:
     """The one before it is used; asked for by name, it is refused on every rank with the one to take."""
     folder = str(tmp_path)
@@ -271,7 +275,7 @@ def test_spoilt_checkpoint(tmp_path: Path, how: str) -> None:
     check_same(run_ranks(run, 2, folder, NO_FAULT, {"resume": True}), whole)
 
 
-@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4), (2, 1)])
+@pytest.mark.parametrize(("before", "after"), often([(4, 2), (2, 4), (2, 1)], (2, 1)))
 def test_another_world(tmp_path: Path, before: int, after: int) -> None:
     """On other ranks plans differ, learning does not, as long as a step holds the same samples."""
     options = {"dtype": torch.float64, "real": True}
@@ -285,12 +289,15 @@ def test_another_world(tmp_path: Path, before: int, after: int) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [
-        ({"num_rows": 20}, "rows was 24 when the checkpoint was written and is 20"),
-        ({"per_device_train_batch_size": 3}, "batch_size was 8 when the checkpoint was written and is 6"),
+    often(
+        [
+            ({"num_rows": 20}, "rows was 24 when the checkpoint was written and is 20"),
+            ({"per_device_train_batch_size": 3}, "batch_size was 8 when the checkpoint was written and is 6"),
+            ({"seed": 8}, "seed was 7"),
+            ({"data_of": 1}, "Row 0 of the data holds other tokens, labels or weights"),
+        ],
         ({"seed": 8}, "seed was 7"),
-        ({"data_of": 1}, "Row 0 of the data holds other tokens, labels or weights"),
-    ],
+    ),
 )
 def test_changed_data(tmp_path: Path, change: dict[str, Any], words: str) -> None:
     """Another dataset, batch or seed would draw other samples: refused on all ranks, unless the data start anew."""

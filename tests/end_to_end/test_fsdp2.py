@@ -14,6 +14,7 @@ from helpers import (
     LENGTHS,
     arguments,
     largest_difference,
+    often,
     plain_name,
     reference_steps,
     run_ranks,
@@ -73,7 +74,7 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", list(CHECKPOINTING))
+@pytest.mark.parametrize("checkpointing", often(CHECKPOINTING, "none", "fsdp", "reentrant"))
 def test_gradients_equal_the_reference(checkpointing: str) -> None:
     """Whoever recomputes layers, gradients of each step and weights after four are the reference's."""
     check_case({"dtype": torch.float64, "args": CHECKPOINTING[checkpointing]})
@@ -133,7 +134,7 @@ def train_and_save(folder: str, kind: str, resume: str | None, sharded: bool = T
     return trained(tiny_model(dtype=torch.float64), samples(LENGTHS), resume=resume, **args)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", often(["FULL_STATE_DICT", "SHARDED_STATE_DICT"], "SHARDED_STATE_DICT"))
 def test_resume_of_sharded_training(tmp_path: Path, kind: str) -> None:
     """A resumed run ends with the same weights bit by bit; on half the ranks, where plans differ, to rounding."""
     folder = str(tmp_path)

@@ -351,7 +351,8 @@ RESUMED_ON: dict[str, tuple[Size, ...]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [pytest.param("FULL_STATE_DICT", marks=pytest.mark.slow), "SHARDED_STATE_DICT"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_resume(tmp_path: Path, kind: str) -> None:
     """A resumed run ends with the same weights bit by bit; over another mesh, or half the ranks, to rounding."""
     folder = str(tmp_path)

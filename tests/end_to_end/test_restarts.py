@@ -221,6 +221,7 @@ def test_a_batch_that_cannot_be_cut(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- by itself
 
 
+@pytest.mark.slow
 def test_fewer_ranks_then_more(tmp_path: Path) -> None:
     """Of 4 ranks one is killed in a step, of 3 that go on another: 4 again end as a run that nothing happened to.
 
@@ -252,6 +253,7 @@ def test_nothing_whole_yet(tmp_path: Path) -> None:
     assert f"No whole checkpoint in {tmp_path}: training begins at the start" in again[0]["said"]
 
 
+@pytest.mark.slow
 def test_half_written(tmp_path: Path) -> None:
     """Killed while it saves: the checkpoint before it is taken, in words, and what was cut short is written anew.
 

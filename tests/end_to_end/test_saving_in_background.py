@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "replicas of shards": {"kind": SHARDED, "replicas": 2},
     "full replicas of shards": {"kind": FULL, "replicas": 2},
 }
-FAST = ("ddp", "sharded")
+FAST = ("sharded",)
 
 
 class Late(TrainerCallback):

@@ -40,6 +40,7 @@ def lines_of_run(folder: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_profile_serves_its_model(tmp_path: Path) -> None:
     """On 2 ranks the exchange is timed, too; a run takes the file without a warning, and one of another model warns."""
     tiny_model().config.save_pretrained(tmp_path / "model")
