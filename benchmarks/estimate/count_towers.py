@@ -9,6 +9,7 @@ the image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and t
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,7 @@ def tower_flops(model: Any, subject: Subject) -> float:
 
 def main() -> None:
     """Print a table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen |")
     print("|---|---|---|---|---|")
     for name, subject in SUBJECTS.items():

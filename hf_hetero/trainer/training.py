@@ -119,12 +119,18 @@ class Training:
 # ------------------------------------------------------------------------------------------------------------ the data
 
 
+PATIENCE_S = 40.0
+"""torchrun gives ranks 30 s to end before it kills them."""
+
+
 def _claim_folder(trainer: Trainer, run: PlannedRun, training: Training) -> None:
     """Notice another run in the output folder; those of a search have their own."""
     args = trainer.args
 
     def claim_on_rank_0() -> None:
-        mine = claim(Path(args.output_dir or "."), saves=args.save_strategy != SaveStrategy.NO)
+        # ranks that a launcher replaces by these may still be ending
+        patience_s = PATIENCE_S if run.hetero.auto_resume else 0.0
+        mine = claim(Path(args.output_dir or "."), args.save_strategy != SaveStrategy.NO, patience_s)
         if mine is not None:
             training.opened.callback(mine.close)
 

@@ -48,6 +48,8 @@ def compare(found: dict[str, Any], expected: dict[str, Any], near: float = 1e-12
         names += [
             name for name in theirs if name.removeprefix("eval_") in ("entropy", "mean_token_accuracy", "num_tokens")
         ]
+        if not abs(theirs.get("rewards/margins", 1.0)) > 1e-9:  # before the first step: who is ahead is rounding
+            names.remove("rewards/accuracies")
         for name in names:
             # TRL keeps columns of a reference in fp32; here they are fp64
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5 if near < 1e-9 else 1e-4, abs=1e-7), name

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import zlib
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK_FILE = "_hetero_run.lock"
+LOOK_S = 0.5
+"""How often a run that waits for another to end looks whether it has."""
 """What begins so is not pushed to the hub."""
 CANNOT_SETTLE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 """What file systems say that have no such operation; a full disk says another thing."""
@@ -127,18 +130,24 @@ class Claim:
         self._file.close()
 
 
-def claim(folder: Path, saves: bool) -> Claim | None:
+def claim(folder: Path, saves: bool, patience_s: float = 0.0) -> Claim | None:
     """Claim a folder for a run. None: where the folder is, nobody could tell; or another run has it, and does no harm.
 
     Args:
         folder: output of the run.
         saves: whether it writes checkpoints.
+        patience_s: how long another run is given to end, such as the ranks that a launcher is about to replace.
 
     Raises:
         ConfigError: another run saves there, too; each would delete the other's checkpoints, or resume from them.
     """
+    until = time.monotonic() + patience_s
     try:
         file, is_mine = _locked(folder / LOCK_FILE)
+        while not is_mine and time.monotonic() < until:
+            file.close()
+            time.sleep(LOOK_S)
+            file, is_mine = _locked(folder / LOCK_FILE)
     except OSError:  # the folder cannot be written, or has no locks
         return None
     if is_mine:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def test_two_runs_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     mine.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
+    """Ranks that a launcher started again come to the folder while those that they replace may still be ending."""
+    with other_run(tmp_path, saves=True) as other:
+        threading.Timer(1.0, other.kill).start()
+        mine = claim(tmp_path, saves=True, patience_s=60.0)
+    assert mine is not None
+    mine.close()
 
 
 def test_a_run_that_saves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
