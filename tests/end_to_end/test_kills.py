@@ -114,7 +114,7 @@ class EvaluatedTrainer(HeteroTrainer):
 
 
 def check_nothing_left(mark: str) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60  # what plans steps back for all else
     while processes_of(mark) and time.monotonic() < until:
         time.sleep(0.1)
     assert processes_of(mark) == {}
