@@ -6,7 +6,7 @@ reads the same layout, so nobody asks anybody, and what one rank sends is what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,30 +138,48 @@ def gather_route(
 def ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
     """Route keys in rounds, for a layer whose queries see all before them."""
     spans = layout.spans[me]
-    mine = Rows(spans)
-    rounds: list[Round] = []
-    for number in range(1, layout.degree):
-        to, source = (me + number) % layout.degree, (me - number) % layout.degree
-        sent, received = needed(layout, to, me), needed(layout, me, source)
-        rows = row_index(mine.of(sent), device) if sent else None
-        meeting = _full_meeting(spans, received, device) if received else None
-        rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
-    # at first with one's own keys only: the others come in rounds
-    return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
+
+    def travel(source: int, to: int) -> tuple[Span, ...]:
+        return needed(layout, to, source)
+
+    return _in_rounds(layout, me, device, travel, lambda keys: _full_meeting(spans, keys, device))
 
 
 def token_ring_route(layout: Layout, me: int, device: torch.device) -> RingRoute:
     """Route queries in rounds to the keys that they meet, for a layer whose queries see all before them."""
     spans = layout.spans[me]
-    mine = Rows(spans)
+
+    def travel(source: int, to: int) -> tuple[Span, ...]:
+        return asking(layout, source, to)
+
+    return _in_rounds(layout, me, device, travel, lambda queries: _full_meeting(queries, spans, device))
+
+
+def _in_rounds(
+    layout: Layout,
+    me: int,
+    device: torch.device,
+    travel: Callable[[int, int], tuple[Span, ...]],
+    meet: Callable[[tuple[Span, ...]], Meeting],
+) -> RingRoute:
+    """Route rows from each rank to each other, one rank further in every round.
+
+    Args:
+        layout: who holds what.
+        me: this rank's position.
+        device: where row numbers go.
+        travel: (sender, receiver) -> what the one sends to the other.
+        meet: what arrived -> how it meets what this rank has.
+    """
+    mine = Rows(layout.spans[me])
     rounds: list[Round] = []
     for number in range(1, layout.degree):
         to, source = (me + number) % layout.degree, (me - number) % layout.degree
-        sent, received = asking(layout, me, to), asking(layout, source, me)
+        sent, received = travel(me, to), travel(source, me)
         rows = row_index(mine.of(sent), device) if sent else None
-        meeting = _full_meeting(received, spans, device) if received else None
-        rounds.append(Round(number, to, source, rows, _num_tokens(received), meeting))
-    return RingRoute(_causal_meeting(spans, mine, None, device, whole=False), tuple(rounds))
+        rounds.append(Round(number, to, source, rows, _num_tokens(received), meet(received) if received else None))
+    # at first with one's own keys only: the others come, or are come to, in rounds
+    return RingRoute(_causal_meeting(layout.spans[me], mine, None, device, whole=False), tuple(rounds))
 
 
 class Rows:
