@@ -65,6 +65,5 @@ def attend_gathered(
         # own rows first, then those of the others by rank: the buffer that the route's meeting counts in
         k, v = torch.cat([k, arrived[..., :key_dim]]), torch.cat([v, arrived[..., key_dim:]])
     ahead = None if route.ahead is None else route.ahead.met(k, v)
-    if route.meeting.key_rows is not None:
-        k, v = k[route.meeting.key_rows], v[route.meeting.key_rows]
-    return place.context.kernel(q, k, v, route.meeting.segments, scores, ahead)
+    meeting = route.meeting
+    return place.context.kernel(q, meeting.keys_of(k), meeting.keys_of(v), meeting.segments, scores, ahead)

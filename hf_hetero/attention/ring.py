@@ -203,11 +203,7 @@ class _Rounds:
             queries = (block_grad, q[of], block_k, block_v, block_out, lse[of])
             dq, dk, dv = self._kernel.backward(*queries, meeting.segments, scores)
             grad_q[of] += dq
-            grad_keys = torch.cat([dk, dv[..., : v.shape[2]]], dim=2).to(into.dtype)
-            if meeting.key_rows is None:
-                into += grad_keys
-            else:
-                into.index_add_(0, meeting.key_rows, grad_keys)
+            meeting.add_to(into, torch.cat([dk, dv[..., : v.shape[2]]], dim=2))
 
         turns = self._route.rounds  # idle ones, too: the place of gradients among the keys is counted in rounds
         under_way = self._start(turns, 0, rows)
@@ -258,7 +254,7 @@ class _Rounds:
 
 
 def _keys_and_values(rows: torch.Tensor, meeting: Meeting, key_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows = rows if meeting.key_rows is None else rows[meeting.key_rows]
+    rows = meeting.keys_of(rows)
     return rows[..., :key_dim], rows[..., key_dim:]
 
 

@@ -29,6 +29,17 @@ class Meeting:
     segments: Segments
     q_rows: torch.Tensor | None = None
 
+    def keys_of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the keys that are met, of the buffer's rows: keys, values, or both side by side."""
+        return rows if self.key_rows is None else rows[self.key_rows]
+
+    def add_to(self, rows: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Add the gradients of what `keys_of` has returned to those of the buffer's rows, in their type."""
+        if self.key_rows is None:
+            rows += gradients
+        else:
+            rows.index_add_(0, self.key_rows, gradients.to(rows.dtype))
+
 
 @dataclass(frozen=True, slots=True)
 class MeetingAhead:

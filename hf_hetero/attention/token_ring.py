@@ -108,7 +108,7 @@ class _Journey:
             if not queries.numel():  # a rank without tokens
                 empty = queries.new_empty(*queries.shape[:2], value_dim)
                 return empty, empty.new_empty(empty.shape[:2], dtype=wide)
-            keys, values = (x if meeting.key_rows is None else x[meeting.key_rows] for x in (k, v))
+            keys, values = meeting.keys_of(k), meeting.keys_of(v)
             (padded,) = self._kernel.padded([values], k.shape[2])
             part, part_lse = self._kernel.forward(queries, keys, padded, meeting.segments, scores)
             return part[..., :value_dim], part_lse
@@ -152,15 +152,12 @@ class _Journey:
             """Add what these queries give to keys and values; return their own gradients from them."""
             assert self._kernel.backward is not None
             their_grad, their_q, their_out, their_lse = queries
-            keys, values = (x if meeting.key_rows is None else x[meeting.key_rows] for x in (k, v))
+            keys, values = meeting.keys_of(k), meeting.keys_of(v)
             their_grad, values, their_out = self._kernel.padded([their_grad, values, their_out], k.shape[2])
             call = (their_grad, their_q, keys, values, their_out, their_lse, meeting.segments, scores)
             dq, dk, dv = self._kernel.backward(*call)
-            for into, part in ((grad_k, dk), (grad_v, dv[..., : v.shape[2]])):
-                if meeting.key_rows is None:
-                    into += part
-                else:
-                    into.index_add_(0, meeting.key_rows, part.to(wide))
+            meeting.add_to(grad_k, dk)
+            meeting.add_to(grad_v, dv[..., : v.shape[2]])
             return dq
 
         def answer(came: torch.Tensor, meeting: Meeting) -> torch.Tensor:
