@@ -155,42 +155,43 @@ def calibrated(subject: Subject, adaptive: Way, folder: Path) -> HeteroConfig:
 
 
 def as_row(way: Way, turns: dict[str, list[Turn]], why_not: str, reference: str | None) -> dict[str, Any]:
-    """What is said of a way: medians over rounds, ratios to the padded row of the same round, with their range.
+    """What is said of a way: medians over rounds, ratios to the reference in the same round, with their range.
 
     Args:
         way: which.
         turns: of all ways.
         why_not: it has none.
-        reference: the way whose losses others' are compared with.
+        reference: the way that others' speed and losses are compared with.
     """
-    own, padded = turns[way.name], turns.get(PADDED, [])
+    own, others = turns[way.name], [] if reference is None else turns[reference]
     if why_not or not own:
         return {"way": way.name, "why not": why_not or "not asked for"}
-    ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in zip(own, padded, strict=False)]
+    ratios = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in zip(own, others, strict=False)]
     peaks = [turn.peak_bytes for turn in own if turn.peak_bytes is not None]
     difference: float | None = None
     if way.is_same and reference is not None:
-        pairs = zip(own[0].losses, turns[reference][0].losses, strict=True)
+        pairs = zip(own[0].losses, others[0].losses, strict=True)
         difference = max(abs(ours / theirs - 1) for ours, theirs in pairs)
     return {
         "way": way.name,
         "tokens/s": median(turn.tokens_per_s for turn in own),
         "range": [min(turn.tokens_per_s for turn in own), max(turn.tokens_per_s for turn in own)],
-        "times padded": [median(ratios), min(ratios), max(ratios)] if ratios else None,
+        "times": [median(ratios), min(ratios), max(ratios)] if ratios else None,
         "peak (MiB)": max(peaks) / MIB if peaks else None,
         "last loss": own[0].losses[-1],
         "loss differs by": difference,
     }
 
 
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
+def as_table(rows: Sequence[dict[str, Any]], reference: str | None) -> str:
     """The rows as a table in Markdown."""
-    lines = ["| way | tokens/s | times padded (range) | peak (MiB a rank) | loss differs by |", "|---|---|---|---|---|"]
+    times_what = "times" if reference is None else f"times `{reference}`"
+    lines = [f"| way | tokens/s | {times_what} (range) | peak (MiB a rank) | loss differs by |", "|---" * 5 + "|"]
     for row in rows:
         if "why not" in row:
             lines.append(f"| {row['way']} | {row['why not']} | | | |")
             continue
-        times, peak, differs = row["times padded"], row["peak (MiB)"], row["loss differs by"]
+        times, peak, differs = row["times"], row["peak (MiB)"], row["loss differs by"]
         ratio = "" if times is None else f"{times[0]:.2f} ({times[1]:.2f} to {times[2]:.2f})"
         loss = "other batches" if differs is None else f"{differs:.1e}"
         memory = "" if peak is None else f"{peak:,.0f}"
@@ -207,7 +208,7 @@ def bars(rows: Sequence[dict[str, Any]], title: str) -> Any:
         speed, colour = row["tokens/s"], ACCENT if row["way"] == ADAPTIVE else DEGREE_COLOURS[1]
         axes.barh(place, speed, 0.66, color=colour).patches[0].set_gid(f"way-{place}")
         axes.plot([low, high], [place, place], color=INK, linewidth=1.5)
-        times = "" if row["times padded"] is None else f"  {row['times padded'][0]:.2f}x"
+        times = "" if row["times"] is None else f"  {row['times'][0]:.2f}x"
         axes.text(high, place, f"  {speed:,.0f}{times}", va="center", fontsize=8, color=INK)
     axes.set_yticks(range(len(shown)), [row["way"] for row in shown])
     axes.tick_params(axis="y", length=0)
@@ -260,16 +261,20 @@ def main(argv: Sequence[str]) -> None:
             turns[way.name] = [replace(turn, tokens=tokens) for turn in turns[way.name]]
     rows = [as_row(way, turns, why_not[way.name], reference) for way in ways]
     if args.process_index == 0:
-        write(folder, rows, turns, f"Up to {short(longest)} tokens, {args.world_size} ranks")
+        write(folder, rows, turns, reference, f"Up to {short(longest)} tokens, {args.world_size} ranks")
 
 
-def write(folder: Path, rows: list[dict[str, Any]], turns: dict[str, list[Turn]], title: str) -> None:
+def write(
+    folder: Path, rows: list[dict[str, Any]], turns: dict[str, list[Turn]], reference: str | None, title: str
+) -> None:
     """The table, all that was measured, and the bars."""
+    table = as_table(rows, reference)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(as_table(rows) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     every = {name: [asdict(turn) for turn in of_way] for name, of_way in turns.items()}
-    (folder / "results.json").write_text(json.dumps({"rows": rows, "turns": every}, indent=1), encoding="utf-8")
-    print(as_table(rows), flush=True)
+    measured = {"reference": reference, "rows": rows, "turns": every}
+    (folder / "results.json").write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    print(table, flush=True)
     try:
         for name in ("bars.png", "bars.svg"):
             write_picture(partial(bars, rows, title), folder / name)

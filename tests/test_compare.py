@@ -75,7 +75,7 @@ def turn(compare: Any, tokens_per_s: float, losses: list[float], mib: int = 100)
 
 
 def test_a_row_by_hand(compare: Any) -> None:
-    """Medians over rounds; each ratio is to the padded turn of the same round; losses beside the reference's."""
+    """Medians over rounds; each ratio is to the reference in the same round; losses beside the reference's."""
     turns = {
         compare.PADDED: [turn(compare, s, [8.0, 7.0]) for s in (100, 200, 50)],
         "ours": [turn(compare, s, [8.0, 7.0007], mib=40 + s) for s in (300, 400, 200)],
@@ -85,13 +85,15 @@ def test_a_row_by_hand(compare: Any) -> None:
     row = compare.as_row(compare.Way("ours"), turns, "", compare.PADDED)
     assert row["tokens/s"] == 300
     assert row["range"] == [200, 400]
-    assert row["times padded"] == [3, 2, 4]
+    assert row["times"] == [3, 2, 4]
     assert row["peak (MiB)"] == 440
     assert row["loss differs by"] == pytest.approx(1e-4)
+    assert compare.as_row(compare.Way("ours"), turns, "", "ours")["times"] == [1, 1, 1]
     others = compare.as_row(compare.Way("other", is_same=False), turns, "", compare.PADDED)
     assert others["loss differs by"] is None
     none = compare.as_row(compare.Way("none"), turns, "needs a GPU", compare.PADDED)
-    table = compare.as_table([row, others, none])
+    table = compare.as_table([row, others, none], compare.PADDED)
+    assert "| times `Trainer, padded` (range) |" in table
     assert "| ours | 300 | 3.00 (2.00 to 4.00) | 440 | 1.0e-04 |" in table
     assert "| other | 70 | 0.70 (0.70 to 0.70) | 100 | other batches |" in table
     assert "| none | needs a GPU | | | |" in table
