@@ -103,6 +103,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "fine_tuning.vocabulary",
         "data.loader",
         "data.evaluation_loader",
+        "data.streams.loaders",
         "model.activations",
         "model.classes.labelled",
         "model.wrapped",

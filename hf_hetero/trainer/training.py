@@ -16,8 +16,9 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.data.loader import LOOKED_AT, sampler_of, streamed_data, training_data
+from hf_hetero.data.loader import LOOKED_AT, sampler_of, training_data
 from hf_hetero.data.plan_sources import PlanSource
+from hf_hetero.data.streams.loaders import streamed_data
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.data.training_steps import TrainingData, check_order
 from hf_hetero.errors import BadSample, UnsupportedModel
