@@ -41,6 +41,8 @@ from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
+PATIENCE_S = 40.0
+"""How long a run that is ending may keep its folder: torchrun gives ranks 30 s to end before it kills them."""
 
 
 @dataclass(slots=True)
@@ -118,10 +120,6 @@ class Training:
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
-
-
-PATIENCE_S = 40.0
-"""torchrun gives ranks 30 s to end before it kills them."""
 
 
 def _claim_folder(trainer: Trainer, run: PlannedRun, training: Training) -> None:
