@@ -26,16 +26,23 @@ KINDS: dict[object, tuple[type, str]] = {
     list[str]: (Sequence, "a list of names"),
 }
 """A field's annotation -> what it may be, and that in words."""
-# a sample of one token has nothing to predict, so that samples are not cut shorter than two
 LEAST = {
-    **{"max_degree": 1, "max_tokens_per_rank": 1, "max_sample_tokens": 2},
-    **{"num_ranks": 1, "plan_ahead_steps": 0, "global_batch_size": 1},
+    "max_degree": 1,
+    "max_tokens_per_rank": 1,
+    "max_sample_tokens": 2,  # a sample of one token has nothing to predict
+    "num_ranks": 1,
+    "plan_ahead_steps": 0,
+    "global_batch_size": 1,
 }
 MOST = {"plan_ahead_steps": 1000, "group_timeout_s": 604_800, "planning_timeout_s": 604_800}
 """Plans wait in memory; and who waits for more than a week waits for ever."""
 MOST_COUNTED = 1 << 40
-LONGER = ("error", "truncate", "split")
-ROUTER_LOSSES = ("exact", "last_step")
+CHOICES = {
+    "solver": SOLVERS,
+    "mip_backend": MIP_BACKENDS,
+    "longer_samples": ("error", "truncate", "split"),
+    "router_loss": ("exact", "last_step"),
+}
 
 
 @dataclass
@@ -201,20 +208,9 @@ class HeteroConfig:
                 raise ConfigError(f"HeteroConfig.{name}={value}: it must be at least {least}.")
             if value is not None and value > most:
                 raise ConfigError(f"HeteroConfig.{name}={value!s:.60}: it must be at most {most:,}.")
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"HeteroConfig.solver={self.solver!r}: choose one of {', '.join(SOLVERS)}.")
-        if self.mip_backend not in MIP_BACKENDS:
-            raise ConfigError(
-                f"HeteroConfig.mip_backend={self.mip_backend!r}: choose one of {', '.join(MIP_BACKENDS)}."
-            )
-        if self.longer_samples not in LONGER:
-            raise ConfigError(
-                f"HeteroConfig.longer_samples={self.longer_samples!r}: choose one of {', '.join(LONGER)}."
-            )
-        if self.router_loss not in ROUTER_LOSSES:
-            raise ConfigError(
-                f"HeteroConfig.router_loss={self.router_loss!r}: choose one of {', '.join(ROUTER_LOSSES)}."
-            )
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ConfigError(f"HeteroConfig.{name}={value!r}: choose one of {', '.join(choices)}.")
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ConfigError(f"HeteroConfig.methods={self.methods!r}: choose from {', '.join(METHODS)}.")

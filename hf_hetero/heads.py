@@ -1,4 +1,4 @@
-"""This says which heads each rank of a group computes, where ranks exchange heads."""
+"""This module says which heads each rank of a group computes, where ranks exchange heads."""
 
 from __future__ import annotations
 

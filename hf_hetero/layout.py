@@ -19,7 +19,6 @@ EVEN_WORK_TOKENS = 48 * 1024
 """Length of a sample at which attention takes as long as all else: parameters / (layers * hidden), 37K for a model of
 1B and 61K for one of 8B. `zigzag` weighs samples by it; another value balances a little worse, no more."""
 
-
 Mutual = Mapping[int, tuple[tuple[int, int], ...]]
 """Sample of a pack -> stretches, ascending, whose tokens look at each other: the first token of each, and its end."""
 NOWHERE: Mutual = MappingProxyType({})

@@ -101,6 +101,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.outline",
         "fine_tuning.settings",
         "fine_tuning.vocabulary",
+        "data.streams.loaders",
         "data.loader",
         "data.evaluation_loader",
         "model.activations",

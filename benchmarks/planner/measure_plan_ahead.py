@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from hf_hetero.costs import CostModel
-from hf_hetero.data.plan_ahead import planned_elsewhere
+from hf_hetero.data.plan_sources import planned_elsewhere
 from hf_hetero.planner import Planner
 
 DEGREES = {2: 120e9, 4: 104e9, 8: 96e9, 16: 10e9, 32: 6e9, 64: 5e9}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.scale.ranks_as_threads import World
 from benchmarks.scale.run_of_many_ranks import Seen, Setup, rank_of_a_run
 from hf_hetero.costs import CostModel
-from hf_hetero.data.plan_ahead import planned_elsewhere
+from hf_hetero.data.plan_sources import planned_elsewhere
 from hf_hetero.planner import Planner
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.what_if.mixes import MIXES, draw_lengths

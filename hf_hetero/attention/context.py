@@ -121,20 +121,9 @@ class AttentionContext:
 
     def again(self) -> AttentionContext:
         """Return a context for another pass over the same micro-batch, without gradients: it shares nothing kept."""
-        return AttentionContext(
+        return self._like(
             self.layout,
-            self.peers.ranks,
-            self.peers.ranks[self.group_rank],
-            self.peers.group,
-            self.method,
-            self.kernel,
-            self.device,
-            self.step,
-            self.micro_batch,
-            self.inner_group,
             reaches=self.reaches,
-            waits=self._waits,
-            sent=self.sent,
             mutual=self.mutual,
             mutual_in_windows=self.mutual_in_windows,
             num_passes=self.num_passes,
@@ -156,25 +145,27 @@ class AttentionContext:
         """Return the context of layers whose tokens see no further back than their chunk of the sample begins."""
 
         def make() -> AttentionContext:
-            peers = self.peers
-            return AttentionContext(
-                self.layout.in_chunks(num_tokens),
-                peers.ranks,
-                peers.ranks[self.group_rank],
-                peers.group,
-                self.method,
-                self.kernel,
-                self.device,
-                step=self.step,
-                micro_batch=self.micro_batch,
-                inner_group=self.inner_group,
-                keeps=self.keeps,
-                store=self.store,
-                waits=self.waits,
-                sent=self.sent,
-            )
+            return self._like(self.layout.in_chunks(num_tokens), keeps=self.keeps, store=self.store)
 
         return self.shared(("chunks", num_tokens), make)
+
+    def _like(self, layout: Layout, **options: Any) -> AttentionContext:
+        """Return a context of the same micro-batch, ranks and kernel, whose bytes count as this one's."""
+        return AttentionContext(
+            layout,
+            self.peers.ranks,
+            self.peers.ranks[self.group_rank],
+            self.peers.group,
+            self.method,
+            self.kernel,
+            self.device,
+            self.step,
+            self.micro_batch,
+            self.inner_group,
+            waits=self._waits,
+            sent=self.sent,
+            **options,
+        )
 
     def where(self, layer: int) -> str:
         """Return step, micro-batch, layer and ranks of an operation, for messages."""

@@ -34,13 +34,29 @@ SMALL_WEIGHTS = 20_000_000
 """A model that a recipe makes itself, of no more weights, is small enough as it is."""
 SECONDS = 600.0
 CHANGES: Mapping[str, Any] = {
-    **{"use_cpu": True, "dataloader_pin_memory": False, "disable_tqdm": True, "report_to": "none"},
-    **{"max_steps": STEPS, "logging_steps": 1, "logging_strategy": "steps", "save_strategy": "no"},
-    **{"per_device_train_batch_size": SAMPLES_A_RANK, "gradient_accumulation_steps": 1, "save_model": False},
-    **{"max_length": TOKENS, "max_length_policy": "truncate", "group_timeout_s": 120.0},
-    **{"rounds": 1, "steps": 1, "eval_dataset": None},
-    **{"resume_from_checkpoint": None, "cost_model": None, "push_to_hub": None, "eval_strategy": None},
-    **{"global_batch_size": None, "auto_resume": None},
+    "use_cpu": True,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "max_steps": STEPS,
+    "logging_steps": 1,
+    "logging_strategy": "steps",
+    "save_strategy": "no",
+    "per_device_train_batch_size": SAMPLES_A_RANK,
+    "gradient_accumulation_steps": 1,
+    "save_model": False,
+    "max_length": TOKENS,
+    "max_length_policy": "truncate",
+    "group_timeout_s": 120.0,
+    "rounds": 1,
+    "steps": 1,
+    "eval_dataset": None,
+    "resume_from_checkpoint": None,
+    "cost_model": None,
+    "push_to_hub": None,
+    "eval_strategy": None,
+    "global_batch_size": None,
+    "auto_resume": None,
 }
 """What a trial changes of a recipe's settings, as far as its script knows them; None takes a key out."""
 

@@ -1,4 +1,4 @@
-"""This module makes the loaders of an evaluation: their items are planned steps, and each row is in one of them."""
+"""This module makes the loader of an evaluation: its items are planned steps, and each row is in one of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from transformers import TrainingArguments
 
 from hf_hetero.data.epochs import Epochs, KeptCounts, read_rows
 from hf_hetero.data.lengths import gives_tokens
-from hf_hetero.data.loader import batches_of, draws_of_stream, rows_of, samples_of, step_loader, with_column
+from hf_hetero.data.loader import batches_of, rows_of, step_loader, with_column
 from hf_hetero.data.plan_ahead import PlanAhead
 from hf_hetero.data.planning import Planning
 from hf_hetero.data.sampler import StepSampler
-from hf_hetero.data.streams.dealing import DealtDataset, StreamSampler
-from hf_hetero.data.streams.reading import Reading
-from hf_hetero.data.streams.stream import Stream, check_whole, num_rows_of
-from hf_hetero.data.workers import end_with_this_process
-from hf_hetero.ranks.agreement import broadcast
+from hf_hetero.data.streams.stream import Stream
 
 
 class EvaluationLoader(DataLoader[Any]):
@@ -100,53 +96,4 @@ def evaluation_loader(
     collate = with_column(collate, epochs.column)
     loader = step_loader(rows, steps, collate, args, is_training=False, kind=EvaluationLoader)
     loader.plans = plans
-    return loader
-
-
-def streamed_evaluation_loader(
-    dataset: Any,
-    names: Sequence[str] | None,
-    collate: Callable[..., Any],
-    args: TrainingArguments,
-    planning: Planning,
-) -> EvaluationLoader:
-    """Return a loader of a dataset that can only be iterated: rank 0 reads it once. It is to be closed after use.
-
-    Args:
-        dataset: iterable.
-        names: columns to keep; None: all.
-        collate, args, planning: as for `evaluation_loader`.
-
-    Raises:
-        ConfigError: the dataset is one rank's part of a stream; raised on every rank.
-    """
-    batch_size = args.eval_batch_size * args.world_size
-    num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
-    stream: Stream | None = None
-    if planning.control is None or args.process_index == 0:
-        reading = Reading(dataset, batch_size, samples_of(planning, collate), names)
-        stream = Stream(reading, planning.num_ahead, one_by_one=True)
-    plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
-    has_workers = args.dataloader_num_workers > 0
-    sampler: Any = StreamSampler(
-        stream,
-        plans.step,
-        planning.control,
-        has_workers,
-        # an evaluation trains no steps: those that were taken count, so that their positions are forgotten
-        num_trained=lambda: 0 if stream is None else stream.num_taken,
-        skips=False,
-        num_rows=num_rows,
-        batch_size=batch_size,
-    )
-    loader = EvaluationLoader(
-        DealtDataset(num_rows),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-        prefetch_factor=args.dataloader_prefetch_factor,
-    )
-    loader.plans, loader.stream = plans, stream
-    end_with_this_process(loader)
     return loader

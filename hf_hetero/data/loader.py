@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,24 +14,16 @@ from transformers.trainer_utils import seed_worker
 
 from hf_hetero.collators import PackedCollator
 from hf_hetero.data.contents import contents_of, learnt_columns
-from hf_hetero.data.counting import tokens_of
-from hf_hetero.data.epochs import Epochs, read_rows, within_limits
-from hf_hetero.data.epochs import draws_of as draws_of
-from hf_hetero.data.lengths import is_table, read_samples
-from hf_hetero.data.plan_ahead import Draws, PlanAhead
+from hf_hetero.data.epochs import Epochs, read_rows
+from hf_hetero.data.lengths import is_table
+from hf_hetero.data.plan_ahead import PlanAhead
 from hf_hetero.data.planning import Planning
 from hf_hetero.data.sampler import GlobalBatches, Order, StepDataset, StepSampler, order_of
-from hf_hetero.data.streams.dealing import DealtDataset, StreamSampler
-from hf_hetero.data.streams.reading import Position, Reading
-from hf_hetero.data.streams.stream import Stream, check_whole, num_rows_of
 from hf_hetero.data.training_steps import TrainingData
 from hf_hetero.data.workers import end_with_this_process
 from hf_hetero.errors import ConfigError
 from hf_hetero.ranks.agreement import broadcast, gather
-from hf_hetero.samples.samples import Drawn, Samples
 from hf_hetero.step import Step, StepBatch, StepShare
-
-logger = logging.getLogger(__name__)
 
 LOOKED_AT = 16
 """Rows among which two of different lengths are sought."""
@@ -92,114 +83,6 @@ def training_data(
         return informed(rows.__getitems__(StepShare(step, rank)))
 
     return TrainingData(loader, plans, order, read)
-
-
-def streamed_data(
-    dataset: Any,
-    names: Sequence[str] | None,
-    collate: Callable[..., Any],
-    args: TrainingArguments,
-    batch_size: int,
-    planning: Planning,
-    global_step: Callable[[], int],
-    kept: Position | None = None,
-) -> TrainingData:
-    """Return the planned steps of a dataset that can only be iterated.
-
-    Args:
-        dataset: iterable.
-        names: columns to keep; None: all.
-        collate, args, batch_size, planning, global_step: as for `training_data`.
-        kept: where a checkpoint says to go on.
-
-    Raises:
-        ConfigError: the dataset is one rank's part of a stream; raised on every rank.
-    """
-    num_rows = broadcast(lambda: (check_whole(dataset, args.world_size), num_rows_of(dataset))[1], planning.control)
-    stream: Stream | None = None
-    if planning.control is None or args.process_index == 0:
-        accumulation, seed = args.gradient_accumulation_steps, args.seed if args.data_seed is None else args.data_seed
-        stream = Stream(
-            Reading(
-                dataset,
-                batch_size,
-                watching_padding(samples_of(planning, collate), collate),
-                names,
-                seed,
-                learnt_columns(planning.weight_column),
-            ),
-            planning.num_ahead,
-            num_steps=args.max_steps if args.max_steps > 0 else None,
-            min_rows=1 if num_rows is not None else batch_size - batch_size // accumulation + 1,
-        )
-    plans = PlanAhead(planning.source, draws_of_stream(stream), planning.num_ahead, planning.control)
-    if kept is not None and num_rows is not None and kept.batches * batch_size >= num_rows:
-        kept = Position(kept.epoch + 1)  # `Trainer` does not ask for more than it knows of
-    sampler = StreamSampler(
-        stream,
-        plans.step,
-        planning.control,
-        args.dataloader_num_workers > 0,
-        global_step,
-        kept,
-        skips=not args.ignore_data_skip,
-        num_rows=num_rows,
-        batch_size=batch_size,
-        num_kept=1 + args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2),  # torch's own factor is 2
-    )
-    dealt = DealtDataset(num_rows)
-
-    def read(step: Step) -> StepBatch:
-        return collate(dealt.__getitems__(sampler.deal_again(step)))
-
-    loader = step_loader(dealt, sampler, collate, args, is_training=True)
-    return TrainingData(loader, plans, {"batch_size": batch_size}, read, stream, kept)
-
-
-def draws_of_stream(stream: Stream | None) -> Draws:
-    """Return what draws the samples of each step of a stream, which is needed on rank 0 only."""
-
-    def draw(epoch: int, index: int) -> Drawn | None:
-        assert stream is not None
-        batch = stream.batch(epoch, index)
-        return None if batch is None else batch.drawn
-
-    # the other ranks plan nothing, so what follows does not matter there
-    return Draws(draw, after=lambda key: key if stream is None else stream.after(key))
-
-
-def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Sequence[Any]], Samples]:
-    """Return a function that says which samples the examples of a stream hold, under the user's limits."""
-    changes = list[str]()
-    count = partial(tokens_of, collate)
-
-    def read(examples: Sequence[Any]) -> Samples:
-        samples, change = within_limits(read_samples(examples, planning.length_column, count), planning)
-        if change:  # in every step, maybe: so it is a warning only once
-            logger.log(logging.INFO if changes else logging.WARNING, "A step of the stream: %s", change)
-            changes.append(change)
-        return samples
-
-    return read
-
-
-def watching_padding(
-    read: Callable[[Sequence[Any]], Samples], collate: Callable[..., Any]
-) -> Callable[[Sequence[Any]], Samples]:
-    """Return the same function, which also refuses a collator that pads the first examples of a stream.
-
-    A step may hold a single example, and it takes two to see padding, so they are looked at together.
-    """
-    watched = list[Any]()
-
-    def read_watching(examples: Sequence[Any]) -> Samples:
-        samples = read(examples)  # what is wrong with a row of its own comes first
-        if isinstance(collate, PackedCollator) and len(watched) < LOOKED_AT:
-            watched.extend(examples[: LOOKED_AT - len(watched)])
-            collate.check_padding(watched)
-        return samples
-
-    return read_watching
 
 
 def sampler_of(loader: Any) -> Any:

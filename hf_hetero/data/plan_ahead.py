@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 
 from hf_hetero.data.plan_sources import Closeable, Comparing, PlanSource
-from hf_hetero.data.plan_sources import planned_elsewhere as planned_elsewhere
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import PlannerLost

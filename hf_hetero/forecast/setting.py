@@ -11,8 +11,12 @@ from hf_hetero.errors import ConfigError
 from hf_hetero.estimate.shares import ATTENTION
 
 DTYPES = {
-    **{"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32},
-    **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
 }
 MOST_RANK = 4096
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hf_hetero.plan import Group, MicroBatch, Plan
@@ -59,6 +59,11 @@ def _named(problem: Problem, groups: DraftMicroBatch) -> MicroBatch:
         start += degree
     named += [Group((rank,), ()) for rank in range(start, problem.num_ranks)]
     return MicroBatch(tuple(named))
+
+
+def with_each_group(plan: Plan, change: Callable[[Group], Group]) -> Plan:
+    """Return the same plan, each of its groups changed; its seconds are for the caller to count anew."""
+    return replace(plan, micro_batches=tuple(MicroBatch(tuple(map(change, m.groups))) for m in plan.micro_batches))
 
 
 def tiling(num_ranks: int, degree: int, degrees: Sequence[int]) -> list[int]:

@@ -17,6 +17,7 @@ from hf_hetero.errors import BadSample
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import methods, policies
 from hf_hetero.planner.basic import Search
+from hf_hetero.planner.draft import with_each_group
 from hf_hetero.planner.problem import Problem, checked_length, make_problem
 
 Lengths = Sequence[int | Sequence[int]]
@@ -42,7 +43,7 @@ def sequences_of(plan: Plan, lengths: Lengths) -> Plan:
         numbers = (n for item in group.samples for n in range(first[item], first[item + 1]))
         return replace(group, samples=tuple(numbers))
 
-    return replace(plan, micro_batches=tuple(MicroBatch(tuple(map(of, m.groups))) for m in plan.micro_batches))
+    return with_each_group(plan, of)
 
 
 def flat(lengths: Lengths) -> list[int]:

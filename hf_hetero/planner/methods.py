@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from hf_hetero.costs import CostModel
-from hf_hetero.plan import Group, MicroBatch, Plan
+from hf_hetero.plan import Group, Plan
 from hf_hetero.planner import basic
 from hf_hetero.planner.basic import Search
 from hf_hetero.planner.bound import lower_bound
-from hf_hetero.planner.draft import from_plan, to_plan
+from hf_hetero.planner.draft import from_plan, to_plan, with_each_group
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.homogeneous import homogeneous
 
@@ -85,8 +85,7 @@ def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: C
     def fastest(group: Group) -> Group:
         return min(_ways(cost, group, lengths, allowed), key=lambda way: cost.group_seconds(way, lengths))
 
-    micro_batches = tuple(MicroBatch(tuple(map(fastest, m.groups))) for m in plan.micro_batches)
-    chosen = replace(plan, micro_batches=micro_batches)
+    chosen = with_each_group(plan, fastest)
     return replace(chosen, seconds=cost.plan_seconds(chosen, lengths))
 
 

@@ -14,7 +14,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic, methods
 from hf_hetero.planner.basic import Search
-from hf_hetero.planner.draft import to_plan
+from hf_hetero.planner.draft import to_plan, with_each_group
 from hf_hetero.planner.problem import Problem, refuse_too_long
 from hf_hetero.planner.search.homogeneous import homogeneous
 
@@ -166,8 +166,4 @@ def _renamed(plan: Plan, samples: Sequence[int]) -> list[MicroBatch]:
 
 def _doing(plan: Plan, activations: str | None) -> Plan:
     """Have all groups of a plan that hold samples do the same."""
-    micro_batches = tuple(
-        MicroBatch(tuple(replace(g, activations=activations) if g.samples else g for g in m.groups))
-        for m in plan.micro_batches
-    )
-    return replace(plan, micro_batches=micro_batches)
+    return with_each_group(plan, lambda g: replace(g, activations=activations) if g.samples else g)

@@ -21,8 +21,16 @@ MOST_LAYERS = 4
 DEPTHS = (1, 3)
 """Patterns of layers at these depths: their difference is what two patterns take."""
 OURS = {
-    *("output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("resume_from_checkpoint", "full_determinism", "enable_jit_checkpoint", "learning_rate", "report_to"),
+    "output_dir",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "resume_from_checkpoint",
+    "full_determinism",
+    "enable_jit_checkpoint",
+    "learning_rate",
+    "report_to",
 }
 """Arguments of a recipe that timing has its own of."""
 RUNS = {"global_batch_size", "auto_resume"}

@@ -13,9 +13,7 @@ import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.ranks.breaking import Alarm, Connections, break_off, connections, forsake, opened_since
-from hf_hetero.ranks.last_words import forget_errors as forget_errors
 from hf_hetero.ranks.last_words import job_store, why_gone
-from hf_hetero.ranks.last_words import tell as tell
 from hf_hetero.ranks.waits import WORD_AFTER_S, Waits
 from hf_hetero.topology import aligned_blocks
 

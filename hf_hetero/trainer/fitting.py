@@ -244,7 +244,7 @@ def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) ->
     """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
     if not manner.whole:  # whole samples are computed as transformers does
         before = _attention_of(base)
-        undone.callback(_give_back_attention, base, before)
+        undone.callback(base.set_attn_implementation, before)
         name = interface.ATTENTION_NAME
         base.set_attn_implementation(dict.fromkeys(before, name) if isinstance(before, dict) else name)
         for hooks in (HandedDown, TablesBySample, FeaturesOfSpans, CausalLayers, PositionsBySample):
@@ -277,10 +277,6 @@ def _attention_of(base: Any) -> str | dict[str, str]:
     if why_blind(base):
         return config._attn_implementation
     return {"": config._attn_implementation, "text_config": config.text_config._attn_implementation}
-
-
-def _give_back_attention(base: Any, names: str | dict[str, str]) -> None:
-    base.set_attn_implementation(names)
 
 
 def choose_kernel(base: Any, device_type: str, dtype: torch.dtype, manner: Manner) -> Kernel:

@@ -22,8 +22,8 @@ from hf_hetero.trainer.training import Training
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
-    """A `Counted` is what Trainer asks of a loader when it counts.
+class CountedLoader:
+    """A `CountedLoader` is what Trainer asks of a loader when it counts.
 
     Args:
         dataset: that the loader draws from.
@@ -120,4 +120,4 @@ def _counted(trainer: Trainer, args: TrainingArguments, loader: DataLoader[Any])
     if (num_rows := num_rows_of(source)) is None:
         return loader
     whole, rest = divmod(num_rows, rows_at_once(trainer))
-    return Counted(loader.dataset, whole + bool(rest and not args.dataloader_drop_last))
+    return CountedLoader(loader.dataset, whole + bool(rest and not args.dataloader_drop_last))

@@ -28,7 +28,7 @@ from hf_hetero.estimate.memory import allocator_advice
 from hf_hetero.model.rewind import Before
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import gather, gather_objects
-from hf_hetero.ranks.groups import forget_errors, tell
+from hf_hetero.ranks.last_words import forget_errors, tell
 from hf_hetero.ranks.sharding import Exchange
 from hf_hetero.step import Step, StepBatch, StepPart
 from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun

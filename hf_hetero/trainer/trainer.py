@@ -95,11 +95,6 @@ class HeteroTrainerMixin(SavesWhole, CountsByStep, LearnsClasses):
         """Return what plans are made by; callbacks may refit it. None before the first planned step."""
         return self._between_runs.cost_model
 
-    @property
-    def _run(self) -> PlannedRun:
-        assert self._planned_run is not None
-        return self._planned_run
-
     @contextmanager
     def _fitted(self) -> Iterator[Fitted]:
         """Give the model fitted for planned steps: as it is while training, or for an evaluation of its own."""
@@ -185,10 +180,9 @@ class HeteroTrainerMixin(SavesWhole, CountsByStep, LearnsClasses):
         Raises:
             HeteroError: a bad sample, or another plan, on any rank; raised on all.
         """
-        assert self._training is not None
         number = self.state.global_step + 1
-        run, between, data = self._run, self._between_runs, self._training.data
-        self._training.step = step = next_step(run, between, data, epoch_iterator, number)
+        run, between, data = self._run, self._between_runs, self._open.data
+        self._open.step = step = next_step(run, between, data, epoch_iterator, number)
         if step.batch is None:
             return [], None
         if not self._between_runs.has_learned:
@@ -205,15 +199,14 @@ class HeteroTrainerMixin(SavesWhole, CountsByStep, LearnsClasses):
         Returns:
             This rank's part of the step's loss, times the number of ranks.
         """
-        assert self._training is not None
         part = training.step_part(inputs, type(self).__name__)
 
         def forward_backward(inputs: dict[str, Any]) -> torch.Tensor:
             return super(HeteroTrainerMixin, self).training_step(model, inputs, num_items_in_batch)
 
-        loss = training.train_part(self, self._run, self._training, self._between_runs, model, part, forward_backward)
+        loss = training.train_part(self, self._run, self._open, self._between_runs, model, part, forward_backward)
         if part.is_last:
-            reporting.report(self, self._run, self._training, self._between_runs)
+            reporting.report(self, self._run, self._open, self._between_runs)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -16,8 +16,9 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.data.loader import LOOKED_AT, sampler_of, streamed_data, training_data
+from hf_hetero.data.loader import LOOKED_AT, sampler_of, training_data
 from hf_hetero.data.plan_sources import PlanSource
+from hf_hetero.data.streams.loaders import streamed_data
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.data.training_steps import TrainingData, check_order
 from hf_hetero.errors import BadSample, UnsupportedModel
@@ -40,6 +41,8 @@ from hf_hetero.trainer.run import BetweenRuns, ConfirmedStep, PlannedRun, begin_
 
 ForwardBackward = Callable[[dict[str, Any]], torch.Tensor]
 """Inputs of the model -> this rank's part of the loss, once its gradients are there."""
+PATIENCE_S = 40.0
+"""How long a run that is ending may keep its folder: torchrun gives ranks 30 s to end before it kills them."""
 
 
 @dataclass(slots=True)
@@ -117,10 +120,6 @@ class Training:
 
 
 # ------------------------------------------------------------------------------------------------------------ the data
-
-
-PATIENCE_S = 40.0
-"""torchrun gives ranks 30 s to end before it kills them."""
 
 
 def _claim_folder(trainer: Trainer, run: PlannedRun, training: Training) -> None:

@@ -16,8 +16,9 @@ from planner.reference import small_cost
 
 from hf_hetero import InfeasibleBatch, Plan, Planner
 from hf_hetero.data import plan_ahead
-from hf_hetero.data.loader import draws_of
-from hf_hetero.data.plan_ahead import PlanAhead, planned_elsewhere
+from hf_hetero.data.epochs import draws_of
+from hf_hetero.data.plan_ahead import PlanAhead
+from hf_hetero.data.plan_sources import planned_elsewhere
 from hf_hetero.data.sampler import GlobalBatches
 from hf_hetero.planner import PlannerProcess
 from hf_hetero.samples.samples import whole_rows

@@ -44,7 +44,7 @@ from hf_hetero.estimate.memory import Shards, gathered_bytes, sharded_bytes
 from hf_hetero.estimate.model_shape import shape_of
 from hf_hetero.ranks.mesh import check_mesh
 from hf_hetero.trainer import training
-from hf_hetero.trainer.machine import KEPT_COST_MODEL
+from hf_hetero.trainer.checkpoints.kept_cost_model import KEPT_COST_MODEL
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
 SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}

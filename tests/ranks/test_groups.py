@@ -21,7 +21,8 @@ from hf_hetero import HeteroError
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
 from hf_hetero.ranks import breaking, groups
 from hf_hetero.ranks.agreement import broadcast, confirm_step, gather
-from hf_hetero.ranks.groups import GroupPool, limit_of, named, tell
+from hf_hetero.ranks.groups import GroupPool, limit_of, named
+from hf_hetero.ranks.last_words import tell
 from hf_hetero.ranks.sharding import groups_of
 
 

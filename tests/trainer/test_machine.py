@@ -17,7 +17,14 @@ from hf_hetero.callbacks.slowness import with_speeds
 from hf_hetero.model.activations import Activations
 from hf_hetero.ranks.sharding import Sharding
 from hf_hetero.trainer.checkpoints.checkpoint import RUN_FILE
-from hf_hetero.trainer.machine import KEPT_COST_MODEL, Kept, digest_of, keep_cost_model, kept_cost_model, set_up
+from hf_hetero.trainer.checkpoints.kept_cost_model import (
+    KEPT_COST_MODEL,
+    Kept,
+    digest_of,
+    keep_cost_model,
+    kept_cost_model,
+)
+from hf_hetero.trainer.machine import set_up
 
 QUERIES = {"kv_bytes_per_token": 1.0, "query_bytes_per_token": 1.0}
 

@@ -29,9 +29,24 @@ logger = logging.getLogger(__name__)
 Choice = tuple[Path | None, Run | None, list[str]]
 """A checkpoint, where its run was, and why newer ones are passed over; None: there is none to resume."""
 LEARNS_BY = (
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
-    *("optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
-    *("seed", "data_seed", "bf16", "fp16", "gradient_accumulation_steps"),
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "gradient_accumulation_steps",
 )
 """Those of `TrainingArguments` by which a run is known again: another value is another run."""
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"

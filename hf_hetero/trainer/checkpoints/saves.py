@@ -15,11 +15,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_hetero.config import HeteroConfig
 from hf_hetero.trainer import reporting
 from hf_hetero.trainer.checkpoints.checkpoint import Run
+from hf_hetero.trainer.checkpoints.kept_cost_model import keep_cost_model
 from hf_hetero.trainer.checkpoints.resuming import settings_of
 from hf_hetero.trainer.checkpoints.saving import Saving
 from hf_hetero.trainer.checkpoints.taken import Taken, reason_against
 from hf_hetero.trainer.checkpoints.writing import Writing
-from hf_hetero.trainer.machine import keep_cost_model
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.training import Training
 
@@ -45,27 +45,37 @@ class SavesWhole(Trainer):
     _planned_run: PlannedRun | None
     _training: Training | None
 
+    @property
+    def _run(self) -> PlannedRun:
+        assert self._planned_run is not None
+        return self._planned_run
+
+    @property
+    def _open(self) -> Training:
+        assert self._training is not None
+        return self._training
+
+    @property
+    def _saving(self) -> Saving | None:
+        return None if self._training is None else self._training.saving
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Log, save and evaluate as Trainer does; ranks may wait long for one that saves or evaluates."""
-        assert self._planned_run is not None
-        assert self._training is not None
         self._announce(waits=False)
         takes_long = self.control.should_save or self.control.should_evaluate
         callbacks = self.callback_handler.callbacks
-        self._training.is_saved_by_loop = True
+        self._open.is_saved_by_loop = True
         try:
-            with self._planned_run.groups.relaxed() if takes_long else nullcontext():
+            with self._run.groups.relaxed() if takes_long else nullcontext():
                 super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
-            self._training.is_saved_by_loop = False
+            self._open.is_saved_by_loop = False
             self.callback_handler.callbacks = callbacks
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save as Trainer does, but a checkpoint that is known to be whole, or removed."""
-        assert self._planned_run is not None
-        assert self._training is not None
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        sharding = self._planned_run.fitted.sharding
+        sharding = self._run.fitted.sharding
 
         def save() -> None:
             super(SavesWhole, self)._save_checkpoint(model, trial)
@@ -82,46 +92,42 @@ class SavesWhole(Trainer):
             self.callback_handler.callbacks = []
             return
         # `save_model`, which Trainer calls on the way, asks for it
-        self._training.saving = saving = Saving(self.args, self._planned_run.control, sharding.is_sharded)
+        self._open.saving = saving = Saving(self.args, self._run.control, sharding.is_sharded)
         try:
             saving.write(save, folder, run, lambda: self.state.best_model_checkpoint)
         finally:
-            self._training.saving = None
+            self._open.saving = None
 
     def _place(self) -> Run:
         """Return where the run is."""
-        assert self._training is not None
-        assert self._training.data is not None
-        data = self._training.data
+        data = self._open.data
+        assert data is not None
         position = data.stream.position(self.state.global_step) if data.stream is not None else None
         return Run(self.args.world_size, data.order, position, reporting.kept_calibration(self), settings_of(self))
 
     def _writes_beside(self) -> bool:
         """Return whether the checkpoint that is due is written beside training; the same on all ranks."""
-        assert self._training is not None
-        if not (self.hetero.save_in_background and self._training.is_saved_by_loop):
+        if not (self.hetero.save_in_background and self._open.is_saved_by_loop):
             return False
-        if self._training.may_write_beside is None:
+        if self._open.may_write_beside is None:
             reason = reason_against(self)
-            self._training.may_write_beside = reason is None
+            self._open.may_write_beside = reason is None
             if reason is not None and self.args.process_index == 0:
                 logger.warning("Checkpoints are written at once, in spite of save_in_background: %s.", reason)
-        return self._training.may_write_beside
+        return self._open.may_write_beside
 
     def _begin_writing(self, save: Callable[[], None], folder: Path, run: Run) -> None:
         """Take a checkpoint, and have a thread write it. A collective of all ranks."""
-        assert self._planned_run is not None
-        assert self._training is not None
-        is_sharded = self._planned_run.fitted.sharding.is_sharded
-        group = self._planned_run.groups.beside_training() if is_sharded else None
+        is_sharded = self._run.fitted.sharding.is_sharded
+        group = self._run.groups.beside_training() if is_sharded else None
         taken = Taken(self, group)
-        self._training.saving = saving = Saving(self.args, self._planned_run.control, may_wait=False, taken=taken)
+        self._open.saving = saving = Saving(self.args, self._run.control, may_wait=False, taken=taken)
         try:
             write = saving.begin(save, folder, run, lambda: self.state.best_model_checkpoint, group)
         finally:
-            self._training.saving = None
+            self._open.saving = None
         taken.is_all()
-        self._training.writing = Writing(write, folder, copy.copy(self.state), taken.is_pushed)
+        self._open.writing = Writing(write, folder, copy.copy(self.state), taken.is_pushed)
 
     def _announce(self, waits: bool) -> None:
         """Tell callbacks and the hub of the checkpoint that was being written, once it is whole, on all ranks.
@@ -132,15 +138,13 @@ class SavesWhole(Trainer):
         Raises:
             HeteroError: its writing has failed on any rank.
         """
-        assert self._planned_run is not None
-        assert self._training is not None
-        if (writing := self._training.writing) is None:
+        if (writing := self._open.writing) is None:
             return
         if waits:
             writing.wait()
-        if not writing.is_whole(self._planned_run.control):
+        if not writing.is_whole(self._run.control):
             return
-        self._training.writing = None
+        self._open.writing = None
         # as if it were the moment when it was taken: scripts make the checkpoint's name of the step
         now, self.state = self.state, writing.state
         is_due = self.control.should_save  # which is taken back by what is called
@@ -154,7 +158,7 @@ class SavesWhole(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others."""
-        saving = self._training.saving if self._training is not None else None
+        saving = self._saving
         if saving is None or output_dir is None:
             super().save_model(output_dir, _internal_call)
             return
@@ -167,7 +171,7 @@ class SavesWhole(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Save their states as Trainer does, or take them to be written beside training."""
-        saving = self._training.saving if self._training is not None else None
+        saving = self._saving
         if saving is None or saving.taken is None:
             super()._save_optimizer_and_scheduler(output_dir)
         else:
@@ -175,7 +179,7 @@ class SavesWhole(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push a checkpoint as Trainer does, once it is whole."""
-        saving = self._training.saving if self._training is not None else None
+        saving = self._saving
         if saving is None or saving.taken is None:
             super()._push_from_checkpoint(checkpoint_folder)
         else:
@@ -183,7 +187,6 @@ class SavesWhole(Trainer):
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """End training as Trainer does, which may look for its best model, when nothing is being written any more."""
-        assert self._planned_run is not None
-        with self._planned_run.groups.relaxed():
+        with self._run.groups.relaxed():
             self._announce(waits=True)
         return super()._finalize_training(*args, **kwargs)

@@ -21,13 +21,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_hetero.checks import overrides
 from hf_hetero.collators import PackedCollator
 from hf_hetero.config import HeteroConfig
-from hf_hetero.data.evaluation_loader import (
-    EvaluationLoader,
-    can_be_planned,
-    evaluation_loader,
-    streamed_evaluation_loader,
-)
+from hf_hetero.data.evaluation_loader import EvaluationLoader, can_be_planned, evaluation_loader
 from hf_hetero.data.plan_sources import PlanSource
+from hf_hetero.data.streams.loaders import streamed_evaluation_loader
 from hf_hetero.data.streams.stream import is_stream
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.model.classes.labelled import SEQUENCES, labelled_of

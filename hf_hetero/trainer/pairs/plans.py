@@ -9,6 +9,7 @@ from typing import Any
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.planning import Planners
 from hf_hetero.plan import Group, MicroBatch, Plan
+from hf_hetero.planner.draft import with_each_group
 from hf_hetero.planner.items import sequences_of
 
 FORWARD_SHARE = 0.5
@@ -129,4 +130,4 @@ def _by_pair(plan: Plan) -> Plan:
     def of(group: Group) -> Group:
         return replace(group, samples=tuple(sample // 2 for sample in group.samples[::2]))
 
-    return replace(plan, micro_batches=tuple(MicroBatch(tuple(map(of, m.groups))) for m in plan.micro_batches))
+    return with_each_group(plan, of)
