@@ -96,11 +96,11 @@ class CalibrationCallback(StepReportCallback):
         planned, measured = (median(column) for column in zip(*self._seconds, strict=True))
         error = median(abs(plan_s / max(seconds, 1e-9) - 1) for plan_s, seconds in self._seconds)
         logger.warning(
-            "The last %d steps: %.3g s planned, %.3g s measured, %s apart (medians).",
-            len(self._seconds),
+            "In the last %s plans were off by %s: %.3g s planned, %.3g s measured (medians).",
+            "step" if len(self._seconds) == 1 else f"{len(self._seconds)} steps",
+            f"{error:.0%}",
             planned,
             measured,
-            f"{error:.0%}",
         )
 
     def state(self) -> dict[str, Any]:

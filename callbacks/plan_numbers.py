@@ -91,9 +91,15 @@ class PlanNumbers:
         if self._peak_bytes:
             means["peak_gib"] = self._peak_bytes / GIB
         if self._num_tokens:
-            means |= {name: tokens / self._num_tokens for name, tokens in self._tokens.items()}
+            means |= {name: tokens / self._num_tokens for name, tokens in sorted(self._tokens.items(), key=_in_order)}
         means |= {f"loss/{name}": loss / count for name, (loss, count) in sorted(self._losses.items()) if count}
         return {f"hetero/{name}": value for name, value in {**means, **self._static.means()}.items()}
+
+
+def _in_order(share: tuple[str, int]) -> tuple[str, int, str]:
+    """Sort shares by what they are of, degrees by their numbers."""
+    kind, _, name = share[0].partition("/")
+    return kind, int(name) if name.isdigit() else 0, name
 
 
 class StaticRuns:

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import sysconfig
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -246,7 +247,9 @@ def load_model(args: RecipeArguments, tokenizer: Any) -> Any:
         return model
     targets = args.lora_target_modules or "all-linear"
     lora = LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():  # of its own use of transformers, which nobody here can change
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, lora)
 
 
 def auto_class(config: Any) -> Any:

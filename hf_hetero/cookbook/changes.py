@@ -91,8 +91,12 @@ def copy_recipe(recipe: Recipe, folder: Path, values: Mapping[str, Any] | None =
 
 
 def _at_home(text: str, recipe: Recipe) -> str:
-    """Name the copies instead of the files of the repository."""
+    """Name the copies instead of the files of the repository, and the package instead of a checkout."""
     text = text.replace("From the root of the repository", "In this folder")
+    text = re.sub(r" \(`make \w+` does the same in a fresh environment\)", "", text)
+    text = re.sub(r'pip install -e "\.(\[[\w,]+\])"', r'pip install "hf-hetero\1"', text)
+    text = re.sub(r"\s+\(\[\w+\]\(\.\.[^)\s]*\)\)", "", text)  # "(how)": pages that a copy has not beside it
+    text = re.sub(r"\[([^\]]+)\]\(\.\.[^)\s]*\)", r"\1", text)
     for path in (f"recipes/{recipe.name}/", "recipes/accelerate/", "recipes/"):
         text = text.replace(path, "")
     return text

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +24,10 @@ from hf_hetero.checks.outline import config_of, outline_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
 from hf_hetero.errors import ConfigError, HeteroError
-from hf_hetero.estimate.devices import cpu_device
+from hf_hetero.estimate.devices import Device, cpu_device
 from hf_hetero.estimate.first_estimate import first_estimate, restricted
 from hf_hetero.estimate.memory import free_memory_bytes
+from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.state_layers import state_shape
 from hf_hetero.fine_tuning import explaining, sample_lengths
 from hf_hetero.forecast.forecast import forecast, trained_shape
@@ -175,8 +177,20 @@ def _on_this_cpu(values: Mapping[str, Any], num_ranks: int) -> CostModel:
     shape, policies = trained_shape(outline, text, Setting(values.get("lora_r"), dtype="float32"))
     memory_bytes = free_memory_bytes(torch.device("cpu"), num_ranks)
     topology = Topology(num_ranks, None, memory_bytes)
-    speed = cpu_device(shape, torch.float32)
+    speed = _shared_cpu(shape, num_ranks)
     return first_estimate(shape, speed, topology, None, policies, HeteroConfig(), state_shape(outline, text))
+
+
+def _shared_cpu(shape: ModelShape, num_ranks: int) -> Device:
+    """Time this machine's CPU as one of so many ranks has it: with its part of the cores, or a part of a core."""
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    torch.set_num_threads(max(1, cores // num_ranks))
+    try:
+        alone = cpu_device(shape, torch.float32)
+    finally:
+        torch.set_num_threads(threads)
+    share = min(1.0, cores / num_ranks)
+    return replace(alone, flops=share * alone.flops, attention_flops=share * (alone.attention_flops or alone.flops))
 
 
 def _usual_gpus(num_ranks: int) -> str:

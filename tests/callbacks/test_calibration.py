@@ -200,4 +200,4 @@ def test_says_how_far_plans_were_off(caplog: pytest.LogCaptureFixture) -> None:
         if is_first:
             assert "measured 3.00 x predicted, 67% apart" in caplog.messages[0]
             assert "refitted to within 0%: attention x 3.00" in caplog.messages[0]
-            assert caplog.messages[1].startswith("The last 1 steps: ")
+            assert caplog.messages[1].startswith("In the last step plans were off by ")

@@ -125,6 +125,16 @@ def test_what_is_not_known_is_not_logged() -> None:
     assert logged() == {}
 
 
+def test_shares_stand_in_order() -> None:
+    """Degrees come by their numbers, whichever was planned first: a reader looks for one of them in every log."""
+    wide = Plan(16, (MicroBatch((Group(tuple(range(16)), (0, 1)),)),), seconds=1.0)
+    numbers = PlanNumbers()
+    for report in (replace(REPORT, plan=wide, busy_s=((1.0,) * 16,)), REPORT):
+        numbers.add(report)
+    shares = [name.removeprefix("hetero/degree/") for name in numbers.take() if "degree/" in name]
+    assert shares == ["1", "2", "4", "16"]
+
+
 def test_shares_go_on_at_zero() -> None:
     """A degree, method or policy that was there before is logged as 0 when it is not used."""
     numbers = PlanNumbers()

@@ -68,6 +68,8 @@ def test_a_copy_is_the_recipe(recipe: Recipe, tmp_path: Path) -> None:
     assert [word for word in command if word.startswith(str(folder))]
     assert all(Path(word).exists() for word in command if word.startswith(str(folder)))
     assert "recipes/" not in copied.settings.read_text()
+    page = (folder / "README.md").read_text()
+    assert not [word for word in ("](..", "make demo", "pip install -e", "recipes/") if word in page]
     with pytest.raises(ConfigError, match="is there already"):
         copy_recipe(recipe, folder)
 

@@ -21,6 +21,7 @@ from hf_hetero.cookbook.check import check_recipe
 from hf_hetero.cookbook.keys import key_in, launch_problems
 from hf_hetero.cookbook.sample import planned
 from hf_hetero.cookbook.shelf import SHELF, Recipe, mesh_in, read, recipe_named, shelf
+from hf_hetero.estimate.devices import Device
 
 TEXTS = [f"def f{number}(x):\n" + f"    return x + {number}\n" * (1 + 3 * number % 17) for number in range(40)]
 
@@ -124,6 +125,28 @@ def test_a_step_is_planned_for_the_replicas_of_its_launch_file() -> None:
     hetero, lengths = HeteroConfig(), [100] * 128
     over_all, over_nodes = (planned(values, lengths, hetero, None, True, shards).plan for shards in (None, 8))
     assert over_nodes.seconds < over_all.seconds
+
+
+@pytest.mark.parametrize(("cores", "threads", "share"), [(2, 1, 0.5), (4, 1, 1.0), (8, 2, 1.0)])
+def test_a_cpu_is_timed_as_a_rank_has_it(
+    monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, share: float
+) -> None:
+    """Four ranks have a quarter of the cores each, and no more of them in the estimate than in the run."""
+    seen: list[int] = []
+
+    def timed(shape: object, dtype: object) -> Device:
+        seen.append(torch.get_num_threads())
+        return Device("CPU", 8e9, 1e9, 1e9, attention_flops=6e9)
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr("hf_hetero.cookbook.sample.cpu_device", timed)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    values = {key: value for key, value in read(recipe_named("quickstart_cpu").settings).items() if key != "dataset"}
+    seconds = planned(values, [4000] * 16, HeteroConfig(), None, sharded=False).plan.seconds
+    assert (seen, torch.get_num_threads()) == ([threads], before)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)))
+    whole = planned(values, [4000] * 16, HeteroConfig(), None, sharded=False).plan.seconds
+    assert seconds == pytest.approx(whole) if share == 1 else seconds > 1.5 * whole
 
 
 def test_a_message_is_of_the_key_that_it_names() -> None:
