@@ -113,7 +113,7 @@ class PlansOfProcesses:
         is_of_this_model = is_of_this_model and (not cost.ran_out or fits(cost, by_sequence, tokens))
         return self.improving.improve(plan, lengths) if is_of_this_model else plan
 
-    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+    def static_seconds(self, lengths: Lengths) -> dict[int, float]:
         """Tell the seconds of runs with one degree as `PlannerProcess.static_seconds`."""
         return self.planning.static_seconds(lengths)
 

@@ -8,7 +8,7 @@ are, and given their methods. A bound takes the sequences apart: whatever keeps 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -111,7 +111,7 @@ def make_items(cost: CostModel, num_ranks: int, max_degree: int | None, lengths:
 def plan(items: Items, search: Search, allowed: Collection[str]) -> Plan:
     """Choose the fastest of several plans by item, none slower than one degree for all, and bound them by sequence."""
     found = policies.plan(items.as_samples, search, allowed)
-    candidates = [items.priced(way, allowed) for way in (found, *_alike(items, allowed))]
+    candidates = [items.priced(way, allowed) for way in (found, *policies.statics(items.as_samples).values())]
     return _bounded(items, min(candidates, key=lambda way: way.seconds), allowed)
 
 
@@ -126,9 +126,14 @@ def static(items: Items, degree: int | None, allowed: Collection[str]) -> Plan:
         InfeasibleBatch: an item that groups of this degree cannot hold, whatever they do.
     """
     if degree is None:
-        alike = map(items.kept, _alike(items, allowed))
+        alike = static_plans(items).values()
         return _bounded(items, min(alike, key=lambda way: way.seconds), allowed)
     return _bounded(items, items.kept(policies.static(items.as_samples, degree, allowed)), allowed)
+
+
+def static_plans(items: Items) -> dict[int, Plan]:
+    """Return the best plan with each degree that holds the longest item, ascending: those of `static`, unbounded."""
+    return {degree: items.kept(way) for degree, way in policies.statics(items.as_samples).items()}
 
 
 def improve(items: Items, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:
@@ -137,15 +142,6 @@ def improve(items: Items, plan: Plan, search: Search, allowed: Collection[str]) 
     as_samples = replace(plan, seconds=cost.plan_seconds(plan, tokens), lower_bound_s=0.0)
     better = items.priced(policies.improve(items.as_samples, as_samples, search, allowed), allowed)
     return replace(better, lower_bound_s=plan.lower_bound_s) if better.seconds < plan.seconds else plan
-
-
-def _alike(items: Items, allowed: Collection[str]) -> Iterator[Plan]:
-    """Plan with each degree that holds the longest item."""
-    problem = items.as_samples
-    room = problem.cost.leanest.capacity_tokens
-    for degree in problem.degrees:
-        if problem.lengths[0] <= room * degree:
-            yield policies.static(problem, degree, allowed)
 
 
 def _bounded(items: Items, plan: Plan, allowed: Collection[str]) -> Plan:

@@ -135,19 +135,25 @@ class Planner:
             plan = policies.static(self._checked(lengths), degree, self.methods)
         return replace(plan, planning_s=time.perf_counter() - started)
 
-    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+    def static_seconds(self, lengths: Lengths) -> dict[int, float]:
         """Return the seconds of a step as a run with one degree plans it, for each degree that holds the samples.
 
         Args:
-            lengths: tokens of each sample of the global batch, which are no items.
+            lengths: as `plan`.
 
         Raises:
             BadSample, InfeasibleBatch: as `plan`.
         """
-        if self.cost_model.is_uneven and len(lengths):
+        if len(lengths) == 0:  # an array has no truth of its own
+            return {}
+        if self.cost_model.is_uneven:
             batch, even = self._items(lengths), self._even_statics(lengths)
             return {degree: uneven.static(batch, [way], self.methods).seconds for degree, way in even.items()}
-        return policies.static_seconds(self._checked(lengths)) if len(lengths) else {}
+        if has_items(lengths):
+            alike = items.static_plans(self._items(lengths))
+        else:
+            alike = policies.statics(self._checked(lengths))
+        return {degree: way.seconds for degree, way in alike.items()}
 
     def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Improve a plan of these lengths, within the limit of its time; neither plan nor bound gets worse.

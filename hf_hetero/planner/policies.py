@@ -72,15 +72,17 @@ def static(problem: Problem, degree: int | None = None, allowed: Collection[str]
     return replace(min(alike, key=lambda plan: plan.seconds), lower_bound_s=bound(problem, allowed))
 
 
-def static_seconds(problem: Problem) -> dict[int, float]:
-    """Return the seconds of the best plan with each degree that holds the longest sample: of `static`, unbounded."""
-    found: dict[int, float] = {}
-    for way in map(problem.priced_by, problem.cost.by_activations.values()):
+def statics(problem: Problem) -> dict[int, Plan]:
+    """Return the best plan with each degree that holds the longest sample, ascending: those of `static`, unbounded."""
+    found: dict[int, tuple[Plan, str | None]] = {}
+    for activations, under in problem.cost.by_activations.items():
+        way = problem.priced_by(under)
         for degree in way.degrees:
             if (draft := homogeneous(way, degree)) is not None:
-                seconds = to_plan(way, draft, "homogeneous", 0.0).seconds
-                found[degree] = min(seconds, found.get(degree, seconds))
-    return found
+                plan = to_plan(way, draft, "homogeneous", 0.0)
+                if degree not in found or plan.seconds < found[degree][0].seconds:
+                    found[degree] = plan, activations
+    return {degree: _doing(plan, activations) for degree, (plan, activations) in sorted(found.items())}
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str]) -> Plan:

@@ -79,7 +79,7 @@ class PlannerProcess:
         question = {"verb": "improve", "lengths": list(lengths), "plan": plan.to_dict()}
         return Plan.from_dict(self._ask(question)["plan"])
 
-    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+    def static_seconds(self, lengths: Lengths) -> dict[int, float]:
         """Tell the seconds of runs with one degree as `Planner.static_seconds` does.
 
         Raises:

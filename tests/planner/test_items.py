@@ -117,6 +117,24 @@ def test_items_and_policies() -> None:
     assert plan.seconds == pytest.approx(cost.plan_seconds(sequences_of(plan, items), flat(items)))
 
 
+@settings(max_examples=60, deadline=None)
+@given(item_batches(max_samples=6, max_ranks=4))
+def test_static_seconds_are_those_of_static_plans(batch: tuple[Items, int, CostModel]) -> None:
+    """Each degree that holds the longest item, and no other, to the last bit; no plan is slower than the best."""
+    items, num_ranks, cost = batch
+    policy = ActivationPolicy(
+        cost.activation_bytes_per_token / 2, cost.attention_s_per_token2 * 1.3, cost.linear_s_per_token * 1.3
+    )
+    for machine in (cost, replace(cost, activation_policies={"recompute": policy})):
+        planner = Planner(machine, num_ranks)
+        longest, room = max(sum(flat([item])) for item in items), machine.leanest.capacity_tokens
+        holding = [degree for degree in planner.degrees if longest <= room * degree]
+        expected = {degree: planner.static(items, degree).seconds for degree in holding}
+        assert planner.static_seconds(items) == expected
+        assert planner.plan(items).seconds <= min(expected.values()) * (1 + 1e-9)
+        assert planner.static(items).seconds == min(expected.values())
+
+
 @pytest.mark.parametrize(
     ("items", "words"), [([()], "without a sequence"), ([(3, 0)], "sample 0 has length 0"), ([4, (1.5,)], "sample 1")]
 )

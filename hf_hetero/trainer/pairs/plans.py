@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hf_hetero.data.plan_sources import PlanSource
+from hf_hetero.data.plan_sources import Comparing, PlanSource
 from hf_hetero.data.planning import Planners
 from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner.draft import with_each_group
@@ -38,6 +38,10 @@ class PlansOfPairs:
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
         """Improve a plan of this source."""
         return sequences_of(self.source.improve(_by_pair(plan), pairs_of(lengths)), pairs_of(lengths))
+
+    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+        """Return the seconds of pairs in runs with one degree, by degree; nothing where the source does not know."""
+        return self.source.static_seconds(pairs_of(lengths)) if isinstance(self.source, Comparing) else {}
 
     def close(self) -> None:
         """Close the source, if it holds anything."""
@@ -81,6 +85,16 @@ class PlansOfUnpaired:
     def improve(self, plan: Plan, lengths: Sequence[int]) -> Plan:
         """Return the plan as it is: of its seconds, it does not say which are those of mismatched samples."""
         return plan
+
+    def static_seconds(self, lengths: Sequence[int]) -> dict[int, float]:
+        """Return the seconds of both parts of a step in runs with one degree, for each degree that holds all samples.
+
+        Nothing where the source does not know them.
+        """
+        if not isinstance(self.source, Comparing):
+            return {}
+        compared, learned = (self.source.static_seconds(lengths[start::2]) for start in (1, 0))
+        return {d: FORWARD_SHARE * s + learned[d] for d, s in compared.items() if d in learned}
 
     def close(self) -> None:
         """Close the source, if it holds anything."""
