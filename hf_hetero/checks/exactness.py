@@ -128,7 +128,7 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
         yield f"optim={optim!r} steps inside backward, and a step has as many of these as its plan; use another one."
     yield from sharding.argument_problems(args)
     if args.ddp_static_graph:
-        yield "ddp_static_graph=True: a step has as many backward passes as its plan, and torch counts on one; unset it."
+        yield "ddp_static_graph=True: torch counts on one backward pass a step, and a plan has several; unset it."
     for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
         if options.get(name):
             yield f"accelerator_config.{name} does not apply to planned steps; unset it."
