@@ -184,7 +184,7 @@ class PackedCollator:
 
     def _collated(self, example: Example, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Return what is looked at of a row, and its images, as the user's collator makes them."""
-        example, images = self._without_images(self._looked_at(example), name)
+        example, images = self._without_images(self.looked_at(example), name)
         if self.example_collator is not None:
             # patches of an image need not be one row a sample; a collator may give them another dim for that
             batch, made = self._without_images(self.example_collator([{**example, **images}]), name)
@@ -212,7 +212,7 @@ class PackedCollator:
         images = self.sight.inputs_of(example, name)
         return {key: values for key, values in example.items() if key not in self.sight.inputs}, images
 
-    def _looked_at(self, example: Example) -> dict[str, Any]:
+    def looked_at(self, example: Example) -> dict[str, Any]:
         """Return a row without the columns that are not looked at, and those of the plan, which no collator knows."""
         return {
             key: values
@@ -261,7 +261,7 @@ class PackedCollator:
             return
         shorter = min(by_length)
         pair = [by_length[shorter], *(example for length, example in by_length.items() if length != shorter)]
-        batch = self.example_collator([self._looked_at(example) for example in pair])
+        batch = self.example_collator([self.looked_at(example) for example in pair])
         if (mask := batch.get("attention_mask")) is None or batch.get("labels") is None:
             return
         first = int(torch.as_tensor(mask[0]).bool().int().argmax())  # of the shorter row, the one that was padded

@@ -86,6 +86,7 @@ def read_row(example: Example, model_inputs: frozenset[str], name: str, blind: s
     Raises:
         BadSample: something cannot be shared out token by token, or is not what a row may hold.
     """
+    example = with_targets(example, name)
     input_ids = torch.as_tensor(example["input_ids"])
     if input_ids.ndim != 1:
         raise nested(name)
@@ -206,6 +207,24 @@ def refuse_seen(example: Example, model_inputs: frozenset[str], name: str, blind
                 f"{name} has {key}: images, videos and sounds cannot be shared out among ranks yet, only text"
                 f"{blind and f' ({blind})'}. Leave such rows out of the dataset, or train with plain Trainer."
             )
+
+
+def with_targets(example: Example, name: str) -> dict[str, Any]:
+    """Return a row with labels made of its targets (`shift_labels`), where it has some: a model looks at these first.
+
+    Raises:
+        BadSample: the last token has a target, which no token of the row is.
+    """
+    known = dict(example)
+    if (targets := known.pop("shift_labels", None)) is None:
+        return known
+    targets = torch.as_tensor(targets)
+    if targets.numel() and int(targets[-1]) != IGNORE_INDEX:
+        raise BadSample(
+            f"{name}: the last of its shift_labels is {int(targets[-1])}, and no token follows that it could be the "
+            f"target of. Give the last one the label {IGNORE_INDEX}, or let the collator make labels only."
+        )
+    return {**known, "labels": torch.cat([targets.new_full((1,), IGNORE_INDEX), targets[:-1]])}
 
 
 def has_rows(values: Any) -> bool:

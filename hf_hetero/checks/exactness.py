@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificat
 
 from hf_hetero.attention import rotary
 from hf_hetero.checks import own_loss, router_loss
+from hf_hetero.checks.additions import adapters, hooks, strangers
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
 from hf_hetero.model.wrapped import base_model
@@ -126,6 +127,8 @@ def _argument_problems(args: TrainingArguments) -> Iterator[str]:
     if (optim := str(getattr(args.optim, "value", args.optim))).endswith("_layerwise") or optim in STEPS_IN_BACKWARD:
         yield f"optim={optim!r} steps inside backward, and a step has as many of these as its plan; use another one."
     yield from sharding.argument_problems(args)
+    if args.ddp_static_graph:
+        yield "ddp_static_graph=True: torch counts on one backward pass a step, and a plan has several; unset it."
     for name in ("split_batches", "dispatch_batches", "use_stateful_dataloader"):
         if options.get(name):
             yield f"accelerator_config.{name} does not apply to planned steps; unset it."
@@ -148,6 +151,11 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallel is not None and getattr(parallel, name, 1) > 1:
             yield f"{name}={getattr(parallel, name)} splits every sample the same way; leave it 1 and let the planner."
+    # what Trainer takes from its arguments once, and a script may set later
+    if trainer.label_smoother is not None:
+        yield "trainer.label_smoother shifts labels on its own; set it to None."
+    if trainer.neftune_noise_alpha is not None:
+        yield f"trainer.neftune_noise_alpha={trainer.neftune_noise_alpha} scales noise by the batch's shape; unset it."
     if trainer.is_model_parallel:
         yield "device_map spreads the model over several devices; load it without."
 
@@ -177,10 +185,9 @@ def model_problems(model: torch.nn.Module, labelled: Sequence[Labelled] = LABELL
         yield "it is not a transformers model."
         return
     config: Any = base.config
-    adapters = getattr(model, "peft_config", {})
-    for name, adapter in adapters.items():
-        if getattr(adapter, "num_virtual_tokens", None):
-            yield f"adapter {name!r} ({adapter.peft_type}) adds virtual tokens to every sample; use LoRA."
+    yield from adapters.problems(model)
+    yield from hooks.problems(model)
+    yield from strangers.problems(model)
     # what writes text token by token, whatever its class is called: of text alone, or of images and text
     kind = labelled_of(base)
     if kind not in labelled or config.is_encoder_decoder:

@@ -33,6 +33,8 @@ LOOPS = (
     "_inner_training_loop",
     "_run_epoch",
 )
+LOADING = ("_get_dataloader", "_get_collator_with_removed_columns")
+"""What makes the batches of a loader, in training and in evaluation."""
 EVALUATION = (
     "prediction_step",
     "evaluation_loop",
@@ -91,6 +93,19 @@ def check(trainer_class: type) -> None:
                     f"{owner}.{name} does not call super().{name}: it compares or generates samples, or learns in a "
                     "way of its own, which cannot be shared out sample by sample. Use it with plain Trainer."
                 )
+
+
+def check_loading(trainer: Any) -> None:
+    """Refuse to train by a loader of a subclass's own, which is only known once there is something to train.
+
+    Raises:
+        UnsupportedModel: with the class and the method.
+    """
+    for name, owner in own(trainer, LOADING).items():
+        raise UnsupportedModel(
+            f"{owner}.{name} is its own, and planned steps are not drawn from the loader that it makes. Remove it for "
+            "training (an order goes into _get_train_sampler, tensors into data_collator), or use plain Trainer."
+        )
 
 
 def calls(function: Any, name: str) -> bool:

@@ -145,6 +145,27 @@ def check_weights(trainer: Trainer, kernel: Kernel, column: str) -> None:
         )
 
 
+def logits_of(trainer: Trainer, kernel: Kernel, dtype: torch.dtype) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Return how the trainer's own model comes from some of two samples, packed, to their logits.
+
+    Args:
+        trainer: its model is fitted.
+        kernel: what computes attention.
+        dtype: that it computes in.
+    """
+    base, device = base_model(trainer.model), trainer.args.device
+    model: Any = trainer.model
+
+    def logits(numbers: Sequence[int]) -> torch.Tensor:
+        inputs = _packed(_samples(base.config, numbers), kernel, device, unshifted=True)
+        del inputs["labels"]
+        with torch.autocast(device.type, dtype, enabled=dtype != base.dtype):
+            # a token may stand in at the end
+            return model(**inputs, use_cache=False).logits[0, : TOKENS * len(numbers)]
+
+    return logits
+
+
 def _loss_of(trainer: Trainer) -> ComputeLoss:
     """Return how a trainer comes from inputs of the model to its loss, through everything that is somebody's own."""
     has_methods = bool(overrides.own(trainer, overrides.LOSS))

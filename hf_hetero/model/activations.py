@@ -34,7 +34,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hf_hetero.model.chunked_mlp import chunked_class
+from hf_hetero.model.chunked_mlp import chunked_class, is_hooked
 from hf_hetero.model.offload import HostStore, stream_for
 from hf_hetero.plan import ACTIVATIONS
 
@@ -56,7 +56,8 @@ class Activations:
         modules = () if compiled else model.modules()
         self._layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer)]
         self._recomputes, self._stream = recomputes, None
-        pairs = [(layer.mlp, chunked_class(layer)) for layer in self._layers if in_chunks and hasattr(layer, "mlp")]
+        layers: list[Any] = [layer for layer in self._layers if in_chunks and hasattr(layer, "mlp")]
+        pairs = [(layer.mlp, chunked_class(layer)) for layer in layers]
         self._mlps = [(mlp, kind) for mlp, kind in pairs if kind is not None]
         able = ACTIVATIONS if self._layers else ()
         self.policies = tuple(policy for policy in able if policy != "recompute" or not recomputes)
@@ -88,7 +89,8 @@ class Activations:
                     set_until(undone, layer, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
             if self.recomputed(policy):
                 for mlp, kind in self._mlps:
-                    set_until(undone, mlp, "__class__", kind)
+                    if not is_hooked(mlp):
+                        set_until(undone, mlp, "__class__", kind)
             if store is not None:
                 undone.enter_context(store.hooks())
             yield

@@ -51,6 +51,16 @@ def chunked_class(layer: torch.nn.Module) -> type[ChunkedMLP] | None:
     return type(f"Chunked{type(mlp).__name__}", (ChunkedMLP, type(mlp)), {})
 
 
+def is_hooked(mlp: torch.nn.Module) -> bool:
+    """Return whether somebody's hooks hang on an MLP's weights or parts, which would be called for each chunk, too."""
+    hooks: list[Any] = [p._backward_hooks for p in mlp.parameters()]  # pyright: ignore[reportPrivateUsage]
+    for part in mlp.modules():
+        if part is not mlp:  # those of the MLP itself are called by whoever calls it
+            names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+            hooks += [vars(part)[name] for name in names]
+    return any(hooks)
+
+
 def widest_inner(mlp: torch.nn.Module) -> int:
     """Return the width of an MLP's inner tensors."""
     return max((m.out_features for m in mlp.modules() if isinstance(m, torch.nn.Linear)), default=1)

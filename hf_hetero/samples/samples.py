@@ -69,6 +69,11 @@ class Drawn:
     lengths: tuple[int, ...]
     row_tokens: tuple[int, ...]
 
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows were drawn; a row that a sampler draws twice counts twice."""
+        return sum(start == 0 for start in self.starts)  # a row's first sample starts with it
+
     def kept_starts(self) -> tuple[int, ...]:
         """Return where each sample starts among the tokens of its row that are in any sample: others were cut off."""
         # samples of a row stand in its order, so that each starts where those before it end

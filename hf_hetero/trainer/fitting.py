@@ -24,6 +24,7 @@ from hf_hetero.attention.kernels.contract import Kernel
 from hf_hetero.attention.kernels.plain import PLAIN
 from hf_hetero.attention.rotary import TablesBySample
 from hf_hetero.checks import own_loss, router_loss
+from hf_hetero.checks.additions import strangers
 from hf_hetero.checks.exactness import SEES_TARGETS
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
@@ -183,7 +184,8 @@ def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) ->
     """
     base, args = base_model(trainer.model), trainer.args
     manner = manner or Manner()
-    kernel = choose_kernel(base, args.device.type, half_evaluation_dtype(trainer) or compute_dtype(trainer), manner)
+    dtype = half_evaluation_dtype(trainer) or compute_dtype(trainer)
+    kernel = choose_kernel(base, args.device.type, dtype, manner)
     # what is set is entered to be undone in the same breath: an error on the way gives the model back as it was
     with ExitStack() as undone:
         interface.register()
@@ -197,6 +199,8 @@ def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) ->
         if not manner.whole:
             logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
+        if not manner.whole and labelled_of(base) == NEXT:
+            strangers.check(trainer.model, own_loss.logits_of(trainer, kernel, dtype), dtype)  # pyright: ignore
         if hetero.weight_column is not None and labelled_of(base) == NEXT:  # others' losses are this package's
             own_loss.check_weights(trainer, kernel, hetero.weight_column)
         sharding = sharding_of(trainer, hetero.sync_each_micro_batch)

@@ -89,8 +89,13 @@ class CountsByStep(Trainer):
             batch: this rank's share of the step.
             num_batches: that Trainer asks for.
         """
-        rows = len(set(batch.share.step.rows))
-        return [*batch.parts(min(num_batches, -(-rows // rows_at_once(self))))]
+        args, planned = self.args, self._training.accumulation if self._training is not None else None
+        if planned is not None and args.gradient_accumulation_steps != planned:
+            raise ConfigError(
+                f"gradient_accumulation_steps was {planned} and is {args.gradient_accumulation_steps}: it was changed "
+                "while training, and coming steps are planned already. Change it between two calls of train()."
+            )
+        return [*batch.parts(min(num_batches, -(-batch.share.step.drawn.num_rows // rows_at_once(self))))]
 
 
 def rows_at_once(trainer: Trainer) -> int:

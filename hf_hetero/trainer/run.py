@@ -247,6 +247,7 @@ class BetweenRuns:
         Raises:
             UnsupportedModel: it is not; raised on every rank.
         """
+        exactness.check_arguments(trainer.args)  # which a script may have changed
         exactness.check_model(trainer)
         self.try_untested(trainer, hetero)
         return fit(trainer, hetero, self.manner)

@@ -16,6 +16,9 @@ from transformers import Trainer
 from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
+from hf_hetero.checks import overrides
+from hf_hetero.checks.tiny import undisturbed
+from hf_hetero.collators.batches import check_batches
 from hf_hetero.data.loader import LOOKED_AT, sampler_of, training_data
 from hf_hetero.data.plan_sources import PlanSource
 from hf_hetero.data.streams.loaders import streamed_data
@@ -75,6 +78,7 @@ class Training:
         opened: closes it all when `train` ends, however it does.
         resumed: the checkpoint that training goes on from; None: it starts anew.
         data: the planned steps, from the moment Trainer asks for its loader.
+        accumulation: batches of a step when its data were opened.
         clock: times micro-batches, from the first step on.
         saving: how a checkpoint is written, while the loop does it.
         writing: the checkpoint that is written beside it.
@@ -91,6 +95,7 @@ class Training:
     opened: ExitStack
     resumed: Resumed | None = None
     data: TrainingData | None = None
+    accumulation: int | None = None
     clock: StepClock | None = None
     saving: Saving | None = None
     writing: Writing | None = None
@@ -151,6 +156,7 @@ def open_data(
         BadSample: the dataset has no tokens, or an empty sample; raised on every rank.
         ConfigError: the checkpoint's data were others, or another run has the folder; raised on every rank.
     """
+    overrides.check_loading(trainer)
     training.opened.callback(run.groups.relax)
     _claim_folder(trainer, run, training)
     packer, args = run.labelled_packer, trainer.args
@@ -168,11 +174,13 @@ def open_data(
         data = streamed_data(dataset, kept=before.stream if before is not None else None, **common)
     else:
         packer.check_padding(dataset[row] for row in range(min(len(dataset), LOOKED_AT)))
+        with undisturbed():
+            check_batches(packer, map(dataset.__getitem__, range(len(dataset))))
         columns = partial(trainer._remove_unused_columns, description="training")  # pyright: ignore[reportPrivateUsage]
         data = training_data(dataset, columns, sampler=sampler_of(loader), **common)
     training.opened.callback(data.close)  # before it may be refused: it plans ahead already
     check_order(data.order, before.order if before is not None else {}, training.resumes_by_itself)
-    training.data = data
+    training.data, training.accumulation = data, args.gradient_accumulation_steps
 
 
 # ------------------------------------------------------------------------------------------------------------ the step

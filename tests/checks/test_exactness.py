@@ -36,6 +36,7 @@ def make(folder: Path, model: Any = None, hetero: HeteroConfig | None = None, da
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 shifts labels"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
+        ({"ddp_static_graph": True}, "ddp_static_graph=True"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length'"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches"),

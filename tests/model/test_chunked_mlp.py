@@ -10,6 +10,7 @@ import torch
 from helpers import tiny_model, with_lora
 from torch.utils.checkpoint import checkpoint
 
+from hf_hetero.model.activations import Activations
 from hf_hetero.model.chunked_mlp import INNER_TENSORS, ChunkedMLP, chunked_class, widest_inner
 
 HIDDEN = 32
@@ -146,3 +147,30 @@ def test_only_where_tokens_do_not_meet() -> None:
     strange = torch.nn.Module()
     strange.mlp = torch.nn.Sequential(torch.nn.Linear(2, 2))
     assert chunked_class(strange) is None
+
+
+def hooked_gradients(policy: str | None, hang: Any) -> list[torch.Tensor]:
+    """Gradients of a model whose layers follow a policy, with hooks on one MLP."""
+    model = tiny_model(dtype=torch.float64).train()
+    hang(model.model.layers[0].mlp)
+    activations = Activations(model, recomputes=False, in_chunks=True, compiled=False)
+    with activations.following(policy, None):
+        model(torch.arange(3, 14)[None], use_cache=False).logits.square().sum().backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def on_a_weight(mlp: Any) -> None:
+    mlp.up_proj.weight.register_hook(lambda gradient: gradient / 2)
+
+
+def on_a_part(mlp: Any) -> None:
+    mlp.up_proj.register_forward_hook(lambda module, inputs, out: out - out.mean(-2, keepdim=True))
+
+
+@pytest.mark.parametrize("hang", [on_a_weight, on_a_part])
+def test_hooks_are_called_once(hang: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody hangs on the gradient of a weight, or on a part of an MLP, sees what it sees without chunks."""
+    monkeypatch.setattr(ChunkedMLP, "chunk_bytes", 1 << 12)
+    expected = hooked_gradients(None, hang)
+    for ours, theirs in zip(hooked_gradients("recompute", hang), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -111,3 +111,10 @@ def test_drawing_is_row_by_row(documents: list[list[int]], data: st.DataObject) 
     ]
     assert list(zip(found.rows, found.starts, found.lengths, found.row_tokens, strict=True)) == expected
     assert all(type(value) is int for value in (*found.rows, *found.starts, *found.lengths, *found.row_tokens))
+
+
+def test_rows_that_were_drawn() -> None:
+    """A row with several samples counts once, and one that is drawn again counts again."""
+    samples = packed_rows(np.array([4, 5]), np.array([1, 2]), np.array([4, 3, 2]))
+    assert samples.of([0, 1]).num_rows == 2
+    assert samples.of([1, 0, 1, 1]).num_rows == 4

@@ -1,0 +1,1 @@
+"""What somebody adds to a model, and why a plan would change it."""
