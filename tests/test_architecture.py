@@ -103,6 +103,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "fine_tuning.vocabulary",
         "data.loader",
         "data.evaluation_loader",
+        "images.towers",
         "model.activations",
         "model.classes.labelled",
         "model.wrapped",

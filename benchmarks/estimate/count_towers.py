@@ -1,10 +1,9 @@
-"""Count what towers add to a step that plans know nothing of: operations of an image's patches beside those of tokens.
+"""Count what towers add to a step: operations of an image's patches beside those of tokens, as plans have them.
 
     python benchmarks/estimate/count_towers.py
 
-Models are built by their sizes, without weights. A tower's weights are multiplied with each patch, and in its attention
-each patch meets all others of its image, or of its window; a projector's weights are multiplied with each token that
-the image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and the softmax are left out of both.
+Models are built by their sizes, without weights. Towers are counted as plans count them (`hf_hetero.images.towers`),
+text as in `hf_hetero.estimate.flops`.
 """
 
 from __future__ import annotations
@@ -17,7 +16,10 @@ import torch
 import transformers
 
 from hf_hetero.estimate.flops import flops_of
+from hf_hetero.images.towers import ImageSize, ImageSizes, TextRates, towers_of
 
+PATCHES = (64, 64)
+"""Rows and columns of them in an image."""
 TEXT_TOKENS = 300
 """Of a question and its answer, beside one image."""
 QWEN = {"vocab_size": 152064, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -33,8 +35,6 @@ class Subject:
         kind: of the classes.
         text, vision, own: of the config.
         num_patches, num_tokens: of the image.
-        seen: patches that one sees in attention, in most layers; None: all of the image.
-        layers_of_all: layers in which each patch sees all.
     """
 
     kind: str
@@ -43,8 +43,6 @@ class Subject:
     own: dict[str, Any]
     num_patches: int
     num_tokens: int
-    seen: int | None = None
-    layers_of_all: int = 0
 
 
 def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Subject:
@@ -52,7 +50,7 @@ def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int)
     text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
-    return Subject("Qwen2_5_VL", {**QWEN, **text}, vision, {}, 4096, 1024, seen=64, layers_of_all=4)
+    return Subject("Qwen2_5_VL", {**QWEN, **text}, vision, {}, 4096, 1024)
 
 
 def gemma(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> Subject:
@@ -90,20 +88,12 @@ def outline(subject: Subject) -> Any:
         return getattr(transformers, f"{subject.kind}ForConditionalGeneration")(config)
 
 
-def tower_flops(model: Any, subject: Subject) -> float:
-    """Count the operations of one image, forward."""
-    total = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) or not any(part in name for part in ("vis", "projector")):
-            continue
-        weights = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
-        at_tokens = "merger" in name or "projector" in name
-        total += 2 * weights * (subject.num_tokens if at_tokens else subject.num_patches)
-    vision = model.config.vision_config
-    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-    whole = layers if subject.seen is None else subject.layers_of_all
-    met = whole * subject.num_patches + (layers - whole) * (subject.seen or 0)
-    return total + 4 * vision.hidden_size * subject.num_patches * met
+def size_of(subject: Subject, sizes: ImageSizes) -> ImageSize:
+    """Return the size of one image, of 64 x 64 patches where images have sizes of their own."""
+    told = {"image_grid_thw": [[1, *PATCHES]], "pixel_values": [None]}
+    [size] = sizes.of(told)
+    assert size.tokens == subject.num_tokens
+    return size
 
 
 def main() -> None:
@@ -113,7 +103,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, subject in SUBJECTS.items():
         model = outline(subject)
-        tower, flops = tower_flops(model, subject), flops_of(model)
+        flops = flops_of(model)
+        towers = towers_of(model, TextRates(flops.in_layers + flops.in_head, flops.a_token))
+        tower = towers.looking.of([size_of(subject, towers.sizes)])
         own = flops.of([TEXT_TOKENS + subject.num_tokens]) - flops.of([TEXT_TOKENS])
         whole = flops.of([TEXT_TOKENS + subject.num_tokens])
         shares = [times * tower / (times * tower + whole) for times in (3, 1)]

@@ -14,8 +14,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.row_counts import count_row
 from hf_hetero.data.contents import contents_of, learnt_columns
-from hf_hetero.data.counting import tokens_of
 from hf_hetero.data.epochs import Epochs, read_rows, within_limits
 from hf_hetero.data.epochs import draws_of as draws_of
 from hf_hetero.data.lengths import is_table, read_samples
@@ -171,7 +171,7 @@ def draws_of_stream(stream: Stream | None) -> Draws:
 def samples_of(planning: Planning, collate: Callable[..., Any]) -> Callable[[Sequence[Any]], Samples]:
     """Return a function that says which samples the examples of a stream hold, under the user's limits."""
     changes = list[str]()
-    count = partial(tokens_of, collate)
+    count = partial(count_row, collate)
 
     def read(examples: Sequence[Any]) -> Samples:
         samples, change = within_limits(read_samples(examples, planning.length_column, count), planning)
