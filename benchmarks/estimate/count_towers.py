@@ -3,7 +3,8 @@
     python benchmarks/estimate/count_towers.py
 
 Models are built by their sizes, without weights. Towers are counted as plans count them (`hf_hetero.images.towers`),
-text as in `hf_hetero.estimate.flops`.
+text as in `hf_hetero.estimate.flops`. The last column is what a trained tower keeps for backward, by what would be kept
+of the tokens of text that are planned for it.
 """
 
 from __future__ import annotations
@@ -96,22 +97,39 @@ def size_of(subject: Subject, sizes: ImageSizes) -> ImageSize:
     return size
 
 
+def kept(config: Any, is_gated: bool) -> int:
+    """Count the numbers that the layers of a model, or of a tower, keep of a token, or of a patch, for backward.
+
+    As `hf_hetero.estimate.memory` counts them: two norms and their fp32 copies, queries, keys, values and outputs, the
+    input, and what is inside the MLP.
+    """
+    layers, heads = (getattr(config, name, None) for name in ("depth", "num_heads"))
+    layers, heads = layers or config.num_hidden_layers, heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    exchanged = 2 * (heads + (getattr(config, "num_key_value_heads", None) or heads)) * head_dim
+    return layers * (10 * config.hidden_size + exchanged + (4 if is_gated else 2) * config.intermediate_size)
+
+
 def main() -> None:
     """Print a table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen |")
-    print("|---|---|---|---|---|")
+    print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen | kept by planned |")
+    print("|---|---|---|---|---|---|")
     for name, subject in SUBJECTS.items():
         model = outline(subject)
         flops = flops_of(model)
         towers = towers_of(model, TextRates(flops.in_layers + flops.in_head, flops.a_token))
-        tower = towers.looking.of([size_of(subject, towers.sizes)])
+        size = size_of(subject, towers.sizes)
+        tower = towers.looking.of([size])
+        tokens = towers.learning.of([size]) / towers.learning.text
+        planned = tokens * kept(model.config.get_text_config(), is_gated=True)
+        memory = size.patches * kept(model.config.vision_config, is_gated="Qwen" in subject.kind) / planned
         own = flops.of([TEXT_TOKENS + subject.num_tokens]) - flops.of([TEXT_TOKENS])
         whole = flops.of([TEXT_TOKENS + subject.num_tokens])
         shares = [times * tower / (times * tower + whole) for times in (3, 1)]
         print(
             f"| {name} | {subject.num_patches:,}, {subject.num_tokens:,} | {3 * tower / own:.2f} | "
-            f"{shares[0]:.0%} | {shares[1]:.0%} |"
+            f"{shares[0]:.0%} | {shares[1]:.0%} | {memory:.1f} |"
         )
 
 

@@ -209,3 +209,25 @@ def test_a_table_is_evaluated_twice(tmp_path: Path) -> None:
     rows = made(rows_with_images("llava")[:8], "table")
     trainer = HeteroTrainer(seeing_model("llava"), arguments(str(tmp_path), 1), train_dataset=rows)
     assert trainer.evaluate(rows)["eval_loss"] == trainer.evaluate(rows)["eval_loss"]
+
+
+def test_images_that_nobody_has_seen_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A column of lengths spares reading rows of which a collator makes images: it is said that plans are of tokens."""
+    rows = rows_of("qwen3-vl")[:12]
+
+    def collate(examples: list[Any]) -> dict[str, Any]:
+        row = rows[examples[0]["input_ids"][0]]
+        images = {key: values for key, values in row.items() if isinstance(values, torch.Tensor)}
+        return {**{key: torch.tensor([values]) for key, values in row.items() if key not in images}, **images}
+
+    lengths = [len(row["input_ids"]) for row in rows]
+    data = datasets.Dataset.from_dict({"input_ids": [[n] * length for n, length in enumerate(lengths)]})
+    for table, is_said in ((data.add_column("length", lengths), True), (data, False)):
+        caplog.clear()
+        args = arguments(str(tmp_path), 1, max_steps=1)
+        reports = Reports()
+        HeteroTrainer(
+            seeing_model("qwen3-vl"), args, train_dataset=table, data_collator=collate, callbacks=[reports]
+        ).train()
+        assert any("is in no plan" in message for message in caplog.messages) == is_said
+        assert bool(reports.reports[0].as_text) != is_said
