@@ -148,6 +148,7 @@ def to_record(report: StepReport) -> dict[str, Any]:
         "wait_s": report.wait_s,
         "is_lockstep": report.is_lockstep,
         "peak_bytes": report.peak_bytes,
+        **({"planned_lengths": list(report.as_text)} if report.as_text else {}),
     }
 
 

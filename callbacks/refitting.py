@@ -85,14 +85,14 @@ def _measured_groups(cost: CostModel, reports: Sequence[StepReport]) -> Iterator
             groups = [group for group in reversed(micro_batch.groups) if group.samples]
             if report.is_lockstep:
                 # under sharded weights every rank measures the slowest group: one observation, of the one predicted so
-                if not all(is_priced(cost, group, report.lengths) for group in groups):
+                if not all(is_priced(cost, group, report.planned_lengths) for group in groups):
                     continue  # the slowest may be one of those
-                groups = sorted(groups, key=lambda group: -cost.group_seconds(group, report.lengths))[:1]
+                groups = sorted(groups, key=lambda group: -cost.group_seconds(group, report.planned_lengths))[:1]
             for group in groups:
                 seconds = max(busy_s[rank] for rank in group.ranks)
                 # what takes 0 s is too short to be measured
-                if seconds > 0 and is_priced(cost, group, report.lengths):
-                    yield group, seconds, report.lengths
+                if seconds > 0 and is_priced(cost, group, report.planned_lengths):
+                    yield group, seconds, report.planned_lengths
 
 
 def is_priced(cost: CostModel, group: Group, lengths: Sequence[int]) -> bool:

@@ -52,8 +52,8 @@ def timed_groups(cost: CostModel, reports: Sequence[StepReport]) -> dict[Block, 
                 continue
             for group in micro_batch.groups:
                 measured_s = max(busy_s[rank] for rank in group.ranks)
-                if group.samples and measured_s > 0 and is_priced(cost, group, report.lengths):
-                    attention_s, linear_s, exchange_s, fixed_s = cost.charges(group, report.lengths)
+                if group.samples and measured_s > 0 and is_priced(cost, group, report.planned_lengths):
+                    attention_s, linear_s, exchange_s, fixed_s = cost.charges(group, report.planned_lengths)
                     there_s, rest_s = attention_s + linear_s, exchange_s + fixed_s
                     full_s = there_s * cost.places.of(group.ranks).rank_speed
                     entry = Timed(measured_s, there_s + rest_s, full_s, rest_s)

@@ -17,6 +17,7 @@ from hf_hetero.errors import BadSample
 from hf_hetero.images.pictures import packed_pictures
 from hf_hetero.images.positions import KINDS
 from hf_hetero.images.sight import Sight, all_inputs
+from hf_hetero.images.towers import Towers
 from hf_hetero.layout import Span
 from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
@@ -53,6 +54,7 @@ class PackedCollator:
         weight_column: what the loss of each token is multiplied by, or of all tokens of a row; None: all weigh 1.
         sight: how rows hold images; None: such rows are refused. The trainer sets it.
         blind: why, in words.
+        towers: what images take beside their tokens; None: nobody knows. The trainer sets it.
         source_column: where a row is from, for the log; None: nobody asks.
     """
 
@@ -71,6 +73,7 @@ class PackedCollator:
     weight_column: str | None = None
     sight: Sight | None = field(default=None, repr=False)
     blind: str = field(default="", repr=False)
+    towers: Towers | None = field(default=None, repr=False)
     source_column: str | None = None
 
     def __call__(self, batch: StepExamples | Sequence[Example]) -> StepBatch | dict[str, torch.Tensor]:

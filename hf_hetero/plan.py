@@ -36,8 +36,7 @@ class Group:
         activations: what it does to hold more tokens, one of `ACTIVATIONS`; None: what the whole run does.
 
     Raises:
-        HeteroError: ranks that are no aligned block, an unknown method or way to hold more, or blocks that do not fill
-            the group.
+        HeteroError: ranks that are no aligned block, unknown ways to cross or to hold more, blocks that do not fill it.
     """
 
     ranks: tuple[int, ...]
@@ -105,8 +104,7 @@ class Plan:
         planning_s: wall time spent to find it, in seconds.
 
     Raises:
-        HeteroError: the groups of a micro-batch do not partition the ranks, or the samples of the plan are not exactly
-            0, 1, 2, ... each once.
+        HeteroError: groups of a micro-batch do not partition the ranks, or samples are not 0, 1, 2, ... each once.
     """
 
     num_ranks: int
@@ -205,17 +203,12 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
 def _group_from_dict(data: Mapping[str, Any]) -> Group:
     """Invert `_group_to_dict`, and raise whatever a mapping of something else raises."""
     method, inner = data.get("method", "ulysses"), data.get("ulysses_degree")
-    if inner is not None:
-        _whole([inner])
+    _whole([] if inner is None else [inner])
     return Group(_whole(data["ranks"]), _whole(data["samples"]), method, inner, data.get("activations"))
 
 
 def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
-    """Return numbers from JSON that are all whole.
-
-    Raises:
-        TypeError: one of them is not.
-    """
+    """Return numbers from JSON that are all whole, or raise a TypeError."""
     if not set(map(type, numbers)) <= {int}:
         raise TypeError(f"{numbers!r:.60} are not all whole numbers")
     return cast("tuple[int, ...]", tuple(numbers))
@@ -246,6 +239,7 @@ class StepReport:
         static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
         sent_bytes: that all ranks sent each other inside layers, forward and backward; not gradients of weights.
         by_source: where rows are from -> sum of the losses of its targets, and how many these are.
+        as_text: what each sample was planned as, in tokens of text that take as long; (): as its own tokens.
     """
 
     step: int
@@ -269,6 +263,12 @@ class StepReport:
     static_s: Mapping[int, float] = field(default_factory=dict[int, float])
     sent_bytes: int = 0
     by_source: Mapping[str, tuple[float, int]] = field(default_factory=dict[str, tuple[float, int]])
+    as_text: tuple[int, ...] = ()
+
+    @property
+    def planned_lengths(self) -> tuple[int, ...]:
+        """Return the lengths that the plan was made of, and that a cost model prices."""
+        return self.as_text or self.lengths
 
     @property
     def num_tokens(self) -> int:

@@ -34,6 +34,7 @@ class Step:
         plan: who computes what.
         wait_s: how long the planning rank waited for the plan, in seconds.
         static_s: seconds of the best plan with one degree, by degree; empty where nobody has looked.
+        as_text: what each sample was planned as, in tokens of text that take as long; (): as its own tokens.
     """
 
     epoch: int
@@ -42,6 +43,7 @@ class Step:
     plan: Plan
     wait_s: float = 0.0
     static_s: Mapping[int, float] = field(default_factory=dict[int, float])
+    as_text: tuple[int, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -52,6 +54,11 @@ class Step:
     def lengths(self) -> tuple[int, ...]:
         """Return the tokens of each sample."""
         return self.drawn.lengths
+
+    @property
+    def planned_lengths(self) -> tuple[int, ...]:
+        """Return the lengths that the plan was made of, and that its seconds and bytes are of."""
+        return self.as_text or self.drawn.lengths
 
     def shared_rows(self) -> tuple[int, ...]:
         """Return the rows that several ranks may hold tokens of, ascending. Each of these ranks reads them itself."""

@@ -104,6 +104,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.streams.loaders",
         "data.loader",
         "data.evaluation_loader",
+        "images.towers",
         "model.activations",
         "model.classes.labelled",
         "model.wrapped",

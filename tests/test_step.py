@@ -45,3 +45,11 @@ def test_shared_rows() -> None:
     groups = (Group((0, 1), (0,)), Group((2,), (1, 2)), Group((3,), (3,)))
     plan = Plan(4, (MicroBatch(groups),))
     assert replace(STEP, plan=plan).shared_rows() == (10, 12)
+
+
+def test_towers_are_no_part_of_a_digest() -> None:
+    """What images take decides a plan, and is known where it is made: ranks are told the plan by its own digest."""
+    seeing = replace(STEP, drawn=replace(DRAWN, tower_tokens=(0.0, 7.5, 0.0, 0.0)), as_text=(5, 17, 2, 7))
+    assert seeing.digest() == STEP.digest()
+    assert STEP.planned_lengths == seeing.lengths == LENGTHS
+    assert seeing.planned_lengths == (5, 17, 2, 7)

@@ -1,10 +1,10 @@
-"""Count what towers add to a step that plans know nothing of: operations of an image's patches beside those of tokens.
+"""Count what towers add to a step: operations of an image's patches beside those of tokens, as plans have them.
 
     python benchmarks/estimate/count_towers.py
 
-Models are built by their sizes, without weights. A tower's weights are multiplied with each patch, and in its attention
-each patch meets all others of its image, or of its window; a projector's weights are multiplied with each token that
-the image becomes. Text is counted as in `hf_hetero.estimate.flops`. Norms and the softmax are left out of both.
+Models are built by their sizes, without weights. Towers are counted as plans count them (`hf_hetero.images.towers`),
+text as in `hf_hetero.estimate.flops`. The last column is what a trained tower keeps for backward, by what would be kept
+of the tokens of text that are planned for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 import transformers
 
 from hf_hetero.estimate.flops import flops_of
+from hf_hetero.images.towers import ImageSize, ImageSizes, TextRates, towers_of
 
+PATCHES = (64, 64)
+"""Rows and columns of them in an image."""
 TEXT_TOKENS = 300
 """Of a question and its answer, beside one image."""
 QWEN = {"vocab_size": 152064, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
@@ -33,8 +36,6 @@ class Subject:
         kind: of the classes.
         text, vision, own: of the config.
         num_patches, num_tokens: of the image.
-        seen: patches that one sees in attention, in most layers; None: all of the image.
-        layers_of_all: layers in which each patch sees all.
     """
 
     kind: str
@@ -43,8 +44,6 @@ class Subject:
     own: dict[str, Any]
     num_patches: int
     num_tokens: int
-    seen: int | None = None
-    layers_of_all: int = 0
 
 
 def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> Subject:
@@ -52,7 +51,7 @@ def qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int)
     text = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers}
     text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16, "out_hidden_size": hidden}
-    return Subject("Qwen2_5_VL", {**QWEN, **text}, vision, {}, 4096, 1024, seen=64, layers_of_all=4)
+    return Subject("Qwen2_5_VL", {**QWEN, **text}, vision, {}, 4096, 1024)
 
 
 def gemma(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, head_dim: int) -> Subject:
@@ -90,36 +89,47 @@ def outline(subject: Subject) -> Any:
         return getattr(transformers, f"{subject.kind}ForConditionalGeneration")(config)
 
 
-def tower_flops(model: Any, subject: Subject) -> float:
-    """Count the operations of one image, forward."""
-    total = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) or not any(part in name for part in ("vis", "projector")):
-            continue
-        weights = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
-        at_tokens = "merger" in name or "projector" in name
-        total += 2 * weights * (subject.num_tokens if at_tokens else subject.num_patches)
-    vision = model.config.vision_config
-    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
-    whole = layers if subject.seen is None else subject.layers_of_all
-    met = whole * subject.num_patches + (layers - whole) * (subject.seen or 0)
-    return total + 4 * vision.hidden_size * subject.num_patches * met
+def size_of(subject: Subject, sizes: ImageSizes) -> ImageSize:
+    """Return the size of one image, of 64 x 64 patches where images have sizes of their own."""
+    told = {"image_grid_thw": [[1, *PATCHES]], "pixel_values": [None]}
+    [size] = sizes.of(told)
+    assert size.tokens == subject.num_tokens
+    return size
+
+
+def kept(config: Any, is_gated: bool) -> int:
+    """Count the numbers that the layers of a model, or of a tower, keep of a token, or of a patch, for backward.
+
+    As `hf_hetero.estimate.memory` counts them: two norms and their fp32 copies, queries, keys, values and outputs, the
+    input, and what is inside the MLP.
+    """
+    layers, heads = (getattr(config, name, None) for name in ("depth", "num_heads"))
+    layers, heads = layers or config.num_hidden_layers, heads or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    exchanged = 2 * (heads + (getattr(config, "num_key_value_heads", None) or heads)) * head_dim
+    return layers * (10 * config.hidden_size + exchanged + (4 if is_gated else 2) * config.intermediate_size)
 
 
 def main() -> None:
     """Print a table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen |")
-    print("|---|---|---|---|---|")
+    print("| model | patches, tokens | tower by text, image's tokens | of a step, trained | frozen | kept by planned |")
+    print("|---|---|---|---|---|---|")
     for name, subject in SUBJECTS.items():
         model = outline(subject)
-        tower, flops = tower_flops(model, subject), flops_of(model)
+        flops = flops_of(model)
+        towers = towers_of(model, TextRates(flops.in_layers + flops.in_head, flops.a_token))
+        size = size_of(subject, towers.sizes)
+        tower = towers.looking.of([size])
+        tokens = towers.learning.of([size]) / towers.learning.text
+        planned = tokens * kept(model.config.get_text_config(), is_gated=True)
+        memory = size.patches * kept(model.config.vision_config, is_gated="Qwen" in subject.kind) / planned
         own = flops.of([TEXT_TOKENS + subject.num_tokens]) - flops.of([TEXT_TOKENS])
         whole = flops.of([TEXT_TOKENS + subject.num_tokens])
         shares = [times * tower / (times * tower + whole) for times in (3, 1)]
         print(
             f"| {name} | {subject.num_patches:,}, {subject.num_tokens:,} | {3 * tower / own:.2f} | "
-            f"{shares[0]:.0%} | {shares[1]:.0%} |"
+            f"{shares[0]:.0%} | {shares[1]:.0%} | {memory:.1f} |"
         )
 
 

@@ -31,15 +31,22 @@ def activation_bytes(cost: CostModel, group: Group, tokens: float, lengths: Sequ
     return held
 
 
-def room_left(cost: CostModel, plan: Plan, group: Group, tokens: int, lengths: Sequence[int]) -> int:
+def room_left(
+    cost: CostModel, plan: Plan, group: Group, tokens: int, lengths: Sequence[int], longest: int | None = None
+) -> int:
     """Return the bytes for activations with which to go on after a rank of a plan's group ran out of memory.
 
     They are less than the rank held, and than there were; but no less than the longest sample needs, if that is less.
     A rank that held no token says nothing of what tokens take.
+
+    Args:
+        cost, group, tokens, lengths: as of `activation_bytes`.
+        plan: of the step.
+        longest: tokens that must have room in the largest group; None: those of the longest sample.
     """
     room = cost.memory_bytes_per_rank - cost.model_state_bytes_per_rank
     held = min(room, activation_bytes(cost, group, tokens, lengths) if tokens else room)
-    tokens_needed = math.ceil(max(lengths) / max(cost.degrees(plan.num_ranks)))
+    tokens_needed = math.ceil((longest or max(lengths)) / max(cost.degrees(plan.num_ranks)))
     needed = math.ceil(tokens_needed * cost.leanest.activation_bytes_per_token)
     return max(int(SHARE * held), needed) if needed < held else int(SHARE * held)
 

@@ -18,16 +18,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.row_counts import column_of_sizes, count_row, stored_tower_tokens
 from hf_hetero.data.contents import LEARNT_COLUMNS, random_states_kept
-from hf_hetero.data.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths
+from hf_hetero.data.lengths import fingerprint, is_plain_table, is_table, table_documents, table_lengths, table_rows
 from hf_hetero.data.sampler import StepDataset
 from hf_hetero.errors import BadSample, ConfigError
+from hf_hetero.images.sight import PIXELS
 from hf_hetero.ranks.agreement import broadcast, gather, gather_objects, raise_together
 from hf_hetero.ranks.rounds import Work, each, in_rounds
-from hf_hetero.samples.rows import as_array, checked, documents_of_row, tokens_of_row
+from hf_hetero.samples.rows import as_array, checked, documents_of_row
 from hf_hetero.samples.samples import Samples, samples_of
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 logger = logging.getLogger(__name__)
 
@@ -73,22 +76,6 @@ class Source:
     def collator(self) -> Any:
         """Return the user's own collator; None: samples are made of rows as they are."""
         return self.collate.example_collator if isinstance(self.collate, PackedCollator) else None
-
-
-def tokens_of(collate: Callable[..., Any], example: Any, row: int) -> int:
-    """Return the tokens of the sample that a collator makes of a row.
-
-    Raises:
-        BadSample: a row that cannot be a sample.
-    """
-    has_tokens = "input_ids" in example
-    if (
-        isinstance(collate, PackedCollator)
-        and collate.example_collator is not None
-        and (has_tokens or collate.makes_tokens)
-    ):
-        return collate.num_tokens(example, f"Row {row}")
-    return tokens_of_row(example, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +135,7 @@ def still_holds(source: Source, tokens: Integers) -> bool:
     with random_states_kept():
         for row in spread(len(tokens), COMPARED):
             [example] = source.rows.read([row])
-            if tokens_of(source.collate, example, row) != tokens[row]:
+            if count_row(source.collate, example, row).tokens != tokens[row]:
                 return False
     return True
 
@@ -181,32 +168,45 @@ def _stored(source: Source) -> Work[Samples | None]:
     # because limits and padding show there
     if len(lengths) and not (is_plain_table(dataset) and collator is None):
         asked = [int(lengths.argmax()), int(lengths.argmin()), *spread(len(lengths), READ_TWICE)]
-        for row, tokens in (yield from _read(source, asked)).tokens.items():
+        rows_read = yield from _read(source, asked)
+        for row, tokens in rows_read.tokens.items():
             if tokens != lengths[row]:
                 logger.warning(
                     "Row %d has %d tokens in the table, and %d as it is read: all rows are read now, to count them.",
                     *(row, lengths[row], tokens),
                 )
                 return None
-    return samples_of(lengths, table_documents(dataset))
+        if any(rows_read.towers.values()) and PIXELS not in dataset.column_names:
+            logger.warning(
+                "Rows have images, but lengths are taken from %r: what the tower computes for them is in no plan. "
+                "Without that column all rows are read once, and it is.",
+                source.column,
+            )
+    towers = list[float]()
+    if (told_by := column_of_sizes(source.collate, dataset.column_names)) is not None:
+        for values in table_rows(dataset, told_by):
+            towers += stored_tower_tokens(source.collate, values)
+            yield 0
+    return samples_of(lengths, table_documents(dataset), np.asarray(towers) if towers else None)
 
 
 @dataclass(frozen=True, slots=True)
 class _RowsRead:
-    """`_RowsRead` holds by row: tokens, those of each document, and, if asked for, a fingerprint of the content."""
+    """`_RowsRead` holds by row: tokens, those of towers and of each document, and, if asked for, a fingerprint."""
 
     tokens: dict[int, int]
+    towers: dict[int, float]
     documents: dict[int, list[int] | None]
     contents: dict[int, int]
 
 
 def _read(source: Source, rows: Sequence[int], prints: bool = True) -> Work[_RowsRead]:
     """Read some rows, one after the other."""
-    rows_read = _RowsRead({}, {}, {})
+    rows_read = _RowsRead({}, {}, {}, {})
     for row in rows:
         [example] = source.rows.read([row])
-        rows_read.tokens[row] = tokens = tokens_of(source.collate, example, row)
-        checked(np.asarray([tokens]), first=row)
+        rows_read.tokens[row], rows_read.towers[row] = count_row(source.collate, example, row)
+        checked(np.asarray([rows_read.tokens[row]]), first=row)
         rows_read.documents[row] = documents_of_row(example)
         if prints:
             rows_read.contents[row] = _content(example)
@@ -226,18 +226,20 @@ def _read_together(source: Source, num_rows: int, control: dist.ProcessGroup | N
         rows_read = in_rounds(_read(source, share, prints=False), num_rows, control)
     # arrays, not lists, of what may be millions of rows
     counted, packed = np.fromiter(rows_read.tokens.values(), np.int64), list(rows_read.documents.values())
-    own_share = counted, packed if any(row is not None for row in packed) else None
+    towers = np.fromiter(rows_read.towers.values(), np.float64)
+    own_share = counted, towers if towers.any() else None, packed if any(row is not None for row in packed) else None
     shares = gather_objects(own_share, control) if len(compared) < num_rows else [own_share]
     samples: list[Samples] = []
 
     def join_shares() -> None:
-        lengths = np.concatenate([counted for counted, _ in shares])
+        lengths = np.concatenate([counted for counted, _, _ in shares])
+        by_tower = [np.zeros(len(counted)) if towers is None else towers for counted, towers, _ in shares]
         documents: Any = None
-        if any(packed is not None for _, packed in shares):
-            documents = [row for counted, packed in shares for row in packed or [None] * len(counted)]
+        if any(packed is not None for _, _, packed in shares):
+            documents = [row for counted, _, packed in shares for row in packed or [None] * len(counted)]
         if is_plain_table(source.dataset):  # the column may not be among those that are read
             documents = table_documents(source.dataset)
-        samples.append(samples_of(lengths, documents))
+        samples.append(samples_of(lengths, documents, np.concatenate(by_tower)))
 
     broadcast(join_shares, control)  # rank 0 alone joins them, and all ranks raise what it refuses
     return samples[0] if samples else None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_hetero.collators.row_counts import RowCount
 from hf_hetero.errors import BadSample
 from hf_hetero.progress import each, progress
 from hf_hetero.samples.rows import PACKED_COLUMN, checked, documents_of_row, nested, tokens_of_row
@@ -48,13 +49,13 @@ def read_lengths(dataset: Any, column: str) -> Lengths:
     return checked(np.fromiter((tokens_of_row(dataset[row], row) for row in rows), np.int64, len(dataset)))
 
 
-def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | None = None) -> Samples:
+def read_samples(dataset: Any, column: str, count: Callable[[Any, int], RowCount] | None = None) -> Samples:
     """Return the samples of a map-style dataset: its rows, or the documents of packed rows (`seq_lengths`, of TRL).
 
     Args:
         dataset: map-style; a list of examples is one.
         column: of lengths, where it is a table.
-        count: tokens of an example, and its row, where they are not simply its `input_ids`.
+        count: what an example, and its row, holds, where that is not simply its `input_ids`.
 
     Raises:
         BadSample: as `read_lengths`; or a row whose documents are not all of it.
@@ -62,8 +63,13 @@ def read_samples(dataset: Any, column: str, count: Callable[[Any, int], int] | N
     if is_plain_table(dataset) and count is None:
         return samples_of(read_lengths(dataset, column), table_documents(dataset))
     rows = [dataset[row] for row in range(len(dataset))]
-    lengths = np.asarray([(count or tokens_of_row)(example, row) for row, example in enumerate(rows)], dtype=np.int64)
-    return samples_of(checked(lengths), [documents_of_row(example) for example in rows])
+    counts = [
+        RowCount(tokens_of_row(example, row)) if count is None else count(example, row)
+        for row, example in enumerate(rows)
+    ]
+    lengths = np.asarray([one.tokens for one in counts], dtype=np.int64)
+    towers = np.asarray([one.tower_tokens for one in counts], dtype=np.float64)
+    return samples_of(checked(lengths), [documents_of_row(example) for example in rows], towers)
 
 
 def is_table(dataset: Any) -> bool:
@@ -110,6 +116,13 @@ def finished(counting: Counting, num_rows: int) -> Lengths:
                 count(next(counting))
             except StopIteration as end:
                 return end.value
+
+
+def table_rows(dataset: datasets.Dataset, column: str) -> Iterator[list[Any]]:
+    """Give a column of a table as it is stored, some rows at a time."""
+    arrow: Any = dataset.select_columns([column]).with_format("arrow")
+    for table in arrow.iter(batch_size=ROWS_AT_ONCE):
+        yield table.column(column).to_pylist()
 
 
 def raw_rows(dataset: Any, rows: Sequence[int], names: Sequence[str]) -> list[dict[str, Any]] | None:

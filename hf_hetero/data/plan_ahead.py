@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
-from hf_hetero.data.plan_sources import Closeable, Comparing, PlanSource
+from hf_hetero.data.plan_sources import Closeable, Comparing, PlanSource, Seeing
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import PlannerLost
@@ -157,15 +157,19 @@ class PlanAhead:
 
     def _planned(self, epoch: int, index: int, drawn: Drawn) -> Step:
         """Plan the samples of a step; in the planning thread."""
+        lengths, as_text = drawn.lengths, tuple[int, ...]()
+        if drawn.tower_tokens and isinstance(self._source, Seeing):
+            lengths = as_text = self._source.planned_lengths(lengths, drawn.tower_tokens)
         try:
-            plan = self._source.plan(drawn.lengths)
+            plan = self._source.plan(lengths)
         except HeteroError as error:
             # a simpler plan would not help: the batch itself is at fault
             raise type(error)(f"Step {index} of epoch {epoch}, dataset rows {_brief(drawn.rows)}: {error}") from error
         except Exception as error:
             self._warn(f"Planning step {index} of epoch {epoch} failed; using a simpler plan", error)
-            return Step(epoch, index, drawn, self._source.static(drawn.lengths))
-        return Step(epoch, index, drawn, plan, static_s=self._static_seconds(epoch, index, drawn.lengths))
+            return Step(epoch, index, drawn, self._source.static(lengths), as_text=as_text)
+        static_s = self._static_seconds(epoch, index, lengths)
+        return Step(epoch, index, drawn, plan, static_s=static_s, as_text=as_text)
 
     def _static_seconds(self, epoch: int, index: int, lengths: Sequence[int]) -> dict[int, float]:
         """Return what runs with one degree would take, by degree; nothing where that is not known."""
@@ -195,7 +199,7 @@ class PlanAhead:
         """Improve plan after plan, until all that are ready have been."""
         while (step := self._next_to_improve()) is not None:
             try:
-                improved = self._source.improve(step.plan, step.lengths)
+                improved = self._source.improve(step.plan, step.planned_lengths)
             except Exception as error:
                 self._warn(f"Improving the plan of step {step.index} of epoch {step.epoch} failed", error)
                 improved = step.plan

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from hf_hetero.costs.out_of_memory import fits
+from hf_hetero.costs.planned_lengths import planned_lengths
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner, PlannerProcess
 from hf_hetero.planner.items import Lengths, flat, sequences_of
@@ -53,8 +54,17 @@ class Closeable(Protocol):
 class Comparing(Protocol):
     """A `Comparing` source also knows what runs with one degree would take, for a number in the log."""
 
-    def static_seconds(self, lengths: Sequence[int], /) -> dict[int, float]:
+    def static_seconds(self, lengths: Lengths, /) -> dict[int, float]:
         """Return the seconds of a batch, by degree, for each degree that holds its samples."""
+        ...
+
+
+@runtime_checkable
+class Seeing(Protocol):
+    """A `Seeing` source also knows what text takes as long as a sample with images; it is given that to plan."""
+
+    def planned_lengths(self, lengths: Sequence[int], tower_tokens: Sequence[float], /) -> tuple[int, ...]:
+        """Return the planned length of each sample, from its tokens and its tower tokens."""
         ...
 
 
@@ -79,6 +89,10 @@ class PlansOfThisProcess:
     def improve(self, plan: Plan, lengths: Lengths) -> Plan:
         """Return the plan as it is."""
         return plan
+
+    def planned_lengths(self, lengths: Sequence[int], tower_tokens: Sequence[float]) -> tuple[int, ...]:
+        """Return planned lengths by the cost model of now."""
+        return _planned_lengths(self.planner(), lengths, tower_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +131,20 @@ class PlansOfProcesses:
         """Tell the seconds of runs with one degree as `PlannerProcess.static_seconds`."""
         return self.planning.static_seconds(lengths)
 
+    def planned_lengths(self, lengths: Sequence[int], tower_tokens: Sequence[float]) -> tuple[int, ...]:
+        """Return planned lengths by the cost model of now, in this process: it is a formula."""
+        return _planned_lengths(self.planner(), lengths, tower_tokens)
+
     def close(self) -> None:
         """End both processes."""
         self.planning.close()
         if self.improving is not None:
             self.improving.close()
+
+
+def _planned_lengths(planner: Planner, lengths: Sequence[int], tower_tokens: Sequence[float]) -> tuple[int, ...]:
+    cost = planner.cost_model
+    return planned_lengths(cost, cost.leanest.capacity_tokens * planner.degrees[-1], lengths, tower_tokens)
 
 
 def planned_elsewhere(planner: Callable[[], Planner], improves: bool, limit_s: float = 60.0) -> PlansOfProcesses:

@@ -33,10 +33,13 @@ class ModelFlops:
     Args:
         a_token: of each token, whatever it attends to.
         a_pair: of each pair of tokens, for each window of layers; None: they see all before.
+        in_layers, in_head: of each token forward, whatever it attends to.
     """
 
     a_token: float
     a_pair: tuple[tuple[int | None, float], ...]
+    in_layers: float = 0.0
+    in_head: float = 0.0
 
     def of(self, lengths: Iterable[int]) -> float:
         """Count the operations of samples with so many tokens, forward and backward; no plan changes them."""
@@ -65,10 +68,11 @@ def flops_of(model: Any) -> ModelFlops:
     """
     text = text_part(model)
     idle = idle_shares(text, text.config)
-    weights: set[torch.Tensor] = {p for module in text.modules() for p in _matrices(module)}
+    layers: set[torch.Tensor] = {p for module in text.modules() for p in _matrices(module)}
     head = model.get_output_embeddings()
-    if isinstance(head, torch.nn.Linear):  # it may be the embedding as well, which alone is only looked up
-        weights.add(head.weight)
+    # it may be the embedding as well, which alone is only looked up
+    heads = {head.weight} if isinstance(head, torch.nn.Linear) else set[torch.Tensor]()
+    weights = layers | heads
     a_token = sum((6 if p.requires_grad else 4) * p.numel() * (1 - idle.get(p, 0.0)) for p in weights)
     numbers = sum(numbers_of(mixer) for mixer in mixers_of(text) if window_of(mixer) is None)
     a_pair: dict[int | None, float] = {}
@@ -77,7 +81,9 @@ def flops_of(model: Any) -> ModelFlops:
         layer = of_layer(text.config, module.layer_idx)
         window = _window(module, layer)
         a_pair[window] = a_pair.get(window, 0.0) + 6 * _width(module, layer)
-    return ModelFlops(a_token + 3 * 2 * WEIGHTS_A_STATE * numbers, tuple(a_pair.items()))
+    of_states = 2 * WEIGHTS_A_STATE * numbers
+    in_layers, in_head = (sum(2 * p.numel() * (1 - idle.get(p, 0.0)) for p in own) for own in (layers - heads, heads))
+    return ModelFlops(a_token + 3 * of_states, tuple(a_pair.items()), in_layers + of_states, in_head)
 
 
 def _matrices(module: torch.nn.Module) -> Iterable[torch.nn.Parameter]:

@@ -34,7 +34,7 @@ class Sight:
     token: int
     inputs: tuple[str, ...]
     merged: int | None
-    stand_in: Mapping[str, torch.Tensor] = field(repr=False)
+    stand_in: Mapping[str, torch.Tensor] = field(repr=False, compare=False)  # tensors have no single answer
     positions: RotaryPositions | None = field(default=None, repr=False)
     mutual: MutualTokens | None = None
 

@@ -112,6 +112,8 @@ def _checked(record: object, place: str) -> dict[str, Any]:
         # older records are without these
         "is_lockstep": record.get("is_lockstep", False),
         "peak_bytes": record.get("peak_bytes", 0),
+        # of steps with images only
+        "planned_lengths": record.get("planned_lengths", record["lengths"]),
     }
     try:
         plan = Plan.from_dict(values["plan"])
@@ -121,6 +123,8 @@ def _checked(record: object, place: str) -> dict[str, Any]:
     rules = {
         "step": is_step(values["step"]),
         "lengths": _is_list(lengths, plan.num_samples) and _are_whole(lengths, MOST_TOKENS, least=1),
+        "planned_lengths": _is_list(planned := values["planned_lengths"], plan.num_samples)
+        and _are_whole(planned, MOST_TOKENS, least=1),
         "seconds": _is_seconds(values["seconds"]),
         "wait_s": _is_seconds(values["wait_s"]),
         "busy_s": _is_list(busy_s, len(plan.micro_batches))
@@ -133,6 +137,11 @@ def _checked(record: object, place: str) -> dict[str, Any]:
     if not lengths or not all(map(_is_seconds, (plan.seconds, plan.lower_bound_s, plan.planning_s))):
         raise ConfigError(f"{place}: its plan is of no samples, or takes {plan.seconds} seconds.")
     return values
+
+
+def priced(record: Record) -> Sequence[int]:
+    """Return the lengths that a step's plan was made of: its samples' own, but where they have images."""
+    return record.get("planned_lengths", record["lengths"])
 
 
 def is_step(value: object) -> TypeGuard[int]:

@@ -9,7 +9,7 @@ from hf_hetero.costs import CostModel
 from hf_hetero.errors import HeteroError
 from hf_hetero.plan import Plan
 from hf_hetero.planner import Planner
-from hf_hetero.report.records import Record
+from hf_hetero.report.records import Record, priced
 from hf_hetero.report.run import Run
 
 MOST_SAMPLES = 50_000
@@ -60,7 +60,8 @@ def static_runs(run: Run) -> StaticRuns | None:
         return None
     try:
         planner = Planner(cost, num_ranks)
-        held = [d for d in planner.degrees if run.longest <= d * cost.leanest.capacity_tokens]
+        longest = max(max(priced(record)) for record in records)
+        held = [d for d in planner.degrees if max(run.longest, longest) <= d * cost.leanest.capacity_tokens]
         by_degree = {degree: _seconds(planner, records, degree) for degree in held}
     except HeteroError:
         return None
@@ -69,7 +70,7 @@ def static_runs(run: Run) -> StaticRuns | None:
     return StaticRuns(
         num_steps=len(records),
         by_degree=by_degree,
-        planned_s=sum(cost.plan_seconds(plan, r["lengths"]) for plan, r in zip(plans, records, strict=True)),
+        planned_s=sum(cost.plan_seconds(plan, priced(r)) for plan, r in zip(plans, records, strict=True)),
         measured_s=sum(record["seconds"] for record in records),
         model=model_words(cost),
     )
@@ -99,4 +100,4 @@ def model_words(cost: CostModel) -> str:
 
 
 def _seconds(planner: Planner, records: list[Record], degree: int) -> float:
-    return sum(planner.static(record["lengths"], degree).seconds for record in records)
+    return sum(planner.static(priced(record), degree).seconds for record in records)

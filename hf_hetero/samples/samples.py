@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hf_hetero.errors import BadSample
 
 Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +27,22 @@ class Samples:
         first: number of the first sample of each row, and at the end the number of samples, shape (num_rows + 1,).
         starts: position in its row at which each sample starts, shape (num_samples,).
         lengths: its tokens, shape (num_samples,).
+        tower_tokens: what its images take, in tokens of text, as float64 of shape (num_samples,); None: there are none,
+            or nobody knows.
     """
 
     row_tokens: Integers
     first: Integers
     starts: Integers
     lengths: Integers
+    tower_tokens: Floats | None = None
 
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self.row_tokens)
 
     def fingerprint(self) -> str:
-        """Return a fingerprint, which is the same for the same samples."""
+        """Return a fingerprint, which is the same for the same samples, whatever a model makes of their images."""
         content = hashlib.sha256()
         for values in (self.row_tokens, self.first, self.starts, self.lengths):
             content.update(np.ascontiguousarray(values, dtype=np.int64).tobytes())
@@ -57,17 +61,23 @@ class Samples:
             starts=tuple(self.starts[numbers].tolist()),
             lengths=tuple(self.lengths[numbers].tolist()),
             row_tokens=tuple(self.row_tokens[row_of].tolist()),
+            tower_tokens=() if self.tower_tokens is None else tuple(self.tower_tokens[numbers].tolist()),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """`Drawn` are the samples of a step: for each, its row, where it starts there, its tokens, and the row's tokens."""
+    """`Drawn` are the samples of a step: for each, its row, where it starts there, its tokens, and the row's tokens.
+
+    `tower_tokens` are as in `Samples`; () where there are none. Beside plans nothing depends on them, so that they are
+    no part of what a step is told by.
+    """
 
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     row_tokens: tuple[int, ...]
+    tower_tokens: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def num_rows(self) -> int:
@@ -116,18 +126,23 @@ def packed_rows(row_tokens: Integers, num_documents: Integers, document_tokens: 
     return Samples(row_tokens, first, ends[:-1] - np.repeat(ends[first[:-1]], num_documents), document_tokens)
 
 
-def samples_of(lengths: Integers, documents: Sequence[Sequence[int] | None] | None) -> Samples:
+def samples_of(
+    lengths: Integers, documents: Sequence[Sequence[int] | None] | None, tower_tokens: Floats | None = None
+) -> Samples:
     """Return the samples of rows of so many tokens.
 
     Args:
         lengths: tokens of each row, shape (num_rows,).
         documents: tokens of the documents of each row; None: a row is one.
+        tower_tokens: of the images of each row, shape (num_rows,); None: it has none, or nobody knows.
 
     Raises:
         BadSample: a row whose documents are not all of it.
     """
     if documents is None or not any(row is not None for row in documents):
-        return whole_rows(lengths)
+        # a dataset without images carries nothing
+        towers = tower_tokens if tower_tokens is not None and tower_tokens.any() else None
+        return replace(whole_rows(lengths), tower_tokens=towers)
     by_row = [[int(length)] if row is None else list(row) for row, length in zip(documents, lengths, strict=True)]
     num_documents = np.fromiter(map(len, by_row), dtype=np.int64, count=len(by_row))
     return packed_rows(lengths, num_documents, np.asarray([n for row in by_row for n in row], dtype=np.int64))
@@ -157,12 +172,13 @@ def limited(samples: Samples, most_tokens: int, policy: str) -> tuple[Samples, s
         )
     if policy == "truncate":
         cut = int((samples.lengths[longer] - most_tokens).sum())
-        lengths = np.minimum(samples.lengths, most_tokens)
-        return Samples(samples.row_tokens, samples.first, samples.starts, lengths), f"{what}; {cut} tokens are cut off."
+        return replace(samples, lengths=np.minimum(samples.lengths, most_tokens)), f"{what}; {cut} tokens are cut off."
     # each sample in as few parts as do, all full but its last; `offset` is where a part starts in its sample
     parts = -(-samples.lengths // most_tokens)
     before = np.concatenate([[0], np.cumsum(parts)])
     offset = (np.arange(before[-1]) - np.repeat(before[:-1], parts)) * most_tokens
     lengths = np.minimum(np.repeat(samples.lengths, parts) - offset, most_tokens)
-    split = Samples(samples.row_tokens, before[samples.first], np.repeat(samples.starts, parts) + offset, lengths)
+    towers = None if samples.tower_tokens is None else np.repeat(samples.tower_tokens / parts, parts)
+    starts = np.repeat(samples.starts, parts) + offset
+    split = Samples(samples.row_tokens, before[samples.first], starts, lengths, towers)
     return split, f"{what} and are split into {int(parts[longer].sum())}; no token sees across a cut."

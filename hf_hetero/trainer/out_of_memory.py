@@ -172,7 +172,11 @@ class Attempt:
         """Say what this rank held when its memory ran out."""
         micro_batch = batch.micro_batches[self.repeats.micro_batch]
         cost, step = self.between.cost_model_of_now(), batch.share.step
-        room = room_left(cost, step.plan, micro_batch.group, micro_batch.num_tokens, step.lengths)
+        held, planned = micro_batch.num_tokens, step.planned_lengths
+        if step.as_text:  # images took room, too: as much as plans say
+            samples = [(micro_batch.group.samples[span.sample], span.num_tokens) for span in micro_batch.spans]
+            held = round(sum(planned[sample] * tokens / step.lengths[sample] for sample, tokens in samples))
+        room = room_left(cost, step.plan, micro_batch.group, held, planned, max(step.lengths))
         return Account(1, self.repeats.micro_batch, micro_batch.num_tokens, room)
 
     def _lower(self, accounts: list[Account]) -> None:
@@ -243,7 +247,7 @@ def next_step(
     if not cost.ran_out or step.batch is None:
         return step
     planned = step.batch.share.step
-    return step if fits(cost, planned.plan, planned.lengths) else _again(data, run, planned, number)
+    return step if fits(cost, planned.plan, planned.planned_lengths) else _again(data, run, planned, number)
 
 
 def _again(data: TrainingData, run: PlannedRun, step: Step, number: int) -> ConfirmedStep:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from dataclasses import fields, replace
 from typing import Any
 
 from transformers import DataCollatorWithPadding, Trainer, default_data_collator
 
-from hf_hetero.attention.kernels.contract import NO_LSE, Kernel
+from hf_hetero.attention.kernels.contract import NO_LSE
 from hf_hetero.checks import own_loss
 from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import ClassCollator, PackedCollator
@@ -19,11 +20,15 @@ from hf_hetero.errors import UnsupportedModel
 from hf_hetero.images.families import mutual_of, sight_of, why_blind
 from hf_hetero.images.features import merging_part
 from hf_hetero.images.sight import Sight
+from hf_hetero.images.towers import TextRates, Towers, towers_of
 from hf_hetero.manners.manner import Manner
 from hf_hetero.model.classes.class_loss import ONE_CLASS
 from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, labelled_of
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.samples.rows import PACKED_COLUMN
+from hf_hetero.trainer.fitting import Fitted
+
+logger = logging.getLogger(__name__)
 
 PLANNED_INPUTS = frozenset(
     {"input_ids", "labels", "attention_mask", "position_ids", "label", "label_ids", PACKED_COLUMN}
@@ -51,9 +56,9 @@ def packer_of(collator: Any, processing_class: Any) -> PackedCollator:
 
 
 def fitting_packer(
-    trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, manner: Manner, kernel: Kernel
+    trainer: Trainer, hetero: HeteroConfig, packer: PackedCollator, manner: Manner, fitted: Fitted
 ) -> PackedCollator:
-    """Return the same packer for this trainer's model, its manner, kernel, loss and columns."""
+    """Return the same packer for this trainer's model as it was fitted, its manner, loss and columns."""
     trainer._set_signature_columns_if_needed()  # pyright: ignore[reportPrivateUsage]
     signature = frozenset(trainer._signature_columns or ())  # pyright: ignore[reportPrivateUsage]
     # no inputs of the model; but Trainer keeps what is listed here, in training and evaluation
@@ -62,8 +67,8 @@ def fitting_packer(
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     blind = why_blind(base) or (manner.whole and "its samples go whole, which was not tried with images")
-    if not blind and mutual_of(base.config) is not None and not kernel.has_lse:
-        blind = NO_LSE.format(kernel.name).rstrip(".")
+    if not blind and mutual_of(base.config) is not None and not fitted.kernel.has_lse:
+        blind = NO_LSE.format(fitted.kernel.name).rstrip(".")
     sight, inputs = None if blind else _sight_of(base), signature
     if sight is not None:  # a collator may make them of columns that are no inputs, as TRL's does of chats and images
         inputs |= frozenset(inspect.signature(base.forward).parameters)
@@ -81,6 +86,7 @@ def fitting_packer(
         aligned=manner.aligned,
         sight=sight,
         blind=blind or "and, for this model, images",
+        towers=None if sight is None else _towers_of(base, fitted),
     )
 
 
@@ -89,6 +95,18 @@ def _sight_of(base: Any) -> Sight | None:
     part: Any = merging_part(base)
     has_positions = hasattr(part, "get_rope_index")
     return sight_of(base, build(shrunk(base.config), "meta", type(part)) if has_positions else None)
+
+
+def _towers_of(base: Any, fitted: Fitted) -> Towers | None:
+    """Count what the towers of a model that is not blind compute; None where they are built in an unknown way."""
+    if (flops := fitted.flops) is None:
+        return None
+    again = flops.in_layers if fitted.sharding.checkpointing else 0.0
+    try:
+        return towers_of(base, TextRates(flops.in_layers + flops.in_head, flops.a_token, again))
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        logger.warning("What towers of %s compute is in no plan: %r.", type(base).__name__, error)
+        return None
 
 
 def makes_tokens(trainer: Trainer, packer: PackedCollator) -> bool:

@@ -23,7 +23,7 @@ from hf_hetero.estimate.devices import known_device
 from hf_hetero.plan import StepReport
 from hf_hetero.ranks.agreement import gather
 from hf_hetero.ranks.by_source import Tally
-from hf_hetero.step import StepBatch
+from hf_hetero.step import Step, StepBatch
 from hf_hetero.trainer.checkpoints.resuming import Resumed
 from hf_hetero.trainer.fitting import compute_dtype
 from hf_hetero.trainer.run import BetweenRuns, PlannedRun
@@ -76,7 +76,7 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
         repeats=training.repeats.number,
         forward_only=tuple(index for index, m in enumerate(batch.micro_batches) if not m.learns),
         is_lockstep=run.fitted.sharding.is_sharded,
-        flops=0.0 if run.fitted.flops is None else run.fitted.flops.of(step.lengths),
+        flops=_flops(run, step),
         peak_flops=_peak_flops(trainer),
         router_loss=run.fitted.router_loss.value,
         expert_load=experts.of_all(gather(experts.take(), run.control)) if experts else (),
@@ -84,7 +84,17 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
         static_s=step.static_s,
         sent_bytes=sum(row[2] for row in rows),
         by_source=training.sources.of_all([row[ends[3] :] for row in rows], own, run.control),
+        as_text=step.as_text,
     )
+
+
+def _flops(run: PlannedRun, step: Step) -> float:
+    """Count the operations that learning from a step's samples needs, those of towers for their images too."""
+    if run.fitted.flops is None:
+        return 0.0
+    towers = run.packer.towers
+    of_images = 0.0 if towers is None else towers.flops(step.drawn.tower_tokens)
+    return run.fitted.flops.of(step.lengths) + of_images
 
 
 def _peak_flops(trainer: Trainer) -> float | None:
@@ -98,7 +108,7 @@ def _peak_flops(trainer: Trainer) -> float | None:
 
 def _charges(cost: CostModel, batch: StepBatch) -> list[float]:
     """Return what the cost model charges for this rank's group of each micro-batch; 0 where it knows no price."""
-    lengths = batch.share.step.lengths
+    lengths = batch.share.step.planned_lengths
     return [
         cost.group_seconds(group, lengths) if group.samples and is_priced(cost, group, lengths) else 0.0
         for group in batch.share.groups

@@ -281,7 +281,7 @@ class BetweenRuns:
         if labelled_of(fitted.model) != NEXT and looks_ahead(fitted.model):
             methods = ["ulysses"]
         planners = Planners(hetero, trainer.args.world_size, self.cost_model_of_now, methods or ["ulysses"])
-        fits = fitting_packer(trainer, hetero, packer, self.manner, fitted.kernel)
+        fits = fitting_packer(trainer, hetero, packer, self.manner, fitted)
         return PlannedRun(trainer.args, hetero, fitted, groups, fits, planners)
 
     def cost_model_of_now(self) -> CostModel:

@@ -15,6 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from hf_hetero import CostModel, Group, MicroBatch, Plan
 from hf_hetero.callbacks import CalibrationCallback
 from hf_hetero.callbacks.refitting import observations, scaled
+from hf_hetero.callbacks.slowness import timed_groups
 from hf_hetero.plan import StepReport
 
 ARGS = TrainingArguments(use_cpu=True)
@@ -201,3 +202,17 @@ def test_says_how_far_plans_were_off(caplog: pytest.LogCaptureFixture) -> None:
             assert "measured 3.00 x predicted, 67% apart" in caplog.messages[0]
             assert "refitted to within 0%: attention x 3.00" in caplog.messages[0]
             assert caplog.messages[1].startswith("In the last step plans were off by ")
+
+
+def test_images_are_charged_as_they_were_planned() -> None:
+    """What is compared with measured seconds is what the plan charged: towers, too, or their time is text's."""
+    cost, lengths, as_text = a_cost_model(), (10, 20), (10, 90)
+    plan = Plan(2, (MicroBatch((Group((0,), (0,)), Group((1,), (1,)))),))
+    report = StepReport(1, plan, lengths, 5, 1.0, ((1.0, 1.0),))
+    seeing = replace(report, as_text=as_text)
+    for one, expected in ((report, lengths), (seeing, as_text)):
+        charged = [list(cost.charges(group, expected)) for group in plan.groups]
+        assert observations(cost, [one]).charged.tolist() == charged
+        timed = timed_groups(cost, [one])[1, 1]
+        assert timed[0].planned_s == pytest.approx(sum(charged[1]))
+    assert observations(cost, [seeing]).charged.tolist() != observations(cost, [report]).charged.tolist()

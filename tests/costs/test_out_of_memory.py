@@ -103,3 +103,12 @@ def test_plans_fit_the_model_they_were_made_by() -> None:
         assert fits(small, small_plan, lengths)
         assert fits(COST, small_plan, lengths)
         assert not fits(small, large_plan, lengths)
+
+
+def test_images_have_no_claim_to_room() -> None:
+    """A sample that is planned as more than its tokens, for its images, keeps the room of its tokens only."""
+    alone = replace(COST, all_to_all_bytes_per_s={}, activation_policies={})
+    group, single = Group((0,), (3,)), Plan(1, (MicroBatch((Group((0,), (0, 1, 2, 3)),)),))
+    planned = [*LENGTHS[:3], LENGTHS[3] + 5]
+    assert room_left(alone, single, group, 100, planned) == 950
+    assert room_left(alone, single, group, 100, planned, max(LENGTHS)) == 900

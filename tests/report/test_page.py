@@ -22,7 +22,7 @@ from hf_hetero.report.page.markup import Html, data_block, element
 from hf_hetero.report.page.page import make_page
 from hf_hetero.report.report import summary
 from hf_hetero.report.rows import bin_start, length_bin, row_of
-from hf_hetero.report.run import Run, read_run
+from hf_hetero.report.run import Run, read_run, run_of
 from hf_hetero.report.static_runs import knows, static_runs
 from hf_hetero.what_if.simulate import simulate
 
@@ -316,3 +316,21 @@ def test_static_runs_are_those_of_a_simulation(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert f"{found.speedup:.2f} x as long" in page
     assert "one cost model (a machine, measured)" in page
+
+
+def test_images_are_predicted_as_they_were_planned() -> None:
+    """Seconds of groups, and of runs with one degree, are of planned lengths; tokens stay those of the samples."""
+    [record] = records_of([[4000, 900, 800, 3000]])
+    as_text = [4000, 2900, 800, 3000]
+    plan = Planner(COST, 4).plan(as_text)
+    seeing = {**record, "plan": plan.to_dict(), "planned_lengths": as_text}
+    seeing["busy_s"] = [[1.0] * 4 for _ in plan.micro_batches]
+    drawn = timeline.timeline(seeing, COST)
+    predicted = [group[7] for groups in drawn["batches"] for group in groups]
+    assert predicted == pytest.approx([COST.group_seconds(group, as_text) for group in plan.groups], rel=1e-3)
+    assert sorted(n for groups in drawn["batches"] for group in groups for n in group[10]) == [800, 900, 3000, 4000]
+    found = static_runs(run_of([seeing], COST))
+    assert found is not None
+    assert found.planned_s == pytest.approx(plan.seconds)
+    best = Planner(COST, 4).static(as_text)
+    assert found.by_degree[found.best] == pytest.approx(best.seconds)

@@ -239,7 +239,9 @@ def test_lockstep_survives(tmp_path: Path) -> None:
 ODD = [None, True, -1, 1.5, 10**400, float("nan"), float("inf"), 1e300, "x", "<script>", [], [[]], {}, {"a": 1}]
 
 
-@pytest.mark.parametrize("path", ["step", "lengths", "plan", "seconds", "busy_s", "wait_s", "is_lockstep", "*"])
+@pytest.mark.parametrize(
+    "path", ["step", "lengths", "planned_lengths", "plan", "seconds", "busy_s", "wait_s", "is_lockstep", "*"]
+)
 def test_odd_records_are_named(tmp_path: Path, path: str) -> None:
     """Any value in any field is refused with its line and field, unless it is one that a step may have."""
     record = run_of_three_steps()[1]

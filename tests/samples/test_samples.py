@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_hetero.data.lengths import read_samples
 from hf_hetero.errors import BadSample
-from hf_hetero.samples.samples import Samples, limited, packed_rows, whole_rows
+from hf_hetero.samples.samples import Samples, limited, packed_rows, samples_of, whole_rows
 
 PACKED = {"input_ids": [[1, 2, 3, 4, 5], [6], [7, 8, 9]], "seq_lengths": [[2, 3], [1], [1, 1, 1]]}
 
@@ -118,3 +118,16 @@ def test_rows_that_were_drawn() -> None:
     samples = packed_rows(np.array([4, 5]), np.array([1, 2]), np.array([4, 3, 2]))
     assert samples.of([0, 1]).num_rows == 2
     assert samples.of([1, 0, 1, 1]).num_rows == 4
+
+
+def test_tower_tokens_go_with_their_samples() -> None:
+    """Drawn in the order asked for; parts of a row that is split have them together; rows without images none."""
+    lengths, towers = np.asarray([5, 2, 9]), np.asarray([0.0, 7.5, 9.0])
+    samples = samples_of(lengths, None, towers)
+    assert samples.of([2, 0, 1]).tower_tokens == (9.0, 0.0, 7.5)
+    assert samples.fingerprint() == whole_rows(lengths).fingerprint()
+    split, _ = limited(samples, 4, "split")
+    assert split.of([0, 1, 2]).tower_tokens == (0.0, 0.0, 7.5, 3.0, 3.0, 3.0)
+    cut, _ = limited(samples, 4, "truncate")
+    assert cut.of([2]).tower_tokens == (9.0,)
+    assert samples_of(lengths, None, np.zeros(3)).of([0]).tower_tokens == whole_rows(lengths).of([0]).tower_tokens == ()

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_hetero.collators import PackedCollator
+from hf_hetero.collators.row_counts import count_row
 from hf_hetero.data.contents import learnt_columns
-from hf_hetero.data.counting import tokens_of
 from hf_hetero.data.epochs import within_limits
 from hf_hetero.data.evaluation_loader import EvaluationLoader
 from hf_hetero.data.lengths import read_samples
@@ -179,7 +179,7 @@ def _draws_of(stream: Stream | None) -> Draws:
 def _samples_read(planning: Planning, collate: Callable[..., Any]) -> Callable[[Sequence[Any]], Samples]:
     """Return a function that says which samples some examples of a stream hold, under the user's limits."""
     changes = list[str]()
-    count = partial(tokens_of, collate)
+    count = partial(count_row, collate)
 
     def read(examples: Sequence[Any]) -> Samples:
         samples, change = within_limits(read_samples(examples, planning.length_column, count), planning)

@@ -17,7 +17,7 @@ from hf_hetero.report.page import axes
 from hf_hetero.report.page.axes import Scale
 from hf_hetero.report.page.markup import Html, element
 from hf_hetero.report.page.palette import colour_of
-from hf_hetero.report.records import Record
+from hf_hetero.report.records import Record, priced
 from hf_hetero.report.rows import StepRow
 from hf_hetero.report.run import Run
 from hf_hetero.report.static_runs import knows
@@ -81,7 +81,7 @@ def timeline(record: Record, cost: CostModel | None) -> dict[str, Any]:
 
     def drawn(group: Group, busy_s: Sequence[float]) -> list[Any]:
         measured = [busy_s[rank] for rank in group.ranks]
-        charges = cost.charges(group, lengths) if cost is not None else None
+        charges = cost.charges(group, priced(record)) if cost is not None else None
         samples = sorted(group.samples, key=lambda sample: -lengths[sample])  # the longest first, where the eye begins
         return [
             group.ranks[0],
