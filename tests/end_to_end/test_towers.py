@@ -184,7 +184,7 @@ def test_operations_of_towers_count() -> None:
     assert found["reports"]
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_however_rows_come(name: str) -> None:
     """A list, a table that stores images, and a stream tell the same of the same rows."""
     rows = rows_of(name)[:12]
@@ -193,7 +193,7 @@ def test_however_rows_come(name: str) -> None:
     assert sum(tokens > 0 for tokens in told[0]) == 6
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_text_alone_is_planned_as_before(name: str) -> None:
     """Of rows without images a model that sees makes the plans, digests and records that lengths alone make."""
     rows = rows_of(name, [0] * 12)
