@@ -60,17 +60,23 @@ class Reports(StepReportCallback):
 
 def train(name: str, rows: list[dict[str, Any]], kind: str = "rows", knows_towers: bool = True) -> dict[str, Any]:
     """Train on this rank by real plans, all in fp64."""
-    if not knows_towers:
-        packing._towers_of = lambda *_: None
+    with pytest.MonkeyPatch.context() as patch:
+        if not knows_towers:
+            patch.setattr(packing, "_towers_of", lambda *_: None)
+        return watched(patch, name, rows, kind)
+
+
+def watched(patch: pytest.MonkeyPatch, name: str, rows: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """Train, and keep what was drawn, planned and reported."""
     steps: list[Step] = []
     take = PlanAhead.step
 
-    def watched(self: PlanAhead, epoch: int, index: int) -> Step | None:
+    def kept(self: PlanAhead, epoch: int, index: int) -> Step | None:
         if (step := take(self, epoch, index)) is not None:
             steps.append(step)
         return step
 
-    PlanAhead.step = watched
+    patch.setattr(PlanAhead, "step", kept)
     model, recorder, reports = seeing_model(name), Recorder(), Reports()
     with tempfile.TemporaryDirectory() as folder, all_in_double(model):
         COST.save(cost := str(Path(folder) / "cost.json"))
@@ -178,7 +184,7 @@ def test_operations_of_towers_count() -> None:
     assert found["reports"]
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_however_rows_come(name: str) -> None:
     """A list, a table that stores images, and a stream tell the same of the same rows."""
     rows = rows_of(name)[:12]
@@ -187,7 +193,7 @@ def test_however_rows_come(name: str) -> None:
     assert sum(tokens > 0 for tokens in told[0]) == 6
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3-vl", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_text_alone_is_planned_as_before(name: str) -> None:
     """Of rows without images a model that sees makes the plans, digests and records that lengths alone make."""
     rows = rows_of(name, [0] * 12)
