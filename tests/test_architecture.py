@@ -113,6 +113,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "checks.own_loss",
         "checks.probe",
         "checks.tiny",
+        "cookbook.keys",
         "cookbook.sample",
         "cookbook.trial",
         "ranks.mesh",

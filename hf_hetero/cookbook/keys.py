@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import re
 import sys
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import yaml
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from hf_hetero.cookbook.shelf import MESH, Recipe, mesh_in, read
 from hf_hetero.errors import HeteroError
@@ -87,8 +89,8 @@ def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]
             for said in _wrong_alone(script, {**least, key: value}, known.get(key))
         ]
         problems = problems or [Problem(key_in(str(error), values), str(error))]
-    counts = [key for key in AT_LEAST_ONE if isinstance(values.get(key), int) and values[key] < 1]
-    return problems + [Problem(key, f"{key}={values[key]}: it must be at least 1.") for key in counts]
+    own = dict(_taken_as_they_are(script, values))  # in plainer words than a library's, where both know
+    return [one for one in problems if one.key not in own] + [Problem(key, said) for key, said in own.items()]
 
 
 def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
@@ -113,6 +115,26 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
             f"set num_ranks to {starts}, or num_processes to {wanted} in a copy of {recipe.launch.name}.",
         )
     ]
+
+
+def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Say what is wrong with values that `TrainingArguments` takes, and a trial, which has others, cannot find."""
+    for key in AT_LEAST_ONE:
+        if isinstance(values.get(key), int) and values[key] < 1:
+            yield key, f"{key}={values[key]}: it must be at least 1."
+    known = {item.name: item.default for kind in settings_of(script, _least(script)) for item in fields(kind)}
+    for key, value in values.items():
+        if isinstance(value, dict | list) and isinstance(known.get(key), int | float):
+            yield key, f"{key}={value!r:.60}: it must be one value. Its default is {known[key]!r}."
+    rate = values.get("learning_rate")
+    if isinstance(rate, int | float) and rate < 0:
+        yield "learning_rate", f"learning_rate={rate:g}: it must be at least 0, such as 1.0e-5."
+    trackers = values.get("report_to")
+    for name in trackers if isinstance(trackers, list) else [trackers]:  # pyright: ignore[reportUnknownVariableType]
+        if isinstance(name, str) and name not in (*INTEGRATION_TO_CALLBACK, "all", "none"):
+            near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(INTEGRATION_TO_CALLBACK)}, none."
+            yield "report_to", f"report_to={name!r:.60}: no such tracker. {hint}"
 
 
 def _least(script: ModuleType) -> dict[str, Any]:

@@ -96,23 +96,36 @@ def recipe_at(where: str) -> Recipe:
     if path.resolve().is_relative_to(SHELF.resolve()):
         return _shipped(path)
     scripts = [script for script in sorted(path.parent.glob("*.py")) if "def parse(" in script.read_text("utf-8")]
-    launches = [file for file in sorted(path.parent.glob("*.yaml")) if file != path and "num_processes" in read(file)]
+    launches = [file for file in sorted(path.parent.glob("*.yaml")) if file != path and _starts_ranks(file)]
     script = scripts[0] if scripts else SHELF / USUAL_SCRIPT
     return Recipe(path.stem, path, script, launches[0] if launches else None)
+
+
+def _starts_ranks(file: Path) -> bool:
+    """Tell whether a file is one of accelerate; one beside settings that cannot be read is none of theirs."""
+    try:
+        return "num_processes" in read(file)
+    except ConfigError:
+        return False
 
 
 def read(settings: Path) -> dict[str, Any]:
     """Read a YAML file of `key: value`.
 
     Raises:
-        ConfigError: it cannot be read, or holds something else.
+        ConfigError: it cannot be read, holds something else, or has a key twice, of which the last would count.
     """
     try:
-        values: Any = yaml.safe_load(settings.read_text(encoding="utf-8")) or {}
+        text = settings.read_text(encoding="utf-8")
+        values: Any = yaml.safe_load(text) or {}
+        node: Any = yaml.compose(text, Loader=yaml.SafeLoader) if isinstance(values, dict) and values else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"Cannot read {settings}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):  # pyright: ignore
         raise ConfigError(f"{settings} holds {values!r:.60}; it must hold lines of `key: value`.")
+    keys = [key.value for key, _ in node.value] if node else []
+    if twice := next((key for place, key in enumerate(keys) if key in keys[:place]), ""):
+        raise ConfigError(f"{settings} has the key {twice!r} twice, and the last would count. Leave one of them.")
     return values  # pyright: ignore[reportUnknownVariableType]
 
 

@@ -96,7 +96,8 @@ def knows(cost: CostModel, plan: Plan) -> bool:
 
 def model_words(cost: CostModel) -> str:
     """Name a cost model, and say where its seconds come from."""
-    return f"{cost.name or 'unnamed'}{f', {cost.provenance}' if cost.provenance else ''}"
+    name, said = cost.name or "unnamed", cost.provenance
+    return said if said and said.startswith(name) else f"{name}, {said}" if said else name  # not "estimate, estimated"
 
 
 def _seconds(planner: Planner, records: list[Record], degree: int) -> float:

@@ -67,6 +67,9 @@ BROKEN: dict[str, tuple[Any, str]] = {  # key -> a value that cannot be, and wha
     "max_tokens_per_rank": (8, "degree 4 holds 32.*Lower the maximum length, add ranks"),
     "model_config": ({"model_type": "lama"}, "lama"),
     "model": ("/nowhere", "Set one of `model`"),
+    "max_steps": ({"all": 1}, "one value.*default is -1"),
+    "report_to": ("tensorbord", "Did you mean 'tensorboard'"),
+    "logging_steps": ([5], "one value"),
 }
 
 
@@ -78,6 +81,13 @@ def test_a_broken_copy_is_refused_with_its_key(rows: str, key: str) -> None:
     assert [problem.key for problem in found.problems] == [key]
     assert re.search(remedy, found.problems[0].said), found.problems[0].said
     assert "\n" not in found.problems[0].said
+
+
+def test_a_rate_below_zero_is_refused(rows: str) -> None:
+    """An optimizer says so without the key; a schedule may start at 0."""
+    (problem,) = quickstart(rows, learning_rate=-1).problems
+    assert (problem.key, "at least 0" in problem.said) == ("learning_rate", True)
+    assert quickstart(rows, learning_rate=0, report_to=["none"]).ok
 
 
 def test_all_wrong_keys_are_named(rows: str) -> None:

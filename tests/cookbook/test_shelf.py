@@ -72,3 +72,23 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ConfigError, match=r"a\.yaml"):
             read(path)
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """YAML takes the last without a word, which is not what was meant by one of them; nested keys are others."""
+    file = tmp_path / "train.yaml"
+    file.write_text("max_steps: 3\nmodel_config: {max_steps: 1}\n")
+    assert read(file)["max_steps"] == 3
+    file.write_text("max_steps: 3\nnum_ranks: 2\nmax_steps: 4\n")
+    with pytest.raises(ConfigError, match="'max_steps' twice"):
+        read(file)
+
+
+def test_another_file_that_cannot_be_read_is_none_of_a_recipe(tmp_path: Path) -> None:
+    """Only what is asked for has to be right, and a launch file beside it is still found."""
+    (tmp_path / "train.yaml").write_text("num_ranks: 2\n")
+    (tmp_path / "broken.yaml").write_text("a:\t- b\n\tc")
+    (tmp_path / "launch.yaml").write_text("num_processes: 2\n")
+    launch = recipe_at(str(tmp_path)).launch
+    assert launch is not None
+    assert launch.name == "launch.yaml"
