@@ -235,7 +235,9 @@ def train_and_evaluate(name: str, folder: str) -> tuple[float, float, int]:
     return trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"], counted
 
 
-@pytest.mark.parametrize("name", ["stablelm", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gemma3", "qwen3-vl"))])
+@pytest.mark.parametrize(
+    "name", ["stablelm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3-vl"))]
+)
 def test_evaluating_after_a_save(name: str, tmp_path: Path) -> None:
     """One rank's config is written into when it saves, and it still tries no model, and counts no rows, alone."""
     for first, again, counted in run_ranks(train_and_evaluate, 2, name, str(tmp_path), timeout_s=60):
