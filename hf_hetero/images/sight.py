@@ -34,7 +34,8 @@ class Sight:
     token: int
     inputs: tuple[str, ...]
     merged: int | None
-    stand_in: Mapping[str, torch.Tensor] = field(repr=False, compare=False)  # tensors have no single answer
+    # rows are read alike whatever it is, and tensors do not compare as a whole
+    stand_in: Mapping[str, torch.Tensor] = field(repr=False, compare=False)
     positions: RotaryPositions | None = field(default=None, repr=False)
     mutual: MutualTokens | None = None
 

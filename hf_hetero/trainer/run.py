@@ -36,7 +36,7 @@ from hf_hetero.manners.whole_samples import WholeSamples, passing_together
 from hf_hetero.model.classes.labelled import NEXT, labelled_of
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.model.wrapped import base_model, looks_ahead
-from hf_hetero.ranks.agreement import confirm_rows, confirm_step
+from hf_hetero.ranks.agreement import confirm_rows, confirm_step, gather
 from hf_hetero.ranks.groups import GroupPool
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.trainer.fitting import Fitted, check_manner, compute_dtype, fit
@@ -225,17 +225,22 @@ class BetweenRuns:
     def try_untested(self, trainer: Trainer, hetero: HeteroConfig) -> None:
         """Try a tiny instance, for a second, of a model that nobody has compared yet; once for each model.
 
+        A collective of all ranks.
+
         Raises:
             UnsupportedModel: it is not exact under plans, or not with these settings; raised on every rank.
         """
         base = base_model(trainer.model)
         if not needs_trial(base):
             self.manner = Manner()
-        elif (model := (type(base), base.config.to_dict())) != self._tried_model:
+        else:
+            model = (type(base), base.config.to_dict())
             # groups of a run come with its cost model, which is not made before the model is accepted
             messengers = GroupPool((), hetero.group_timeout_s, trainer.args.ddp_timeout)
             try:
-                self.manner = check_untested(base, messengers.control)
+                # by vote: a rank that saves writes into its config, and no rank may try alone
+                if not all(known for [known] in gather([int(model == self._tried_model)], messengers.control)):
+                    self.manner = check_untested(base, messengers.control)
             finally:
                 messengers.close()
             self._tried_model = model

@@ -7,10 +7,12 @@ different widths; experts without weights. What they compute in fp32 whatever th
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from helpers import (
     LENGTHS,
@@ -32,6 +34,7 @@ from hf_hetero import HeteroTrainer
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.collators import PackedCollator
 from hf_hetero.collators.limits import limits_of
+from hf_hetero.data import epochs
 from hf_hetero.errors import BadSample
 from hf_hetero.trainer.packing import packer_of
 
@@ -203,3 +206,40 @@ def test_positions_after_the_padding_token() -> None:
     assert sample.position_ids(3, 5).tolist() == [4, 5]
     assert sample.part(3, 5).position_ids(0, 2).tolist() == [2, 3]
     assert packer_of(PackedCollator(limits=limits), None).limits.padding == 1
+
+
+def train_and_evaluate(name: str, folder: str) -> tuple[float, float, int]:
+    """The loss of two evaluations after a training that saves, on rank 0 alone, and how often rows were counted."""
+    rows, counted = samples(LENGTHS), 0
+
+    class Rows(torch.utils.data.Dataset[Any]):
+        """Rows that can be referred to."""
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, row: int) -> Any:
+            return rows[row]
+
+    def count(*_: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return counts(*_)
+
+    counts = epochs.read_rows
+    epochs.read_rows = count
+    data, world = Rows(), dist.get_world_size()
+    changes: Any = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = HeteroTrainer(model_of(name), arguments(folder, world, **changes), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    return trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"], counted
+
+
+@pytest.mark.parametrize(
+    "name", ["stablelm", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma3", "qwen3-vl"))]
+)
+def test_evaluating_after_a_save(name: str, tmp_path: Path) -> None:
+    """One rank's config is written into when it saves, and it still tries no model, and counts no rows, alone."""
+    for first, again, counted in run_ranks(train_and_evaluate, 2, name, str(tmp_path), timeout_s=60):
+        assert first == again
+        assert counted == 1  # of the evaluation's
