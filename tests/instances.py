@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "aya_vision": {
         "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152, "num_attention_heads": 16}
     },
-    "chameleon": {"vocabulary_map": {"<image>": 3, "IMGIMGAZ": 4}},
+    "chameleon": {"vocabulary_map": {"<image>": 1, "IMGIMGAZ": 2}},
     "cohere_compass": {"text_config": BY_KIND},
     "cohere_compass_text": BY_KIND,
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 31], "num_experts_per_tok": 2}},
@@ -54,6 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "mamba2": {"hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16},
+    "mistral3": {"image_token_index": 1},  # none of the numbers that text has
     "ministral": {"head_dim": 128},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
