@@ -52,6 +52,8 @@ from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
 LEFT = frozenset({"cpmant"})  # types that expect padding on the left: samples of one length need none
+EXTRAS: dict[str, tuple[str, ...]] = {"paligemma": ("token_type_ids",)}
+"""What a type's processor says of each token, and a plan needs; of text alone, that all look at each other."""
 STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
 """Tokens of the samples of each step."""
 MOST_WAITING = 300
@@ -182,7 +184,7 @@ def hetero(model_type: str, kind: str, rank: int, meeting: str) -> Any:
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
     waiting = timedelta(seconds=MOST_WAITING)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=waiting)
-    weights, trainer = trained(model_of(model_type, kind), ScriptedTrainer, 2)
+    weights, trainer = trained(model_of(model_type, kind), ScriptedTrainer, 2, EXTRAS.get(model_type, ()))
     return weights, trainer._between_runs.manner.whole
 
 
@@ -243,7 +245,8 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     start = time.monotonic()
     with suppress(Exception):  # imported once, and not in each process; said by the first of them
         KINDS[kind][1][CONFIG_MAPPING[model_type]]
-    [[plain, stock_error, _]] = called([(stock, model_type, kind, ())], seconds)
+    extras = EXTRAS.get(model_type, ())
+    [[plain, stock_error, _]] = called([(stock, model_type, kind, extras)], seconds)
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:
             [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)

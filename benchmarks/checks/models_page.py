@@ -29,7 +29,7 @@ $ python benchmarks/checks/measure_models.py --results models.jsonl --markdown h
 - **exact, whole samples**: ranks cannot share a sample, for the reason that is given, and each goes over all of it
   ([how](../manners/README.md)).
 - **refused**: `HeteroTrainer` says so, in words, when it is made. **wrong**, **crash**: it does not.
-- **stock cannot**: plain Trainer fails, too, on the tiny instance of the type's default config.
+- **stock cannot**: plain Trainer fails, too, on the tiny instance of the type's default config, or on text alone.
 
 A model whose loss cannot be divided by a step's targets is compared with plain Trainer's one batch a step. Written on
 {today}, by transformers {version}.

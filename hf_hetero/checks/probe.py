@@ -25,7 +25,8 @@ from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.checks import exactness, router_loss
 from hf_hetero.checks.alone import OWN_LOSS, learnt, learnt_alone, loss_of
 from hf_hetero.checks.in_double import in_double
-from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, text_of, undisturbed
+from hf_hetero.checks.tiny import LENGTHS, build, num_numbers, shrunk, text_of
+from hf_hetero.checks.undisturbed import undisturbed
 from hf_hetero.collators.limits import padding_of
 from hf_hetero.collators.packed import MARKS_OF_TEXT
 from hf_hetero.collators.sample import Sample

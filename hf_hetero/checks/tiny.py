@@ -6,12 +6,10 @@ It has the same kinds of layers with the same heads, a few experts and a short v
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -20,12 +18,18 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
+from hf_hetero.checks.tiny_layers import taken_apart
+from hf_hetero.checks.undisturbed import undisturbed
+
 LENGTHS = (11, 1, 6, 23)
 """Tokens of the samples that a tiny instance is tried on."""
 SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
 NUM_HEADS = 4
 NARROW = 128  # numbers of a token between layers, where heads need not add up to them
-DEPTHS = ("num_hidden_layers", "num_layers", "depth", "encoder_layers", "num_encoder_layers", "n_layer")
+DEPTHS = (
+    *("num_hidden_layers", "num_layers", "depth", "encoder_layers", "num_encoder_layers", "n_layer"),
+    "resampler_depth",
+)
 """Names of how many layers a part has that sees or hears."""
 PART_HEADS = (
     "num_attention_heads",
@@ -36,6 +40,9 @@ PART_HEADS = (
 )
 WIDTHS = ("hidden_size", "embed_dim", "d_model")
 """Names of the heads, and of the width of all of them together, of a part."""
+OWN_WIDTHS = ("adapter_in_dim", "adapter_input_size")
+TEXT_WIDTHS = ("out_hidden_size", "text_hidden_size", "adapter_out_dim", "projector_hidden_size", "merged_hidden_size")
+"""Names of the width of a part, and of the language model's, where they are given again for what joins the two."""
 SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
     **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
     "moe_intermediate_size": 16,
@@ -60,6 +67,8 @@ SMALLEST = {  # what makes a model large -> the most of it in a tiny instance
     "attention_chunk_size": 8,
     "floor_scale": 4,
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_embeddings", "codebook_size"), 128),  # of a tower that makes images of tokens
+    "base_channels": 32,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -71,28 +80,6 @@ STATE_HEADS = {  # heads of layers with state -> the width of one
     "num_heads": "head_dim",
 }
 KINDS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists that say which kind each layer is
-
-
-@contextmanager
-def undisturbed() -> Iterator[None]:
-    """Use stock settings of torch meanwhile; these and random numbers are the caller's own again afterwards."""
-    python, numpy, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float32)
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-        ):
-            # the host's generator alone: torch.manual_seed would seed those of all devices
-            torch.default_generator.manual_seed(0)
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def build(config: PretrainedConfig, device: str, architecture: type[PreTrainedModel] | None = None) -> Any:
@@ -146,10 +133,13 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
     """
     small: Any = copy.deepcopy(config)
     text = text_of(small)
+    width = _get(text, "hidden_size")
     _shrink(text)
     for part in _parts(small):
         if part is not text:
-            _make_shallow(part, text)
+            _make_shallow(part, text, width)
+    if small is not text:
+        _stay_as_wide(small, _get(text, "hidden_size"), width)
     return small
 
 
@@ -166,24 +156,43 @@ def _parts(config: Any) -> list[Any]:
     return [*parts, *(deeper for part in parts for deeper in _parts(part))]
 
 
-def _make_shallow(config: Any, text: Any) -> None:
-    """Leave one layer, of few heads, of a part that is only built."""
-    _set_smallest(config)
+def _make_shallow(config: Any, text: Any, width_before: Any) -> None:
+    """Leave one layer, of few heads, of a part that is only built; where it is as wide as text, it stays so."""
+    layers = taken_apart(config, _make_narrow)
     for name in DEPTHS:
         if isinstance(depth := _get(config, name), int) and depth > 1:
             lists = {key: x for key, x in vars(config).items() if isinstance(x, list) and len(x) == depth}  # pyright: ignore
             _set(config, name, 1)
             for key, values in lists.items():
                 _set(config, key, values[:1])
+    layers.put_back(config)
+    _stay_as_wide(config, _get(text, "hidden_size"), width_before)
+
+
+def _make_narrow(config: Any) -> None:
+    """Leave few heads, as wide as they are, of a part, and what is made to be as wide as they are together."""
+    _set_smallest(config)
     for name in PART_HEADS:
         heads = _get(config, name)
         widths = {key: x for key in WIDTHS if isinstance(x := _get(config, key), int)}
         if isinstance(heads, int) and heads > NUM_HEADS and widths and not any(x % heads for x in widths.values()):
-            for key, width in widths.items():
+            own = {key: x for key in OWN_WIDTHS if (x := _get(config, key)) in widths.values()}
+            for key, width in {**widths, **own}.items():
                 _set(config, key, NUM_HEADS * (width // heads))
             _set(config, name, NUM_HEADS)
+
+
+def _stay_as_wide(config: Any, width: Any, before: Any) -> None:
+    """Let what is as wide as the language model, or several times as wide, be so again."""
+    if not isinstance(width, int) or not isinstance(before, int):
+        return
+    # of a part without heads, such as a resampler, the width is that of what it makes
+    names = TEXT_WIDTHS if any(_get(config, name) for name in PART_HEADS) else (*TEXT_WIDTHS, "hidden_size")
+    for name in names:
+        if isinstance(value := _get(config, name), int) and value % before == 0:
+            _set(config, name, value // before * width)
     if _get(config, "out_hidden_size") is not None:
-        _set(config, "out_hidden_size", _get(text, "hidden_size"))
+        _set(config, "out_hidden_size", width)
 
 
 def _set_smallest(config: Any) -> None:
@@ -196,6 +205,13 @@ def _set_smallest(config: Any) -> None:
 
 
 def _shrink(config: Any) -> None:
+    """Make a config's sizes small in place, and its layers few."""
+    layers = taken_apart(config, _shrink_sizes)
+    _keep_one_layer_of_each_kind(config, layers.skipped())
+    layers.put_back(config)
+
+
+def _shrink_sizes(config: Any) -> None:
     """Make a config's sizes small in place."""
     _set_smallest(config)
     heads = _get(config, "num_attention_heads")
@@ -213,7 +229,6 @@ def _shrink(config: Any) -> None:
             _set(config, "num_key_value_heads", NUM_HEADS if kv_heads == heads else 1 if kv_heads == 1 else 2)
     _shrink_heads_of_state(config)
     _switch_rotary_tables_early(config)
-    _keep_one_layer_of_each_kind(config)
 
 
 def _shrink_heads_of_state(config: Any) -> None:
@@ -254,17 +269,21 @@ def _switch_rotary_tables_early(config: Any) -> None:
         _set(config, "index_topk", max(chosen, *LENGTHS))
 
 
-def _keep_one_layer_of_each_kind(config: Any) -> None:
+def _keep_one_layer_of_each_kind(config: Any, *others: list[Any]) -> None:
     """Keep the first layers, as many as it takes to have one of each kind, and two at least.
 
     Where the last layers take keys and values from earlier ones, as in Gemma 3n, as many of these are kept as well.
+
+    Args:
+        config: its layers are made few, in place.
+        others: kinds of each layer that are no fields of the config; none, where all are of one.
     """
     total = _get(config, "num_hidden_layers")
     if not isinstance(total, int):
         return
     values = {**vars(config), **{name: _get(config, name) for name in KINDS}}  # some configs rename the kinds
     per_layer = {name: list(x) for name, x in values.items() if isinstance(x, list | tuple) and len(x) == total}
-    kinds = [per_layer[name] for name in KINDS if name in per_layer]
+    kinds = [*(per_layer[name] for name in KINDS if name in per_layer), *others]
     firsts = [kind.index(value) + 1 for kind in kinds for value in set(kind)]
     num_layers = min(total, max([2, *firsts]))
     if shared := _get(config, "num_kv_shared_layers"):

@@ -106,6 +106,7 @@ class LazyLogits(torch.Tensor):
     _weight: torch.Tensor
     _bias: torch.Tensor | None
     _changes: tuple[Change, ...]
+    _written: torch.Tensor | None = None
 
     @staticmethod
     def of(
@@ -122,7 +123,9 @@ class LazyLogits(torch.Tensor):
             return self.as_subclass(torch.Tensor), self._weight, self._bias, self._changes
 
     def computed(self) -> torch.Tensor:
-        """Compute the logits."""
+        """Compute the logits; once something was written into them, return the same again."""
+        if self._written is not None:
+            return self._written
         hidden, weight, bias, changes = self.parts()
         logits = F.linear(hidden, weight, bias)
         for change in changes:
@@ -136,10 +139,14 @@ class LazyLogits(torch.Tensor):
         lazy = args[0] if args else None
         if not isinstance(lazy, LazyLogits):
             return _with_real(func, args, kwargs)
+        if _writes(func):
+            lazy._written = lazy.computed()  # for whoever looks at these logits next
         if func in SHAPES:
             hidden, weight, _, _ = lazy.parts()
             shape = torch.Size([*hidden.shape[:-1], weight.shape[0]])
             return SHAPES[func](shape, *args[1:], **kwargs)
+        if lazy._written is not None and getattr(func, "__name__", "") not in ABOUT_THE_GRAPH:
+            return _with_real(func, args, kwargs)
         # by numbers only: a tensor may be of the logits' shape, which a chunk of them would not fit
         if func in ELEMENTWISE and not any(isinstance(x, torch.Tensor) for x in (*args[1:], *kwargs.values())):
             hidden, weight, bias, changes = lazy.parts()
@@ -151,6 +158,20 @@ class LazyLogits(torch.Tensor):
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         return _with_real(func, args, kwargs)
+
+
+def _writes(func: Any) -> bool:
+    """Return whether a function of torch changes its first argument in place, as `x[0] = 1`, `x.add_(1)`, `x += 1`."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and name not in ("requires_grad_", "retain_grad_")
+    return in_place or name in WRITING
+
+
+def as_written(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits, computed ones in the place of lazy ones that something was written into."""
+    if isinstance(logits, LazyLogits) and logits._written is not None:  # pyright: ignore[reportPrivateUsage]
+        return logits.computed()
+    return logits
 
 
 def _size(shape: torch.Size, dim: int | None = None) -> Any:
@@ -178,6 +199,7 @@ ELEMENTWISE = {
     T.float,
     T.to,
 }
+WRITING = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
 CLONES = {T.clone, torch.clone}
 """Asked for by DistributedDataParallel of what a model gives, where some weights may be unused."""
 ABOUT_THE_GRAPH = {"__get__", "__set__", "register_hook", "is_floating_point", "is_complex", "__repr__", "type"}

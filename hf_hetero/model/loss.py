@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_hetero.model.chunked_loss import IGNORE_INDEX, chunked_log_probs, chunked_loss, watched_log_probs
-from hf_hetero.model.lm_head import LazyLogits
+from hf_hetero.model.lm_head import LazyLogits, as_written
 
 LENT = "_hf_hetero_loss"
 """Attribute of a model that computes `token_loss`: for how many, and what it had set before."""
@@ -134,7 +134,7 @@ def token_loss(
         return _log_probs(logits, shift_labels, ignore_index)
     weights = None if loss_weights is None else loss_weights.view(torch.float64)
     watch: SumsBySource | None = getattr(hetero, "by_source", None)
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits := as_written(logits), LazyLogits):
         targets = shift_labels.to(logits.device)
         hidden, weight, bias, changes = logits.parts()
         total = chunked_loss(hidden, weight, bias, targets, changes, ignore_index, weights=weights, watch=watch)
@@ -171,7 +171,7 @@ def token_scores(logits: torch.Tensor, **_: Any) -> torch.Tensor:
 def _log_probs(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Return what `chunked_log_probs` does, of logits of shape (batch, num_tokens, vocab_size), lazy or not."""
     targets = targets.reshape(-1).to(logits.device)
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits := as_written(logits), LazyLogits):
         hidden, weight, bias, changes = logits.parts()
         return chunked_log_probs(hidden, weight, bias, targets, changes, ignore_index)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from hf_hetero.attention import handing_down, interface, methods, rotary
 from hf_hetero.checks import probe as trial
 from hf_hetero.checks.probe import Probe, check_untested, probe
-from hf_hetero.checks.tiny import build, num_numbers, shrunk
+from hf_hetero.checks.tiny import architecture_of, build, num_numbers, shrunk
 from hf_hetero.manners import whole_samples
 
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [9.0] * 4, "short_factor": [1.0] * 4}
@@ -125,6 +125,44 @@ def test_the_text_part_is_shrunk() -> None:
     small: Any = shrunk(config).get_text_config()
     assert small.num_attention_heads == 4
     assert small.num_hidden_layers == 6 < config.get_text_config().num_hidden_layers
+
+
+# types whose layers, or towers, have sizes that are not their model's
+OF_MANY_SIZES = ["Dots3Note", "Idefics2", "Janus", "MiniMaxM3VL"]
+
+
+@pytest.mark.parametrize("name", OF_MANY_SIZES)
+def test_whatever_its_parts_are_a_tiny_instance_can_be_tried(name: str) -> None:
+    """Sizes by layer, resamplers, tables of image tokens and projectors are small, too, and fit each other."""
+    config = getattr(transformers, f"{name}Config")()
+    architecture = architecture_of(config)
+    before = copy.deepcopy(config).to_dict()
+    assert num_numbers(build(config, "meta", architecture)) > 1e9
+    assert num_numbers(build(shrunk(config), "meta", architecture)) < 2e7
+    assert config.to_dict() == before
+
+
+def test_layers_keep_what_they_have_of_their_own() -> None:
+    """Of Dots 3, where layers with a window have other heads and ranks: few heads, and widths of a head as before."""
+    config: Any = transformers.Dots3NoteTextConfig()
+    small: Any = shrunk(config)
+    assert small.is_heterogeneous
+    assert set(small.layer_types) == set(config.layer_types)
+    for kind in set(config.layer_types):
+        layer, before = small.per_layer_config[kind], config.per_layer_config[kind]
+        assert layer.qk_nope_head_dim == before.qk_nope_head_dim
+        assert layer.num_attention_heads == layer.num_key_value_heads == 4 < before.num_attention_heads
+        assert layer.q_lora_rank == layer.kv_lora_rank == 16
+    assert small.per_layer_config["sliding_attention"].qk_nope_head_dim == 192
+    assert small.per_layer_config["indexed_attention"].qk_nope_head_dim == 128
+
+
+def test_layers_that_lack_parts_are_of_a_kind_of_their_own() -> None:
+    """As many layers are kept as it takes to have one without attention."""
+    lacking = {5: {"skip": ["attention"]}, 7: {"intermediate_size": 5000}}
+    small: Any = shrunk(transformers.LlamaConfig(per_layer_config=lacking))
+    assert small.num_hidden_layers == 6
+    assert [layer.skip for layer in small.per_layer_config] == [[]] * 5 + [["attention"]]
 
 
 def numbers() -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,35 @@ def test_anything_else_makes_logits_real(caplog: pytest.LogCaptureFixture) -> No
     torch.testing.assert_close(lazy * torch.ones(13), expected)
     lazy.sum().backward()
     assert hidden.grad is not None
+
+
+WRITERS = {
+    "setitem": lambda logits: logits.__setitem__((slice(None), slice(None), [5, 6]), -1e4),
+    "in place": lambda logits: logits.mul_(torch.linspace(0.5, 2.0, 97)),
+    "iadd": lambda logits: logits.__iadd__(torch.linspace(0.0, 3.0, 97)),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_what_is_written_into_logits_counts(write: str) -> None:
+    """A model that forbids some tokens, as Chameleon does those of images, learns by its own logits, lean or not."""
+    found: list[Any] = []
+    for lean, written in ((False, True), (True, True), (False, False)):
+        model, inputs = tiny_model().double(), batch()
+        head = install(model)
+        assert isinstance(head, LeanHead)
+        model.train()
+        with head.lazy() if lean else contextlib.nullcontext():
+            logits = model(input_ids=inputs["input_ids"]).logits
+            if written:
+                WRITERS[write](logits)
+            loss = token_loss(logits, inputs["labels"], 97, num_items_in_batch=torch.tensor(NUM_TARGETS))
+        loss.backward()
+        found.append((loss.item(), gradients_of(model)))
+    whole, lean, other = found
+    assert lean[0] == pytest.approx(whole[0], rel=1e-12)
+    assert largest_difference(lean[1], whole[1]) < 1e-12
+    assert abs(other[0] - whole[0]) > 1e-3
 
 
 def test_wrappers_may_ask(caplog: pytest.LogCaptureFixture) -> None:
