@@ -7,8 +7,9 @@ import importlib.util
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import ModuleType
@@ -82,7 +83,7 @@ def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]
         settings_of(script, {**values, **ON_A_CPU})
     except HeteroError as error:
         least = _least(script)
-        known = {item.name: item for settings in settings_of(script, least) for item in fields(settings)}
+        known = _known(script)
         problems = [
             Problem(key, said)
             for key, value in values.items()
@@ -122,10 +123,10 @@ def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterato
     for key in AT_LEAST_ONE:
         if isinstance(values.get(key), int) and values[key] < 1:
             yield key, f"{key}={values[key]}: it must be at least 1."
-    known = {item.name: item.default for kind in settings_of(script, _least(script)) for item in fields(kind)}
+    known = _known(script)
     for key, value in values.items():
-        if isinstance(value, dict | list) and isinstance(known.get(key), int | float):
-            yield key, f"{key}={value!r:.60}: it must be one value. Its default is {known[key]!r}."
+        if isinstance(value, dict | list) and key in known and isinstance(known[key].default, int | float):
+            yield key, f"{key}={value!r:.60}: it must be one value. Its default is {known[key].default!r}."
     rate = values.get("learning_rate")
     if isinstance(rate, int | float) and rate < 0:
         yield "learning_rate", f"learning_rate={rate:g}: it must be at least 0, such as 1.0e-5."
@@ -144,12 +145,27 @@ def _least(script: ModuleType) -> dict[str, Any]:
         HeteroError: it insists on more.
     """
     named = {**ON_A_CPU, "model": "a-model", "dataset": "a-dataset"}
-    for least in (dict(ON_A_CPU), named):
-        with suppress(HeteroError):
-            settings_of(script, least)
-            return least
-    settings_of(script, named)
+    with _quietly():
+        for least in (dict(ON_A_CPU), named):
+            with suppress(HeteroError):
+                settings_of(script, least)
+                return least
+        settings_of(script, named)
     return named
+
+
+def _known(script: ModuleType) -> dict[str, Field[Any]]:
+    """Return the fields of all settings that a script reads, by key."""
+    with _quietly():
+        return {item.name: item for kind in settings_of(script, _least(script)) for item in fields(kind)}
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep quiet what libraries warn of within: settings that nobody has written are nobody's to change."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _wrong_alone(script: ModuleType, values: Mapping[str, Any], item: Field[Any] | None) -> Iterator[str]:
