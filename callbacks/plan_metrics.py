@@ -15,7 +15,8 @@ from hf_hetero.callbacks.step_report import StepReportCallback
 from hf_hetero.callbacks.stragglers import Stragglers, alert
 from hf_hetero.config import HeteroConfig
 from hf_hetero.costs import CostModel
-from hf_hetero.plan import StepReport, describe_degrees
+from hf_hetero.plan import StepReport
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.progress import say
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_hetero.callbacks.step_report import StepReportCallback
-from hf_hetero.plan import StepReport, describe_degrees
+from hf_hetero.plan import StepReport
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.progress import say, shows_bars
 
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}<{remaining}{postfix}]"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -36,7 +35,8 @@ class Group:
         activations: what it does to hold more tokens, one of `ACTIVATIONS`; None: what the whole run does.
 
     Raises:
-        HeteroError: ranks that are no aligned block, unknown ways to cross or to hold more, blocks that do not fill it.
+        HeteroError: ranks that are no aligned block, an unknown method or way to hold more, or blocks that do not fill
+            the group.
     """
 
     ranks: tuple[int, ...]
@@ -104,7 +104,8 @@ class Plan:
         planning_s: wall time spent to find it, in seconds.
 
     Raises:
-        HeteroError: groups of a micro-batch do not partition the ranks, or samples are not 0, 1, 2, ... each once.
+        HeteroError: the groups of a micro-batch do not partition the ranks, or the samples of the plan are not exactly
+            0, 1, 2, ... each once.
     """
 
     num_ranks: int
@@ -203,12 +204,17 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
 def _group_from_dict(data: Mapping[str, Any]) -> Group:
     """Invert `_group_to_dict`, and raise whatever a mapping of something else raises."""
     method, inner = data.get("method", "ulysses"), data.get("ulysses_degree")
-    _whole([] if inner is None else [inner])
+    if inner is not None:
+        _whole([inner])
     return Group(_whole(data["ranks"]), _whole(data["samples"]), method, inner, data.get("activations"))
 
 
 def _whole(numbers: Sequence[object]) -> tuple[int, ...]:
-    """Return numbers from JSON that are all whole, or raise a TypeError."""
+    """Return numbers from JSON that are all whole.
+
+    Raises:
+        TypeError: one of them is not.
+    """
     if not set(map(type, numbers)) <= {int}:
         raise TypeError(f"{numbers!r:.60} are not all whole numbers")
     return cast("tuple[int, ...]", tuple(numbers))
@@ -297,24 +303,3 @@ def idle_share(busy_s: Sequence[Sequence[float]]) -> float:
     """Return the idle share of rank-seconds if each micro-batch (outer) lasts as long as its slowest rank (inner)."""
     total = sum(len(ranks) * max(ranks, default=0.0) for ranks in busy_s)
     return 1 - sum(map(sum, busy_s)) / total if total > 0 else 0.0
-
-
-def describe_groups(micro_batch: MicroBatch) -> str:
-    """Name the degrees of a micro-batch's groups, largest first: '4 2rx2' is one group of 4 ranks and two of 2.
-
-    "r" marks groups that recompute layers to hold more tokens, "o" those that also offload.
-    """
-    names = [
-        f"{group.degree}{group.activations[0] if group.activations else ''}"
-        for group in sorted(micro_batch.groups, key=lambda group: -group.degree)
-    ]
-    return " ".join(f"{name}x{count}" if count > 1 else name for name, count in Counter(names).items())
-
-
-def describe_degrees(plan: Plan) -> str:
-    """Name the groups of each micro-batch in one line.
-
-    >>> describe_degrees(Plan(4, (MicroBatch((Group((0, 1), (0,)), Group((2,), (1,)), Group((3,), (2,)))),)))
-    '[2 1x2]'
-    """
-    return " ".join(f"[{describe_groups(micro_batch)}]" for micro_batch in plan.micro_batches)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
     {"plan", "progress", "samples", "topology"},
-    {"config", "layout", "model", "ranks"},
+    {"config", "layout", "model", "plan_in_words", "ranks"},
     {"heads"},
     {"attention", "costs", "step"},
     {"images", "state_layers"},
@@ -151,6 +151,7 @@ WITHOUT_TORCH = {
     "config",
     "topology",
     "plan",
+    "plan_in_words",
     "costs",
     "layout",
     "heads",

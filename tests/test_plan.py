@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hf_hetero import Group, HeteroError, MicroBatch, Plan
-from hf_hetero.plan import StepReport, describe_degrees, idle_share
+from hf_hetero.plan import StepReport, idle_share
+from hf_hetero.plan_in_words import describe_degrees
 
 
 def mixed_plan(**changes: Any) -> Plan:

@@ -27,7 +27,12 @@ SWITCH_TOKENS = 16  # shorter than one of the samples, longer than the others
 NUM_HEADS = 4
 NARROW = 128  # numbers of a token between layers, where heads need not add up to them
 DEPTHS = (
-    *("num_hidden_layers", "num_layers", "depth", "encoder_layers", "num_encoder_layers", "n_layer"),
+    "num_hidden_layers",
+    "num_layers",
+    "depth",
+    "encoder_layers",
+    "num_encoder_layers",
+    "n_layer",
     "resampler_depth",
 )
 """Names of how many layers a part has that sees or hears."""

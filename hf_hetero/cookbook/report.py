@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_hetero.cookbook.check import Checked
-from hf_hetero.plan import describe_groups
+from hf_hetero.plan_in_words import describe_groups
 
 WIDTH = 10
 

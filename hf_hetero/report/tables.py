@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_hetero.costs import CostModel, shipped_names
-from hf_hetero.plan import METHODS, Plan, describe_groups
+from hf_hetero.plan import METHODS, Plan
+from hf_hetero.plan_in_words import describe_groups
 
 
 def plan_table(plan: Plan, lengths: Sequence[int], cost: CostModel) -> str:

@@ -17,7 +17,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.checks import overrides
-from hf_hetero.checks.tiny import undisturbed
+from hf_hetero.checks.undisturbed import undisturbed
 from hf_hetero.collators.batches import check_batches
 from hf_hetero.data.loader import LOOKED_AT, sampler_of, training_data
 from hf_hetero.data.plan_sources import PlanSource

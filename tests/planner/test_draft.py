@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.reference import small_cost
 
-from hf_hetero.plan import describe_degrees
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.planner.draft import from_plan, to_plan
 from hf_hetero.planner.problem import make_problem
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hetero import CostModel, Plan, Planner
-from hf_hetero.plan import describe_degrees
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.what_if.dynamic_cp import dynamic_cp
 from hf_hetero.what_if.sources import global_batches, read_source
 

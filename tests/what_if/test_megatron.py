@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_hetero.plan import Plan, describe_degrees
+from hf_hetero.plan import Plan
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.what_if.megatron import megatron, sizes_of
 
 POWERS = [1, 2, 4, 8, 16]

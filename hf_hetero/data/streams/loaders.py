@@ -54,7 +54,20 @@ def streamed_data(
     num_rows = broadcast(lambda: _num_rows(dataset, args.world_size), planning.control)
     stream: Stream | None = None
     if planning.control is None or args.process_index == 0:
-        stream = _stream_of(dataset, names, collate, args, batch_size, planning, num_rows)
+        reading = Reading(
+            dataset,
+            batch_size,
+            _watching_padding(_samples_read(planning, collate), collate),
+            names,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            learnt=learnt_columns(planning.weight_column),
+        )
+        stream = Stream(
+            reading,
+            planning.num_ahead,
+            num_steps=args.max_steps if args.max_steps > 0 else None,
+            min_rows=1 if num_rows is not None else batch_size - batch_size // args.gradient_accumulation_steps + 1,
+        )
     plans = PlanAhead(planning.source, _draws_of(stream), planning.num_ahead, planning.control)
     if kept is not None and num_rows is not None and kept.batches * batch_size >= num_rows:
         kept = Position(kept.epoch + 1)  # `Trainer` does not ask for more than it knows of
@@ -77,33 +90,6 @@ def streamed_data(
 
     loader = step_loader(dealt, sampler, collate, args, is_training=True)
     return TrainingData(loader, plans, {"batch_size": batch_size}, read, stream, kept)
-
-
-def _stream_of(
-    dataset: Any,
-    names: Sequence[str] | None,
-    collate: Callable[..., Any],
-    args: TrainingArguments,
-    batch_size: int,
-    planning: Planning,
-    num_rows: int | None,
-) -> Stream:
-    """Return what reads a dataset for training; the arguments are those of `streamed_data`, and its examples."""
-    reading = Reading(
-        dataset,
-        batch_size,
-        _watching_padding(_samples_read(planning, collate), collate),
-        names,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        learnt=learnt_columns(planning.weight_column),
-    )
-    at_once = batch_size // args.gradient_accumulation_steps
-    return Stream(
-        reading,
-        planning.num_ahead,
-        num_steps=args.max_steps if args.max_steps > 0 else None,
-        min_rows=1 if num_rows is not None else batch_size - at_once + 1,
-    )
 
 
 def streamed_evaluation_loader(

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hf_hetero.costs import CostModel
-from hf_hetero.plan import Group, Plan, describe_degrees
+from hf_hetero.plan import Group, Plan
+from hf_hetero.plan_in_words import describe_degrees
 from hf_hetero.report.page import axes
 from hf_hetero.report.page.axes import Scale
 from hf_hetero.report.page.markup import Html, element
