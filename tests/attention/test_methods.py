@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from attention.dense_attention import Case, dense
-from helpers import run_ranks
+from helpers import often, run_ranks
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Scores, Segments
@@ -111,7 +111,7 @@ def assert_equals_dense(num_ranks: int, cases: list[tuple[str, Case]], ulysses_d
             assert error < 1e-12, (method, case, name, error)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", often([2, 4], 4))
 def test_equals_dense_attention(num_ranks: int) -> None:
     """Every kind of pack, of heads, and of features; ranks without tokens or heads included."""
     cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in product(PACKS, HEADS, FEATURES)]

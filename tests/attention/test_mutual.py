@@ -10,6 +10,7 @@ import pytest
 import torch
 from attention.dense_attention import Case, dense
 from attention.test_methods import FEATURES, HEADS, METHODS, assert_equals_dense
+from helpers import often
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Ahead, Kernel, Scores, Segments
@@ -36,7 +37,7 @@ def case_of(pack: str, heads: str, features: str) -> Case:
     return Case(**PACKS[pack], heads=HEADS[heads], **FEATURES[features])
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", often([2, 4], 4))
 def test_equals_dense_attention(num_ranks: int) -> None:
     """Stretches within a rank and over several, longer than windows and shorter; ranks without tokens or heads."""
     cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in product(PACKS, HEADS, FEATURES)]

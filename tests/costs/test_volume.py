@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from attention.test_methods import METHODS, case_of, on_group
-from helpers import run_ranks
+from helpers import often, run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed import _functional_collectives as collectives
@@ -57,7 +57,7 @@ def counted(cases: list[tuple[str, tuple[str, str, str]]], dtype: torch.dtype = 
     return found
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", often([2, 4], 4))
 def test_each_method_moves_what_its_formula_says(num_ranks: int) -> None:
     """Every method, pack, kind of heads and window; on every rank."""
     cases = [(m, (*key, features)) for m in METHODS[num_ranks] for key in KEYS for features in FEATURES]

@@ -113,6 +113,7 @@ def test_gradients_of_weights_loaded_by_one_rank() -> None:
     check_case({"dtype": torch.float32, "args": {"fsdp_config": {"cpu_ram_efficient_loading": True}}}, num_ranks=2)
 
 
+@pytest.mark.slow
 def test_mixed_precision_learns_the_same() -> None:
     """bf16 computation over fp32 weights: as near the reference as bf16 rounds, and far from a wrong normalisation."""
     case = {"dtype": torch.float32, "args": {"bf16": True}}

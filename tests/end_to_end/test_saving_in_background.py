@@ -362,9 +362,8 @@ def check_whole_ones(folder: Path) -> list[str]:
 POINTS = [(where, num_killed) for where in ("weights", "optimizer", "mark") for num_killed in (1, 2)]
 
 
-@pytest.mark.parametrize(
-    ("where", "num_killed"), [pytest.param(*p, marks=[] if p == ("mark", 2) else pytest.mark.slow) for p in POINTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "num_killed"), POINTS)
 def test_killed_while_it_is_written(tmp_path: Path, where: str, num_killed: int) -> None:
     """SIGKILL of the rank that writes, or of all, while steps go on: the older checkpoint is resumed, bit-equal."""
     whole = run_ranks(run, 2, str(tmp_path / "whole"), {}, False)
