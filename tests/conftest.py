@@ -15,7 +15,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
-devices.TIMED_S = 0.03  # of each trainer of a test
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
 
@@ -31,3 +30,11 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: no trainer of a test needs to look at it each time that it collects garbage."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def a_steady_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan of a test goes by how busy the machine was while it was timed; `helpers.run_ranks` does as much."""
+    from helpers import CPU_FLOPS  # not above: it imports what reads the environment
+
+    monkeypatch.setattr(devices, "cpu_flops", lambda *_: CPU_FLOPS)

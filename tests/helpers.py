@@ -70,6 +70,9 @@ FAMILIES: dict[
     "gpt-oss": ("GptOss", {**MIXED_LAYERS, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": ROPE}),
 }
 
+CPU_FLOPS = 1e10
+"""What a CPU is said to reach in tests: timed, it would depend on what else runs, and plans with it."""
+
 
 def often(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     """Parameters of a test that takes long: those chosen run each time, the others with the slow tests."""
@@ -159,7 +162,7 @@ def store_of(rank: int, num_ranks: int, ports: Any) -> dist.TCPStore:
 def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any, ...], results: Any) -> None:
     gc.freeze()  # what was imported before: no rank needs to look at it each time that a trainer collects garbage
     torch.set_num_threads(1)
-    devices.TIMED_S = 0.03
+    devices.cpu_flops = lambda *_: CPU_FLOPS
     mp.set_start_method("fork", force=True)  # a rank's own children start as they would in a user's script
     os.environ |= {
         "RANK": str(rank),

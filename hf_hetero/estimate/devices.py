@@ -152,11 +152,17 @@ TIMED_S = 0.2
 
 
 def cpu_device(shape: ModelShape, dtype: torch.dtype) -> Device:
-    """Time matrix products of the model's own sizes, on all ranks at once, as training will run.
+    """Return the CPU that this process runs on, timed on all ranks at once, as training will run.
 
     The exchange is gloo over loopback: about 1 GB/s and 2 ms, assumed; so is that attention is as fast as products, but
     for the softmax, which takes a quarter more.
     """
+    flops = cpu_flops(shape, dtype)
+    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3, ring_overlap=0.0, attention_flops=0.78 * flops)
+
+
+def cpu_flops(shape: ModelShape, dtype: torch.dtype) -> float:
+    """Time matrix products of the model's own sizes; return their operations a second."""
     tokens, products = 512, 0
     own = torch.Generator().manual_seed(0)  # torch's decides the order of rows
     x = torch.randn(tokens, shape.hidden, generator=own).to(dtype)
@@ -165,5 +171,4 @@ def cpu_device(shape: ModelShape, dtype: torch.dtype) -> Device:
     while (elapsed := time.perf_counter() - start) < TIMED_S:
         torch.nn.functional.silu(x @ up)
         products += 1
-    flops = products * 2 * tokens * shape.hidden * shape.intermediate / elapsed
-    return Device("CPU", flops, 1e9, 1e9, latency_s=2e-3, layer_s=2e-3, ring_overlap=0.0, attention_flops=0.78 * flops)
+    return products * 2 * tokens * shape.hidden * shape.intermediate / elapsed

@@ -87,7 +87,7 @@ def run(
         train_dataset=tagged_data(),
         data_collator=watcher.collator(),
         callbacks=[KeepPlans(watcher.plans), *([StopAt(stop_at)] if stop_at else [])],
-        hetero=HeteroConfig(max_tokens_per_rank=room),
+        hetero=HeteroConfig(max_tokens_per_rank=room, solver="fast"),  # "auto" improves what is ready early
     )
     trainer.train(resume_from_checkpoint=resume)
     return {

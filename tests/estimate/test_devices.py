@@ -7,7 +7,7 @@ import torch
 from estimate.test_operations import shape
 
 from hf_hetero.errors import ConfigError
-from hf_hetero.estimate.devices import GIB, KNOWN_DEVICES, cpu_device, device_named, known_device
+from hf_hetero.estimate.devices import GIB, KNOWN_DEVICES, cpu_flops, device_named, known_device
 from hf_hetero.estimate.memory import free_memory_bytes
 
 DRIVER_NAMES = {
@@ -104,5 +104,5 @@ def test_the_table_holds_what_a_data_sheet_may_say() -> None:
 
 def test_this_machine() -> None:
     """The CPU's speed and free memory are measured, and plausible."""
-    assert 1e8 < cpu_device(shape(), torch.float32).flops < 1e14
+    assert 1e8 < cpu_flops(shape(), torch.float32) < 1e14
     assert 2**20 < free_memory_bytes(torch.device("cpu"), 2) < 2**45
