@@ -17,6 +17,7 @@ from hf_hetero.callbacks import StepReportCallback
 from hf_hetero.collators import PackedCollator
 
 NUM_SAMPLES, GLOBAL_BATCH = 22, 8  # the last batch of an epoch holds 6
+ROOM = 30  # tokens a rank: less than the longest sample has, so that plans mix degrees
 
 
 def tagged_data() -> list[dict[str, list[int]]]:
@@ -68,9 +69,7 @@ class StopAt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-def run(
-    folder: str, stop_at: int | None, resume: str | None, workers: int, scripted: bool, room: int = 40
-) -> dict[str, Any]:
+def run(folder: str, stop_at: int | None, resume: str | None, workers: int, scripted: bool) -> dict[str, Any]:
     model = tiny_model("llama")
     watcher = Watcher(model)
     options = {
@@ -87,7 +86,7 @@ def run(
         train_dataset=tagged_data(),
         data_collator=watcher.collator(),
         callbacks=[KeepPlans(watcher.plans), *([StopAt(stop_at)] if stop_at else [])],
-        hetero=HeteroConfig(max_tokens_per_rank=room, solver="fast"),  # "auto" improves what is ready early
+        hetero=HeteroConfig(max_tokens_per_rank=ROOM, solver="fast"),  # "auto" improves what is ready early
     )
     trainer.train(resume_from_checkpoint=resume)
     return {
@@ -135,8 +134,8 @@ def test_resume_continues_the_same_run(tmp_path: Path, stop_at: int | None, scri
 
 
 def test_real_plans_mix_degrees(tmp_path: Path) -> None:
-    """With room for 30 tokens a rank, the planner itself shares some samples and not others."""
-    ranks = run_ranks(run, 4, str(tmp_path), None, None, 0, False, 30)
+    """With that room, the planner itself shares some samples and not others."""
+    ranks = run_ranks(run, 4, str(tmp_path), None, None, 0, False)
     degrees = {len(g["ranks"]) for _, micro_batches, _ in ranks[0]["plans"] for m in micro_batches for g in m["groups"]}
     assert len(degrees) > 1
     assert sum((rank["trained"] for rank in ranks), Counter()) == expected_tokens(2)
