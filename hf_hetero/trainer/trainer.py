@@ -28,6 +28,7 @@ from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.ranks import sharding
 from hf_hetero.trainer import reporting, training
+from hf_hetero.trainer.checkpoints.restoring import RestoresWeights
 from hf_hetero.trainer.checkpoints.resuming import to_resume
 from hf_hetero.trainer.checkpoints.saves import SavesWhole
 from hf_hetero.trainer.classes.planned import LearnsClasses
@@ -40,7 +41,7 @@ from hf_hetero.trainer.run import BetweenRuns, PlannedRun
 from hf_hetero.trainer.stopping import OneDecision, StopWhenAsked, ending_in_words, evaluating_in_words
 
 
-class HeteroTrainerMixin(SavesWhole, CountsByStep, LearnsClasses):
+class HeteroTrainerMixin(SavesWhole, RestoresWeights, CountsByStep, LearnsClasses):
     """`HeteroTrainerMixin` goes before any Trainer: `class HeteroSFTTrainer(HeteroTrainerMixin, SFTTrainer)`.
 
     Args:
