@@ -32,7 +32,7 @@ from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer, UnsupportedModel
 from hf_hetero.ranks.sharding import check_wrapper
 
 STEPS = trainer_order(len(LENGTHS), 12, 7, 4)
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 SHARDED: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 
 
