@@ -1,0 +1,156 @@
+"""This module draws what a command says in a terminal, as wide as that is. It is the only door to rich.
+
+Words that came from data, files or models are shown as they are: never read as markup, and what would steer the
+terminal is written as an escape (`literal`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from typing import TextIO
+
+from rich import box
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from hf_hetero.terminal.blocks import HEAD, Block, Entry, Fact, Line, Table, Tone
+from hf_hetero.terminal.fitting import Cells, Part, fitted
+from hf_hetero.terminal.plain import INDENT
+
+MOST_PROSE = 110
+"""Letters of a line of sentences: longer ones are hard to read, however wide the terminal."""
+LEAST_PROSE = 20
+COLOURS: dict[Tone, str] = {"": "", "good": "green", "bad": "red"}
+STEERING = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of letters, ends of lines and of paragraphs
+TURNING = set(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # right to left
+
+
+def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> None:
+    """Draw blocks below each other.
+
+    Args:
+        blocks: what to draw.
+        file: a terminal. Colours are those that it has by its `TERM`; none where `NO_COLOR` is set.
+        width: of the terminal, in letters; None: what it says.
+    """
+    columns = width or shutil.get_terminal_size().columns
+    console = Console(
+        file=file,
+        width=columns,
+        force_terminal=True,
+        force_jupyter=False,
+        legacy_windows=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    _Pen(console, columns, lambda text: literal(text, console.encoding)).draw(blocks)
+
+
+def literal(text: str, encoding: str = "utf-8") -> str:
+    r"""Write text so that it steers nothing: ends of lines and tabs as blanks, all other control as escapes (`\x1b`).
+
+    Args:
+        text: whatever it holds.
+        encoding: of the terminal; a letter that it lacks is an escape, too.
+    """
+    shown = "".join(
+        " " if sign in "\n\t" else _escape(sign) if unicodedata.category(sign) in STEERING or sign in TURNING else sign
+        for sign in text
+    )
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _escape(sign: str) -> str:
+    return sign.encode("ascii", "backslashreplace").decode() if ord(sign) > 0x7F else f"\\x{ord(sign):02x}"
+
+
+class _Pen:
+    """A pen draws on one console, in words made literal."""
+
+    def __init__(self, console: Console, width: int, shown: Callable[[str], str]) -> None:
+        self._console, self._width, self._shown = console, width, shown
+
+    def draw(self, blocks: Iterable[Block]) -> None:
+        for block in blocks:
+            match block:
+                case Table():
+                    self._table(block)
+                case Fact(label, said, _, tone):
+                    head = Text(f"{self._shown(label):<{HEAD}}", f"bold {COLOURS[tone]}".strip())
+                    self._prose(said, head, COLOURS[tone])
+                case Entry(name, said):
+                    self._write(Text(self._shown(name), "bold"))
+                    self._prose(said, Text(" " * INDENT))
+                case Line(said):
+                    self._write(Text(self._shown(said)))
+
+    def _write(self, text: Text) -> None:
+        """Write a line; the terminal wraps it, so that it can be copied whole."""
+        self._console.print(text, soft_wrap=True)
+
+    def _prose(self, said: str, head: Text | None = None, style: str = "") -> None:
+        """Write sentences, wrapped between words; those after the first line are indented as it is."""
+        head = head or Text()
+        indent = cell_len(head.plain)
+        room = max(min(self._width, MOST_PROSE) - indent, LEAST_PROSE)
+        for number, line in enumerate(Text(self._shown(said), style).wrap(self._console, room)):
+            line.rstrip()
+            self._write((head if number == 0 else Text(" " * indent)) + line)
+
+    def _table(self, table: Table) -> None:
+        """Write a table, in parts if it must be, with its title above and its notes below."""
+        if table.title:
+            self._prose(table.title, style="bold")
+        columns = [
+            Cells(
+                tuple(title for title in (self._shown(column.title), self._shown(column.unit)) if title),
+                tuple(self._shown(row[number]) for row in table.rows),
+                column.is_text,
+            )
+            for number, column in enumerate(table.columns)
+        ]
+        for part in fitted(columns, table.key, self._width, cell_len):
+            # wider than the terminal only where it is too narrow for the key and one column: then it wraps the lines
+            self._console.print(self._part(table, columns, part), width=max(part.width, self._width), crop=False)
+        for note in table.notes:
+            self._prose(note)
+
+    def _part(self, table: Table, columns: Sequence[Cells], part: Part) -> RichTable:
+        """Make the columns of a table that are drawn together."""
+        framed = {"box": box.ROUNDED} if part.is_framed else {"box": box.SIMPLE_HEAD, "show_edge": False}
+        drawn = RichTable(
+            padding=(0, 1) if part.is_framed else (0, 1, 0, 0),
+            pad_edge=part.is_framed,
+            show_header=any(columns[number].titles for number in part.columns),
+            header_style="",
+            **framed,
+        )
+        for number, width in zip(part.columns, part.widths, strict=True):
+            is_text = table.columns[number].is_text
+            drawn.add_column(
+                self._head(table.columns[number].title, table.columns[number].unit, width),
+                width=width,
+                justify="left" if table.columns[number].is_left else "right",
+                style="cyan" if number == table.key else "",
+                no_wrap=not is_text,
+                overflow="fold",
+            )
+        for row in zip(*(columns[number].cells for number in part.columns), strict=True):
+            drawn.add_row(*map(Text, row))
+        return drawn
+
+    def _head(self, title: str, unit: str, width: int) -> Text:
+        """Write a column's title, and below it, paler, its unit."""
+        lines = textwrap.wrap(self._shown(title), width, break_long_words=False) if title else []
+        head = Text("\n".join(lines), "bold")
+        if unit:
+            head.append("\n" if lines else "").append(
+                "\n".join(textwrap.wrap(self._shown(unit), width)), "not bold dim"
+            )
+        return head
