@@ -37,7 +37,7 @@ from hf_hetero.planner import Planner
 from hf_hetero.profile.command import add_profile
 from hf_hetero.report.drawing import picture_format
 from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
-from hf_hetero.terminal.show import show
+from hf_hetero.terminal.show import show, show_error
 from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
 from hf_hetero.what_if.simulate import simulate
@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except HeteroError as error:
-        print(f"hf-hetero: {' '.join(str(error).split())}", file=sys.stderr)
+        show_error(f"hf-hetero: {' '.join(str(error).split())}")
     except BrokenPipeError:  # whoever read the output has seen enough; Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"hf-hetero: Cannot write the output: {error.strerror or error}.", file=sys.stderr)
+        show_error(f"hf-hetero: Cannot write the output: {error.strerror or error}.")
     return 1
 
 

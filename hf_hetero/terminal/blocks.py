@@ -26,7 +26,7 @@ class Column:
         width: letters that a plain cell takes at least; 0: as many as the longest.
         gap: blanks before a plain cell.
         is_text: words, which a narrow terminal wraps; numbers are never cut nor wrapped.
-        is_left: words and numbers begin below each other, and do not end so.
+        is_left: plain cells begin below each other, and do not end so. A terminal has all words so, and no number.
     """
 
     title: str = ""

@@ -1,14 +1,12 @@
 """This module draws what a command says in a terminal, as wide as that is. It is the only door to rich.
 
-Words that came from data, files or models are shown as they are: never read as markup, and what would steer the
-terminal is written as an escape (`literal`).
+Words that came from data, files or models are never read as markup, nor by the terminal (`literal`).
 """
 
 from __future__ import annotations
 
 import shutil
 import textwrap
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import TextIO
 
@@ -20,14 +18,13 @@ from rich.text import Text
 
 from hf_hetero.terminal.blocks import HEAD, Block, Entry, Fact, Line, Table, Tone
 from hf_hetero.terminal.fitting import Cells, Part, fitted
+from hf_hetero.terminal.literal import literal
 from hf_hetero.terminal.plain import INDENT
 
 MOST_PROSE = 110
 """Letters of a line of sentences: longer ones are hard to read, however wide the terminal."""
 LEAST_PROSE = 20
 COLOURS: dict[Tone, str] = {"": "", "good": "green", "bad": "red"}
-STEERING = {"Cc", "Cs", "Zl", "Zp"}  # controls, halves of letters, ends of lines and of paragraphs
-TURNING = set(map(chr, (0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A))))  # right to left
 
 
 def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> None:
@@ -50,24 +47,6 @@ def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> Non
         highlight=False,
     )
     _Pen(console, columns, lambda text: literal(text, console.encoding)).draw(blocks)
-
-
-def literal(text: str, encoding: str = "utf-8") -> str:
-    r"""Write text so that it steers nothing: ends of lines and tabs as blanks, all other control as escapes (`\x1b`).
-
-    Args:
-        text: whatever it holds.
-        encoding: of the terminal; a letter that it lacks is an escape, too.
-    """
-    shown = "".join(
-        " " if sign in "\n\t" else _escape(sign) if unicodedata.category(sign) in STEERING or sign in TURNING else sign
-        for sign in text
-    )
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _escape(sign: str) -> str:
-    return sign.encode("ascii", "backslashreplace").decode() if ord(sign) > 0x7F else f"\\x{ord(sign):02x}"
 
 
 class _Pen:
@@ -115,7 +94,9 @@ class _Pen:
             )
             for number, column in enumerate(table.columns)
         ]
-        for part in fitted(columns, table.key, self._width, cell_len):
+        for place, part in enumerate(fitted(columns, table.key, self._width, cell_len)):
+            if place:
+                self._write(Text())
             # wider than the terminal only where it is too narrow for the key and one column: then it wraps the lines
             self._console.print(self._part(table, columns, part), width=max(part.width, self._width), crop=False)
         for note in table.notes:
@@ -123,26 +104,28 @@ class _Pen:
 
     def _part(self, table: Table, columns: Sequence[Cells], part: Part) -> RichTable:
         """Make the columns of a table that are drawn together."""
-        framed = {"box": box.ROUNDED} if part.is_framed else {"box": box.SIMPLE_HEAD, "show_edge": False}
         drawn = RichTable(
-            padding=(0, 1) if part.is_framed else (0, 1, 0, 0),
+            box=box.ROUNDED if part.is_framed else box.SIMPLE_HEAD,
+            show_edge=part.is_framed,
             pad_edge=part.is_framed,
+            padding=(0, 1) if part.is_framed else (0, 1, 0, 0),
             show_header=any(columns[number].titles for number in part.columns),
             header_style="",
-            **framed,
         )
         for number, width in zip(part.columns, part.widths, strict=True):
             is_text = table.columns[number].is_text
             drawn.add_column(
                 self._head(table.columns[number].title, table.columns[number].unit, width),
                 width=width,
-                justify="left" if table.columns[number].is_left else "right",
+                justify="left" if is_text else "right",
                 style="cyan" if number == table.key else "",
                 no_wrap=not is_text,
                 overflow="fold",
             )
+        is_whole = len(part.columns) == len(columns)
         for row in zip(*(columns[number].cells for number in part.columns), strict=True):
-            drawn.add_row(*map(Text, row))
+            if is_whole or any(row[1:]):  # in a part of the columns, some rows may be empty but for the key
+                drawn.add_row(*map(Text, row))
         return drawn
 
     def _head(self, title: str, unit: str, width: int) -> Text:
