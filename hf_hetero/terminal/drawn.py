@@ -24,6 +24,8 @@ from hf_hetero.terminal.plain import INDENT
 MOST_PROSE = 110
 """Letters of a line of sentences: longer ones are hard to read, however wide the terminal."""
 LEAST_PROSE = 20
+UNBOUNDED = 1_000_000
+"""Letters of rich's lines: all is fitted before, and rich would cut what is too wide for a terminal of some letters."""
 COLOURS: dict[Tone, str] = {"": "", "good": "green", "bad": "red"}
 
 
@@ -35,10 +37,9 @@ def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> Non
         file: a terminal. Colours are those that it has by its `TERM`; none where `NO_COLOR` is set.
         width: of the terminal, in letters; None: what it says.
     """
-    columns = width or shutil.get_terminal_size().columns
     console = Console(
         file=file,
-        width=columns,
+        width=UNBOUNDED,
         force_terminal=True,
         force_jupyter=False,
         legacy_windows=False,
@@ -46,7 +47,9 @@ def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> Non
         emoji=False,
         highlight=False,
     )
-    _Pen(console, columns, lambda text: literal(text, console.encoding)).draw(blocks)
+    _Pen(console, width or shutil.get_terminal_size().columns, lambda text: literal(text, console.encoding)).draw(
+        blocks
+    )
 
 
 class _Pen:
@@ -80,7 +83,7 @@ class _Pen:
         room = max(min(self._width, MOST_PROSE) - indent, LEAST_PROSE)
         for number, line in enumerate(Text(self._shown(said), style).wrap(self._console, room)):
             line.rstrip()
-            self._write((head if number == 0 else Text(" " * indent)) + line)
+            self._write(Text().append_text(head if number == 0 else Text(" " * indent)).append_text(line))
 
     def _table(self, table: Table) -> None:
         """Write a table, in parts if it must be, with its title above and its notes below."""
@@ -97,12 +100,11 @@ class _Pen:
         for place, part in enumerate(fitted(columns, table.key, self._width, cell_len)):
             if place:
                 self._write(Text())
-            # wider than the terminal only where it is too narrow for the key and one column: then it wraps the lines
-            self._console.print(self._part(table, columns, part), width=max(part.width, self._width), crop=False)
+            self._console.print(self._part(table, columns, part, place == 0))
         for note in table.notes:
             self._prose(note)
 
-    def _part(self, table: Table, columns: Sequence[Cells], part: Part) -> RichTable:
+    def _part(self, table: Table, columns: Sequence[Cells], part: Part, is_first: bool) -> RichTable:
         """Make the columns of a table that are drawn together."""
         drawn = RichTable(
             box=box.ROUNDED if part.is_framed else box.SIMPLE_HEAD,
@@ -122,9 +124,8 @@ class _Pen:
                 no_wrap=not is_text,
                 overflow="fold",
             )
-        is_whole = len(part.columns) == len(columns)
         for row in zip(*(columns[number].cells for number in part.columns), strict=True):
-            if is_whole or any(row[1:]):  # in a part of the columns, some rows may be empty but for the key
+            if is_first or any(row[1:]):  # of a row, columns further to the right may all be empty
                 drawn.add_row(*map(Text, row))
         return drawn
 
