@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_hetero.terminal.fitting import Cells, fitted
@@ -22,6 +22,7 @@ COLUMNS = st.integers(1, 5).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(COLUMNS, st.integers(1, 160), st.data())
 def test_nothing_is_lost(columns: list[Cells], width: int, data: st.DataObject) -> None:
     """Each column is in one part, the key in all; numbers are as wide as their longest; a part fits if it can."""
