@@ -37,6 +37,7 @@ from hf_hetero.planner import Planner
 from hf_hetero.profile.command import add_profile
 from hf_hetero.report.drawing import picture_format
 from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
+from hf_hetero.terminal.show import show, show_error
 from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
 from hf_hetero.what_if.simulate import simulate
@@ -58,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except HeteroError as error:
-        print(f"hf-hetero: {' '.join(str(error).split())}", file=sys.stderr)
+        show_error(f"hf-hetero: {' '.join(str(error).split())}")
     except BrokenPipeError:  # whoever read the output has seen enough; Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"hf-hetero: Cannot write the output: {error.strerror or error}.", file=sys.stderr)
+        show_error(f"hf-hetero: Cannot write the output: {error.strerror or error}.")
     return 1
 
 
@@ -85,7 +86,10 @@ def _plan(args: argparse.Namespace) -> None:
 
         draw_plan(plan, lengths, planner.cost_model, args.plot)
     as_json = {**plan.to_dict(), "lengths": lengths}
-    print(json.dumps(as_json) if args.json else plan_table(plan, lengths, planner.cost_model))
+    if args.json:
+        print(json.dumps(as_json))
+    else:
+        show(plan_table(plan, lengths, planner.cost_model))
 
 
 def _simulate(args: argparse.Namespace) -> None:
@@ -111,13 +115,16 @@ def _simulate(args: argparse.Namespace) -> None:
         title = f"{Path(source.name).stem}, {args.batch_size} samples a step, on {args.ranks} ranks of {name}"
         draw_simulation(simulation, args.plot, title)
     result = simulation.to_dict()
-    print(json.dumps(result) if args.json else simulation_table(result))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        show(simulation_table(result))
 
 
 def _costs(args: argparse.Namespace) -> None:
     """List the shipped cost models, or print one."""
     if args.name is None:
-        print(costs_table())
+        show(*costs_table())
     else:
         print(json.dumps(CostModel.load(args.name).to_dict(), indent=1))
 
@@ -128,7 +135,10 @@ def _check(args: argparse.Namespace) -> int:
 
     result = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
     about = f"{args.memory_gib:g} GiB, weights sharded over {args.ranks} ranks"
-    print(json.dumps(result) if args.json else check_table(result, about))
+    if args.json:
+        print(json.dumps(result))
+    else:
+        show(*check_table(result, about))
     return 0 if result["ok"] else 1
 
 
@@ -138,7 +148,7 @@ def _estimate(args: argparse.Namespace) -> None:
     from hf_hetero.forecast.setting import setting_of
 
     found = forecast(args.model, args.gpus, setting_of(args))
-    print(estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))
+    show(*estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))
     if args.output:
         found.cost.save(args.output)
         print(f"Wrote {args.output}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +18,8 @@ DELAY_S = 1.0
 """What takes less is not worth a bar."""
 EVERY_S = 30.0
 """Between two lines, where there is no terminal: a log is read later."""
+LEAST_WIDTH = 20
+"""Letters of a line in a terminal, however narrow that is."""
 
 
 def shows_bars() -> bool:
@@ -29,9 +33,22 @@ def shows_bars() -> bool:
 
 
 def say(line: str) -> None:
-    """Print a line, or several, above the bars that are shown; at once, also into a file."""
+    """Print a line, or several, above the bars that are shown; at once, also into a file.
+
+    In a terminal, a line that is too long for it goes on in the next, indented, with the next word.
+    """
+    if sys.stdout.isatty():
+        width = max(shutil.get_terminal_size().columns, LEAST_WIDTH)
+        line = "\n".join(part for one in line.split("\n") for part in _wrapped(one, width))
     tqdm.write(line)
     sys.stdout.flush()
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """Part a line between words; blanks that make columns of it stay."""
+    if len(line) <= width:
+        return [line]
+    return textwrap.wrap(line, width, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import sys
 import termios
 from collections.abc import Mapping, Sequence
 
-PARTS = re.compile(r"\x1b\[(\d*)([A-Za-z])|([\r\n\b])|([^\x1b\r\n\b]+)")
+PARTS = re.compile(r"\x1b\[([\d;]*)([A-Za-z])|([\r\n\b])|([^\x1b\r\n\b]+)")
 
 
 def screen(written: str, columns: int) -> list[str]:

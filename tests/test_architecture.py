@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [  # bottom to top; rooms on one floor do not know each other
     {"errors"},
-    {"plan", "progress", "samples", "topology"},
+    {"plan", "progress", "samples", "terminal", "topology"},
     {"config", "layout", "model", "plan_in_words", "ranks"},
     {"heads"},
     {"attention", "costs", "step"},
@@ -73,6 +73,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "trainer.pairs.reward",
         "trainer.pairs.without_reference",
     },
+    "rich": {"terminal.drawn"},
     "trackio": {"callbacks.stragglers"},
     "matplotlib": {"report.drawing", "report.plan_picture", "report.simulation_picture"},
     "datasets": {
@@ -159,6 +160,7 @@ WITHOUT_TORCH = {
     "progress",
     "report",
     "samples",
+    "terminal",
     "what_if",
     "cli",
     "",

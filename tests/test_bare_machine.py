@@ -14,7 +14,7 @@ from hf_hetero import HeteroTrainer
 
 MISSING = "'mip' is not installed"
 ROOT = Path(__file__).parents[1]
-ABSENT = ("datasets", "pyarrow", "peft", "trl", "mip", "highsbox", "matplotlib")
+ABSENT = ("datasets", "pyarrow", "peft", "trl", "mip", "highsbox", "matplotlib", "rich")
 
 # read by every interpreter when it starts, so that the planner's processes lack these packages, too
 SITE = f"""

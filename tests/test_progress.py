@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -44,3 +45,19 @@ def test_a_bar_vanishes() -> None:
     assert "Counting tokens:  " in written
     assert "/5 [" in written
     assert [line for line in screen(written, 100) if line] == ["done"]
+
+
+def test_a_line_is_wrapped_between_words() -> None:
+    """A narrow terminal has whole words in each of its lines; a pipe has the line as it is."""
+    line = "step    1  [4] [2 1x2]     planned   3.718 s  waited 0.46 s for its plan"
+    code = f"from hf_hetero.progress import say; say({line!r}); say('short\\n  lines')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = screen(on_a_terminal(code, 40, environment), 40)
+    assert shown[:4] == [
+        "step    1  [4] [2 1x2]     planned",
+        "   3.718 s  waited 0.46 s for its plan",
+        "short",
+        "  lines",
+    ]
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{line}\nshort\n  lines\n"

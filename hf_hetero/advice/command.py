@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_hetero.forecast.arguments import add_setting
+from hf_hetero.terminal.plain import plain
+from hf_hetero.terminal.show import show
 from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
 
@@ -36,7 +38,7 @@ def _advise(args: argparse.Namespace) -> None:
     """Advise, in words; write what to start from where the user says."""
     from hf_hetero.advice.advise import advise, machines_of, num_drawn  # torch, which planning does without
     from hf_hetero.advice.levers import Run
-    from hf_hetero.advice.report import advice_lines
+    from hf_hetero.advice.report import advice_blocks
     from hf_hetero.advice.start import start_of, write_start
     from hf_hetero.forecast.forecast import model_named
     from hf_hetero.forecast.setting import setting_of
@@ -46,12 +48,12 @@ def _advise(args: argparse.Namespace) -> None:
     source = source_of(args, num_drawn(run.machines, args.batch_size), usual_tokenizer=args.model)
     advice = advise(source, model, run, args.batch_size, args.seed, args.epochs)
     start = start_of(advice, args.model, None if args.source in MIXES else args.source)
-    said = advice_lines(advice, start)
-    words = write_start(start, advice, said, Path(args.output)) if args.output else None
+    said = advice_blocks(advice, start)
+    words = write_start(start, advice, plain(said), Path(args.output)) if args.output else None
     if args.json:
         print(json.dumps({**advice.to_dict(), "recipe": start.recipe.name, "command": words}))
         return
-    print(said)
+    show(*said)
     if words is not None:
         print(f"Wrote {args.output}. Check it, then start it:")
         print(f"  hf-hetero recipes check {shlex.quote(args.output)} --gpus {run.machines.name}")

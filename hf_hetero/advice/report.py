@@ -1,43 +1,43 @@
-"""This module writes advice as lines of text, for people."""
+"""This module says advice, for people (`terminal`)."""
 
 from __future__ import annotations
-
-import textwrap
 
 from hf_hetero.advice.advise import WORTH, Advice
 from hf_hetero.advice.levers import Lever
 from hf_hetero.advice.start import Start
+from hf_hetero.report.tables import WIDTH, held_columns
+from hf_hetero.terminal.blocks import Block, Fact, Table, number, words
 
 DOING = {"": "as it is", "recompute": "layers recomputed", "offload": "and offloaded"}
-HEAD, WIDTH = 10, 110
 
 
-def advice_lines(advice: Advice, start: Start) -> str:
-    """Write advice: what fits, how fast, what to start from, what to change next."""
+def advice_blocks(advice: Advice, start: Start) -> list[Block]:
+    """Say advice: what fits, how fast, what to start from, what to change next."""
     cost, run = advice.forecast.cost, advice.run
     model_gib, rank_gib = cost.model_state_bytes_per_rank / 2**30, cost.memory_bytes_per_rank / 2**30
-    lines = [
+    return [
         _said("estimate", "All seconds, bytes and tokens below are estimates from data sheets; nothing was measured."),
         _said("model", advice.forecast.trained),
         _said("GPUs", f"{run.machines.name}: {rank_gib:.1f} GiB a rank, {model_gib:.1f} of it for the model"),
-        *_held(advice),
+        _held(advice),
         _said("data", _data(advice)),
         _said("speed", _speed(advice)),
-        *_levers(advice),
+        _levers(advice),
         _said("next", _next(advice)),
         _said("start", _start(start)),
     ]
-    return "\n".join(lines)
 
 
-def _held(advice: Advice) -> list[str]:
-    """Write the longest sample that fits, a line for each thing that groups do, a column a degree."""
+def _held(advice: Advice) -> Table:
+    """Say the longest sample that fits, a row for each thing that groups do, a column a degree."""
     degrees = list(next(iter(advice.holds.values())))
-    lines = ["tokens of the longest sample that fits, by the ranks that share it"]
-    lines.append("ranks".rjust(28) + "".join(f"{degree:>12}" for degree in degrees))
-    for doing, by_degree in advice.holds.items():
-        lines.append(DOING[doing].rjust(28) + "".join(f"{tokens:>12,}" for tokens in by_degree.values()))
-    return lines
+    return Table(
+        held_columns(len(degrees), ("ranks", *map(str, degrees))),
+        tuple(
+            (DOING[doing], *(f"{held:,}" for held in by_degree.values())) for doing, by_degree in advice.holds.items()
+        ),
+        "tokens of the longest sample that fits, by the ranks that share it",
+    )
 
 
 def _data(advice: Advice) -> str:
@@ -70,21 +70,27 @@ def _speed(advice: Advice) -> str:
     )
 
 
-def _levers(advice: Advice) -> list[str]:
-    """Write a line a change: what it gains, how fast the run is then, and the longest sample that fits."""
-    lines = ["what else could be done, each estimated and planned anew, by itself"]
-    lines.append(f"{'gain':>9}{'tokens/s':>13}{'GPUs':>7}{'longest':>13}  change")
+def _levers(advice: Advice) -> Table:
+    """Say a row a change: what it gains, how fast the run is then, and the longest sample that fits."""
+    columns = (
+        number("gain", 9, "as fast"),
+        number("tokens/s", 13),
+        number("GPUs", 7),
+        number("longest", 13, "tokens"),
+        words("change", gap=2),
+    )
+    rows: list[tuple[str, ...]] = []
     for lever in advice.levers:
+        gpus = str(lever.num_gpus)
         if lever.longest_tokens is None:
-            lines.append(f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{'-':>13}  {lever.name}: the model does not fit")
+            rows.append(("-", "-", gpus, "-", f"{lever.name}: the model does not fit"))
         elif lever.outlook is None:
-            lines.append(
-                f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}: samples do not fit"
-            )
+            rows.append(("-", "-", gpus, f"{lever.longest_tokens:,}", f"{lever.name}: samples do not fit"))
         else:
-            speed = f"{advice.gain(lever):>8.2f}x{lever.outlook.tokens_per_s:>13,.0f}"
-            lines.append(f"{speed}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}")
-    return lines
+            gain, speed = f"{advice.gain(lever):.2f}x", f"{lever.outlook.tokens_per_s:,.0f}"
+            rows.append((gain, speed, gpus, f"{lever.longest_tokens:,}", lever.name))
+    title = "what else could be done, each estimated and planned anew, by itself"
+    return Table(columns, tuple(rows), title, key=len(columns) - 1)
 
 
 def _next(advice: Advice) -> str:
@@ -116,5 +122,5 @@ def _days(days: float) -> str:
     return f"{days:.1f} days" if days >= 2 else f"{24 * days:.1f} hours"
 
 
-def _said(head: str, said: str) -> str:
-    return "\n".join(textwrap.wrap(said, WIDTH, initial_indent=f"{head:<{HEAD}}", subsequent_indent=" " * HEAD))
+def _said(label: str, said: str) -> Fact:
+    return Fact(label, said, WIDTH)

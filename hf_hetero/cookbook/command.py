@@ -9,6 +9,8 @@ from typing import Any
 
 from hf_hetero.cookbook.changes import changed, copy_recipe, values_said
 from hf_hetero.cookbook.shelf import recipe_at, recipe_named, shelf
+from hf_hetero.terminal.blocks import Table, words
+from hf_hetero.terminal.show import show
 
 
 def add_recipes(verbs: Any) -> None:
@@ -52,10 +54,7 @@ def _add_changes(verb: argparse.ArgumentParser) -> None:
 
 def _list(args: argparse.Namespace) -> None:
     """Print a line a recipe: its name, and the comment that its settings open with."""
-    recipes = shelf()
-    width = max(len(recipe.name) for recipe in recipes)
-    for recipe in recipes:
-        print(f"{recipe.name:<{width}}  {recipe.about}")
+    show(Table((words(), words(gap=2)), tuple((recipe.name, recipe.about) for recipe in shelf())))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -77,8 +76,8 @@ def _check(args: argparse.Namespace) -> int:
     """Check a recipe, and print what was found; 1 if something is wrong."""
     recipe, changes = recipe_at(args.file), values_said(args.changes)
     from hf_hetero.cookbook.check import check_recipe  # torch and transformers, which a list does without
-    from hf_hetero.cookbook.report import check_lines
+    from hf_hetero.cookbook.report import check_facts
 
     checked = check_recipe(recipe, changes, args.gpus, trains=not args.no_training)
-    print(check_lines(checked))
+    show(*check_facts(checked))
     return 0 if checked.ok else 1

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.plan import METHODS
+from hf_hetero.terminal.show import show
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -63,7 +64,7 @@ def _profile(args: argparse.Namespace) -> None:
         raise ConfigError(f"--output {args.output}: there is no such folder.")  # said now, not after the timing
     from hf_hetero.profile.models import subject_named  # torch and transformers, which planning does without
     from hf_hetero.profile.profile import profile
-    from hf_hetero.profile.report import profile_lines
+    from hf_hetero.profile.report import profile_blocks
 
     subject = subject_named(args.model)
     arguments: dict[str, Any] = dict(subject.arguments)
@@ -85,4 +86,4 @@ def _profile(args: argparse.Namespace) -> None:
     found = profile(subject, args.seconds, args.ranks, command)
     if found.is_first:
         found.cost_model.save(args.output)
-        print(profile_lines(found, args.output))
+        show(*profile_blocks(found, args.output))
