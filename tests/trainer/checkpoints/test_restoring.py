@@ -145,11 +145,8 @@ def test_a_weight_that_is_not_there_is_named(tmp_path: Path) -> None:
         restore(model, tmp_path)
 
 
-UNREAD = {
-    "molmo2": "the config of a small one does not pass its own checks when it is read",
-    "shieldgemma2": "from_pretrained does not find what save_pretrained wrote",
-    "t5gemma2": "as molmo2",
-}
+UNREAD = {"shieldgemma2"}
+"""`from_pretrained` does not find what `save_pretrained` wrote of it."""
 
 
 @pytest.mark.slow
@@ -163,14 +160,14 @@ def test_every_type_comes_back(tmp_path: Path, kind: Any) -> None:
             torch.manual_seed(0)
             architecture = tiny.architecture_of(config := tiny.shrunk(config_class()))
             model: Any = tiny.build(config, "cpu", architecture)
-        except Exception:  # by the type's own code: `benchmarks/checks/measure_models.py` says of each why
+            model.float()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.copy_(torch.randn(weight.shape))
+            before, folder = weights_of(model), tmp_path / model_type
+            model.save_pretrained(folder)
+        except Exception:  # by the type's own code, which wants other sizes
             continue
-        model.float()
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.copy_(torch.randn(weight.shape))
-        before, folder = weights_of(model), tmp_path / model_type
-        model.save_pretrained(folder)
         if not is_saved_otherwise(model, folder):
             continue
         num_saved_otherwise += 1
@@ -184,5 +181,5 @@ def test_every_type_comes_back(tmp_path: Path, kind: Any) -> None:
             continue
         if wrong := [name for name, now in weights_of(model).items() if not torch.equal(now, before[name])]:
             lost[model_type] = wrong[:3]
-    assert lost.keys() <= UNREAD.keys(), lost
+    assert lost.keys() <= UNREAD, lost
     assert num_saved_otherwise > 20
