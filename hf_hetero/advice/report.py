@@ -77,12 +77,12 @@ def _levers(advice: Advice) -> list[str]:
     for lever in advice.levers:
         if lever.longest_tokens is None:
             lines.append(f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{'-':>13}  {lever.name}: the model does not fit")
-        elif lever.outlook is None:
+        elif lever.tokens_per_s is None:
             lines.append(
                 f"{'-':>9}{'-':>13}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}: samples do not fit"
             )
         else:
-            speed = f"{advice.gain(lever):>8.2f}x{lever.outlook.tokens_per_s:>13,.0f}"
+            speed = f"{advice.gain(lever):>8.2f}x{lever.tokens_per_s:>13,.0f}"
             lines.append(f"{speed}{lever.num_gpus:>7}{lever.longest_tokens:>13,}  {lever.name}")
     return lines
 
