@@ -130,9 +130,7 @@ def _is_larger(card: Device, than: Device) -> bool:
     )
 
 
-def _pulled(
-    name: str, model: Model, run: Run, speed: Callable[[Planner], float], context_tokens: int
-) -> Lever:
+def _pulled(name: str, model: Model, run: Run, speed: Callable[[Planner], float], context_tokens: int) -> Lever:
     """Estimate one change."""
     try:
         planner = planner_of(model, run)

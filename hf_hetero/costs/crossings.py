@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_hetero.costs.volume import Meeting, meeting_of
+from hf_hetero.costs.volume import meeting_of
 from hf_hetero.plan import Group
 
 GATHER_MESSAGES = 2 / 4
