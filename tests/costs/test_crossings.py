@@ -61,7 +61,7 @@ def ways_of(cost: CostModel, degree: int, lengths: list[int]) -> list[Group]:
 @settings(max_examples=40, deadline=None)
 @given(cost=COST_MODELS, lengths=BATCHES)
 def test_what_a_batch_remembers_changes_no_seconds(cost: CostModel, lengths: list[int]) -> None:
-    """A way costs to the bit what it does alone, whichever ways, degrees and samples of the batch were priced before."""
+    """A way costs to the bit what it does alone, whichever ways, degrees and samples were priced before."""
     batch = Batch(lengths)
     for degree in (8, 4):
         for way in ways_of(cost, degree, lengths):
