@@ -75,7 +75,7 @@ class Advice:
 
     def gain(self, lever: Lever) -> float:
         """Return how many times as fast a change makes the run; 0 where the steps would not fit."""
-        return 0.0 if lever.outlook is None else lever.outlook.tokens_per_s / self.outlook.tokens_per_s
+        return (lever.tokens_per_s or 0.0) / self.outlook.tokens_per_s
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form (format hf-hetero-advice/1)."""
@@ -106,7 +106,7 @@ class Advice:
                     "name": lever.name,
                     "num_gpus": lever.num_gpus,
                     "longest_tokens": lever.longest_tokens,
-                    "tokens_per_s": lever.outlook and lever.outlook.tokens_per_s,
+                    "tokens_per_s": lever.tokens_per_s,
                     "gain": self.gain(lever),
                 }
                 for lever in self.levers

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hf_hetero.advice.outlook import Outlook, longest, outlook
+from hf_hetero.advice.outlook import longest, planned_speed
 from hf_hetero.errors import HeteroError
 from hf_hetero.estimate.devices import KNOWN_DEVICES, Device
 from hf_hetero.estimate.shares import ATTENTION
@@ -33,13 +33,13 @@ class Lever:
         name: what to do, in words.
         num_gpus: of the run with it.
         longest_tokens: of the longest sample that would fit; None: not even the model would.
-        outlook: of the same steps; None: they would not fit.
+        tokens_per_s: of all GPUs in the same steps, planned; None: they would not fit.
     """
 
     name: str
     num_gpus: int
     longest_tokens: int | None
-    outlook: Outlook | None
+    tokens_per_s: float | None
 
 
 def planner_of(model: Model, run: Run) -> Planner:
@@ -63,7 +63,17 @@ def pulled(
         batches: lengths of the samples of each step.
         context_tokens: the longest sample of the run.
     """
-    return [_pulled(name, model, changed, batches, context_tokens) for name, changed in changes(run, is_sharded)]
+    known: list[tuple[Planner, float]] = []
+
+    def speed(planner: Planner) -> float:
+        # two kernels may be said to be equally fast: the same plans are made once
+        for other, tokens_per_s in known:
+            if other == planner:
+                return tokens_per_s
+        known.append((planner, planned_speed(batches, planner, context_tokens)))
+        return known[-1][1]
+
+    return [_pulled(name, model, changed, speed, context_tokens) for name, changed in changes(run, is_sharded)]
 
 
 def changes(run: Run, is_sharded: bool) -> Iterator[tuple[str, Run]]:
@@ -120,15 +130,14 @@ def _is_larger(card: Device, than: Device) -> bool:
     )
 
 
-def _pulled(name: str, model: Model, run: Run, batches: Sequence[Sequence[int]], context_tokens: int) -> Lever:
+def _pulled(name: str, model: Model, run: Run, speed: Callable[[Planner], float], context_tokens: int) -> Lever:
     """Estimate one change."""
     try:
         planner = planner_of(model, run)
     except HeteroError:
         return Lever(name, run.machines.num_ranks, None, None)
     most = longest(planner.cost_model, run.max_degree or run.machines.num_ranks)
-    found = outlook(batches, planner, context_tokens) if most >= context_tokens else None
-    return Lever(name, run.machines.num_ranks, most, found)
+    return Lever(name, run.machines.num_ranks, most, speed(planner) if most >= context_tokens else None)
 
 
 def _with(run: Run, **changes: object) -> Run:

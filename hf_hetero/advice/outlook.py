@@ -66,14 +66,38 @@ def outlook(batches: Sequence[Sequence[int]], planner: Planner, context_tokens: 
     Raises:
         InfeasibleBatch: no degree holds the context.
     """
-    holding = [d for d in planner.degrees if d * planner.cost_model.leanest.capacity_tokens >= context_tokens]
-    if not holding:
-        most = longest(planner.cost_model, planner.num_ranks)
-        raise InfeasibleBatch(f"Samples have up to {context_tokens:,} tokens; the longest that fits has {most:,}.")
+    holding = _holding(planner, context_tokens)
     plans = [planner.plan(lengths) for lengths in batches]
+    static = [planner.static_seconds(lengths) for lengths in batches]
     return Outlook(
         num_tokens=sum(map(sum, batches)),
         adaptive_s=sum(plan.seconds for plan in plans),
         bound_s=sum(plan.lower_bound_s for plan in plans),
-        static_s={degree: sum(planner.static(lengths, degree).seconds for lengths in batches) for degree in holding},
+        static_s={degree: sum(seconds[degree] for seconds in static) for degree in holding},
     )
+
+
+def planned_speed(batches: Sequence[Sequence[int]], planner: Planner, context_tokens: int) -> float:
+    """Return the tokens a second of steps that are planned: those of their outlook, without all that it compares.
+
+    Args:
+        batches, planner, context_tokens: as `outlook`.
+
+    Raises:
+        InfeasibleBatch: as `outlook`.
+    """
+    _holding(planner, context_tokens)
+    return sum(map(sum, batches)) / sum(planner.plan(lengths).seconds for lengths in batches)
+
+
+def _holding(planner: Planner, context_tokens: int) -> list[int]:
+    """List the degrees that hold the longest sample of a run.
+
+    Raises:
+        InfeasibleBatch: none does.
+    """
+    holding = [d for d in planner.degrees if d * planner.cost_model.leanest.capacity_tokens >= context_tokens]
+    if not holding:
+        most = longest(planner.cost_model, planner.num_ranks)
+        raise InfeasibleBatch(f"Samples have up to {context_tokens:,} tokens; the longest that fits has {most:,}.")
+    return holding

@@ -84,10 +84,10 @@ def _levers(advice: Advice) -> Table:
         gpus = str(lever.num_gpus)
         if lever.longest_tokens is None:
             rows.append(("-", "-", gpus, "-", f"{lever.name}: the model does not fit"))
-        elif lever.outlook is None:
+        elif lever.tokens_per_s is None:
             rows.append(("-", "-", gpus, f"{lever.longest_tokens:,}", f"{lever.name}: samples do not fit"))
         else:
-            gain, speed = f"{advice.gain(lever):.2f}x", f"{lever.outlook.tokens_per_s:,.0f}"
+            gain, speed = f"{advice.gain(lever):.2f}x", f"{lever.tokens_per_s:,.0f}"
             rows.append((gain, speed, gpus, f"{lever.longest_tokens:,}", lever.name))
     title = "what else could be done, each estimated and planned anew, by itself"
     return Table(columns, tuple(rows), title, key=len(columns) - 1)

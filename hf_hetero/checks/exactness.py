@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss, ForTokenClassification
 
 from hf_hetero.attention import rotary
@@ -22,6 +22,9 @@ from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, L
 from hf_hetero.model.wrapped import base_model
 from hf_hetero.ranks import mesh, sharding
 from hf_hetero.state_layers.families import mixers_of
+
+if TYPE_CHECKING:  # a trainer brings `datasets` and more, for which who only estimates would wait
+    from transformers import Trainer, TrainingArguments
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_hetero.attention.context import AttentionContext
@@ -29,6 +28,9 @@ from hf_hetero.layout import contiguous
 from hf_hetero.model.logged_means import uncounted
 from hf_hetero.model.loss import IGNORE_INDEX, carried_weights, token_loss
 from hf_hetero.model.wrapped import base_model
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 TOKENS = 5
 CLOSE = 1e-4

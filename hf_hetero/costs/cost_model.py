@@ -209,7 +209,9 @@ class CostModel:
 
     def seconds(self, lengths: Iterable[int], degree: int) -> float:
         """Predict the seconds of a group that holds these samples and exchanges heads."""
-        return self.fixed_s(degree) + sum(self.work(length, degree) for length in lengths) / degree
+        attention, linear = self.attention_s_per_token2, self.linear_s(degree)
+        # `work`, written out: planning asks for this more often than for anything else
+        return self.fixed_s(degree) + sum(attention * n * n + linear * n for n in lengths) / degree
 
     def num_bytes(self, lengths: Iterable[int], degree: int) -> float:
         """Predict the memory of one rank of a group that holds these samples."""

@@ -27,8 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hf_hetero.costs.volume import causal_pairs, travelling_queries, travelling_tokens
-from hf_hetero.layout import Layout, blocks_of, layout_of
+from hf_hetero.costs.volume import meeting_of
 from hf_hetero.plan import Group
 
 GATHER_MESSAGES = 2 / 4
@@ -99,7 +98,7 @@ class Crossings:
     def bytes_gathered(self, group: Group, lengths: Sequence[int]) -> float:
         """Count the bytes, on the busiest rank, that a group which gathers fetches and keeps until backward."""
         assert self.kv_bytes_per_token is not None
-        return self.kv_bytes_per_token * travelling_tokens(layout_of(group, lengths))
+        return self.kv_bytes_per_token * meeting_of(group, lengths).moved
 
     def charges(self, group: Group, lengths: Sequence[int]) -> Charges:
         """Split the seconds of a group whose ranks share tokens, not heads only; the busiest rank counts.
@@ -110,40 +109,37 @@ class Crossings:
         """
         degree, inner = group.degree, group.ulysses_degree or 1
         tokens = sum(lengths[sample] for sample in group.samples) / degree
-        layout = layout_of(group, lengths)
-        blocks = blocks_of(layout) if inner > 1 else layout
-        pairs = causal_pairs(blocks, by_keys=group.method == "token_ring")
-        attention_s = self.attention_s_per_token2 * pairs / inner * self.head_imbalance(inner)
+        met = meeting_of(group, lengths)
+        attention_s = self.attention_s_per_token2 * met.pairs / inner * self.head_imbalance(inner)
         exchange_s, fixed_s = 0.0, self.micro_batch_s
         if state_s := self.state_s_per_token.get(degree):
-            exchange_s += state_s * travelling_tokens(layout)
+            exchange_s += state_s * met.fetched
         if inner > 1:
             exchange_s += self.all_to_all_bytes_per_token * tokens / self.all_to_all_bytes_per_s[inner]
             fixed_s += self.all_to_all_latency_s.get(inner, 0.0)
-        if blocks.is_cut:
+        if met.is_cut:
             assert self.kv_bytes_per_token is not None
             # a rank of a block sends its share of the heads, and no less than one: fewer heads than ranks are copied
             copies = max(1 / inner, 1 / (self.num_kv_heads or inner))
             # a ring of blocks crosses nodes, because a block is a node
             speed = self.all_to_all_bytes_per_s[degree] if inner == 1 else self.network_bytes_per_s
             assert speed is not None
-            once_s = self.kv_bytes_per_token * copies * travelling_tokens(blocks) / speed
+            once_s = self.kv_bytes_per_token * copies * met.moved / speed
             # the difference of two sums, so that plans keep the seconds that are on record, to the last bit
             latency_s = self.micro_batch_s + self.all_to_all_latency_s.get(degree, 0.0) - self.micro_batch_s
             if group.method == "gather":
                 exchange_s, fixed_s = exchange_s + 2 * once_s, fixed_s + latency_s * GATHER_MESSAGES
             elif group.method == "token_ring":
-                exchange_s += self._lent_s(layout, latency_s, attention_s)
+                exchange_s += self._lent_s(degree, met.moved, latency_s, attention_s)
             else:
-                messages_s = latency_s * RING_MESSAGES * (blocks.degree - 1)
+                messages_s = latency_s * RING_MESSAGES * (degree // inner - 1)
                 exchange_s += max(0.0, 3 * once_s + messages_s - self.ring_overlap * attention_s)
         return Charges(attention_s, self.linear_s_per_token * tokens, exchange_s, fixed_s)
 
-    def _lent_s(self, layout: Layout, latency_s: float, attention_s: float) -> float:
+    def _lent_s(self, degree: int, moved: int, latency_s: float, attention_s: float) -> float:
         """Return the seconds in which queries go out and answers come home, as far as attention does not hide them."""
         assert self.query_bytes_per_token is not None
-        degree = layout.degree
-        once_s = self.query_bytes_per_token * travelling_queries(layout) / self.all_to_all_bytes_per_s[degree]
+        once_s = self.query_bytes_per_token * moved / self.all_to_all_bytes_per_s[degree]
         batches_s = latency_s * TOKEN_RING_BATCHES * min(degree + 1, 2 * degree - 2)
         trips = 5 - 2 * (self.both_ways_overlap or 0.0)
         return max(0.0, trips * once_s + batches_s - self.ring_overlap * attention_s)

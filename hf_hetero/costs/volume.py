@@ -22,10 +22,14 @@ as they are.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 from hf_hetero.heads import share_heads
-from hf_hetero.layout import Layout, asking, blocks_of, needed
+from hf_hetero.layout import Layout, asking, blocks_of, layout_of, needed
+from hf_hetero.plan import Group
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,51 @@ class Volume:
 
     def __add__(self, other: Volume) -> Volume:
         return Volume(self.forward + other.forward, self.backward + other.backward)
+
+
+class Meeting(NamedTuple):
+    """A `Meeting` is what it takes that all queries of a group meet their keys, where ranks share tokens.
+
+    Args:
+        pairs: `causal_pairs` of the busiest rank, or block of ranks that exchange heads.
+        moved: tokens whose keys the busiest of them moves; in a token ring, those whose queries it moves.
+        fetched: tokens whose keys the busiest rank would move if there were no blocks.
+        is_cut: some sample is held by more than one of them.
+    """
+
+    pairs: int
+    moved: int
+    fetched: int
+    is_cut: bool
+
+
+class Batch(tuple[int, ...]):
+    """A `Batch` is the tokens of each sample of a global batch, and remembers what meets in groups of them.
+
+    To plan is to price the same groups many times: by several methods, and by what they do to hold more tokens.
+    """
+
+    @cached_property
+    def known(self) -> dict[tuple[tuple[int, ...], int, int | None, bool], Meeting]:
+        """Map samples, degree, ranks of a block, and whether queries travel, to what meets there."""
+        return {}
+
+
+def meeting_of(group: Group, lengths: Sequence[int]) -> Meeting:
+    """Count what meets in a plan's group, whose ranks share tokens.
+
+    Args:
+        group: its method is any but "ulysses".
+        lengths: tokens of each sample of the global batch; a `Batch` is asked first.
+    """
+    known, by_queries = lengths.known if isinstance(lengths, Batch) else {}, group.method == "token_ring"
+    key = (group.samples, group.degree, group.ulysses_degree, by_queries)
+    if (meeting := known.get(key)) is None:
+        layout = layout_of(group, lengths)
+        blocks, fetched = blocks_of(layout) if layout.inner > 1 else layout, travelling_tokens(layout)
+        moved = travelling_queries(layout) if by_queries else fetched if blocks is layout else travelling_tokens(blocks)
+        meeting = known[key] = Meeting(causal_pairs(blocks, by_queries), moved, fetched, blocks.is_cut)
+    return meeting
 
 
 def volume(layout: Layout, method: str, heads: Heads, rank: int, window: int | None = None) -> Volume:

@@ -35,9 +35,13 @@ class Search:
 
 def plan(problem: Problem, search: Search) -> Plan:
     """Find a good plan whose groups exchange heads, no slower than any with one degree, and a bound for all of them."""
-    draft, solver = draft_and_solver(problem)
-    quick = to_plan(problem, draft, solver, lower_bound(problem))
+    quick = replace(quickest(problem), lower_bound_s=lower_bound(problem))
     return improve(problem, quick, search) if search.solver == "mip" else quick
+
+
+def quickest(problem: Problem) -> Plan:
+    """Find the plan that `plan` begins with; its bound is left to the caller, who may know a better one."""
+    return to_plan(problem, *draft_and_solver(problem), 0.0)
 
 
 def static(problem: Problem, degree: int | None = None) -> Plan:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 from hf_hetero.costs import CostModel
-from hf_hetero.plan import Group, Plan
+from hf_hetero.plan import Group, MicroBatch, Plan
 from hf_hetero.planner import basic
 from hf_hetero.planner.basic import Search
 from hf_hetero.planner.bound import lower_bound
-from hf_hetero.planner.draft import from_plan, to_plan, with_each_group
+from hf_hetero.planner.draft import from_plan, to_plan
 from hf_hetero.planner.problem import Problem
 from hf_hetero.planner.search.homogeneous import homogeneous
 
@@ -32,23 +33,29 @@ def bound(problem: Problem, allowed: Collection[str]) -> float:
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
-    """Choose the fastest of several plans, each with the fastest method for each of its groups.
-
-    One is made as if all groups exchanged heads, one as if no exchange took time. The truth is between, and the bound
-    of the second holds whatever the methods.
+    """Choose the fastest of several plans, each with the fastest method for each of its groups, and bound them all.
 
     Args:
         allowed: methods to choose from.
     """
     if not has_choice(problem.cost, allowed):
         return basic.plan(problem, search)
-    quick = replace(search, solver="fast")  # one improvement of the best, rather than one of each
-    by_heads = basic.plan(problem, quick)
-    unhindered = basic.plan(problem.priced_by(problem.cost.with_free_exchange()), quick)
+    quick = replace(quickest(problem, allowed), lower_bound_s=bound(problem, allowed))
+    return improve(problem, quick, search, allowed) if search.solver == "mip" else quick
+
+
+def quickest(problem: Problem, allowed: Collection[str]) -> Plan:
+    """Find the plan that `plan` begins with; its bound is left to the caller.
+
+    One candidate is made as if all groups exchanged heads, one as if no exchange took time: the truth is between.
+    """
+    if not has_choice(problem.cost, allowed):
+        return basic.quickest(problem)
+    by_heads = basic.quickest(problem)
+    unhindered = basic.quickest(problem.priced_by(problem.cost.with_free_exchange()))
     candidates = [by_heads, unhindered, *_with_even_heads(problem), *_with_one_degree(problem)]
     crossing = [with_methods(problem.cost, candidate, problem.batch, allowed) for candidate in candidates]
-    best = replace(min(crossing, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
-    return improve(problem, best, search, allowed) if search.solver == "mip" else best
+    return min(crossing, key=lambda plan: plan.seconds)
 
 
 def improve(problem: Problem, plan: Plan, search: Search, allowed: Collection[str], proves: bool = True) -> Plan:
@@ -78,15 +85,16 @@ def with_methods(cost: CostModel, plan: Plan, lengths: Sequence[int], allowed: C
     Args:
         cost: knows the methods, and what groups may do to hold more tokens.
         plan: whose groups fit the memory in some way.
-        lengths: tokens of each sample of the global batch.
+        lengths: tokens of each sample of the global batch; a `Batch` knows those of its groups that were priced before.
         allowed: methods to choose from; a group that none of them fits exchanges heads.
     """
-
-    def fastest(group: Group) -> Group:
-        return min(_ways(cost, group, lengths, allowed), key=lambda way: cost.group_seconds(way, lengths))
-
-    chosen = with_each_group(plan, fastest)
-    return replace(chosen, seconds=cost.plan_seconds(chosen, lengths))
+    micro_batches: list[MicroBatch] = []
+    seconds = 0.0
+    for micro_batch in plan.micro_batches:
+        ways = [min(_ways(cost, group, lengths, allowed), key=itemgetter(0)) for group in micro_batch.groups]
+        micro_batches.append(MicroBatch(tuple(group for _, group in ways)))
+        seconds += max(group_s for group_s, _ in ways)
+    return replace(plan, micro_batches=tuple(micro_batches), seconds=seconds)
 
 
 def _priced(problem: Problem, plan: Plan) -> Plan:
@@ -111,13 +119,14 @@ def _with_one_degree(problem: Problem) -> Iterator[Plan]:
             yield to_plan(problem, draft, "homogeneous", 0.0)
 
 
-def _ways(cost: CostModel, group: Group, lengths: Sequence[int], allowed: Collection[str]) -> list[Group]:
-    """List the ways that fit; of equally fast ones, the first does least."""
+def _ways(
+    cost: CostModel, group: Group, lengths: Sequence[int], allowed: Collection[str]
+) -> Iterator[tuple[float, Group]]:
+    """List the ways that fit, with their seconds; of equally fast ones, the first does least."""
     tokens = sum(lengths[sample] for sample in group.samples)
-    fitting: list[Group] = []
     for activations, under in cost.by_activations.items():
         if tokens <= under.capacity_tokens * group.degree:
             ways = under.methods(group, lengths)
             ways = [way for way in ways if way.method in allowed] or ways[:1]
-            fitting += [replace(way, activations=activations) for way in ways]
-    return fitting
+            for way in ways:
+                yield under.group_seconds(way, lengths), replace(way, activations=activations) if activations else way

@@ -24,25 +24,32 @@ double: ±0.0 %, CPU -3 % (policies)."""
 
 
 def plan(problem: Problem, search: Search, allowed: Collection[str]) -> Plan:
-    """Choose the fastest of several plans, each group of which does what it must to hold its tokens, and no more.
-
-    One is made as if holding more tokens took no time, and its bound holds whatever groups do; others as if all groups
-    did the same, or as if only those of some micro-batches did the most.
+    """Choose the fastest of several plans, each group of which does what it must, and bound them all.
 
     Args:
         allowed: methods to choose from.
     """
+    if len(problem.cost.by_activations) == 1:
+        return methods.plan(problem, search, allowed)
+    quick = replace(quickest(problem, allowed), lower_bound_s=bound(problem, allowed))
+    return improve(problem, quick, search, allowed) if search.solver == "mip" else quick
+
+
+def quickest(problem: Problem, allowed: Collection[str]) -> Plan:
+    """Find the plan that `plan` begins with; its bound is left to the caller.
+
+    Each group does what it must to hold its tokens, and no more. One candidate is made as if holding more tokens took
+    no time; others as if all groups did the same, or as if only those of some micro-batches did the most.
+    """
     cost = problem.cost
     if len(cost.by_activations) == 1:
-        return methods.plan(problem, search, allowed)
-    quick = replace(search, solver="fast")  # one improvement of the best, rather than one of each
-    unhindered = methods.plan(problem.priced_by(cost.with_free_memory()), quick, allowed)
+        return methods.quickest(problem, allowed)
+    unhindered = methods.quickest(problem.priced_by(cost.with_free_memory()), allowed)
     alike = [way for way in map(problem.priced_by, cost.by_activations.values()) if way.holds_longest]
-    candidates = [unhindered, *(methods.plan(way, quick, allowed) for way in alike)]
-    candidates += _in_two(problem, candidates[-1], quick, allowed)
+    candidates = [unhindered, *(methods.quickest(way, allowed) for way in alike)]
+    candidates += _in_two(problem, candidates[-1], allowed)
     thrifty = [methods.with_methods(cost, candidate, problem.batch, allowed) for candidate in candidates]
-    best = replace(min(thrifty, key=lambda plan: plan.seconds), lower_bound_s=unhindered.lower_bound_s)
-    return improve(problem, best, search, allowed) if search.solver == "mip" else best
+    return min(thrifty, key=lambda plan: plan.seconds)
 
 
 def bound(problem: Problem, allowed: Collection[str]) -> float:
@@ -130,7 +137,7 @@ def _improved_apart(problem: Problem, plan: Plan, search: Search, allowed: Colle
     return replace(plan, micro_batches=tuple(improved))
 
 
-def _in_two(problem: Problem, lean: Plan, search: Search, allowed: Collection[str]) -> Iterator[Plan]:
+def _in_two(problem: Problem, lean: Plan, allowed: Collection[str]) -> Iterator[Plan]:
     """Make plans of which a part does the most to hold more tokens, and the other part is planned without that.
 
     Args:
@@ -142,12 +149,12 @@ def _in_two(problem: Problem, lean: Plan, search: Search, allowed: Collection[st
     slowest_first = sorted(lean.micro_batches, key=lambda m: -max(most.group_seconds(g, lengths) for g in m.groups))
     parts = [slowest_first[:number] for number in range(1, min(len(slowest_first), MOST_SPLITS + 1))]
     if longer := [sample for sample, length in enumerate(lengths) if length > room]:
-        parts.append(_renamed(methods.plan(problem.of(longer).priced_by(most), search, allowed), longer))
+        parts.append(_renamed(methods.quickest(problem.of(longer).priced_by(most), allowed), longer))
     for part in parts:
         taken = {sample for micro_batch in part for group in micro_batch.groups for sample in group.samples}
         others = [sample for sample in range(len(lengths)) if sample not in taken]
         if others and max(lengths[sample] for sample in others) <= room:
-            rest = plan(problem.of(others).priced_by(less), search, allowed)  # there is one policy less
+            rest = quickest(problem.of(others).priced_by(less), allowed)  # there is one policy less
             yield replace(lean, micro_batches=(*part, *_renamed(rest, others)))
 
 

@@ -10,6 +10,7 @@ from itertools import accumulate
 from math import sqrt
 
 from hf_hetero.costs import CostModel
+from hf_hetero.costs.volume import Batch
 from hf_hetero.errors import BadSample, InfeasibleBatch
 
 MAX_TOKENS = 1 << 40
@@ -72,10 +73,10 @@ class Problem:
         return self.lengths[0] <= self.capacity * self.degrees[-1]
 
     @cached_property
-    def batch(self) -> tuple[int, ...]:
+    def batch(self) -> Batch:
         """List the tokens of each sample, in the order of the caller's batch."""
         position = {sample: position for position, sample in enumerate(self.order)}
-        return tuple(self.lengths[position[sample]] for sample in range(len(self.order)))
+        return Batch(self.lengths[position[sample]] for sample in range(len(self.order)))
 
     @cached_property
     def tokens_before(self) -> tuple[int, ...]:

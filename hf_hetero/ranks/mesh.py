@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainingArguments
 
 from hf_hetero.errors import HeteroError
+
+if TYPE_CHECKING:  # these bring `peft`
+    from transformers import TrainingArguments
 
 FSDP2_LINES = (
     "`distributed_type: FSDP` with `fsdp_config: {fsdp_version: 2}` in the accelerate config, or "

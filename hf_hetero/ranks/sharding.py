@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,12 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
 
 from hf_hetero.errors import HeteroError
 from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 FSDP_GROUPS = ("shard_process_group", "replicate_process_group", "reduce_scatter_process_group")
 """Attributes in which FSDP2 keeps the process groups of a mesh."""

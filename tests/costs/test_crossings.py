@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_hetero import CostModel, Group
 from hf_hetero.costs import ActivationPolicy, Charges
+from hf_hetero.costs.volume import Batch
 from hf_hetero.errors import ConfigError
 from hf_hetero.layout import Layout, asking, blocks_of, contiguous, layout_of, needed
 
@@ -55,6 +56,19 @@ def ways_of(cost: CostModel, degree: int, lengths: list[int]) -> list[Group]:
         for name, model in cost.by_activations.items()
         for way in model.methods(group, lengths)
     ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(cost=COST_MODELS, lengths=BATCHES)
+def test_what_a_batch_remembers_changes_no_seconds(cost: CostModel, lengths: list[int]) -> None:
+    """A way costs to the bit what it does alone, whichever ways, degrees and samples were priced before."""
+    batch = Batch(lengths)
+    for degree in (8, 4):
+        for way in ways_of(cost, degree, lengths):
+            alone = Group(way.ranks, way.samples[:1], way.method, way.ulysses_degree, way.activations)
+            for group in (way, alone, way):
+                assert cost.group_seconds(group, batch) == cost.group_seconds(group, lengths)
+                assert cost.charges(group, batch) == cost.charges(group, lengths)
 
 
 def moved_tokens(blocks: Layout) -> int:

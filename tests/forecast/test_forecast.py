@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +39,16 @@ def saved(folder: Path, **changes: Any) -> str:
     config = {**tiny_model().config.to_dict(), **changes}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
+
+
+def test_an_estimate_needs_no_trainer() -> None:
+    """What a trainer brings, such as `datasets`, takes a while to import, and nobody who estimates uses it."""
+    code = (
+        "import sys, hf_hetero.forecast.forecast; "
+        "print([name for name in ('torch', 'transformers.trainer', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "['torch']", done.stderr
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
