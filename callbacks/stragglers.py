@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import TrainingArguments
 
-from hf_hetero.plan import StepReport
+from hf_hetero.plan import MicroBatch, Plan, StepReport
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ class Stragglers:
 
     A cost model may be wrong for all ranks alike, and groups differ, so that neither seconds nor ratios of one rank say
     much; but who has a slower device, or shares it, has a higher ratio than the others whatever is planned. Ranks wait
-    for each other inside a group, so that a straggler's companions seem slow in the steps that they share.
+    for each other inside a group, so that a straggler's companions seem slow in the groups that they share: who was
+    measured in others, too, is named only if these say the same.
 
     Args:
         num_steps: that are looked at together.
@@ -37,7 +38,8 @@ class Stragglers:
 
     def __init__(self, num_steps: int = NUM_STEPS, slower: float = SLOWER) -> None:
         self._slower = slower
-        self._steps: deque[Floats] = deque(maxlen=num_steps)  # measured and planned seconds of each rank, (2, ranks)
+        # plans, with measured and planned seconds of each rank in each micro-batch, (2, micro-batches, ranks)
+        self._steps: deque[tuple[Plan, Floats]] = deque(maxlen=num_steps)
         self._numbers: deque[int] = deque(maxlen=num_steps)
         self._before: tuple[str, list[float]] = ("", [])  # which steps were looked at last, and each rank's ratio then
         self._named: tuple[int, ...] = ()
@@ -49,7 +51,7 @@ class Stragglers:
             return
         planned = np.array(report.planned_s)
         measured = np.where(planned > 0, np.array(report.busy_s), 0.0)  # of what has a price
-        self._steps.append(np.stack([measured.sum(axis=0), planned.sum(axis=0)]))
+        self._steps.append((report.plan, np.stack([measured, planned])))
         self._numbers.append(report.step)
         self._num_since += 1
 
@@ -57,11 +59,34 @@ class Stragglers:
         """Return each rank's ratio by the median of the other ranks'; [] until every rank has computed something."""
         if not self._steps:
             return []
-        measured, planned = np.sum(self._steps, axis=0)
+        measured, planned = self._sums()
         if not measured.all() or not planned.all():
             return []
         ratios = measured / planned
         return (ratios / _medians_of_others(ratios)).tolist()
+
+    def _sums(self) -> Floats:
+        """Return measured and planned seconds of each rank, shape (2, ranks)."""
+        return np.sum([seconds.sum(axis=1) for _, seconds in self._steps], axis=0)
+
+    def _slow(self, slowdowns: Sequence[float]) -> tuple[int, ...]:
+        """Return who is slow, and does not only seem so because of companions who are slower."""
+        by_slowness = sorted(range(len(slowdowns)), key=lambda rank: -slowdowns[rank])
+        suspects = [rank for rank in by_slowness if slowdowns[rank] >= self._slower]
+        if len(suspects) < 2:
+            return tuple(suspects)
+        whole, seconds = self._sums(), np.concatenate([seconds for _, seconds in self._steps], axis=1)
+        # the first rank of each rank's group says which group it is; shape (micro-batches of all steps, ranks)
+        groups = np.array([_first_ranks(micro_batch) for plan, _ in self._steps for micro_batch in plan.micro_batches])
+        apart, found = np.ones(groups.shape), list[int]()
+        for rank in suspects:
+            own = (seconds * apart).sum(axis=1)
+            measured, planned = np.where(own.all(axis=0), own, whole)  # never seen apart: nobody can tell them apart
+            ratios = measured / planned
+            if (ratios / _medians_of_others(ratios))[rank] >= self._slower:
+                found.append(rank)
+                apart[groups == groups[:, [rank]]] = 0
+        return tuple(sorted(found))
 
     def words(self) -> str:
         """Name the stragglers of the last steps, once for as long as they are the same; "" where there is none to name.
@@ -73,7 +98,7 @@ class Stragglers:
         self._num_since = 0
         slowdowns, steps = self.slowdowns(), f"{self._numbers[0]} to {self._numbers[-1]}"
         before, self._before = self._before, (steps, slowdowns)
-        slow = tuple(rank for rank, slowdown in enumerate(slowdowns) if slowdown >= self._slower)
+        slow = self._slow(slowdowns)
         if slow == self._named:
             return ""
         self._named = slow
@@ -81,11 +106,17 @@ class Stragglers:
 
     def _evidence(self, rank: int, slowdown: float, before: tuple[str, Sequence[float]]) -> str:
         """Say what was planned and measured of a slow rank, and what it was when steps were last looked at."""
-        measured, planned = np.sum(self._steps, axis=0)[:, rank]
+        measured, planned = self._sums()[:, rank]
         steps, of_then = before
         then = f"; {of_then[rank]:.2f} times in steps {steps}" if of_then else ""
         seconds = f"{planned:.3g} s planned, {measured:.3g} s measured"
         return f"rank {rank} takes {slowdown:.2f} times as long ({seconds}{then})"
+
+
+def _first_ranks(micro_batch: MicroBatch) -> list[int]:
+    """Return for each rank the first one of its group."""
+    first = {rank: group.ranks[0] for group in micro_batch.groups for rank in group.ranks}
+    return [first[rank] for rank in sorted(first)]
 
 
 def _medians_of_others(values: Floats) -> Floats:

@@ -229,7 +229,8 @@ class StepReport:
         plan: what was planned.
         lengths: tokens of each sample of the global batch.
         num_targets: tokens that had a label, over all samples.
-        seconds: measured wall time of the step's forward and backward passes, in seconds.
+        seconds: measured wall time from the step's first forward pass until its device has all gradients. What a GPU
+            still had to do by then, such as the update of weights before, is in it; on a CPU that update is not.
         busy_s: measured seconds of each micro-batch (outer) on each rank (inner), without waiting for other groups.
         wait_s, plan_wait_s: seconds that the step waited for its plan and its data; for its plan alone.
         peak_bytes: peak memory of the fullest rank in forward and backward, in bytes; 0 where it is not measured.

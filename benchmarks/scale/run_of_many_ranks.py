@@ -176,7 +176,7 @@ def _report(trainer: Any, run: PlannedRun, training: Training, between: BetweenR
     share, cost = step.batch.share, between.cost_model_of_now()
     clock: Any = training.clock
     clock.seconds = [cost.group_seconds(group, share.step.lengths) for group in share.groups]
-    training.step, training.step_s = step, sum(clock.seconds)
+    training.step, training.began_s = step, time.perf_counter() - sum(clock.seconds)
     report(trainer, run, training, between)
 
 

@@ -8,7 +8,7 @@ Pairs are those of causal attention: L (L + 1) / 2 of a sample of L tokens, less
 Of a mixture of experts, those weights count that a token is sent to. What is recomputed counts once, so that the share
 of a card's peak is that of useful work ("model FLOPs utilization", PaLM, arXiv:2204.02311, appendix B, where attention
 counts all L^2 pairs). Norms, rotations and the softmax are left out, as there. Blocks of layers that are used several
-times (Zamba 2) count once.
+times (Zamba 2) count once. Below the first adapter nothing needs a gradient, and torch computes none; here that counts.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class StepRow:
 
     Args:
         step: its number.
-        seconds, wait_s: measured: of its passes, and before them for its plan and its data.
+        seconds, wait_s: measured: of its passes, until the device was done, and before them for its plan and its data.
         planned_s, bound_s, planning_s: predicted seconds, seconds that no plan undercuts, and seconds of planning.
         idle_share: of the rank-seconds, if that was measured; under `is_lockstep` it was not.
         is_lockstep: all ranks waited for each other in every layer.

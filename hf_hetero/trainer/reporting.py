@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -50,8 +51,11 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
     assert training.step is not None
     assert training.step.batch is not None
     assert training.clock is not None
+    assert training.began_s is not None
     batch, step, means = training.step.batch, training.step.batch.share.step, between.means
     busy_s, seen, training.seen = training.clock.read(), training.seen, Observed()
+    # a device computes behind its host: the step is over when it has been waited for, not when all was launched
+    step_s, training.began_s = time.perf_counter() - training.began_s, None
     totals = [training.clock.peak_bytes(), training.clock.unused_bytes(), seen.sent_bytes]
     charged = _charges(between.cost_model_of_now(), batch)
     counts, own = [m.num_targets for m in batch.micro_batches] if means else [], _by_source(run, training, seen)
@@ -61,7 +65,6 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
     ends = list(accumulate([len(totals), len(busy_s), len(charged), len(counts)]))
     means.add("train", [sum(row[m] for row in rows) for m in range(ends[2], ends[3])])
     experts = run.fitted.experts
-    step_s, training.step_s = training.step_s, 0.0
     return StepReport(
         step=number,
         plan=step.plan,

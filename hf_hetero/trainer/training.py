@@ -85,7 +85,7 @@ class Training:
         is_saved_by_loop: it is the loop that asks for a checkpoint, and not a script or a search.
         may_write_beside: whether checkpoints can be written beside the loop; None: nobody has looked.
         step: which all ranks hold; its micro-batches are being trained on.
-        step_s: seconds that they took so far.
+        began_s: when its first part began, by `time.perf_counter`; None: it has not.
         repeats: what is known of it, should memory run out.
         seen: of it, so far.
         sources: of rows, as all ranks know them.
@@ -102,7 +102,7 @@ class Training:
     is_saved_by_loop: bool = False
     may_write_beside: bool | None = None
     step: ConfirmedStep | None = None
-    step_s: float = 0.0
+    began_s: float | None = None
     repeats: Repeats = field(default_factory=Repeats)
     seen: Observed = field(default_factory=Observed)
     sources: SourcesOfAll = field(default_factory=SourcesOfAll)
@@ -232,7 +232,8 @@ def train_part(
     """
     clock = training.clock or _start_clock(trainer, run, training, model)
     run.groups.hurry()  # what takes its time once, before the first step, is over
-    start = time.perf_counter()
+    if training.began_s is None:
+        training.began_s = time.perf_counter()
     number = trainer.state.global_step + 1
 
     def compute(batch: StepBatch, numbers: range, note: Callable[[int], None]) -> torch.Tensor:
@@ -268,7 +269,6 @@ def train_part(
     attempt = Attempt(trainer, run, between, training.data, model, compute, forget, training.repeats)
     loss = attempt.part(training.step, part)
     training.step = training.repeats.step
-    training.step_s += time.perf_counter() - start
     return loss
 
 

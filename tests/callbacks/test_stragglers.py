@@ -52,6 +52,32 @@ def test_a_slow_rank_is_named(rank: int, off: float) -> None:
     assert f"rank {rank} takes" in words[0]
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("slower", [3.0, 9.0, 40.0])
+def test_companions_of_a_slow_rank_are_not_named(slower: float, seed: int) -> None:
+    """They wait for it in the groups that they share, and are as fast as others in those that they do not."""
+    words = told({2: slower}, seed=seed)
+    assert words
+    assert all("rank 2 takes" in said and said.count(" takes ") == 1 for said in words)
+
+
+def test_two_slow_ranks_that_share_groups_are_both_named() -> None:
+    """Each of them is slow in groups without the other, too."""
+    assert all(f"rank {rank} takes" in told({2: 3.0, 3: 2.0})[0] for rank in (2, 3))
+
+
+def test_who_is_never_seen_apart_is_named_together() -> None:
+    """Two ranks that share all their groups: nobody can tell which of them it is."""
+    stragglers = Stragglers(num_steps=2)
+    plan = Plan(4, (MicroBatch((Group((0, 1), (0,)), Group((2, 3), (1,)))),))
+    for number in (1, 2):
+        busy = (1.0, 1.0, 3.0, 3.1)
+        stragglers.add(StepReport(number, plan, (1, 1), 1, 1.0, (busy,), planned_s=((1.0, 1.0, 1.0, 1.0),)))
+    said = stragglers.words()
+    assert "rank 2 takes 3.00" in said
+    assert "rank 3 takes 3.10" in said
+
+
 def test_a_rank_that_degrades_is_named_with_its_evidence() -> None:
     """Which steps, what was planned and measured of it in them, and what it was in those before."""
     stragglers, words = Stragglers(num_steps=4), list[str]()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import browser_path, browsing
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +53,17 @@ def test_a_link_to_nowhere_ends_the_build(added: str, refused: str, tmp_path: Pa
         api = (tmp_path / "site" / "api" / "index.html").read_text(encoding="utf-8")
         assert all(name in api for name in ("HeteroTrainer", "Planner", "CollectiveFailed", "PackedCollator"))
         assert "<!-- include" not in (tmp_path / "site" / "concepts" / "index.html").read_text(encoding="utf-8")
+        if (chromium := browser_path()) is not None:
+            look_at_tables(chromium, tmp_path / "site" / "source" / "callbacks" / "index.html")
+
+
+def look_at_tables(chromium: str, page: Path) -> None:
+    """Names stand in one line, on a phone as well; what is wider than the window scrolls by itself."""
+    names = "[...document.querySelectorAll('td code')].filter(e => !/[ ,/.-]/.test(e.textContent))"
+    with browsing(chromium) as tab:
+        for width in (1400, 400):
+            tab.look(width)
+            tab.open(page, ready="true")
+            assert tab.run(f"{names}.length") > 10
+            assert tab.run(f"{names}.filter(e => e.getClientRects().length > 1).map(e => e.textContent)") == []
+            assert tab.run("document.documentElement.scrollWidth") <= width

@@ -61,6 +61,44 @@ def test_it_loads_without_a_complaint(page: Page, tmp_path: Path, scheme: str, w
     assert page.run(clipped) == 0
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_paper_it_is_light(page: Page, tmp_path: Path, scheme: str) -> None:
+    """Dark colours are of screens: they would print as a black sheet. What can only be clicked is left out."""
+    write_run(tmp_path, records_of())
+    page_of(tmp_path)
+    page.look(1200, 900, scheme)
+    page.open(tmp_path / "report.html")
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    page.call("Emulation.setEmulatedMedia", media="print", features=features)
+    try:
+        assert page.run("getComputedStyle(document.body).backgroundColor") == "rgb(250, 249, 246)"
+        bar = "getComputedStyle(document.querySelector('#timeline .sample')).fill"
+        on_paper = page.run(bar)
+        assert page.run("document.getElementById('controls').offsetHeight") == 0
+        assert page.run("document.querySelectorAll('#timeline .sample').length") == len(records_of()[1]["lengths"])
+        page.call("Emulation.setEmulatedMedia", media="", features=features)
+        assert (page.run(bar) == on_paper) == (scheme == "light")
+    finally:
+        page.call("Emulation.setEmulatedMedia", media="", features=[])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_page_of_a_run_that_goes_on(page: Page, tmp_path: Path, share: float) -> None:
+    """The last record is written only in part: the steps before are shown, and that the run has not ended."""
+    folder = write_run(tmp_path, records_of(), num_steps=9, has_ended=False)
+    text = (folder / "plans.jsonl").read_text()
+    last = text.splitlines()[-1]
+    (folder / "plans.jsonl").write_text(text[: -1 - round(len(last) * (1 - share))])
+    page_of(folder)
+    page.look(1200, 900)
+    page.open(folder / "report.html")
+    shown = page.run("document.body.innerText")
+    assert "in progress, or cut short" in shown
+    assert "up to step 2 of 9" in shown
+    assert page.run("document.querySelectorAll('#step option').length") == 2
+    assert page.errors == []
+
+
 def test_the_mouse_reads_values(page: Page, tmp_path: Path) -> None:
     """Over a chart stand a step's values, over the timeline a sample with its group; beside them nothing."""
     write_run(tmp_path, records_of()[2:])

@@ -64,7 +64,7 @@ def _document(title: str, skip: Html, body: Html, data: Mapping[str, Any], scrip
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     ramps = (
         f":root{{{palette.ramp_css(palette.LIGHT)}}}"
-        f"@media(prefers-color-scheme:dark){{:root{{{palette.ramp_css(palette.DARK)}}}}}"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{palette.ramp_css(palette.DARK)}}}}}"
     )
     for stop in range(palette.STOPS):
         ramps += f".ramp-{stop}{{fill:var(--ramp-{stop});background:var(--ramp-{stop})}}"
