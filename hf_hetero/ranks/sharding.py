@@ -18,12 +18,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from hf_hetero.errors import HeteroError
-from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems
+from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems, wrapping_problems
 
 FSDP_GROUPS = ("shard_process_group", "replicate_process_group", "reduce_scatter_process_group")
 """Attributes in which FSDP2 keeps the process groups of a mesh."""
@@ -104,6 +105,9 @@ def trainer_problems(trainer: Trainer) -> Iterator[str]:
             f"FSDP was asked for, and accelerate runs {kind} here, as it does on CPU and with a single process; "
             "start several processes on GPUs, or take FSDP out of the configuration."
         )
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.auto_wrap_policy is transformer_auto_wrap_policy:
+        yield from wrapping_problems(trainer.model, plugin.transformer_cls_names_to_wrap)
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
