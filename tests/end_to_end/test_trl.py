@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+import transformers
 from helpers import (
     LENGTHS,
+    TINY,
     Recorder,
     ScriptedPlanner,
     arguments,
@@ -30,7 +32,6 @@ from helpers import (
     with_lora,
 )
 from hybrids import hybrid_model
-from test_other_models import model_of
 from transformers import Trainer
 from words import say, tokenizer
 
@@ -256,7 +257,11 @@ def sft(kind: Any, name: str, folder: Path, **changes: Any) -> list[float]:
     """The losses of two steps, in a single process."""
     import datasets
 
-    model = hybrid_model(name) if name == "granitemoehybrid" else model_of(name)
+    if name == "llama4":
+        own = {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
+        model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**TINY, **own}))
+    else:
+        model = hybrid_model(name)
     rows = datasets.Dataset.from_list(samples([16] * 24))
     made = kind(model, config(str(folder), max_steps=2, **changes), train_dataset=rows, processing_class=tokenizer())
     made.train()
@@ -274,7 +279,7 @@ def test_a_model_without_a_part_before_its_head(tmp_path: Path) -> None:
 
 
 def test_routers_that_trl_does_not_know(tmp_path: Path) -> None:
-    """TRL asks for the loss of Granite's routers and cannot compute it; without it, as is said, plans learn the same."""
+    """TRL asks for the loss of Granite's routers and cannot compute it; without, as is said, plans learn the same."""
     from hf_hetero import HeteroSFTTrainer
 
     with pytest.raises(UnsupportedModel, match=r"under TRL, .* SFTConfig\(router_aux_loss_coef=0.0\)"):
