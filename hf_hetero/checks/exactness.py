@@ -89,6 +89,12 @@ def check_model(trainer: Trainer) -> None:
             "same distribution.",
             ", ".join(map(str, dropouts)),
         )
+    if drawing := adapters.noisy(model):
+        logger.warning(
+            "Adapter %s draws noise in each pass, on each rank, so two plans see different noise of the same "
+            "distribution.",
+            ", ".join(drawing),
+        )
 
 
 def check_num_ranks(expected: int | None, num_ranks: int) -> None:
