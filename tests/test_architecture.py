@@ -117,6 +117,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "cookbook.keys",
         "cookbook.sample",
         "cookbook.trial",
+        "ranks.gradients",
         "ranks.mesh",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss, ForSequenceClassificationLoss, ForTokenClassification
 
 from hf_hetero.attention import rotary
-from hf_hetero.checks import own_loss, router_loss
+from hf_hetero.checks import overrides, own_loss, router_loss
 from hf_hetero.checks.additions import adapters, hooks, strangers
 from hf_hetero.errors import ConfigError, UnsupportedModel
 from hf_hetero.model.classes.labelled import NEXT, NOTHING, SEQUENCES, TOKENS, Labelled, labelled_of, pools_last_token
@@ -92,6 +92,12 @@ def check_model(trainer: Trainer) -> None:
             "same distribution.",
             ", ".join(map(str, dropouts)),
         )
+    if drawing := adapters.noisy(model):
+        logger.warning(
+            "Adapter %s draws noise in each pass, on each rank, so two plans see different noise of the same "
+            "distribution.",
+            ", ".join(drawing),
+        )
 
 
 def check_num_ranks(expected: int | None, num_ranks: int) -> None:
@@ -148,6 +154,7 @@ def _trainer_problems(trainer: Trainer) -> Iterator[str]:
     if getattr(trainer, "is_distributed_loading_by_transformers", False):
         yield from mesh.mesh_problems(getattr(base_model(trainer.model).config, "distributed_config", None))
     yield from router_loss.trainer_problems(trainer, base_model(trainer.model))
+    yield from overrides.trainer_problems(trainer, base_model(trainer.model))
     if labelled_of(base_model(trainer.model)) in (TOKENS, SEQUENCES):
         yield from _class_problems(trainer)
     parallel = getattr(trainer.accelerator, "parallelism_config", None)

@@ -15,7 +15,7 @@ this package's with the trainer that it is made for, is somebody's own:
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -23,7 +23,8 @@ from hf_hetero.errors import UnsupportedModel
 
 PLANNED = {name: f"Hetero{name}" for name in ("CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "RewardTrainer")}
 """Trainers of TRL that a class of this package plans, with a loss of its own in the place of theirs."""
-KNOWN_MODULES = frozenset({"transformers.trainer", "trl.trainer.sft_trainer", "trl.trainer.base_trainer"})
+SFT = "trl.trainer.sft_trainer"
+KNOWN_MODULES = frozenset({"transformers.trainer", SFT, "trl.trainer.base_trainer"})
 LOSS = ("compute_loss", "_prepare_inputs")
 """What stands between a batch and its loss."""
 LOOPS = (
@@ -93,6 +94,24 @@ def check(trainer_class: type) -> None:
                     f"{owner}.{name} does not call super().{name}: it compares or generates samples, or learns in a "
                     "way of its own, which cannot be shared out sample by sample. Use it with plain Trainer."
                 )
+
+
+def trainer_problems(trainer: Any, base: Any) -> Iterator[str]:
+    """Give the reason to refuse a model whose loss `SFTTrainer` cannot compute, in words.
+
+    Args:
+        trainer: of any kind.
+        base: the transformers model.
+    """
+    losses = (kind for kind in type(trainer).__mro__ if "compute_loss" in vars(kind))
+    owner = next(kind for kind in losses if kind.__module__.split(".")[0] != "hf_hetero")
+    # TRL's asks the part of the model before its output embedding, which transformers finds by `base_model_prefix`
+    if owner.__module__ == SFT and base.base_model is base:
+        yield (
+            f"TRL's SFTTrainer, plain too, computes the loss from what comes before the output embedding, and finds no "
+            f"such part of {type(base).__name__}: it has no {base.base_model_prefix!r} (base_model_prefix). Use "
+            "HeteroTrainer, on rows of input_ids and labels."
+        )
 
 
 def check_loading(trainer: Any) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -95,8 +95,10 @@ def key_problems(script: ModuleType, values: Mapping[str, Any]) -> list[Problem]
 
 
 def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
-    """Return whether the launch file starts another number of ranks than the settings insist on, or its mesh has."""
+    """Return what is wrong between settings and launch file: sharding that is not to be had, or other ranks."""
     wanted = values.get("num_ranks")
+    if problems := list(_unsharded(recipe, values)):
+        return problems
     if wanted is None or (recipe.launch is None and wanted == 1):
         return []
     if recipe.launch is None:
@@ -118,6 +120,23 @@ def launch_problems(recipe: Recipe, values: Mapping[str, Any]) -> list[Problem]:
     ]
 
 
+def _unsharded(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Say that weights are to be sharded where accelerate, without a word, does not: training refuses that."""
+    launch = {} if recipe.launch is None else read(recipe.launch)
+    if values.get("fsdp"):
+        key, asked = "fsdp", f"fsdp={values['fsdp']!r:.60}"
+    elif launch.get("distributed_type") == "FSDP" and recipe.launch is not None:
+        key, asked = "use_cpu" if values.get("use_cpu") else "", f"distributed_type: FSDP of {recipe.launch.name}"
+    else:
+        return
+    if values.get("use_cpu") or launch.get("use_cpu"):
+        yield Problem(key, f"{asked}: weights are sharded over GPUs, not over CPUs (use_cpu). Leave one of them out.")
+    elif launch.get("num_processes", 1) == 1:
+        yield Problem(
+            key, f"{asked}: weights are sharded over several ranks, and one starts. Start more, or leave it out."
+        )
+
+
 def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Say what is wrong with values that `TrainingArguments` takes, and a trial, which has others, cannot find."""
     for key in AT_LEAST_ONE:
@@ -127,6 +146,14 @@ def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterato
     for key, value in values.items():
         if isinstance(value, dict | list) and key in known and isinstance(known[key].default, int | float):
             yield key, f"{key}={value!r:.60}: it must be one value. Its default is {known[key].default!r}."
+    degree, num_ranks = values.get("max_degree"), values.get("num_ranks")
+    if _is_count(degree) and degree & (degree - 1) and degree != num_ranks:
+        near = 1 << degree.bit_length() - 1
+        yield (
+            "max_degree",
+            f"max_degree={degree}: samples are shared by 1, 2, 4, ... ranks, or by all of them: it acts as {near}. "
+            f"Set {near}, or {2 * near}.",
+        )
     rate = values.get("learning_rate")
     if isinstance(rate, int | float) and rate < 0:
         yield "learning_rate", f"learning_rate={rate:g}: it must be at least 0, such as 1.0e-5."
@@ -136,6 +163,10 @@ def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterato
             near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
             hint = f"Did you mean {near[0]!r}?" if near else f"Choose from {', '.join(INTEGRATION_TO_CALLBACK)}, none."
             yield "report_to", f"report_to={name!r:.60}: no such tracker. {hint}"
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _least(script: ModuleType) -> dict[str, Any]:

@@ -107,6 +107,8 @@ class LazyLogits(torch.Tensor):
     _bias: torch.Tensor | None
     _changes: tuple[Change, ...]
     _written: torch.Tensor | None = None
+    _seen: tuple[torch.Tensor, int] | None = None
+    """Logits of which somebody has a view, and their version when that was handed out: in-place changes count it."""
 
     @staticmethod
     def of(
@@ -123,14 +125,20 @@ class LazyLogits(torch.Tensor):
             return self.as_subclass(torch.Tensor), self._weight, self._bias, self._changes
 
     def computed(self) -> torch.Tensor:
-        """Compute the logits; once something was written into them, return the same again."""
+        """Compute the logits; once something was written into them, or may be by a view, return the same again."""
         if self._written is not None:
             return self._written
+        if self._seen is not None:
+            return self._seen[0]
         hidden, weight, bias, changes = self.parts()
         logits = F.linear(hidden, weight, bias)
         for change in changes:
             logits = change(logits)
         return logits
+
+    def is_written(self) -> bool:
+        """Return whether something was written into the logits, or into a view of them."""
+        return self._written is not None or (self._seen is not None and _version(self._seen[0]) != self._seen[1])
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,13 +147,14 @@ class LazyLogits(torch.Tensor):
         lazy = args[0] if args else None
         if not isinstance(lazy, LazyLogits):
             return _with_real(func, args, kwargs)
-        if _writes(func):
+        if _writes(func) or func == T.data.__get__:  # pyright: ignore
             lazy._written = lazy.computed()  # for whoever looks at these logits next
         if func in SHAPES:
             hidden, weight, _, _ = lazy.parts()
             shape = torch.Size([*hidden.shape[:-1], weight.shape[0]])
             return SHAPES[func](shape, *args[1:], **kwargs)
-        if lazy._written is not None and getattr(func, "__name__", "") not in ABOUT_THE_GRAPH:
+        about_the_graph = getattr(func, "__name__", "") in ABOUT_THE_GRAPH and func not in TURNED
+        if lazy.is_written() and not about_the_graph:
             return _with_real(func, args, kwargs)
         # by numbers only: a tensor may be of the logits' shape, which a chunk of them would not fit
         if func in ELEMENTWISE and not any(isinstance(x, torch.Tensor) for x in (*args[1:], *kwargs.values())):
@@ -154,10 +163,26 @@ class LazyLogits(torch.Tensor):
         if func in CLONES:
             hidden, weight, bias, changes = lazy.parts()
             return LazyLogits.of(hidden.clone(), weight, bias, changes)
-        if getattr(func, "__name__", "") in ABOUT_THE_GRAPH:
+        if about_the_graph:
             with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        return _with_real(func, args, kwargs)
+        logits = lazy.computed()
+        given = _with_real(func, (logits, *args[1:]), kwargs)
+        if _shares(given, logits):
+            lazy._seen = lazy._seen or (logits, _version(logits))
+        return given
+
+
+def _version(logits: torch.Tensor) -> int:
+    """Return how often a tensor, or any view of it, was changed in place; nobody counts it in inference mode."""
+    return 0 if logits.is_inference() else logits._version
+
+
+def _shares(given: Any, logits: torch.Tensor) -> bool:
+    """Return whether something that a function of torch gave has logits' memory in it: a view of them."""
+    if isinstance(given, torch.Tensor):
+        return given.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
+    return isinstance(given, list | tuple) and any(_shares(one, logits) for one in cast("Sequence[Any]", given))
 
 
 def _writes(func: Any) -> bool:
@@ -169,7 +194,7 @@ def _writes(func: Any) -> bool:
 
 def as_written(logits: torch.Tensor) -> torch.Tensor:
     """Return logits, computed ones in the place of lazy ones that something was written into."""
-    if isinstance(logits, LazyLogits) and logits._written is not None:  # pyright: ignore[reportPrivateUsage]
+    if isinstance(logits, LazyLogits) and logits.is_written():
         return logits.computed()
     return logits
 
@@ -204,6 +229,14 @@ CLONES = {T.clone, torch.clone}
 """Asked for by DistributedDataParallel of what a model gives, where some weights may be unused."""
 ABOUT_THE_GRAPH = {"__get__", "__set__", "register_hook", "is_floating_point", "is_complex", "__repr__", "type"}
 """Attributes (device, dtype, requires_grad, grad_fn) and what wrappers of the model ask of any output."""
+TURNED = {
+    T.T.__get__,  # pyright: ignore
+    T.mT.__get__,  # pyright: ignore
+    T.H.__get__,  # pyright: ignore
+    T.mH.__get__,  # pyright: ignore
+    T.data.__get__,  # pyright: ignore
+}
+"""Attributes, too, but of what is in the logits."""
 
 
 def _with_real(func: Any, args: Any, kwargs: Any) -> Any:

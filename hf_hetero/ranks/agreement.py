@@ -280,6 +280,12 @@ def _named(place: str, control: dist.ProcessGroup) -> Any:
 
 
 def _told(error: Exception, says_rank: bool = True) -> Told:
+    """Put any exception into words as `in_words` does, with this rank's name."""
+    kind, text = in_words(error)
+    return kind, f"Rank {dist.get_rank()}: {text}" if says_rank and not text.startswith("Rank ") else text
+
+
+def in_words(error: Exception) -> Told:
     """Put any exception into words that every rank can read, as the nearest kind of error that they all know."""
     # words instead of the object: an exception of the user's own may not be pickled, or not be known elsewhere
     kind = next((c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__), HeteroError.__name__)
@@ -291,7 +297,7 @@ def _told(error: Exception, says_rank: bool = True) -> Told:
         text = f"{type(error).__name__}: {text}"
     if len(text) > MOST_WORDS:
         text = f"{text[:MOST_WORDS]}... ({len(text):,} characters)"
-    return kind, f"Rank {dist.get_rank()}: {text}" if says_rank and not text.startswith("Rank ") else text
+    return kind, text
 
 
 def _lower(place: str) -> str:

@@ -3,13 +3,13 @@
 Accelerate lays ranks out by its `ParallelismConfig`, which comes with TrainingArguments or by the launcher's
 environment. Replicas are the outer axis: of 2 x 4, ranks 0 to 3 hold the parts of one, ranks 4 to 7 those of the other.
 Samples are dealt to all ranks alike. A mesh that cannot be is refused here, in words, because accelerate finds some of
-them out late, and says nothing about others.
+them out late, and says nothing about others. So are layers that FSDP2 is to gather together and a model does not have.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -141,3 +141,33 @@ def _size(args: TrainingArguments, axis: str) -> int:
 
 def _launched_with_one() -> bool:
     return os.environ.get(f"ACCELERATE_USE_{LAUNCHER}", "").lower() == "true"
+
+
+def wrapping_problems(model: Any, asked: Sequence[str] | None) -> Iterator[str]:
+    """Say which of the classes of layers that FSDP2 is to wrap the model does not have; accelerate stops at the first.
+
+    Args:
+        model: not wrapped yet.
+        asked: names of classes; None: those that its class names, which may be of towers or kinds that it has not.
+    """
+    names: Iterable[str] = (getattr(model, "_no_split_modules", None) or []) if asked is None else asked
+    if missing := sorted(set(names) - {type(module).__name__ for module in model.modules()}):
+        yield (
+            f"FSDP2 is to wrap layers of class {', '.join(missing)}, which this {type(model).__name__} does not have"
+            f"{' (its class names them)' if asked is None else ''}; set fsdp_config's transformer_layer_cls_to_wrap to "
+            f"those that it has: {layer_classes(model)} (`fsdp_transformer_layer_cls_to_wrap: "
+            f"{','.join(layer_classes(model))}` in an accelerate config)."
+        )
+
+
+def layer_classes(model: torch.nn.Module) -> list[str]:
+    """Return the names of the classes of a model's layers: what its outermost lists of modules with weights hold."""
+    found: dict[str, None] = {}
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, torch.nn.ModuleList):
+            found |= dict.fromkeys(type(layer).__name__ for layer in module if any(True for _ in layer.parameters()))
+        else:
+            waiting += reversed(list(module.children()))
+    return list(found)

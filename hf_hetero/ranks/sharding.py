@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_hetero.errors import HeteroError
-from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems
+from hf_hetero.ranks.mesh import FSDP2_LINES, check_mesh, mesh_asked_for, replica_problems, wrapping_problems
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
@@ -106,6 +107,9 @@ def trainer_problems(trainer: Trainer) -> Iterator[str]:
             f"FSDP was asked for, and accelerate runs {kind} here, as it does on CPU and with a single process; "
             "start several processes on GPUs, or take FSDP out of the configuration."
         )
+    plugin: Any = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.auto_wrap_policy is transformer_auto_wrap_policy:
+        yield from wrapping_problems(trainer.model, plugin.transformer_cls_names_to_wrap)
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
@@ -183,7 +187,7 @@ class Exchange:
 
 def exchanges_of(model: torch.nn.Module) -> list[Exchange]:
     """Return the exchanges of a wrapper, in a step."""
-    model = _inside(model)
+    model = inside_of(model)
     places: list[tuple[Any, Callable[[ProcessGroup], None], Callable[[], None]]] = []
     if isinstance(model, DistributedDataParallel):
         # torch's own way to other groups; it also forgets a reduction that has begun
@@ -210,19 +214,19 @@ def _put_back(model: Any, group: Any) -> None:
 
 def can_begin_anew(model: torch.nn.Module) -> bool:
     """Return whether a step can be left in its middle: FSDP2 learned how with torch 2.13."""
-    model = _inside(model)
+    model = inside_of(model)
     return not isinstance(model, FSDPModule) or hasattr(model, "reset_iter_state")
 
 
 def leave_step(model: torch.nn.Module) -> None:
     """Have a wrapper forget a pass that came to no end; DDP does the rest as its exchanges are moved."""
-    model = _inside(model)
+    model = inside_of(model)
     if isinstance(model, DistributedDataParallel):
         # as after a whole step: ranks that left in different micro-batches would not agree to share buffers in the next
         model.require_forward_param_sync = True
     if not isinstance(model, FSDPModule):
         return
-    for group in _param_groups(model):
+    for group in param_groups(model):
         group._all_gather_result = None  # it would wait for an exchange that has failed
     forget_gradients(model)
     if _states(model)[0]._is_root is not None:  # its first forward pass has begun
@@ -231,7 +235,7 @@ def leave_step(model: torch.nn.Module) -> None:
 
 def forget_gradients(model: torch.nn.Module) -> None:
     """Have FSDP2 forget what adds up until gradients are synchronised: `zero_grad` knows nothing of it."""
-    for group in _param_groups(_inside(model)):
+    for group in param_groups(inside_of(model)):
         group._partial_reduce_output = None
         for param in group.fsdp_params:
             param.unsharded_accumulated_grad = None
@@ -239,7 +243,7 @@ def forget_gradients(model: torch.nn.Module) -> None:
                 param._unsharded_param.grad = None
 
 
-def _inside(model: torch.nn.Module) -> Any:
+def inside_of(model: torch.nn.Module) -> Any:
     """Return a wrapped model out of what torch.compile puts around DDP; FSDP2 is around what was compiled."""
     return model if isinstance(model, FSDPModule) else getattr(model, "_orig_mod", model)
 
@@ -249,57 +253,16 @@ def _states(model: torch.nn.Module) -> list[Any]:
     return [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]  # pyright: ignore[reportPrivateUsage]
 
 
-def _param_groups(model: torch.nn.Module) -> list[Any]:
+def param_groups(model: torch.nn.Module) -> list[Any]:
     """Return the groups of parameters that FSDP2 gathers together."""
     return [group for state in _states(model) for group in state._fsdp_param_groups]
 
 
 def _places(model: torch.nn.Module) -> list[tuple[Any, str]]:
     """Return where FSDP2 keeps the process groups of its exchanges: objects, and names of their attributes."""
-    meshes = [mesh for group in _param_groups(model) for mesh in (group.mesh_info, group.post_forward_mesh_info)]
+    meshes = [mesh for group in param_groups(model) for mesh in (group.mesh_info, group.post_forward_mesh_info)]
     known = {id(mesh): mesh for mesh in meshes if mesh is not None}.values()
     return [(mesh, name) for mesh in known for name in FSDP_GROUPS if getattr(mesh, name, None) is not None]
-
-
-@contextmanager
-def synchronising(trainer: Trainer, model: torch.nn.Module, sharding: Sharding, is_last: bool) -> Iterator[None]:
-    """Return a context in which backward synchronises gradients, or only adds them up, whatever Trainer asks for.
-
-    Args:
-        trainer, model, sharding: whose gradients, and how they are spread.
-        is_last: this is the last micro-batch of a step.
-
-    Raises:
-        HeteroError: a step ends, and gradients of some weights were not added up over replicas.
-    """
-    inside = _inside(model)
-    if not (sharding.syncs_each or is_last):
-        with trainer.accelerator.no_sync(model=model):
-            yield
-    elif isinstance(inside, DistributedDataParallel):
-        # Trainer's loop accumulates over its own batches, and has turned this off for all but the last of them
-        before, inside.require_backward_grad_sync = inside.require_backward_grad_sync, True
-        try:
-            yield
-        finally:
-            inside.require_backward_grad_sync = before
-    else:
-        if hasattr(inside, "set_requires_gradient_sync"):
-            inside.set_requires_gradient_sync(True)
-            if sharding.reduces_once:
-                inside.set_requires_all_reduce(is_last)
-        yield
-        if is_last and sharding.reduces_once:
-            _check_reduced(inside)
-
-
-def _check_reduced(model: torch.nn.Module) -> None:
-    """Refuse a step in which FSDP2 still keeps gradients for its replicas: it adds them up when more of them come."""
-    if any(group._partial_reduce_output is not None for group in _param_groups(model)):
-        raise HeteroError(
-            "Some weights got gradients in a step's first micro-batches and none in its last one, so that replicas "
-            "have not added them up. Set HeteroConfig.sync_each_micro_batch=False."
-        )
 
 
 def _launched_with(name: str) -> bool:

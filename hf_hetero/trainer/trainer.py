@@ -27,6 +27,7 @@ from hf_hetero.data.planning import Planners
 from hf_hetero.errors import HeteroError
 from hf_hetero.model.logged_means import LoggedMeans
 from hf_hetero.ranks import sharding
+from hf_hetero.ranks.made_together import confirm_weights, made_together
 from hf_hetero.trainer import reporting, training
 from hf_hetero.trainer.checkpoints.restoring import RestoresWeights
 from hf_hetero.trainer.checkpoints.resuming import to_resume
@@ -59,6 +60,7 @@ class HeteroTrainerMixin(SavesWhole, RestoresWeights, CountsByStep, LearnsClasse
         _stop, _decision: callbacks that decide how a run ends.
     """
 
+    @made_together
     def __init__(
         self,
         model: Any = None,
@@ -164,6 +166,7 @@ class HeteroTrainerMixin(SavesWhole, RestoresWeights, CountsByStep, LearnsClasse
         loader = super().get_train_dataloader()
         if self._training is not None and self._training.data is None:
             run = self._run_on(self._training.opened.enter_context(self._fitted()))
+            confirm_weights(cast("torch.nn.Module", self.model), run.control)
             reporting.begin_calibrating(self, self.hetero, self._between_runs, self._training.resumed)
             training.open_data(self, run, self._training, self._plan_source(), loader)
         return loader

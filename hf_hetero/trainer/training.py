@@ -30,6 +30,7 @@ from hf_hetero.model.timing import StepClock
 from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.by_source import SourcesOfAll, Tally
+from hf_hetero.ranks.gradients import synchronising
 from hf_hetero.ranks.groups import limit_of, named
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
@@ -250,7 +251,7 @@ def train_part(
                 micro_batch = batch.micro_batches[index]
                 context = run.context(micro_batch, index, number)
                 _watch_sources(context, micro_batch, training)
-                syncs = sharding.synchronising(trainer, model, run.fitted.sharding, is_last=index == last)
+                syncs = synchronising(trainer, model, run.fitted.sharding, is_last=index == last)
                 adding = router_loss.adding(model, context.num_tokens) if router_loss else nullcontext()
                 with run.fitted.as_planned(micro_batch, context), adding, syncs, clock.micro_batch():
                     total += forward_backward({**micro_batch.inputs, "hetero": context})

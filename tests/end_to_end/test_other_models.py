@@ -6,6 +6,7 @@ different widths; experts without weights. What they compute in fp32 whatever th
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from helpers import (
     with_lora,
 )
 from sights import all_in_double
+from transformers import Trainer
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.checks.in_double import in_double
@@ -163,6 +165,36 @@ def test_with_layers_computed_again(name: str, use_reentrant: bool) -> None:
 def test_with_lora(name: str) -> None:
     """Adapters inside the language model, and none that text reaches in the tower."""
     check(name, 2, lora=True)
+
+
+def plain_norms() -> list[float]:
+    """What plain Trainer logs of its first step, and what it logs where DDP looks for weights without a gradient."""
+    found: list[float] = []
+    for looks in (None, True):
+        changes = {"activation_checkpointing": True, "ddp_find_unused_parameters": looks, "max_steps": 1}
+        with tempfile.TemporaryDirectory() as folder:
+            plain = Trainer(
+                model_of("deepseek-v3.2"), arguments(folder, 2, **changes), train_dataset=samples([16] * 24)
+            )
+            plain.train()
+        found += [entry["grad_norm"] for entry in plain.state.log_history if "grad_norm" in entry]
+    return found
+
+
+def test_weights_without_a_gradient_under_ddp() -> None:
+    """Refused in the first step, which plain Trainer learns from without exchanging all gradients (the control)."""
+    changes: dict[str, Any] = {"activation_checkpointing": True}
+    for error in run_ranks(train, 2, "deepseek-v3.2", False, changes, expect_errors=True):
+        assert "10 weights got no gradient (model.layers.0.self_attn.indexer.wq_b.weight, " in str(error)
+        assert "Set ddp_find_unused_parameters=True" in str(error)
+    single, exchanged = run_ranks(plain_norms, 2)[0]
+    assert abs(single - exchanged) > 0.1 * exchanged
+
+
+@pytest.mark.slow
+def test_weights_without_a_gradient_that_ddp_looks_for() -> None:
+    """What the refusal says to set trains exactly."""
+    check("deepseek-v3.2", 2, activation_checkpointing=True, ddp_find_unused_parameters=True)
 
 
 # -------------------------------------------------------------------------------------------------- rows with images

@@ -7,13 +7,16 @@ import importlib
 import pkgutil
 import re
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+import transformers
 from helpers import (
     LENGTHS,
+    TINY,
     Recorder,
     ScriptedPlanner,
     arguments,
@@ -28,6 +31,7 @@ from helpers import (
     trainer_order,
     with_lora,
 )
+from hybrids import hybrid_model
 from transformers import Trainer
 from words import say, tokenizer
 
@@ -247,6 +251,45 @@ def test_the_mixin_alone(tmp_path: Any) -> None:
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == pytest.approx(reference_steps(tiny_model(), samples(LENGTHS), STEPS)["losses"], rel=1e-5)
+
+
+def sft(kind: Any, name: str, folder: Path, **changes: Any) -> list[float]:
+    """The losses of two steps, in a single process."""
+    import datasets
+
+    if name == "llama4":
+        own = {"num_local_experts": 2, "intermediate_size_mlp": 48, "attention_chunk_size": 8}
+        model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**{**TINY, **own}))
+    else:
+        model = hybrid_model(name)
+    rows = datasets.Dataset.from_list(samples([16] * 24))
+    made = kind(model, config(str(folder), max_steps=2, **changes), train_dataset=rows, processing_class=tokenizer())
+    made.train()
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def test_a_model_without_a_part_before_its_head(tmp_path: Path) -> None:
+    """TRL's loss does not find it in Llama 4's text model, plain or planned: refused when the trainer is made."""
+    from hf_hetero import HeteroSFTTrainer
+
+    with pytest.raises(UnsupportedModel, match="finds no such part of Llama4ForCausalLM: it has no 'language_model'"):
+        sft(HeteroSFTTrainer, "llama4", tmp_path)
+    with pytest.raises(AttributeError, match="last_hidden_state"):
+        sft(trl.SFTTrainer, "llama4", tmp_path)
+
+
+def test_routers_that_trl_does_not_know(tmp_path: Path) -> None:
+    """TRL asks for the loss of Granite's routers and cannot compute it; without, as is said, plans learn the same."""
+    from hf_hetero import HeteroSFTTrainer
+
+    with pytest.raises(UnsupportedModel, match=r"under TRL, .* SFTConfig\(router_aux_loss_coef=0.0\)"):
+        sft(HeteroSFTTrainer, "granitemoehybrid", tmp_path)
+    with pytest.raises(AttributeError, match="num_experts"):
+        sft(trl.SFTTrainer, "granitemoehybrid", tmp_path)
+    planned, plain = (
+        sft(kind, "granitemoehybrid", tmp_path, router_aux_loss_coef=0.0) for kind in (HeteroSFTTrainer, trl.SFTTrainer)
+    )
+    assert planned == pytest.approx(plain, rel=1e-5)
 
 
 def trainers_of_trl() -> list[type]:

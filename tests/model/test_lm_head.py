@@ -12,7 +12,7 @@ import torch
 from helpers import FAMILIES, gradients_of, largest_difference, tiny_model, with_lora
 
 from benchmarks.model.measure_lm_head import compare
-from hf_hetero.model.lm_head import LazyLogits, LeanHead, install, uninstall
+from hf_hetero.model.lm_head import LazyLogits, LeanHead, as_written, install, uninstall
 from hf_hetero.model.loss import token_loss
 
 NUM_TARGETS = 17
@@ -136,6 +136,12 @@ WRITERS = {
     "setitem": lambda logits: logits.__setitem__((slice(None), slice(None), [5, 6]), -1e4),
     "in place": lambda logits: logits.mul_(torch.linspace(0.5, 2.0, 97)),
     "iadd": lambda logits: logits.__iadd__(torch.linspace(0.0, 3.0, 97)),
+    "select": lambda logits: logits[..., 5].fill_(3.0),
+    "view": lambda logits: logits.view(-1, 97).__setitem__((slice(None), slice(5, 9)), -1e4),
+    "view of a view": lambda logits: logits.flatten(0, 1)[:, 3:7].mul_(3.0),
+    "two views": lambda logits: (logits[..., 5].fill_(4.0), logits.transpose(0, 1)[..., 7].fill_(5.0)),
+    "transposed": lambda logits: logits.mT[:, 5].fill_(3.0),
+    "data": lambda logits: logits.data[..., 5].fill_(2.0),
 }
 
 
@@ -159,6 +165,22 @@ def test_what_is_written_into_logits_counts(write: str) -> None:
     assert lean[0] == pytest.approx(whole[0], rel=1e-12)
     assert largest_difference(lean[1], whole[1]) < 1e-12
     assert abs(other[0] - whole[0]) > 1e-3
+
+
+def test_what_is_only_looked_at_changes_nothing() -> None:
+    """A view that nobody writes into leaves the loss without whole logits; so does what only has the same numbers."""
+    model, inputs = tiny_model().double(), batch()
+    head = install(model)
+    assert isinstance(head, LeanHead)
+    with head.lazy():
+        logits = model.train()(input_ids=inputs["input_ids"]).logits
+        best, last = logits.argmax(-1), logits[:, -1]
+        logits.detach().clone().zero_()
+        assert isinstance(as_written(logits), LazyLogits)
+        assert torch.equal(best[:, -1], last.argmax(-1))
+        last.detach().zero_()
+        assert not isinstance(as_written(logits), LazyLogits)
+        assert not as_written(logits)[:, -1].any()
 
 
 def test_wrappers_may_ask(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers import LENGTHS, arguments, run_ranks, samples, shard_on_cpu, tiny_model
+from hybrids import hybrid_model
+from sights import seeing_model
+from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 
-from hf_hetero.ranks.mesh import mesh_problems
+from hf_hetero import HeteroTrainer, UnsupportedModel
+from hf_hetero.ranks.mesh import layer_classes, mesh_problems, wrapping_problems
 from hf_hetero.ranks.sharding import sharding_of
 
 
@@ -57,3 +63,58 @@ def test_a_mesh_that_is_not_known() -> None:
     """A model that only says that it was sharded is refused with the usual remedy."""
     [said] = mesh_problems(None)
     assert "let accelerate shard it" in said
+
+
+LAYERS = {  # models whose classes name layers that they do not have, and the layers that they have
+    "llava": ["CLIPEncoderLayer", "LlamaDecoderLayer"],
+    "paligemma": ["SiglipEncoderLayer", "GemmaDecoderLayer"],
+    "gemma3": ["SiglipEncoderLayer", "Gemma3DecoderLayer"],
+    "gemma4": ["Gemma4VisionEncoderLayer", "Gemma4TextDecoderLayer"],
+    "qwen3_5": ["Qwen3_5DecoderLayer"],
+}
+
+
+def model_of(name: str) -> Any:
+    return hybrid_model(name) if name == "qwen3_5" else seeing_model(name)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_that_a_model_does_not_have(name: str) -> None:
+    """What its class would have FSDP2 wrap is refused, and its own layers are named; these are not refused."""
+    model = model_of(name)
+    assert layer_classes(model) == LAYERS[name]
+    [said] = wrapping_problems(model, None)
+    assert "transformer_layer_cls_to_wrap" in said
+    assert str(LAYERS[name]) in said
+    assert not list(wrapping_problems(model, LAYERS[name]))
+    [said] = wrapping_problems(model, [*LAYERS[name], "OtherLayer"])
+    assert said.startswith("FSDP2 is to wrap layers of class OtherLayer, which this")
+
+
+def test_layers_of_most_models() -> None:
+    """A model that has all layers that its class names is wrapped as it is."""
+    assert not list(wrapping_problems(tiny_model(), None))
+    assert layer_classes(tiny_model()) == ["LlamaDecoderLayer"]
+
+
+def shard_by_layers() -> list[str]:
+    shard_on_cpu()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trainer(**config: Any) -> HeteroTrainer:
+            args = arguments(folder, 2, max_steps=1, fsdp=True, fsdp_config={"version": 2, **config})
+            return HeteroTrainer(model=model_of("llava"), args=args, train_dataset=samples(LENGTHS, vocab=80))
+
+        with pytest.raises(UnsupportedModel, match="set fsdp_config's transformer_layer_cls_to_wrap to"):
+            trainer()
+        sharded = trainer(transformer_layer_cls_to_wrap=LAYERS["llava"])
+        sharded.train()
+        assert sharded.model_wrapped is not None
+        return [type(m).__name__ for m in sharded.model_wrapped.modules() if isinstance(m, FSDPModule)]
+
+
+def test_the_layers_that_are_named_are_wrapped() -> None:
+    """Refused when the trainer is made, and what the refusal says to set has FSDP2 run, layer by layer."""
+    for wrapped in run_ranks(shard_by_layers, 2, timeout_s=120):
+        assert wrapped.count("FSDPLlamaDecoderLayer") == 2
+        assert wrapped.count("FSDPCLIPEncoderLayer") == 2

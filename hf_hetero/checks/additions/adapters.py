@@ -16,6 +16,8 @@ UNLIKE: Mapping[str, str] = MappingProxyType(
     }
 )
 """Kinds of adapters of peft, and why a plan would change what they learn."""
+NOISY = frozenset({"PVERA"})
+"""Kinds of adapters of peft that draw noise in each forward pass, whatever their dropout is."""
 
 
 def problems(model: torch.nn.Module) -> Iterator[str]:
@@ -36,3 +38,16 @@ def problems(model: torch.nn.Module) -> Iterator[str]:
                 f"adapter {name!r}: alora_invocation_tokens are sought once in each row, and a pack is one row of "
                 "several samples; use LoRA without."
             )
+        if repeated := getattr(adapter, "layer_replication", None):
+            yield (
+                f"adapter {name!r}: layer_replication={repeated} makes layers with copies of the model's config, in "
+                "which the attention that crosses ranks is not set. Build the deeper model first, with a config of its "
+                "own, save it by save_pretrained, and add LoRA to what is loaded from there; or use plain Trainer."
+            )
+
+
+def noisy(model: torch.nn.Module) -> list[str]:
+    """Return the adapters of a model that draw noise in each forward pass, with their kinds."""
+    adapters: Any = getattr(model, "peft_config", {})
+    kinds = {name: str(getattr(each.peft_type, "value", each.peft_type)) for name, each in adapters.items()}
+    return [f"{name!r} ({kind})" for name, kind in kinds.items() if kind in NOISY]

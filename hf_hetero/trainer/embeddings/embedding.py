@@ -23,6 +23,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import BadSample, ConfigError, UnsupportedModel
 from hf_hetero.model.classes.labelled import NOTHING
 from hf_hetero.model.rewind import RandomNumbers
+from hf_hetero.ranks.made_together import made_together
 from hf_hetero.samples.texts import TextRows
 from hf_hetero.step import StepBatch
 from hf_hetero.trainer.embeddings.pooling import POOLINGS, over_ranks, pooled
@@ -67,6 +68,7 @@ class HeteroEmbeddingTrainer(HeteroTrainer):
 
     labelled = (NOTHING,)
 
+    @made_together
     def __init__(
         self,
         model: Any = None,

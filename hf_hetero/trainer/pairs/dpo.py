@@ -15,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
+from hf_hetero.ranks.made_together import made_together
 from hf_hetero.samples.pairs import PairRows
 from hf_hetero.trainer.pairs.losses import LOSSES, Completion, Preference
 from hf_hetero.trainer.pairs.means import PairMeans
@@ -40,6 +41,7 @@ class HeteroDPOTrainer(PairsWithReference, _ModelThenArguments):
         UnsupportedModel: a loss that is no sum over pairs, or what cannot be shared out.
     """
 
+    @made_together
     def __init__(
         self,
         model: Any,

@@ -18,6 +18,7 @@ from hf_hetero.attention.context import AttentionContext
 from hf_hetero.collators.unpaired import COMPARED, UnpairedCollator
 from hf_hetero.config import HeteroConfig
 from hf_hetero.data.planning import Planners
+from hf_hetero.ranks.made_together import made_together
 from hf_hetero.samples.unpaired import UnpairedRows
 from hf_hetero.trainer.pairs.losses import Desirability
 from hf_hetero.trainer.pairs.means import UnpairedMeans
@@ -69,6 +70,7 @@ class HeteroKTOTrainer(PairsWithReference, _ModelThenArguments):
         UnsupportedModel: what cannot be shared out.
     """
 
+    @made_together
     def __init__(
         self,
         model: Any,

@@ -16,6 +16,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference, RewardTrainer
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
 from hf_hetero.model.loss import IGNORE_INDEX
+from hf_hetero.ranks.made_together import made_together
 from hf_hetero.samples.pairs import ScoredRows
 from hf_hetero.trainer.pairs.means import RewardMeans
 from hf_hetero.trainer.pairs.planned import PlannedPairs, refuse, setting_problems, trainer_problems
@@ -33,6 +34,7 @@ class HeteroRewardTrainer(PlannedPairs, RewardTrainer):
 
     learns_scores = True
 
+    @made_together
     def __init__(
         self,
         model: Any = None,

@@ -20,6 +20,7 @@ from trl.experimental.utils import DPODataCollatorWithPadding
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.config import HeteroConfig
 from hf_hetero.model.loss import IGNORE_INDEX
+from hf_hetero.ranks.made_together import made_together
 from hf_hetero.samples.pairs import ContrastedRows
 from hf_hetero.trainer.pairs.losses import contrast, log_odds
 from hf_hetero.trainer.pairs.means import ContrastMeans
@@ -36,6 +37,7 @@ class _Contrasting(PlannedPairs):
     counts_chosen = True
     learns_prompts: ClassVar[bool] = False
 
+    @made_together
     def __init__(
         self,
         model: Any = None,

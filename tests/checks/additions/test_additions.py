@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import arguments, samples, tiny_model
 from torch.nn.functional import pad
 
-from hf_hetero import UnsupportedModel
-from hf_hetero.checks.additions import hooks, strangers
+from hf_hetero import HeteroTrainer, UnsupportedModel
+from hf_hetero.checks.additions import adapters, hooks, strangers
 
 LINEAR: list[Callable[[torch.Tensor], Any]] = [
     lambda g: g / 3,
@@ -96,3 +98,21 @@ def test_what_cannot_be_tried_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "could not be tried: RuntimeError('on purpose')" in caplog.text
     strangers.check(strange_model().to("meta"), packed(mixes=True), torch.float32)
     assert "cannot be tried where weights are sharded" in caplog.text
+
+
+def test_layers_that_are_repeated_by_an_adapter() -> None:
+    """Named by the setting and with what to do; LoRA without is not refused."""
+    model = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2)] * 2)
+    )
+    [said] = adapters.problems(model)
+    assert said.startswith("adapter 'default': layer_replication=[(0, 2), (0, 2)] makes layers with copies")
+    assert not list(adapters.problems(peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))))
+
+
+@pytest.mark.parametrize("kind", ["PveraConfig", "VeraConfig"])
+def test_adapters_that_draw_noise(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They are taken, with the warning that dropout has; those of the same kind that draw none have none."""
+    model = peft.get_peft_model(tiny_model(), getattr(peft, kind)(r=4, target_modules=["q_proj"]))
+    HeteroTrainer(model=model, args=arguments(str(tmp_path), 1), train_dataset=samples([5, 6]))
+    assert ("'default' (PVERA) draws noise in each pass" in caplog.text) is (kind == "PveraConfig")
