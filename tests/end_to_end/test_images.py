@@ -22,7 +22,8 @@ from helpers import (
     trainer_order,
     with_lora,
 )
-from sights import IMAGE, LOOKS_AHEAD, all_in_double, reference, rows_with_images, seeing_model
+from seers import IMAGE, LOOKS_AHEAD
+from sights import all_in_double, reference, rows_with_images, seeing_model
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.context import AttentionContext
@@ -41,6 +42,8 @@ LAYERS = {  # accelerate does not find all that transformers names of these
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
+MORE = ("qwen3-vl-moe", "qwen3.5-moe", "glm-4.1v", "glm-4.5v", "glm-4.6v", "vip-llava", "internvl", "aya-vision")
+MORE += ("cohere2-vision", "idefics3", "smolvlm", "lfm2-vl")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -128,6 +131,13 @@ def test_images_are_learnt_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", SEEING[3:])
 def test_pictures_are_learnt_the_same(name: str) -> None:
     """On two ranks: of one size, of tiles, of any size."""
+    check(name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MORE)
+def test_more_models_learn_the_same(name: str) -> None:
+    """On two ranks: with experts, with tiles that are pictures of their own, with frames, with shapes."""
     check(name, 2)
 
 
