@@ -74,6 +74,7 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
     ),
     "glm-4.1v": ("Glm4v", GLM, GLM_TOWER, GLM_IDS),
     "glm-4.5v": ("Glm4vMoe", {**GLM, **EXPERTS, "first_k_dense_replace": 1}, GLM_TOWER, GLM_IDS),
+    "glm-ocr": ("GlmOcr", GLM, GLM_TOWER, GLM_IDS),
     "glm-4.6v": (
         "Glm46V",
         {**GLM, "model_type": "glm4v_text"},

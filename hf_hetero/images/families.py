@@ -20,7 +20,7 @@ FRAMES, SHAPED = "frames", "patches with a shape"
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), PATCHES),
-        **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v"), PATCHES),
+        **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v", "glm_ocr"), PATCHES),
         **dict.fromkeys(("llava", "vipllava", "mistral3", "gemma3", "paligemma"), PICTURES),
         **dict.fromkeys(("internvl", "aya_vision", "cohere2_vision"), PICTURES),
         "llava_next": TILES,
@@ -32,6 +32,14 @@ KINDS: Mapping[str, str] = MappingProxyType(
 """Type of a model -> how its images come: patches and their grid, pictures, tiles of pictures of many sizes, patches
 that each have a place, filled up to one number an image, pictures that are cut into frames of one size, or patches
 that fill a shape of rows and columns, filled up as well."""
+MISSING: Mapping[str, str] = MappingProxyType(
+    {
+        "llama4": "it takes features ready that its projector has not seen yet",
+        "llava_onevision": "how many tiles a picture becomes depends on how many of them its row has",
+        "mllama": "its text attends to images, which take the place of no tokens",
+    }
+)
+"""Type of a model -> what is in the way of sharing out its images."""
 OF_TEXT = "token_type_ids"
 """What says of each token whether it is of an image (1), as Gemma 3's processor gives it, or of an answer (1), as
 PaliGemma's does."""
@@ -41,6 +49,8 @@ SIZES = "image_sizes"
 def why_blind(model: Any) -> str:
     """Say in words why rows with images are refused; "" where they are not."""
     kind = model.config.model_type
+    if kind in MISSING:
+        return f"those of a model of type {kind!r} neither: {MISSING[kind]}"
     if kind not in KINDS:
         return f"{', '.join(sorted(KINDS))} can, and a model of type {kind!r} was not compared with plain training yet"
     if getattr(model.config, "vision_config", None) is None:

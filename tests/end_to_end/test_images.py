@@ -39,10 +39,23 @@ LAYERS = {  # accelerate does not find all that transformers names of these
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
     "gemma3": {"transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer", "SiglipEncoderLayer"]},
     "gemma4": {"transformer_layer_cls_to_wrap": ["Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer"]},
+    "glm-4.1v": {},
+    "internvl": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "InternVLVisionLayer"]},
+    "smolvlm": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "SmolVLMEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
-MORE = ("qwen3-vl-moe", "qwen3.5-moe", "glm-4.1v", "glm-4.5v", "glm-4.6v", "vip-llava", "internvl", "aya-vision")
+MORE = (
+    "qwen3-vl-moe",
+    "qwen3.5-moe",
+    "glm-4.1v",
+    "glm-4.5v",
+    "glm-4.6v",
+    "glm-ocr",
+    "vip-llava",
+    "internvl",
+    "aya-vision",
+)
 MORE += ("cohere2-vision", "idefics3", "smolvlm", "lfm2-vl")
 
 
@@ -155,15 +168,15 @@ def test_on_four_ranks(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm"])
 def test_with_lora(name: str) -> None:
     """Adapters in the language model and in the tower."""
     check(name, 2, lora=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "gemma3", "gemma4"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", LAYERS)
 def test_sharded_towers(name: str, num_ranks: int) -> None:
     """Under FSDP2 a rank without an image calls the tower as often as the others, and none waits for another."""
     check(name, num_ranks, fsdp=True, fsdp_config={**SHARDED, **LAYERS[name]})

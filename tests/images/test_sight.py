@@ -217,6 +217,8 @@ def test_why_others_are_blind() -> None:
     model = seeing_model("llava")
     model.config = SimpleNamespace(model_type="another")
     assert "'another' was not compared" in why_blind(model)
+    model.config = SimpleNamespace(model_type="llama4")
+    assert "that its projector has not seen yet" in why_blind(model)
 
 
 def test_the_rows_of_the_tests_are_as_a_processor_joins_them() -> None:
