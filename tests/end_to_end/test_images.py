@@ -56,7 +56,7 @@ MORE = (
     "internvl",
     "aya-vision",
 )
-MORE += ("cohere2-vision", "idefics3", "smolvlm", "lfm2-vl")
+MORE += ("cohere2-vision", "idefics3", "lfm2-vl")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -147,8 +147,7 @@ def test_pictures_are_learnt_the_same(name: str) -> None:
     check(name, 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", ["smolvlm", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
 def test_more_models_learn_the_same(name: str) -> None:
     """On two ranks: with experts, with tiles that are pictures of their own, with frames, with shapes."""
     check(name, 2)
