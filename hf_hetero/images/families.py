@@ -50,7 +50,7 @@ def why_blind(model: Any) -> str:
     """Say in words why rows with images are refused; "" where they are not."""
     kind = model.config.model_type
     if kind in MISSING:
-        return f"those of a model of type {kind!r} neither: {MISSING[kind]}"
+        return f"nor images by a model of type {kind!r}: {MISSING[kind]}"
     if kind not in KINDS:
         return f"{', '.join(sorted(KINDS))} can, and a model of type {kind!r} was not compared with plain training yet"
     if getattr(model.config, "vision_config", None) is None:

@@ -160,7 +160,7 @@ def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", *LOOKS_AHEAD])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
