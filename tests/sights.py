@@ -8,92 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from helpers import IGNORE, TINY, gradients_of
-from hybrids import DELTA, HALF
+from helpers import IGNORE, gradients_of
+from seers import IMAGE, MOST_PATCHES, SEEING
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import _get_current_function_mode_stack
 
 from hf_hetero.checks.in_double import InDouble, in_double
+from hf_hetero.images.families import side_of
 
-IMAGE = 90
-"""The token that features of images take the place of."""
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
-PATCHED = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
-PATCHED |= {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
-PICTURED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
-PICTURED |= {"patch_size": 2, "image_size": 4}
-TOKENS = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
-LLAMA = {**TINY, "model_type": "llama"}
-GEMMA4 = {**TINY, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16}
-GEMMA4 |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97}
-PLACED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-PLACED |= {"intermediate_size": 16, "patch_size": 2, "pooling_kernel_size": 2, "position_embedding_size": 32}
-MOST_PATCHES = 128
-"""That images of Gemma 4 are filled up to."""
-IDS = {"image_token_id": IMAGE, "video_token_id": 91, "boi_token_id": 92, "eoi_token_id": 93, "audio_token_id": 94}
-IDS |= {"boa_token_id": 95, "eoa_token_index": 96}
-LOOKS_AHEAD = ("gemma3", "gemma4", "paligemma")
-"""Of these, those whose tokens look at each other."""
-SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # text, tower, and what joins them
-    "qwen2-vl": (
-        "Qwen2VL",
-        {**TINY, **MROPE},
-        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1, "patch_size": 2}
-        | {"spatial_merge_size": 2, "temporal_patch_size": 2},
-        TOKENS,
-    ),
-    "qwen2.5-vl": (
-        "Qwen2_5_VL",
-        {**TINY, **MROPE},
-        {**PATCHED, "fullatt_block_indexes": [1], "window_size": 8, "tokens_per_second": 2},
-        TOKENS,
-    ),
-    "qwen3-vl": (
-        "Qwen3VL",
-        {**TINY, **MROPE},
-        {**PATCHED, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
-        TOKENS,
-    ),
-    "qwen3.5": (
-        "Qwen3_5",
-        {**TINY, **DELTA, **HALF, "rope_parameters": {**MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
-        {**PATCHED, "num_position_embeddings": 16},
-        TOKENS,
-    ),
-    "llava": ("Llava", LLAMA, {**PICTURED, "model_type": "clip_vision_model"}, {"image_token_index": IMAGE}),
-    "llava-pixtral": (
-        "Llava",
-        LLAMA,
-        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
-        {"image_token_index": IMAGE, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
-    ),
-    "llava-next": (
-        "LlavaNext",
-        LLAMA,
-        {**PICTURED, "model_type": "clip_vision_model"},
-        {"image_token_index": IMAGE, "image_grid_pinpoints": [[4, 8], [8, 4], [8, 8]]},
-    ),
-    "mistral3": (
-        "Mistral3",
-        {**TINY, "model_type": "mistral"},
-        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
-        {"image_token_index": IMAGE, "spatial_merge_size": 2},
-    ),
-    "gemma3": (  # a window that is smaller than an image
-        "Gemma3",
-        {**TINY, "sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]},
-        {**PICTURED, "image_size": 16, "vision_use_head": False},
-        {"image_token_index": IMAGE, "mm_tokens_per_image": 16},
-    ),
-    "gemma4": ("Gemma4", {**GEMMA4, "use_bidirectional_attention": "vision"}, PLACED, IDS),
-    "gemma4-small": ("Gemma4", {**GEMMA4, "num_kv_shared_layers": 0}, PLACED, IDS),  # whose images look back only
-    "paligemma": (
-        "PaliGemma",
-        {**TINY, "model_type": "gemma"},
-        {**PICTURED, "model_type": "siglip_vision_model", "image_size": 8, "vision_use_head": False},
-        {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32, "vocab_size": 97},
-    ),
-}
 SIZES = [(20, 24), (16, 24), (4, 8), (24, 12), (12, 20)]
 """Heights and widths of images, in pixels."""
 LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
@@ -109,7 +31,7 @@ def seeing_model(name: str) -> Any:
     model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     with torch.no_grad():  # as large as what text has, so that what is wrong with images is seen in all gradients
         for key, weight in model.named_parameters():
-            if "language_model" not in key and "lm_head" not in key and weight.ndim > 1:
+            if not any(part in key for part in ("language_model", "text_model", "lm_head")) and weight.ndim > 1:
                 weight.normal_(0, 0.3)
     return model
 
@@ -118,7 +40,7 @@ def image_of(model: Any, size: tuple[int, int], generator: torch.Generator) -> d
     """The inputs of a tower for one image, in fp32, as rows have them."""
     vision, kind = model.config.vision_config, model.config.model_type
     height, width = size
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm")):
         rows, columns = height // vision.patch_size, width // vision.patch_size
         numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
         return {
@@ -139,12 +61,27 @@ def image_of(model: Any, size: tuple[int, int], generator: torch.Generator) -> d
         patches = torch.zeros(1, MOST_PATCHES, 3 * vision.patch_size**2)
         patches[0, : rows * columns] = torch.rand(rows * columns, patches.shape[2], generator=generator)
         return {"pixel_values": patches, "image_position_ids": places}
+    if kind in ("idefics3", "smolvlm"):
+        num, side = 1 + height * width % 5 % 3, vision.image_size
+        mask = torch.ones(1, num, side, side, dtype=torch.int64)
+        mask[:, 0, side - vision.patch_size :] = 0  # the lowest patches of the first frame only fill it up
+        return {"pixel_values": torch.randn(1, num, 3, side, side, generator=generator), "pixel_attention_mask": mask}
+    if kind == "lfm2_vl":
+        rows, columns = height // vision.patch_size, width // vision.patch_size
+        patches = torch.zeros(1, MOST_PATCHES, 3 * vision.patch_size**2)
+        patches[0, : rows * columns] = torch.randn(rows * columns, patches.shape[2], generator=generator)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": (torch.arange(MOST_PATCHES) < rows * columns).int()[None],
+            "spatial_shapes": torch.tensor([[rows, columns]]),
+        }
     if vision.model_type == "pixtral":
         return {
             "pixel_values": torch.randn(1, 3, height, width, generator=generator),
             "image_sizes": torch.tensor([[height, width]]),
         }
-    return {"pixel_values": torch.randn(1, 3, vision.image_size, vision.image_size, generator=generator)}
+    side = side_of(vision.image_size)
+    return {"pixel_values": torch.randn(1, 3, side, side, generator=generator)}
 
 
 def num_features(model: Any, image: dict[str, torch.Tensor]) -> int:
@@ -172,7 +109,7 @@ def rows_with_images(
             ids = ids[:end] + places + ids[end:]
         labels = [IGNORE if token in (IMAGE, 92) or place < length // 3 else token for place, token in enumerate(ids)]
         row: dict[str, Any] = {"input_ids": ids, "labels": labels}
-        if kind.startswith("qwen") or kind == "gemma4":
+        if kind.startswith(("qwen", "glm")) or kind == "gemma4":
             row["mm_token_type_ids"] = [int(token == IMAGE) for token in ids]
         if kind == "gemma3" and (seen or number % 2):
             row["token_type_ids"] = [int(token == IMAGE) for token in ids]
@@ -186,8 +123,10 @@ def rows_with_images(
 
 
 def joined(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The images of a row, as a processor joins them: other sizes are filled up with zeros."""
+    """The images of a row, as a processor joins them: other sizes are filled up with zeros, frames stand in one row."""
     found: dict[str, torch.Tensor] = {}
+    if images[0]["pixel_values"].ndim == 5 and "pixel_attention_mask" in images[0]:
+        return {key: torch.cat([image[key] for image in images], dim=1) for key in images[0]}
     for key in images[0]:
         tensors = [image[key] for image in images]
         shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors), strict=True)]
@@ -205,6 +144,7 @@ def loss_alone(model: Any, row: dict[str, Any]) -> torch.Tensor:
     inputs: dict[str, Any] = {"input_ids": torch.tensor([row["input_ids"]])}
     inputs |= {key: torch.tensor([row[key]]) for key in ("mm_token_type_ids", "token_type_ids") if key in row}
     names = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids")
+    names += ("pixel_attention_mask", "spatial_shapes")
     inputs |= {key: row[key] for key in names if key in row}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)

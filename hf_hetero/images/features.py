@@ -24,8 +24,9 @@ DEEP = "deepstack_features"
 def merging_part(model: torch.nn.Module) -> torch.nn.Module | None:
     """Return the part of a model that merges features into text; None where there is none, or it takes none ready."""
     for part in model.modules():
-        if part is not model and hasattr(part, "get_image_features") and hasattr(part, "get_placeholder_mask"):
-            return part if READY in inspect.signature(type(part).forward).parameters else None
+        sees = part is not model and hasattr(part, "get_image_features")
+        if sees and READY in inspect.signature(type(part).forward).parameters:
+            return part
     return None
 
 

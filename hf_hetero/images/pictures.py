@@ -23,6 +23,8 @@ from hf_hetero.layout import Span
 
 IMAGE_ROWS = "hetero_image_rows"
 """Among the inputs of a model: which features of the images that a rank encodes its tokens take, int64, in order."""
+MASK = "pixel_attention_mask"
+"""What of frames, or of patches, does not only fill up."""
 PLACES, NO_PLACE = "image_position_ids", -1
 """Where in its image each patch is, and what a patch has that only fills it up."""
 
@@ -96,6 +98,11 @@ def joined_inputs(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
     if len(names) > 1:
         one, other, *_ = sorted(names)
         raise BadSample(f"Some images have {sorted({*one} ^ {*other})}, others have not. Make them with one processor.")
+    if MASK in pictures[0].inputs and len(sizes := {picture.inputs[MASK].shape[2:] for picture in pictures}) > 1:
+        raise BadSample(
+            f"Frames of images are of sizes {sorted(map(tuple, sizes))}, and models take one size at a time. Make them "
+            "with one processor that cuts images into frames."
+        )
     return {name: _joined(name, [picture.inputs[name] for picture in pictures]) for name in pictures[0].inputs}
 
 

@@ -10,10 +10,12 @@ import torch
 
 from hf_hetero.errors import BadSample
 from hf_hetero.images.mutual import MutualTokens
-from hf_hetero.images.pictures import NO_PLACE, PLACES, Picture, Seen, joined_inputs
+from hf_hetero.images.pictures import MASK, NO_PLACE, PLACES, Picture, Seen, joined_inputs
 from hf_hetero.images.positions import RotaryPositions
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
+SHAPES = "spatial_shapes"
+"""How many rows and columns of patches an image has."""
 REMEDY = "Tokenise text and images together, with the model's own processor, and cut nothing off."
 
 
@@ -24,8 +26,9 @@ class Sight:
     Args:
         token: that features of images take the place of.
         inputs: of the tower, all of which a row with images has.
-        merged: patches of an image that become one token, where images are rows of patches; None: where they are
-            pictures of one size, or of several, of which the model knows how many tokens they become.
+        merged: patches of an image that become one token, where images are rows of patches, or pixels of a frame; None:
+            where they are pictures of one size, or of several, of which the model knows how many tokens they become.
+        whole: tokens that a picture becomes, where all are of one size; None: it is not known.
         stand_in: inputs of the tower that take the least time.
         positions: makes positions of samples with images; None: they count from 0, as those of text.
         mutual: which tokens look at each other; None: all look back.
@@ -38,6 +41,7 @@ class Sight:
     stand_in: Mapping[str, torch.Tensor] = field(repr=False, compare=False)
     positions: RotaryPositions | None = field(default=None, repr=False)
     mutual: MutualTokens | None = None
+    whole: int | None = None
 
     @property
     def mutual_in_windows(self) -> bool:
@@ -96,7 +100,9 @@ class Sight:
 
     def _pictures(self, images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
         if self.merged is None:
-            return _whole(images, num_tokens, name)
+            return _whole(images, num_tokens, self.whole, name)
+        if MASK in images:
+            return self._by_shapes(images, name) if SHAPES in images else self._frames(images, name)
         return self._by_places(images, name) if PLACES in images else self._by_patches(images, name)
 
     def _by_places(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
@@ -109,6 +115,36 @@ class Sight:
         counts: list[int] = (places != NO_PLACE).all(-1).sum(-1).tolist()
         parts = zip(patches.split(1), places.split(1), counts, strict=True)
         return tuple(Picture({PIXELS: part, PLACES: where}, count // self.merged) for part, where, count in parts)
+
+    def _by_shapes(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
+        """Tell images apart that are filled up to as many patches; those that a mask has are an image's own."""
+        assert self.merged is not None
+        patches, mask, sides = images[PIXELS], images[MASK], images[SHAPES].long().reshape(-1, 2)
+        counts = mask.sum(-1).flatten()
+        if patches.ndim != 3 or mask.shape != patches.shape[:2] or counts.tolist() != sides.prod(-1).tolist():
+            shapes = {key: tuple(values.shape) for key, values in images.items()}
+            raise BadSample(
+                f"{name} has images of shapes {shapes}; each begins with images and patches, and {MASK} has as many of "
+                f"an image as {SHAPES}. {REMEDY}"
+            )
+        parts = zip(patches.split(1), mask.split(1), sides.split(1), counts.tolist(), strict=True)
+        return tuple(
+            Picture({PIXELS: part, MASK: own, SHAPES: side}, count // self.merged) for part, own, side, count in parts
+        )
+
+    def _frames(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
+        """Tell the frames of a sample's pictures apart, which all have one size; those of zeros only fill it up."""
+        assert self.merged is not None
+        pixels, mask = images[PIXELS], images[MASK]
+        if pixels.ndim == 4 and mask.ndim == 3:  # of one row of a batch
+            pixels, mask = pixels[None], mask[None]
+        if pixels.ndim != 5 or mask.shape != pixels.shape[:2] + pixels.shape[3:]:
+            shapes = {key: tuple(values.shape) for key, values in images.items()}
+            raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of frames. {REMEDY}")
+        pixels, mask = pixels.flatten(0, 1), mask.flatten(0, 1)
+        tokens = pixels.shape[2] * pixels.shape[3] // self.merged
+        parts = zip(pixels.split(1), mask.split(1), strict=True)
+        return tuple(Picture({PIXELS: part[None], MASK: own[None]}, tokens) for part, own in parts if part.any())
 
     def _by_patches(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
         """Tell images apart whose patches stand one after the other; their grids say how many each has."""
@@ -123,15 +159,15 @@ class Sight:
         return tuple(Picture({PIXELS: part, GRID: grid}, len(part) // self.merged) for part, grid in parts)
 
 
-def _whole(images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
+def _whole(images: Mapping[str, torch.Tensor], num_tokens: int, whole: int | None, name: str) -> tuple[Picture, ...]:
     """Tell pictures apart, where each becomes as many tokens; else leave those of a sample together."""
     num = len(images[PIXELS])
     if images[PIXELS].ndim < 4 or any(len(values) != num for values in images.values()):
         shapes = {key: tuple(values.shape) for key, values in images.items()}
         raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of images. {REMEDY}")
-    if len(images) > 1 or num_tokens % num:  # sizes of their own
+    if len(images) > 1 or (whole is None and num_tokens % num):  # sizes of their own
         return (Picture(images, num_tokens),)
-    return tuple(Picture({PIXELS: image}, num_tokens // num) for image in images[PIXELS].split(1))
+    return tuple(Picture({PIXELS: image}, whole or num_tokens // num) for image in images[PIXELS].split(1))
 
 
 def all_inputs(seen: Seen) -> dict[str, torch.Tensor]:

@@ -23,12 +23,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from hf_hetero.images.families import KINDS, PATCHES, PLACED, SIZES, TILES
-from hf_hetero.images.pictures import NO_PLACE, PLACES
+from hf_hetero.images.families import (
+    FRAMES,
+    KINDS,
+    PATCHES,
+    PLACED,
+    SHAPED,
+    SIZES,
+    TILES,
+    merged_side,
+    side_of,
+    whole_patches,
+    whole_tokens,
+)
+from hf_hetero.images.pictures import MASK, NO_PLACE, PLACES
 from hf_hetero.images.sight import GRID, PIXELS
 
-JOINING = ("merger", "projector", "embed_vision")
+JOINING = ("merger", "downsample", "projector", "connector", "embed_vision")
 """What weights are called that are multiplied with the tokens that images become; others of a tower meet patches."""
+LOOKED_UP = ("position", "cls_token", "mask_token")
+"""What weights are called that are added to patches, or stand among them."""
 
 
 class ImageSize(NamedTuple):
@@ -74,7 +88,7 @@ class ImageSizes:
     @property
     def told_by(self) -> str:
         """Return the input that says how large images are; pictures of one size are as many as there are."""
-        named = {PATCHES: GRID, PLACED: PLACES, TILES: SIZES}
+        named = {PATCHES: GRID, PLACED: PLACES, TILES: SIZES, SHAPED: MASK}
         return named.get(self.kind, PIXELS if self.whole is not None else SIZES)
 
     def of(self, images: Mapping[str, Any]) -> Iterator[ImageSize]:
@@ -86,12 +100,15 @@ class ImageSizes:
         values = images[self.told_by]
         if self.told_by == PIXELS:
             assert self.whole is not None
+            if self.kind == FRAMES and not isinstance(values, range):  # those of zeros only fill a row up
+                frames = np.asarray(values)
+                values = np.flatnonzero(frames.reshape(-1, *frames.shape[-3:]).any((-3, -2, -1)))
             yield from [self.whole] * len(values)
-        elif self.kind == PLACED:
-            places = np.asarray(values)
-            for has_place in (places != NO_PLACE).all(-1):
-                patches = len(has_place)  # those that fill it up are computed, too
-                yield ImageSize(patches, int(has_place.sum()) // self.merged**2, patches**2)
+        elif self.kind in (PLACED, SHAPED):
+            marks = np.asarray(values)
+            for is_own in marks != 0 if self.kind == SHAPED else (marks != NO_PLACE).all(-1):
+                patches = len(is_own)  # those that fill it up are computed, too
+                yield ImageSize(patches, int(is_own.sum()) // self.merged**2, patches**2)
         else:
             for size in np.asarray(values).reshape(-1, 3 if self.kind == PATCHES else 2).tolist():
                 yield from self._of_size(size)
@@ -243,11 +260,11 @@ def _training(weights: Iterable[torch.Tensor], goes_back: bool) -> float:
 def _weights(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
     """Give the weights of towers, and whether tokens, not patches, are multiplied with them."""
     for name, module in model.named_modules():
-        is_seen = any(part in name for part in ("vis", "projector")) and "language_model" not in name
+        is_seen = any(part in name for part in ("vis", "projector", "connector")) and "language_model" not in name
         if not is_seen or isinstance(module, torch.nn.Embedding):
             continue
         for own, weight in module.named_parameters(recurse=False):
-            if weight.ndim > 1 and "position" not in own:
+            if weight.ndim > 1 and not any(part in own for part in LOOKED_UP):
                 yield weight, any(part in name for part in JOINING)
 
 
@@ -272,16 +289,14 @@ def _sizes(config: Any) -> ImageSizes:
     vision, kind, token = config.vision_config, KINDS[config.model_type], config.image_token_id
     if kind == PATCHES:
         window = (getattr(vision, "window_size", None) or 0) // vision.patch_size
-        whole_tokens = window - window % vision.spatial_merge_size
-        return ImageSizes(kind, token, vision.spatial_merge_size, whole_tokens)
-    if kind == PLACED:
-        return ImageSizes(kind, token, vision.pooling_kernel_size)
+        in_window = window - window % vision.spatial_merge_size
+        return ImageSizes(kind, token, vision.spatial_merge_size, in_window)
+    if kind in (PLACED, SHAPED):
+        return ImageSizes(kind, token, merged_side(config))
     if vision.model_type == "pixtral":
         return ImageSizes(kind, token, getattr(config, "spatial_merge_size", 1), patch=vision.patch_size)
-    patches = (vision.image_size // vision.patch_size) ** 2
-    with_class = patches + (vision.model_type == "clip_vision_model")
-    keeps_class = getattr(config, "vision_feature_select_strategy", "default") == "full"
-    tokens = getattr(config, "mm_tokens_per_image", None) or (with_class if keeps_class else patches)
+    size = side_of(vision.image_size)
     pinpoints = tuple((height, width) for height, width in getattr(config, "image_grid_pinpoints", None) or ())
-    whole = ImageSize(with_class, tokens, with_class**2)
-    return ImageSizes(kind, token, 1, whole=whole, tile=vision.image_size, pinpoints=pinpoints)
+    patches = whole_patches(config)
+    whole = ImageSize(patches, whole_tokens(config), patches**2)
+    return ImageSizes(kind, token, 1, whole=whole, tile=size, pinpoints=pinpoints)

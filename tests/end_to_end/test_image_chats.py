@@ -13,7 +13,8 @@ import pytest
 import torch.distributed as dist
 from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, scripted, trainer_order
 from PIL import Image
-from sights import IMAGE, all_in_double, reference, seeing_model
+from seers import IMAGE
+from sights import all_in_double, reference, seeing_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, Gemma3Processor, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil

@@ -22,7 +22,8 @@ from helpers import (
     trainer_order,
     with_lora,
 )
-from sights import IMAGE, LOOKS_AHEAD, all_in_double, reference, rows_with_images, seeing_model
+from seers import IMAGE, LOOKS_AHEAD
+from sights import all_in_double, reference, rows_with_images, seeing_model
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.context import AttentionContext
@@ -38,9 +39,24 @@ LAYERS = {  # accelerate does not find all that transformers names of these
     "llava": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "CLIPEncoderLayer"]},
     "gemma3": {"transformer_layer_cls_to_wrap": ["Gemma3DecoderLayer", "SiglipEncoderLayer"]},
     "gemma4": {"transformer_layer_cls_to_wrap": ["Gemma4TextDecoderLayer", "Gemma4VisionEncoderLayer"]},
+    "glm-4.1v": {},
+    "internvl": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "InternVLVisionLayer"]},
+    "smolvlm": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "SmolVLMEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
+MORE = (
+    "qwen3-vl-moe",
+    "qwen3.5-moe",
+    "glm-4.1v",
+    "glm-4.5v",
+    "glm-4.6v",
+    "glm-ocr",
+    "vip-llava",
+    "internvl",
+    "aya-vision",
+)
+MORE += ("cohere2-vision", "idefics3", "lfm2-vl")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -131,6 +147,12 @@ def test_pictures_are_learnt_the_same(name: str) -> None:
     check(name, 2)
 
 
+@pytest.mark.parametrize("name", ["smolvlm", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
+def test_more_models_learn_the_same(name: str) -> None:
+    """On two ranks: with experts, with tiles that are pictures of their own, with frames, with shapes."""
+    check(name, 2)
+
+
 @pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in LOOKS_AHEAD[1:])])
 def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
     """On two ranks: those of an image, in all layers or where there are windows, or of all that is asked."""
@@ -138,22 +160,22 @@ def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", *LOOKS_AHEAD])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm"])
 def test_with_lora(name: str) -> None:
     """Adapters in the language model and in the tower."""
     check(name, 2, lora=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "gemma3", "gemma4"])
 @pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", LAYERS)
 def test_sharded_towers(name: str, num_ranks: int) -> None:
     """Under FSDP2 a rank without an image calls the tower as often as the others, and none waits for another."""
     check(name, num_ranks, fsdp=True, fsdp_config={**SHARDED, **LAYERS[name]})

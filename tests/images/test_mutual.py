@@ -10,7 +10,8 @@ import torch
 from attention.dense_attention import visible
 from helpers import run_ranks
 from images.test_sight import packer
-from sights import LOOKS_AHEAD, loss_alone, rows_with_images, seeing_model
+from seers import LOOKS_AHEAD
+from sights import loss_alone, rows_with_images, seeing_model
 
 from hf_hetero.collators.sample import Sample
 from hf_hetero.errors import BadSample

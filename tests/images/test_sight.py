@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from sights import IMAGE, joined, rows_with_images, seeing_model
+from seers import IMAGE, SEEING
+from sights import joined, rows_with_images, seeing_model
 
 from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import PackedCollator
@@ -17,13 +18,14 @@ from hf_hetero.images.families import sight_of, why_blind
 from hf_hetero.images.features import merging_part
 from hf_hetero.images.sight import Sight
 
+FRAMES = ("pixel_values", "pixel_attention_mask")
 INPUTS = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "pixel_values_videos"})
-INPUTS |= {"image_position_ids", "token_type_ids"}
+INPUTS |= {"image_position_ids", "token_type_ids", "pixel_attention_mask", "spatial_shapes"}
 
 
 def sight(name: str) -> Sight:
     model: Any = seeing_model(name)
-    has_positions, kind = name.startswith("qwen"), type(merging_part(model))
+    has_positions, kind = name.startswith(("qwen", "glm")), type(merging_part(model))
     found = sight_of(model, build(shrunk(model.config), "meta", kind) if has_positions else None)  # pyright: ignore
     assert found is not None
     return found
@@ -33,7 +35,7 @@ def packer(name: str) -> PackedCollator:
     return PackedCollator(sight=sight(name), model_inputs=INPUTS)
 
 
-@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("name", ["qwen2-vl", "qwen2.5-vl", "qwen3-vl", "glm-4.1v"])
 def test_positions_are_the_models_own(name: str) -> None:
     """Those that stock transformers hands its language model for the row alone."""
     model, positions, is_plain = seeing_model(name), list[torch.Tensor](), list[bool]()
@@ -58,7 +60,7 @@ def test_a_sight_travels_to_workers() -> None:
     assert torch.equal(again.sample(row, "row 2").positions, packer("qwen3-vl").sample(row, "row 2").positions)
 
 
-@pytest.mark.parametrize("name", ["qwen3-vl", "llava", "llava-next", "mistral3", "gemma3", "gemma4", "paligemma"])
+@pytest.mark.parametrize("name", SEEING)
 def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
     """By the real tower, from its config alone."""
     model, found = seeing_model(name), sight(name)
@@ -69,7 +71,7 @@ def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
 def test_images_are_told_apart() -> None:
     """By their grids, or where all are of one size; pictures of sizes of their own stay together."""
     nums = {}
-    for name in ("qwen3-vl", "llava", "llava-next", "gemma4"):
+    for name in ("qwen3-vl", "llava", "llava-next", "gemma4", "lfm2-vl", "smolvlm"):
         seen = packer(name).sample(rows_with_images(name)[2], "row 2").seen  # with two images
         assert seen is not None
         nums[name] = [picture.num_tokens for picture in seen.pictures]
@@ -78,8 +80,60 @@ def test_images_are_told_apart() -> None:
         "llava": 2,
         "llava-next": 1,
         "gemma4": 2,
+        "lfm2-vl": 2,
+        "smolvlm": 4,
     }
-    assert nums["qwen3-vl"] == nums["gemma4"] == [2, 18]
+    assert nums["qwen3-vl"] == nums["gemma4"] == nums["lfm2-vl"] == [2, 18]
+
+
+def test_frames_of_zeros_only_fill_a_row_up() -> None:
+    """As in a row of a batch that has other rows with more frames, with or without the dim of that batch."""
+    row, found = rows_with_images("smolvlm")[2], packer("smolvlm")
+    expected = found.sample(row, "row 2").seen
+    filled = {key: torch.cat([row[key], torch.zeros_like(row[key])], dim=1) for key in FRAMES}
+    for images in (filled, {key: values[0] for key, values in filled.items()}):
+        seen = found.sample({**row, **images}, "row 2").seen
+        assert seen is not None
+        assert expected is not None
+        assert len(seen.pictures) == len(expected.pictures)
+        for one, other in zip(seen.pictures, expected.pictures, strict=True):
+            assert one.num_tokens == other.num_tokens
+            assert all(torch.equal(one.inputs[key], other.inputs[key]) for key in FRAMES)
+
+
+BAD_FRAMES: dict[str, tuple[Any, str]] = {
+    "of no row": (lambda row: {**row, "pixel_values": row["pixel_values"][0, 0]}, "begins with the number of frames"),
+    "another mask": (lambda row: {**row, "pixel_attention_mask": torch.ones(1, 1, 4, 4)}, "begins with the number of"),
+    "one too many": (
+        lambda row: {**row, **{key: torch.cat([row[key]] * 2, dim=1) for key in FRAMES}},
+        r"16 tokens of images \(90\), and images that become 32",
+    ),
+    "all zeros": (lambda row: {**row, "pixel_values": 0 * row["pixel_values"]}, "and images that become 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FRAMES)
+def test_bad_frames_are_refused(case: str) -> None:
+    """With the row, what is wrong, and what to do."""
+    change, words = BAD_FRAMES[case]
+    with pytest.raises(BadSample, match=words):
+        packer("smolvlm").sample(change(rows_with_images("smolvlm")[2]), "row 2")
+
+
+@pytest.mark.parametrize("name", ["llava", "vip-llava", "internvl", "aya-vision", "cohere2-vision", "gemma3"])
+def test_a_picture_that_is_one_too_many_is_refused(name: str) -> None:
+    """As by the model itself, which has features left over, also where tokens could be shared out evenly."""
+    row, found = rows_with_images(name)[0], packer(name)
+    assert found.sample(row, "row 0").seen is not None
+    with pytest.raises(BadSample, match="and images that become"):
+        found.sample({**row, "pixel_values": torch.cat([row["pixel_values"]] * 2)}, "row 0")
+
+
+def test_bad_shapes_are_refused() -> None:
+    """A shape that has other patches than the mask."""
+    row = rows_with_images("lfm2-vl")[0]
+    with pytest.raises(BadSample, match="pixel_attention_mask has as many of an image as spatial_shapes"):
+        packer("lfm2-vl").sample({**row, "spatial_shapes": torch.tensor([[1, 1]])}, "row 0")
 
 
 def test_a_row_reads_the_same_whatever_holds_it() -> None:
@@ -163,6 +217,8 @@ def test_why_others_are_blind() -> None:
     model = seeing_model("llava")
     model.config = SimpleNamespace(model_type="another")
     assert "'another' was not compared" in why_blind(model)
+    model.config = SimpleNamespace(model_type="llama4")
+    assert "that its projector has not seen yet" in why_blind(model)
 
 
 def test_the_rows_of_the_tests_are_as_a_processor_joins_them() -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import with_lora
-from sights import MOST_PATCHES, SEEING, image_of, joined, rows_with_images, seeing_model
+from seers import MOST_PATCHES, SEEING
+from sights import image_of, joined, rows_with_images, seeing_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_hetero.images.families import sight_of
+from hf_hetero.images.families import side_of, sight_of
 from hf_hetero.images.towers import TextRates, towers_of
 
 TEXT = TextRates(forward=10.0, training=30.0, again=8.0)
@@ -47,9 +48,10 @@ def test_as_torch_counts_them(name: str, size: tuple[int, int]) -> None:
 
 
 def of_class_tokens(model: Any, num: int) -> int:
-    """What is counted too much of CLIP: its class token is looked up, and counts as a patch that is multiplied."""
+    """What is counted too much of a class token: it is looked up, and counts as a patch that is multiplied."""
     config = model.config.vision_config
-    return num * 2 * 3 * config.patch_size**2 * config.hidden_size if config.model_type == "clip_vision_model" else 0
+    has_class = config.model_type in ("clip_vision_model", "internvl_vision")
+    return num * 2 * 3 * side_of(config.patch_size) ** 2 * config.hidden_size if has_class else 0
 
 
 def of_pooling(model: Any) -> int:
