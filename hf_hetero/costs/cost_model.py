@@ -63,8 +63,7 @@ class CostModel:
         activation_policies: what groups may do to hold more tokens; keys are of `plan.ACTIVATIONS`.
         host_memory_bytes_per_rank: of the host, for activations; None: no limit.
         ran_out: 1: its memory is what was tried next after a rank had run out of it; None: none has.
-        state_s_per_token: seconds that layers with state take for another rank's token, fetched and in part computed
-            anew. By degree; 0 where absent.
+        state_s_per_token: of layers with state, for another rank's token, fetched, in part computed anew; by degree.
         rank_speeds, link_speeds: rank -> its share, and its link's to the rank before, of the rest; 1 where absent.
         name, source: what was measured, where, and how.
         provenance: where the seconds come from, one of `ranges.PROVENANCES`; None: whoever wrote the file knows.
@@ -209,8 +208,7 @@ class CostModel:
 
     def seconds(self, lengths: Iterable[int], degree: int) -> float:
         """Predict the seconds of a group that holds these samples and exchanges heads."""
-        attention, linear = self.attention_s_per_token2, self.linear_s(degree)
-        # `work`, written out: planning asks for this more often than for anything else
+        attention, linear = self.attention_s_per_token2, self.linear_s(degree)  # `work`, written out: asked for most
         return self.fixed_s(degree) + sum(attention * n * n + linear * n for n in lengths) / degree
 
     def num_bytes(self, lengths: Iterable[int], degree: int) -> float:
