@@ -132,9 +132,7 @@ def _unsharded(recipe: Recipe, values: Mapping[str, Any]) -> Iterator[Problem]:
     if values.get("use_cpu") or launch.get("use_cpu"):
         yield Problem(key, f"{asked}: weights are sharded over GPUs, not over CPUs (use_cpu). Leave one of them out.")
     elif launch.get("num_processes", 1) == 1:
-        yield Problem(
-            key, f"{asked}: weights are sharded over several ranks, and one starts. Start more, or leave it out."
-        )
+        yield Problem(key, f"{asked}: weights are sharded over several ranks, and one starts. Start more.")
 
 
 def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -151,7 +149,7 @@ def _taken_as_they_are(script: ModuleType, values: Mapping[str, Any]) -> Iterato
         near = 1 << degree.bit_length() - 1
         yield (
             "max_degree",
-            f"max_degree={degree}: samples are shared by 1, 2, 4, ... ranks, or by all of them: it acts as {near}. "
+            f"max_degree={degree}: 1, 2, 4, ... ranks share a sample, or all of them do, so this acts as {near}. "
             f"Set {near}, or {2 * near}.",
         )
     rate = values.get("learning_rate")

@@ -83,6 +83,27 @@ def test_a_broken_copy_is_refused_with_its_key(rows: str, key: str) -> None:
     assert "\n" not in found.problems[0].said
 
 
+def test_degrees_that_there_are_not(rows: str) -> None:
+    """What would act as a smaller one is said; powers of two, and all ranks together, are not."""
+    (problem,) = quickstart(rows, max_degree=3).problems
+    assert (problem.key, "so this acts as 2. Set 2, or 4." in problem.said) == ("max_degree", True)
+    assert quickstart(rows, max_degree=2).ok
+
+
+def test_weights_that_would_not_be_sharded(rows: str, tmp_path: Path) -> None:
+    """FSDP over CPUs, or over a single rank, by settings or launch file: training refuses it, too."""
+    (problem,) = quickstart(rows, fsdp=True).problems
+    assert (problem.key, "not over CPUs" in problem.said) == ("fsdp", True)
+    launch = tmp_path / "fsdp.yaml"
+    launch.write_text((SHELF / "accelerate" / "hsdp.yaml").read_text())
+    sharded = replace(recipe_named("quickstart_cpu"), launch=launch)
+    (problem,) = launch_problems(sharded, {"use_cpu": True})
+    assert (problem.key, "distributed_type: FSDP of fsdp.yaml" in problem.said) == ("use_cpu", True)
+    assert launch_problems(sharded, {}) == []
+    (problem,) = launch_problems(replace(sharded, launch=None), {"fsdp": True})
+    assert "one starts" in problem.said
+
+
 def test_a_rate_below_zero_is_refused(rows: str) -> None:
     """An optimizer says so without the key; a schedule may start at 0."""
     (problem,) = quickstart(rows, learning_rate=-1).problems
