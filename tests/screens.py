@@ -52,7 +52,9 @@ def on_a_terminal(code: str, columns: int, environment: Mapping[str, str], optio
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     command = [sys.executable, "-c", code, *options]
-    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=dict(environment))
+    # these would be believed before the terminal; the packages that tests import may set them
+    own = {name: value for name, value in environment.items() if name not in {"COLUMNS", "LINES"}}
+    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=own)
     os.close(theirs)
     written = b""
     while True:

@@ -121,6 +121,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "ranks.mesh",
         "ranks.sharding",
         "trainer.checkpoints.checkpoint",
+        "trainer.checkpoints.restoring",
         "trainer.checkpoints.resuming",
         "trainer.checkpoints.saves",
         "trainer.checkpoints.saving",
