@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import LENGTHS, ScriptedTrainer, run_ranks, samples, tiny_model, trained, trainer_order, with_lora
+from helpers import LENGTHS, ScriptedTrainer, often, run_ranks, samples, tiny_model, trained, trainer_order, with_lora
 from hybrids import hybrid_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
@@ -81,31 +81,27 @@ class Outside(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.began_s)
 
 
-def logged(names: list[str]) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {}
-    for name in names:
-        outside = Outside()
-        with mock.patch("hf_hetero.trainer.reporting._peak_flops", return_value=2 * PEAK):
-            run = trained(model_named(name), samples(LENGTHS), ScriptedTrainer, callbacks=[outside], max_steps=2)
-        entries = [entry for entry in run["logs"] if "loss" in entry]
-        found[name] = [{**e, "outside": s} for e, s in zip(entries, outside.seconds, strict=True)]
-    return found
+def logged(name: str) -> list[dict[str, float]]:
+    outside = Outside()
+    with mock.patch("hf_hetero.trainer.reporting._peak_flops", return_value=2 * PEAK):
+        run = trained(model_named(name), samples(LENGTHS), ScriptedTrainer, callbacks=[outside], max_steps=2)
+    entries = [entry for entry in run["logs"] if "loss" in entry]
+    return [{**entry, "outside": seconds} for entry, seconds in zip(entries, outside.seconds, strict=True)]
 
 
-def test_a_run_logs_what_torch_counts() -> None:
+@pytest.mark.parametrize("name", often(["llama", "qwen3-moe", HYBRID, "lora"], "llama"))
+def test_a_run_logs_what_torch_counts(name: str) -> None:
     """Dense, experts, layers with state, adapters: two ranks, mixed plans; speed and share follow from their seconds.
 
     The seconds themselves are no more than the clock on the wall shows around a step.
     """
-    names = ["llama", "qwen3-moe", HYBRID, "lora"]
-    for name, entries in run_ranks(logged, 2, names)[0].items():
-        for entry, rows in zip(entries, STEPS, strict=True):
-            lengths, seconds = [LENGTHS[row] for row in rows], entry["hetero/step_s"]
-            assert entry["hetero/tokens_per_s"] * seconds == pytest.approx(sum(lengths))
-            assert entry["hetero/tokens_per_s_per_rank"] * seconds == pytest.approx(sum(lengths) / 2)
-            needed = sum(counted(name, length) for length in lengths)
-            assert entry["hetero/mfu"] * seconds * 2 * PEAK == pytest.approx(needed, rel=1e-9), name
-            assert 0 < seconds - entry["hetero/wait_s"] <= entry["outside"]
+    for entry, rows in zip(run_ranks(logged, 2, name)[0], STEPS, strict=True):
+        lengths, seconds = [LENGTHS[row] for row in rows], entry["hetero/step_s"]
+        assert entry["hetero/tokens_per_s"] * seconds == pytest.approx(sum(lengths))
+        assert entry["hetero/tokens_per_s_per_rank"] * seconds == pytest.approx(sum(lengths) / 2)
+        needed = sum(counted(name, length) for length in lengths)
+        assert entry["hetero/mfu"] * seconds * 2 * PEAK == pytest.approx(needed, rel=1e-9), name
+        assert 0 < seconds - entry["hetero/wait_s"] <= entry["outside"]
 
 
 def test_all_pairs_or_one_padded_row_would_be_noticed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import arguments, largest_difference, samples
+from helpers import arguments, largest_difference, often, samples
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, TrainerCallback
 
@@ -60,7 +60,7 @@ def run(
     trainer.train(resume_from_checkpoint=resume)
 
 
-@pytest.mark.parametrize("model_type", CONVERTED)
+@pytest.mark.parametrize("model_type", often(CONVERTED, "qwen3_moe"))
 def test_a_resumed_run_has_the_weights_of_the_whole_one(tmp_path: Path, model_type: str) -> None:
     """To the bit, in a process that begins with other weights, as each does whose model is made by chance."""
     whole = a_model(model_type)
