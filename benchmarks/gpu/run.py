@@ -57,6 +57,7 @@ STAGES = {
     "machine": Kind("measure_machine.py", "Machine, kernels, tests", 150),
     "kernels": Kind("measure_kernels.py", "Attention: the whole call against the raw kernel", 100),
     "ranks": Kind("measure_ranks.py", "Virtual ranks: exactness, and what small shards cost", 140),
+    "jobs": Kind("measure_jobs.py", "Jobs of several ranks over NCCL, which share the GPU", 300, 400),
     "predicted": Kind("measure_predictions.py", "Predicted against measured steps", 170),
     "steps": Kind("measure_steps.py", "Whole steps beside Trainer's", 270),
     "memory": Kind("measure_memory.py", "Memory: loss and MLPs in chunks, recompute, offload", 110),

@@ -255,7 +255,15 @@ def _states(model: torch.nn.Module) -> list[Any]:
 
 def param_groups(model: torch.nn.Module) -> list[Any]:
     """Return the groups of parameters that FSDP2 gathers together."""
-    return [group for state in _states(model) for group in state._fsdp_param_groups]
+    return [group for state in _states(model) for group in _groups_of(state)]
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """Return the groups of one module, which until torch 2.11 is one at most."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is not None:
+        return groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def _places(model: torch.nn.Module) -> list[tuple[Any, str]]:
