@@ -31,7 +31,7 @@ from hf_hetero.ranks.agreement import (
     gather_objects,
     scatter,
 )
-from hf_hetero.ranks.groups import named
+from hf_hetero.ranks.naming import named
 from hf_hetero.trainer.checkpoints.saving import Saving
 from hf_hetero.trainer.checkpoints.writing import Writing
 

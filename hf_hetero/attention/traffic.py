@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed import _functional_collectives as collectives
 
 from hf_hetero.attention.context import Peers, Place
-from hf_hetero.ranks.groups import named
+from hf_hetero.ranks.naming import named
 from hf_hetero.ranks.waits import noted
 
 

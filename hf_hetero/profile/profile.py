@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from hf_hetero import __version__
+import hf_hetero
 from hf_hetero.costs import CostModel
 from hf_hetero.estimate.model_shape import ModelShape
 from hf_hetero.estimate.subject import subject_of
@@ -227,7 +227,7 @@ def _source(command: str, found: Fitted, measured: Sequence[Measured], glance: _
     degrees = sorted({one.trial.degree for one in measured})
     depths = sorted({one.num_layers for one in measured})
     longest = max(max(one.trial.lengths) for one in measured)
-    versions = {"hf-hetero": __version__, **{name: version(name) for name in ("torch", "transformers")}}
+    versions = {"hf-hetero": hf_hetero.__version__, **{name: version(name) for name in ("torch", "transformers")}}
     packages = ", ".join(f"{name} {number}" for name, number in versions.items())
     exchanges = "exchanges estimated" if degrees == [1] else f"degrees {', '.join(map(str, degrees))}"
     return (

@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from hf_hetero import errors
 from hf_hetero.errors import BadSample, HeteroError, PlanMismatch
-from hf_hetero.ranks.groups import limit_of, named, wait_for
+from hf_hetero.ranks.groups import limit_of, wait_for
+from hf_hetero.ranks.naming import named
 
 T = TypeVar("T")
 Told = tuple[str, str]

@@ -9,6 +9,10 @@ torch's code. So the exchanges themselves have to fail, on all ranks:
 
 Who gets an error looks whether there is an alarm, and breaks off what it has itself; so the news spreads from group to
 group. On a GPU a rank may also stand in a wait for its device, which raises nothing: a thread looks for the alarm.
+
+That thread also looks whether an exchange on a device has failed, or waits for too long, which no host waits for. By
+itself torch would then let a minute pass, and kill the process (`watched_here`); here what is waited for is broken off,
+so that the host goes on, to where it raises an error in words (`GroupPool.check`).
 """
 
 from __future__ import annotations
@@ -26,6 +30,10 @@ import torch.distributed as dist
 Connections = Mapping[int, int]
 """File descriptor of a socket -> its inode, for a number may be another file's later."""
 
+LEFT_TO_US = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # kill no process
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # tell no other rank to write down what it does, and wait a minute for that
+}
 LOOK_S = 1.0
 """How often a rank looks for an alarm while it computes."""
 
@@ -64,6 +72,32 @@ def break_off(group: dist.ProcessGroup, opened: Connections) -> None:
                 connection.shutdown(socket.SHUT_RDWR)
 
 
+@contextmanager
+def watched_here() -> Iterator[None]:
+    """Return a context in which groups are made whose failures torch leaves to this package.
+
+    Its watchdog for NCCL kills a process in which an exchange has failed, or waited too long, a minute after that. So
+    no step could be repeated after another rank has left it, and no error would say why the process ends. NCCL reads
+    these variables when a group is made. Whoever has set them himself, has it his way.
+    """
+    ours = {name: value for name, value in LEFT_TO_US.items() if name not in os.environ}
+    os.environ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+def failure_of(group: dist.ProcessGroup) -> str | None:
+    """Return what torch's watchdog has seen of a group, as it calls it: TIMEOUT, REMOTE_ERROR; None: no failure."""
+    for device in group._device_types:  # pyright: ignore[reportPrivateUsage]
+        backend: Any = group._get_backend(device)  # pyright: ignore[reportPrivateUsage]
+        if hasattr(backend, "get_error") and (error := backend.get_error().name) != "SUCCESS":
+            return str(error)
+    return None
+
+
 def forsake(group: Any) -> None:
     """Drop a group that was broken off; unlike to destroy it, that asks nothing of its operations."""
     if dist.is_initialized() and group is not dist.GroupMember.NON_GROUP_MEMBER:
@@ -77,11 +111,21 @@ class Alarm:
         name: the same on all ranks, and no other alarm's.
         store: which all ranks share.
         leave: breaks off what this rank may wait in; called from a thread, too, and maybe several times.
+        failing: returns in words what has failed, though nobody has given the alarm; None: nothing has.
         look_s: how often the thread looks.
     """
 
-    def __init__(self, name: str, store: Any, leave: Callable[[], None], look_s: float = LOOK_S) -> None:
-        self._name, self._store, self._leave, self._look_s = name, store, leave, look_s
+    def __init__(
+        self,
+        name: str,
+        store: Any,
+        leave: Callable[[], None],
+        failing: Callable[[], str | None] = lambda: None,
+        look_s: float = LOOK_S,
+    ) -> None:
+        self._name, self._store, self._leave, self._failing, self._look_s = name, store, leave, failing, look_s
+        self.failure: str | None = None
+        """What has failed for good, in words; it was broken off."""
         self._number, self._is_in_step = 0, False
         # ranks that are started again may find the store in which those before them gave an alarm; nobody gives one
         # before all ranks have come by here
@@ -140,6 +184,10 @@ class Alarm:
         while not self._ended.wait(self._look_s):
             with self._lock:
                 if self._is_in_step and self._sounds():
+                    self._leave()
+                # a rank gives the alarm first, and then breaks off, which the others see as a failure
+                elif self.failure is None and (failure := self._failing()) is not None and not self._sounds():
+                    self.failure = failure  # before the host is let go, which looks for it
                     self._leave()
 
 

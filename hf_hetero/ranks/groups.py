@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -12,19 +12,23 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
-from hf_hetero.ranks.breaking import Alarm, Connections, break_off, connections, forsake, opened_since
+from hf_hetero.ranks.breaking import (
+    Alarm,
+    Connections,
+    break_off,
+    connections,
+    failure_of,
+    forsake,
+    opened_since,
+    watched_here,
+)
 from hf_hetero.ranks.last_words import job_store, why_gone
+from hf_hetero.ranks.naming import GROUP_LIMIT, JOB_LIMIT, named
 from hf_hetero.ranks.waits import WORD_AFTER_S, Waits
 from hf_hetero.topology import aligned_blocks
 
 logger = logging.getLogger(__name__)
 
-TOO_LATE = ("Timed out", "timed out", "timeout")
-LOST_PEER = ("gloo", "NCCL", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
-"""Words of torch's errors when another rank has gone or is late."""
-GROUP_LIMIT = "HeteroConfig.group_timeout_s"
-JOB_LIMIT = "TrainingArguments.ddp_timeout"
-"""The settings that say how long ranks may wait for each other."""
 IN_HASTE = f" (now {GROUP_LIMIT} counts)"
 """At the end of a group's description: its operations may wait no longer than those within a group of a plan."""
 SPEAKERS = (0, 1)
@@ -74,7 +78,7 @@ class GroupPool:
         self.waits: Waits | None = None
         """Of this rank within groups, while they are open."""
         self.alarm: Alarm | None = None
-        """By which a rank has all others leave a step, while groups are open."""
+        """By which a rank has all others leave a step, and sees what fails on its device, while groups are open."""
         self.carried: dict[tuple[int, ...], dist.ProcessGroup] = {}
         """The groups of a wrapper, by their ranks."""
         self._connections: dict[dist.ProcessGroup, Connections] = {}
@@ -90,6 +94,7 @@ class GroupPool:
             return
         # gloo carries control messages: they live on the host and must not wait for a GPU stream
         self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        self.alarm = Alarm(self.control.group_name, job_store(), self._break_off, self._failing)
         if self._degrees:
             self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
         # every rank makes every group, also those that it is not in: torch numbers groups by the order of their making
@@ -102,7 +107,8 @@ class GroupPool:
         # whoever is not in it opens nothing, and looks for nothing: most groups of many ranks are others'
         is_own = dist.get_rank() in ranks
         before = connections() if is_own else {}
-        group = _new_group(list(ranks), timeout_s)
+        with watched_here():
+            group = _new_group(list(ranks), timeout_s)
         if is_own:
             with named("The first exchange of a group", f"ranks {list(ranks)}"):
                 dist.all_reduce(torch.zeros(1, device=self._device), group=group)
@@ -117,8 +123,6 @@ class GroupPool:
         """
         if self.control is None:
             return {}
-        if self.alarm is None:
-            self.alarm = Alarm(self.control.group_name, job_store(), self._break_off)
         for ranks in wanted:
             if ranks not in self.carried:
                 self.carried[ranks] = self._made(ranks, self._control_timeout_s)
@@ -137,6 +141,24 @@ class GroupPool:
         for group, opened in self._connections.items():
             break_off(group, opened)
 
+    def _failing(self) -> str | None:
+        """Return in words what torch has seen to fail on a device; None: nothing."""
+        for group in (*self._connections,):  # the groups of this rank; others are made meanwhile
+            if (kind := failure_of(group)) is not None:
+                late = f"it waited longer than {limit_of(group)} allows" if kind == "TIMEOUT" else f"NCCL says {kind}"
+                return f"An exchange of ranks {dist.get_process_group_ranks(group)} on the device failed: {late}"
+        return None
+
+    def check(self) -> None:
+        """Look whether an exchange on the device has failed, which no host waits for.
+
+        Raises:
+            CollectiveFailed: one has; what was computed since is worth nothing.
+        """
+        if self.alarm is not None and self.alarm.failure is not None:
+            where = 'Where it was called is in torch\'s own words above ("Stack trace of the failed collective").'
+            raise CollectiveFailed(f"{self.alarm.failure}. {where} {why_gone()}")
+
     def mend(self) -> None:
         """Make anew what is used within steps. A collective of all ranks, which have left a step.
 
@@ -154,7 +176,12 @@ class GroupPool:
             self.carried = {ranks: self._made(ranks, self._control_timeout_s) for ranks in self.carried}
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """Return the process group of these ranks; None for a single rank, which needs none."""
+        """Return the process group of these ranks; None for a single rank, which needs none.
+
+        Raises:
+            CollectiveFailed: as `check`.
+        """
+        self.check()
         return self._groups[ranks] if len(ranks) > 1 else None
 
     def include(self, others: Iterable[dist.ProcessGroup]) -> None:
@@ -199,6 +226,8 @@ class GroupPool:
     def close(self) -> None:
         """Destroy the groups; the pool is empty until it is opened again. Called on all ranks."""
         self.relax()
+        if dist.is_initialized() and self._failing() is not None:  # to end a group would wait for what will never come
+            self._break_off()
         for thread in (self.waits, self.alarm):
             if thread is not None:
                 thread.close()
@@ -266,41 +295,3 @@ def wait_for(work: Any, operation: str, group: dist.ProcessGroup) -> None:
             limit_of(group),
         )
     work.wait()
-
-
-@contextmanager
-def named(
-    operation: str, where: Callable[[], str] | str, limit: Callable[[], str] | str = GROUP_LIMIT
-) -> Iterator[None]:
-    """Give a failing collective a name: which operation, of which ranks, at which step, and why, where it is known.
-
-    Any other error that is raised inside is left alone: memory that ran out, a reader of data that was killed.
-
-    Args:
-        operation: what was done together.
-        where: step and ranks.
-        limit: the setting that says how long it may wait.
-
-    Raises:
-        CollectiveFailed: instead of torch's own error, which says none of that.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_of_ranks(error):
-            raise
-        where = where if isinstance(where, str) else where()
-        text = str(error).strip() or type(error).__name__
-        if any(word in text for word in TOO_LATE):
-            limit = limit if isinstance(limit, str) else limit()
-            why = f"Look for the first error among these ranks; if they are only slow, raise {limit}."
-        else:
-            why = why_gone()
-        raise CollectiveFailed(
-            f"{operation} failed or waited too long at {where}: {text.splitlines()[0]} {why}"
-        ) from error
-
-
-def is_of_ranks(error: RuntimeError) -> bool:
-    """Return whether an error says that another rank has gone, or is late."""
-    return any(word in str(error) for word in LOST_PEER) and not isinstance(error, torch.OutOfMemoryError)

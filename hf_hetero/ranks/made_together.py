@@ -22,8 +22,8 @@ import torch.distributed as dist
 from hf_hetero import errors
 from hf_hetero.errors import CollectiveFailed, HeteroError
 from hf_hetero.ranks.agreement import broadcast, gather, gather_objects, in_words
-from hf_hetero.ranks.groups import JOB_LIMIT, is_of_ranks
 from hf_hetero.ranks.last_words import job_store, tell
+from hf_hetero.ranks.naming import JOB_LIMIT, is_of_ranks
 from hf_hetero.ranks.waits import WORD_AFTER_S
 
 logger = logging.getLogger(__name__)

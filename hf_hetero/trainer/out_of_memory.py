@@ -153,6 +153,7 @@ class Attempt:
             assert self.repeats.before is not None
             if not is_out_of_memory(error):
                 if alarm is None or not alarm.follow():
+                    self.run.groups.check()  # the error may be of what was broken off then
                     raise
             elif self.repeats.before.has_gradients or not sharding.can_begin_anew(self.model):
                 raise

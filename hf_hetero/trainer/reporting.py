@@ -54,6 +54,7 @@ def _report_of(trainer: Trainer, run: PlannedRun, training: Training, between: B
     assert training.began_s is not None
     batch, step, means = training.step.batch, training.step.batch.share.step, between.means
     busy_s, seen, training.seen = training.clock.read(), training.seen, Observed()
+    run.groups.check()  # before weights move: what was broken off has let the device go on, with anything in its place
     # a device computes behind its host: the step is over when it has been waited for, not when all was launched
     step_s, training.began_s = time.perf_counter() - training.began_s, None
     totals = [training.clock.peak_bytes(), training.clock.unused_bytes(), seen.sent_bytes]

@@ -13,7 +13,8 @@ from transformers import Trainer
 
 from hf_hetero.model.experts.router_loss import RoutedStep
 from hf_hetero.ranks.agreement import gather_objects
-from hf_hetero.ranks.groups import limit_of, named
+from hf_hetero.ranks.groups import limit_of
+from hf_hetero.ranks.naming import named
 from hf_hetero.step import RankMicroBatch, StepBatch
 from hf_hetero.trainer.run import PlannedRun
 

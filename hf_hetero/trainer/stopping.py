@@ -16,8 +16,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.ranks.agreement import any_of
-from hf_hetero.ranks.groups import limit_of, named
+from hf_hetero.ranks.groups import limit_of
 from hf_hetero.ranks.last_words import forget_errors, tell
+from hf_hetero.ranks.naming import named
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,8 @@ from hf_hetero.ranks import sharding
 from hf_hetero.ranks.agreement import broadcast
 from hf_hetero.ranks.by_source import SourcesOfAll, Tally
 from hf_hetero.ranks.gradients import synchronising
-from hf_hetero.ranks.groups import limit_of, named
+from hf_hetero.ranks.groups import limit_of
+from hf_hetero.ranks.naming import named
 from hf_hetero.step import RankMicroBatch, StepBatch, StepPart
 from hf_hetero.trainer import routers
 from hf_hetero.trainer.checkpoints.resuming import Resumed

@@ -125,6 +125,49 @@ def test_an_alarm_of_ranks_before_is_not_heard() -> None:
         theirs.close()
 
 
+def test_what_fails_on_a_device_is_broken_off_once() -> None:
+    """The thread sees it wherever the host is, and says why before it lets the host go."""
+    left, said = threading.Event(), list[str | None]()
+
+    def leave() -> None:
+        said.append(alarm.failure)
+        left.set()
+
+    found: list[str | None] = [None]
+    alarm = Alarm("one", Store(), leave, lambda: found[0], look_s=0.01)
+    try:
+        assert not left.wait(0.1)
+        found[0] = "An exchange waited too long"
+        assert left.wait(10)
+        left.clear()
+        assert not left.wait(0.1)
+        assert said == ["An exchange waited too long"]
+    finally:
+        alarm.close()
+
+
+def test_what_an_alarm_broke_off_is_no_failure() -> None:
+    """Who leaves a step breaks off what others wait in, which they see on their devices; but the alarm comes first."""
+    store, looked = Store(), threading.Event()
+
+    def failing() -> str | None:
+        looked.set()
+        return "NCCL says REMOTE_ERROR"
+
+    theirs = Alarm("one", store, lambda: None, look_s=60)
+    theirs.sound()
+    mine = Alarm("one", store, lambda: None, failing, look_s=0.01)
+    try:
+        mine._number = theirs._number  # as of ranks that have begun together
+        looked.clear()
+        assert looked.wait(10)
+        mine.close()
+        assert mine.failure is None
+    finally:
+        mine._ended.set()
+        theirs._ended.set()
+
+
 def test_a_store_that_is_gone_is_no_alarm() -> None:
     """Who asks a store whose rank has gone gets no answer, which is no reason to leave; the thread stays quiet."""
 

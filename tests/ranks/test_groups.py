@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,10 @@ from hf_hetero import HeteroError
 from hf_hetero.errors import BadSample, CollectiveFailed, PlanMismatch
 from hf_hetero.ranks import breaking, groups
 from hf_hetero.ranks.agreement import broadcast, confirm_step, gather
-from hf_hetero.ranks.groups import GroupPool, limit_of, named
+from hf_hetero.ranks.breaking import failure_of
+from hf_hetero.ranks.groups import GroupPool, limit_of
 from hf_hetero.ranks.last_words import tell
+from hf_hetero.ranks.naming import named
 from hf_hetero.ranks.sharding import groups_of
 
 
@@ -45,6 +48,82 @@ def looks_at_sockets(degrees: tuple[int, ...]) -> int:
 def test_groups_of_others_cost_no_look() -> None:
     """A rank looks for new sockets, of which it may have thousands, before and after each group that it is in."""
     assert run_ranks(looks_at_sockets, 4, (1, 2)) == [2] * 4
+
+
+HANDLING, DUMP = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT"
+
+
+def variables_of_groups(own: str | None) -> list[tuple[str | None, str | None]]:
+    """What NCCL would read when each group is made: that of control messages, one of a plan, one of a wrapper."""
+    if own is not None:
+        os.environ[HANDLING] = own
+    before, found, new_group = os.environ.copy(), list[tuple[str | None, str | None]](), dist.new_group
+
+    def making(*args: Any, **kwargs: Any) -> Any:
+        found.append((os.environ.get(HANDLING), os.environ.get(DUMP)))
+        return new_group(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", making)
+        pool = GroupPool((2,), timeout_s=20, control_timeout_s=20)
+        pool.carry([(0, 1)])
+        pool.close()
+    assert os.environ.copy() == before
+    return found
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_torch_kills_no_process_for_what_steps_exchange(own: str | None) -> None:
+    """Its watchdog would, where a step could be repeated, or end in words; whoever asks for it gets it."""
+    ours = ("0" if own is None else own, "0")
+    for found in run_ranks(variables_of_groups, 2, own):
+        assert found == [(own, None), ours, ours]
+
+
+class FailedBackend:
+    """As NCCL's, once its watchdog has seen a failure."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def get_error(self) -> Any:
+        return SimpleNamespace(name=self.kind)
+
+
+def raised_of_a_device(kind: str) -> str:
+    """What a rank raises whose device has failed in a group, when it asks for that group again."""
+    pool = GroupPool((2,), timeout_s=20, control_timeout_s=20)
+    pool.get((0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        failed: Any = FailedGroup(kind)
+        patch.setattr(groups, "failure_of", lambda _: failure_of(failed))
+        alarm, until = pool.alarm, time.monotonic() + 30
+        assert alarm is not None
+        while alarm.failure is None and time.monotonic() < until:
+            time.sleep(0.01)
+        with pytest.raises(CollectiveFailed) as error:
+            pool.get((0, 1))
+        pool.close()
+    return str(error.value)
+
+
+class FailedGroup:
+    """A group on a GPU."""
+
+    def __init__(self, kind: str) -> None:
+        self._device_types = (torch.device("cuda"),)
+        self._backend = FailedBackend(kind)
+
+    def _get_backend(self, device: torch.device) -> FailedBackend:
+        return self._backend
+
+
+@pytest.mark.parametrize(("kind", "why"), [("TIMEOUT", "waited longer than"), ("REMOTE_ERROR", "NCCL says REMOTE")])
+def test_what_fails_on_a_device_is_raised_in_words(kind: str, why: str) -> None:
+    """No host waits for it: what it has computed since is worth nothing, and it learns so before weights move."""
+    for text in run_ranks(raised_of_a_device, 2, kind):
+        assert "An exchange of ranks [0, 1] on the device failed" in text
+        assert why in text
 
 
 def sums_of_groups(degrees: tuple[int, ...]) -> dict[tuple[int, ...], float]:

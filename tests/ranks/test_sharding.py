@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import LENGTHS, arguments, run_ranks, samples, shard_on_cpu, tiny_model
 from hybrids import hybrid_model
 from sights import seeing_model
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 
 from hf_hetero import HeteroTrainer, UnsupportedModel
+from hf_hetero.ranks import sharding
 from hf_hetero.ranks.mesh import layer_classes, mesh_problems, wrapping_problems
 from hf_hetero.ranks.sharding import sharding_of
 
@@ -32,6 +34,19 @@ def test_recomputed_layers_by_either_name(recomputes: bool) -> None:
     new = trainer(gradient_checkpointing=None, activation_checkpointing=recomputes)
     assert sharding_of(old, None).checkpointing is recomputes
     assert sharding_of(new, None).checkpointing is recomputes
+
+
+@pytest.mark.parametrize("release", ["torch 2.11", "torch 2.11, no weights of its own", "later"])
+def test_groups_of_weights_by_either_name(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of FSDP2 has one group of weights at most until torch 2.11, and a list of them since."""
+    own = object()
+    state = {
+        "torch 2.11": SimpleNamespace(_fsdp_param_group=own),
+        "torch 2.11, no weights of its own": SimpleNamespace(_fsdp_param_group=None),
+        "later": SimpleNamespace(_fsdp_param_groups=[own]),
+    }[release]
+    monkeypatch.setattr(sharding, "_states", lambda _: [state, state])
+    assert sharding.param_groups(torch.nn.Module()) == ([] if "no weights" in release else [own, own])
 
 
 MESHES: dict[str, tuple[dict[str, int], list[str]]] = {  # sizes of axes, and what is said of them

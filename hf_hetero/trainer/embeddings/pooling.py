@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.layout import Span
-from hf_hetero.ranks.groups import limit_of, named
+from hf_hetero.ranks.groups import limit_of
+from hf_hetero.ranks.naming import named
 
 POOLINGS = ("last", "mean", "first")
 """Of which tokens an embedding is the mean."""

@@ -297,7 +297,9 @@ def _forward_of(
                 result: Any = trainer.compute_loss(model, inputs, not request.loss_only, total)
         loss, outputs = (result, None) if request.loss_only else result
         # compute_loss allows for an average over ranks
-        return loss.item() / trainer.args.world_size, None if outputs is None else _outputs_of(outputs, left_out)
+        loss_part = loss.item() / trainer.args.world_size
+        run.groups.check()  # all that was computed for it is there, unless it was broken off
+        return loss_part, None if outputs is None else _outputs_of(outputs, left_out)
 
     return forward
 

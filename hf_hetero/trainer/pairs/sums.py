@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from hf_hetero.attention.context import AttentionContext
-from hf_hetero.ranks.groups import named
+from hf_hetero.ranks.naming import named
 from hf_hetero.ranks.waits import noted
 
 OPERATION = "Adding up log-probabilities"
