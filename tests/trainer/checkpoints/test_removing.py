@@ -154,6 +154,9 @@ def test_set_aside(tmp_path: Path) -> None:
 class Worsening(HeteroTrainer):
     """Each evaluation is worse than the one before."""
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, eval_dataset=samples(LENGTHS[:4]))
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         return {"eval_loss": float(self.state.global_step)}
 
