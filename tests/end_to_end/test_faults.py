@@ -34,7 +34,8 @@ from transformers import TrainerCallback
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import CollectiveFailed, ConfigError
-from hf_hetero.trainer.checkpoints.checkpoint import INCOMPLETE_FILE, RUN_FILE, problem_of
+from hf_hetero.trainer.checkpoints.checkpoint import problem_of
+from hf_hetero.trainer.checkpoints.removing import INCOMPLETE_FILE, RUN_FILE
 from hf_hetero.trainer.checkpoints.safekeeping import LOCK_FILE, claim
 
 NUM_STEPS = 5
