@@ -135,12 +135,10 @@ def test_killed_at_any_moment(tmp_path: Path, victim: str, in_background: bool, 
     Once a checkpoint was said to be whole, one is: that one, or a later one.
     """
     for seed in range(first, first + KILLS_A_TEST):
-        mark, rank, start = f"{os.getpid()}-{time.time_ns()}", seed % 2, time.monotonic()
+        mark, rank = f"{os.getpid()}-{time.time_ns()}", seed % 2
         folder = str(tmp_path / str(seed))
         args = folder, mark, victim, rank, seed, 1, in_background
         ended = run_ranks(killed_run, 2, *args, expect_errors=True, timeout_s=90)
-        took_s = time.monotonic() - start
-        assert took_s < 90, (seed, ended)
         if any(not isinstance(one, int) for one in ended):
             others = ended[:rank] + ended[rank + 1 :] if victim == "rank" else [] if victim == "job" else ended
             assert all(is_named(one) or one == 0 for one in others), (seed, ended)
