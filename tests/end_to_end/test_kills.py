@@ -125,6 +125,7 @@ def is_named(error: Any) -> bool:
     return isinstance(error, HeteroError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("first", range(0, NUM_KILLS, KILLS_A_TEST))
 @pytest.mark.parametrize(
     ("victim", "in_background"), [("worker", False), ("rank", False), ("rank", True), ("job", True)]
