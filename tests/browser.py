@@ -76,7 +76,7 @@ class Page:
         """Open a file; return the seconds until this expression is true."""
         began = time.perf_counter()
         self.call("Page.navigate", url=file.resolve().as_uri())
-        for _ in range(1000):
+        while time.perf_counter() < began + 60:
             if self.run(f"document.readyState === 'complete' && ({ready})"):
                 return time.perf_counter() - began
             time.sleep(0.01)

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -48,6 +49,30 @@ class WritesDown(TrainerCallback):
         (self.folder / f"_{name}").rename(self.folder / name)
         self.now = Counter()
         time.sleep(self.pause_s)
+
+
+class WaitsToBeEnded(TrainerCallback):
+    """So many ranks train no further than a step, until torchrun ends them because another node has come."""
+
+    def __init__(self, num_ranks: int, step: int) -> None:
+        self.num_ranks, self.step = num_ranks, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (args.world_size, state.global_step) != (self.num_ranks, self.step):
+            return
+        before: Any = signal.getsignal(signal.SIGTERM)
+        if before is signal.SIG_DFL:
+            time.sleep(1000)
+        told = threading.Event()
+
+        def end(number: int, frame: Any) -> None:
+            told.set()
+            before(number, frame)
+
+        signal.signal(signal.SIGTERM, end)
+        while not told.wait(0.05):
+            pass
+        signal.signal(signal.SIGTERM, before)
 
 
 class IsLost(TrainerCallback):
@@ -94,6 +119,8 @@ def main() -> None:
         shard_on_cpu()
     model = tiny_model(dtype=torch.float64)
     callbacks = [WritesDown(folder, model, settings["pause_s"]), *(IsLost(folder, *lost) for lost in settings["lost"])]
+    if settings["waits"] is not None:
+        callbacks.append(WaitsToBeEnded(*settings["waits"]))
     trainer = HeteroTrainer(
         model,
         arguments(str(folder / "out"), 1, optim="adamw_torch", save_strategy="steps", **options),

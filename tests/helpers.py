@@ -10,6 +10,7 @@ import queue
 import random
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -186,6 +187,22 @@ def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any,
     results.close()
     results.join_thread()
     os._exit(0 if ok else 1)
+
+
+def come_late(num_others: int) -> None:
+    """Be late, for however long it takes, until so many other ranks have given up waiting."""
+    store = dist.distributed_c10d._get_default_store()
+    while store.add("given up", 0) < num_others:
+        time.sleep(0.05)
+    store.set("all have given up", "")
+
+
+def give_up() -> None:
+    """Say that this rank no longer waits; rank 0, which has the store, stays until the late rank has heard it."""
+    store = dist.distributed_c10d._get_default_store()
+    store.add("given up", 1)
+    if dist.get_rank() == 0:
+        store.wait(["all have given up"], timedelta(seconds=120))
 
 
 MARK = "HETERO_TEST_MARK"

@@ -30,8 +30,8 @@ RENDEZVOUS = {"is_host": 0, "last_call_timeout": 4, "keep_alive_interval": 1, "k
 """Seconds, small ones: how long the others are waited for, and when a node counts as lost."""
 
 
-def _torchrun(line: list[str], log: str, environment: dict[str, str]) -> None:
-    """Be torchrun, with all that it writes in a file."""
+def _torchrun(line: list[str], log: str, environment: dict[str, str], together: Any) -> None:
+    """Be torchrun, with all that it writes in a file; nodes that are started together begin at one moment."""
     os.setsid()
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -40,6 +40,8 @@ def _torchrun(line: list[str], log: str, environment: dict[str, str]) -> None:
     sys.argv = ["torchrun", *line]
     from torch.distributed.run import main
 
+    if together is not None:
+        together.wait(120)
     try:
         main(line)
     except SystemExit:
@@ -83,15 +85,17 @@ class Nodes:
             *(str(script), *arguments),
         ]
 
-    def start(self, number: int) -> Node:
-        """Start a node, or start it again."""
+    def start(self, *numbers: int) -> None:
+        """Start nodes, or start them again: none is so late that the others begin without it."""
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        log = self.folder / f"node-{number}.log"
-        process = context.Process(target=_torchrun, args=(self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}))
-        process.start()
-        self.nodes[number] = Node(process, log)
-        return self.nodes[number]
+        together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
+        for number in numbers:
+            log = self.folder / f"node-{number}.log"
+            args = self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}, together
+            process = context.Process(target=_torchrun, args=args)
+            process.start()
+            self.nodes[number] = Node(process, log)
 
     def wait(self, until: Callable[[], bool], timeout_s: float) -> None:
         """Wait for something; with what all have said if it does not come."""

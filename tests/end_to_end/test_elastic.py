@@ -40,12 +40,27 @@ def undisturbed(folder: str, num_steps: int) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def job(folder: Path, lost: list[tuple[str, int, int]], pause_s: float = 0.1, **changes: Any) -> Path:
-    """Write down what the job is to do, and what it is to lose: what, of which node, in which step."""
+def job(
+    folder: Path,
+    lost: list[tuple[str, int, int]],
+    pause_s: float = 0.1,
+    waits: tuple[int, int] | None = None,
+    **changes: Any,
+) -> Path:
+    """Write down what the job is to do, and what it is to lose: what, of which node, in which step.
+
+    Args:
+        folder: of the job.
+        lost: as above.
+        pause_s: after each step.
+        waits: so many ranks go no further than this step, until torchrun ends them because another node has come.
+        changes: of its arguments.
+    """
     settings = {
         "folder": str(folder),
         "lost": lost,
         "pause_s": pause_s,
+        "waits": waits,
         "hetero": {"auto_resume": True, "group_timeout_s": 30, **changes.pop("hetero", {})},
         "sharded": changes.pop("sharded", False),
         "arguments": {"max_steps": NUM_STEPS, "save_steps": SAVE_STEPS, "ddp_timeout": 60, **changes},
@@ -119,10 +134,9 @@ def test_four_then_three_then_four(folder: Path, tmp_path: Path, turn: int) -> N
     """A node is lost at a random step, agent and rank at once, and comes back at another: 4 ranks, 3, and 4 again."""
     draw = random.Random(SEED + turn)  # shown with the locals of a failure
     node, lost_at = draw.randrange(4), draw.randrange(3, 9)
-    nodes = Nodes(folder, JOB, [str(job(folder, [("node", node, lost_at)]))], most=4, least=3)
+    nodes = Nodes(folder, JOB, [str(job(folder, [("node", node, lost_at)], waits=(3, 14)))], most=4, least=3)
     try:
-        for number in range(4):
-            nodes.start(number)
+        nodes.start(*range(4))
         back_at = draw.randrange(lost_at + 1, 14)
         nodes.wait(lambda: newest_step(folder, 3) >= back_at, LIMIT_S)
         nodes.nodes[node].process.join()
@@ -141,8 +155,7 @@ def test_lost_before_the_first_checkpoint(folder: Path, tmp_path: Path) -> None:
     """Of two nodes one is lost in the first step: the other begins at the start, and says so."""
     nodes = Nodes(folder, JOB, [str(job(folder, [("node", 1, 1)], pause_s=0.0))], most=2)
     try:
-        for number in range(2):
-            nodes.start(number)
+        nodes.start(*range(2))
         nodes.wait(lambda: nodes.nodes[0].process.exitcode is not None, LIMIT_S)
     finally:
         nodes.close()
@@ -158,8 +171,7 @@ def test_a_rank_is_killed(folder: Path, tmp_path: Path, what: str) -> None:
     step = random.Random(SEED).randrange(2, 7) * SAVE_STEPS
     nodes = Nodes(folder, JOB, [str(job(folder, [(what, 0, step)], pause_s=0.0))], most=2, ranks=2)
     try:
-        for number in range(2):
-            nodes.start(number)
+        nodes.start(*range(2))
         nodes.wait(nodes.ended, LIMIT_S)
     finally:
         nodes.close()
@@ -176,8 +188,7 @@ def test_sharded_weights_on_fewer_ranks(folder: Path, tmp_path: Path, kind: str)
     fsdp["fsdp_config"]["state_dict_type"] = kind
     nodes = Nodes(folder, JOB, [str(job(folder, [("node", 2, 5)], 0.0, sharded=True, **fsdp))], most=4, least=3)
     try:
-        for number in range(4):
-            nodes.start(number)
+        nodes.start(*range(4))
         nodes.wait(lambda: all(nodes.nodes[n].process.exitcode is not None for n in (0, 1, 3)), LIMIT_S)
     finally:
         nodes.close()
@@ -189,8 +200,8 @@ def test_sharded_weights_on_fewer_ranks(folder: Path, tmp_path: Path, kind: str)
 
 def test_a_node_that_comes_back_costs_no_step(folder: Path, tmp_path: Path) -> None:
     """With enable_jit_checkpoint ranks save when torchrun tells them to end, because another node has come."""
-    pause_s = {"pause_s": 0.3, "enable_jit_checkpoint": True, "save_steps": 1000}
-    nodes = Nodes(folder, JOB, [str(job(folder, [], **pause_s))], most=2)
+    options = {"enable_jit_checkpoint": True, "save_steps": 1000}
+    nodes = Nodes(folder, JOB, [str(job(folder, [], waits=(1, 5), **options))], most=2)
     try:
         nodes.start(0)
         nodes.wait(lambda: newest_step(folder, 1) >= 3, LIMIT_S)

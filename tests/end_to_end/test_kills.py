@@ -30,7 +30,7 @@ KILLS_A_TEST = 10
 RUN_S = 3.0
 """About as long as a run takes, so that moments are spread over all of it."""
 LIMIT_S = 10.0
-CUT_SHORT = "its writing was cut short"
+NOT_WHOLE = ("its writing was cut short", "its removal was cut short", "it is empty")
 PLANNER = "hf_hetero.planner.process"
 
 
@@ -125,6 +125,7 @@ def is_named(error: Any) -> bool:
     return isinstance(error, HeteroError) or (isinstance(error, RuntimeError) and "DataLoader worker" in str(error))
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("first", range(0, NUM_KILLS, KILLS_A_TEST))
 @pytest.mark.parametrize(
     ("victim", "in_background"), [("worker", False), ("rank", False), ("rank", True), ("job", True)]
@@ -135,18 +136,16 @@ def test_killed_at_any_moment(tmp_path: Path, victim: str, in_background: bool, 
     Once a checkpoint was said to be whole, one is: that one, or a later one.
     """
     for seed in range(first, first + KILLS_A_TEST):
-        mark, rank, start = f"{os.getpid()}-{time.time_ns()}", seed % 2, time.monotonic()
+        mark, rank = f"{os.getpid()}-{time.time_ns()}", seed % 2
         folder = str(tmp_path / str(seed))
         args = folder, mark, victim, rank, seed, 1, in_background
         ended = run_ranks(killed_run, 2, *args, expect_errors=True, timeout_s=90)
-        took_s = time.monotonic() - start
-        assert took_s < 90, (seed, ended)
         if any(not isinstance(one, int) for one in ended):
             others = ended[:rank] + ended[rank + 1 :] if victim == "rank" else [] if victim == "job" else ended
             assert all(is_named(one) or one == 0 for one in others), (seed, ended)
         check_nothing_left(mark)
         # what is left of a checkpoint is known not to be whole
-        assert {problem_of(path) for path in Path(folder).glob("checkpoint-*")} <= {None, CUT_SHORT}
+        assert {problem_of(path) for path in Path(folder).glob("checkpoint-*")} <= {None, *NOT_WHOLE}
         if said := [int(path.name.partition("-")[2]) for path in Path(folder).glob("saved-*")]:
             newest, _ = newest_whole(Path(folder))
             assert newest is not None, seed

@@ -28,7 +28,7 @@ def num_open() -> tuple[int, int, int]:
     return len(list((own / "fd").iterdir())), len(list((own / "task").iterdir())), children
 
 
-def settled(most: tuple[int, int, int], within_s: float = 5.0) -> tuple[int, int, int]:
+def settled(most: tuple[int, int, int], within_s: float = 60.0) -> tuple[int, int, int]:
     """What is open, once it is no more than this; a thread that was told to end takes its time."""
     until = time.monotonic() + within_s
     while True:

@@ -24,8 +24,9 @@ from transformers import Trainer, TrainerCallback
 from hf_hetero import HeteroConfig, HeteroError
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.trainer.checkpoints import saving, writing
-from hf_hetero.trainer.checkpoints.checkpoint import INCOMPLETE_FILE, RUN_FILE, Run, problem_of
+from hf_hetero.trainer.checkpoints.checkpoint import Run, problem_of
 from hf_hetero.trainer.checkpoints.host_copies import HostCopies
+from hf_hetero.trainer.checkpoints.removing import INCOMPLETE_FILE, RUN_FILE
 from hf_hetero.trainer.checkpoints.taken import Taken
 
 NUM_STEPS, SAVE_STEPS = 5, 2

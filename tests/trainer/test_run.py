@@ -69,7 +69,7 @@ def num_open_at_last(most: dict[str, int]) -> dict[str, int]:
     """The same, once it is no more than this; a thread that was told to end takes its time, and so does a peer."""
     if dist.is_initialized():
         dist.barrier()
-    until = time.monotonic() + 30
+    until = time.monotonic() + 60
     while any((held := num_open())[name] > most[name] for name in most) and time.monotonic() < until:
         time.sleep(0.05)
     return held

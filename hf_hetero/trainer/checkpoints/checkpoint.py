@@ -1,6 +1,6 @@
 """A checkpoint of a planned run holds more than Trainer's files, and tells whether it is whole.
 
-    checkpoint-is-incomplete.txt    there while it is written; transformers' name for it
+    checkpoint-is-incomplete.txt    there while it is written, or removed; transformers' name for it
     hetero_cost_model.json          the cost model that its plans were made by
     hetero_run.json                 written last: where the run was, and every file's size and checksum
 
@@ -20,14 +20,17 @@ from typing import Any
 
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.errors import HeteroError
-from hf_hetero.trainer.checkpoints.safekeeping import seals_of, steps_of
+from hf_hetero.trainer.checkpoints.removing import (
+    RUN_FILE,
+    STATE_FILE,
+    newest_first,
+    problem_by_mark,
+)
+from hf_hetero.trainer.checkpoints.safekeeping import seals_of
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "hf-hetero-run/1"
-RUN_FILE = "hetero_run.json"
-INCOMPLETE_FILE = "checkpoint-is-incomplete.txt"
-STATE_FILE = "trainer_state.json"
 WEIGHTS = (".safetensors", ".bin", ".index.json", ".distcp")
 """Ends of the names of files with weights, as transformers, peft and torch write them."""
 WHOLE = 2
@@ -64,8 +67,8 @@ def problem_of(folder: Path) -> str | None:
     """Say why a checkpoint cannot be resumed; None if it can."""
     if not folder.is_dir():
         return "it does not exist"
-    if (folder / INCOMPLETE_FILE).exists():
-        return "its writing was cut short"
+    if (problem := problem_by_mark(folder)) is not None:
+        return problem
     if not (folder / RUN_FILE).exists():
         return _problem_of_a_plain_one(folder)
     try:
@@ -119,7 +122,7 @@ def _seals_in(folder: Path) -> dict[str, list[int]]:
 def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest whole checkpoint of a run, and why those after it cannot be resumed."""
     problems: list[str] = []
-    for _, path in sorted(steps_of(output_dir).items(), reverse=True):
+    for path in newest_first(output_dir):
         if (problem := problem_of(path)) is None:
             return path, problems
         problems.append(f"{path.name}: {problem}.")

@@ -1,4 +1,4 @@
-"""This keeps a run's work: checksums, files on the disk before older ones go, the choice of these, one run a folder."""
+"""This keeps a run's work: checksums, files on the disk before older ones go, one run a folder."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import errno
 import json
 import logging
 import os
-import re
-import shutil
 import socket
 import time
 import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +25,6 @@ except ImportError:  # no such locks: nobody is noticed
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 LOCK_FILE = "_hetero_run.lock"
 LOOK_S = 0.5
 """How often a run that waits for another to end looks whether it has."""
@@ -89,31 +86,6 @@ def _seal_of_ends(path: Path) -> list[int]:
         head = zlib.crc32(file.read(END_BYTES))
         file.seek(max(0, size - END_BYTES))
         return [size, head, zlib.crc32(file.read(END_BYTES))]
-
-
-def steps_of(output_dir: Path) -> dict[int, Path]:
-    """Return the checkpoints of a folder, by their steps."""
-    names = {path: CHECKPOINT.fullmatch(path.name) for path in output_dir.glob("checkpoint-*")}
-    return {int(name[1]): path for path, name in names.items() if name is not None}
-
-
-def drop_older(newest: Path, limit: int, others: Collection[str]) -> None:
-    """Delete all but some checkpoints: first those beyond the newest, of a run before; then by their steps.
-
-    Their times are not looked at: clocks go back, and copies have other ones.
-
-    Args:
-        newest: the one that was just written; it stays.
-        limit: how many stay.
-        others: that stay, whatever their steps.
-    """
-    steps = steps_of(newest.parent)
-    now = next(step for step, path in steps.items() if path == newest)
-    oldest_first = [*(s for s in sorted(steps) if s > now), *(s for s in sorted(steps) if s < now)]
-    stay = {os.path.realpath(path) for path in others}
-    going = [steps[step] for step in oldest_first if os.path.realpath(steps[step]) not in stay]
-    for path in going[: max(0, len(steps) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class Claim:

@@ -16,6 +16,7 @@ from hf_hetero.config import HeteroConfig
 from hf_hetero.trainer import reporting
 from hf_hetero.trainer.checkpoints.checkpoint import Run
 from hf_hetero.trainer.checkpoints.kept_cost_model import keep_cost_model
+from hf_hetero.trainer.checkpoints.removing import discard, newest_first
 from hf_hetero.trainer.checkpoints.resuming import settings_of
 from hf_hetero.trainer.checkpoints.saving import Saving
 from hf_hetero.trainer.checkpoints.taken import Taken, reason_against
@@ -185,8 +186,23 @@ class SavesWhole(Trainer):
         else:
             saving.taken.is_pushed = True
 
+    def _load_best_model(self) -> None:
+        """Load it as Trainer does; delete the others, as Trainer would do next, if it is the only one to stay."""
+        super()._load_best_model()
+        self._drop_all_but_best()
+
+    def _drop_all_but_best(self) -> None:
+        """Delete all checkpoints but the best, where one is to stay, so that none is half removed at any moment."""
+        best = self.state.best_model_checkpoint
+        if self.args.should_save and self.args.save_total_limit == 1 and best is not None and Path(best).exists():
+            for path in newest_first(Path(best).parent):
+                if not path.samefile(best):
+                    discard(path)
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         """End training as Trainer does, which may look for its best model, when nothing is being written any more."""
         with self._run.groups.relaxed():
             self._announce(waits=True)
+        if not self.args.load_best_model_at_end:
+            self._drop_all_but_best()
         return super()._finalize_training(*args, **kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,21 @@ from transformers import TrainingArguments
 
 from hf_hetero.errors import HeteroError
 from hf_hetero.ranks.agreement import raise_together
-from hf_hetero.trainer.checkpoints.checkpoint import INCOMPLETE_FILE, RUN_FILE, Run
-from hf_hetero.trainer.checkpoints.safekeeping import drop_older, seals_of, settle
+from hf_hetero.trainer.checkpoints.checkpoint import Run
+from hf_hetero.trainer.checkpoints.removing import (
+    INCOMPLETE_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    WRITTEN,
+    aside,
+    clear,
+    discard,
+    drop_older,
+    mark,
+    put_back,
+    set_aside,
+)
+from hf_hetero.trainer.checkpoints.safekeeping import seals_of, settle
 from hf_hetero.trainer.checkpoints.taken import Taken
 
 
@@ -123,25 +135,34 @@ class Saving:
 
     @contextmanager
     def _removing(self, folder: Path) -> Iterator[None]:
-        """Return a context that removes a checkpoint whose writing fails."""
+        """Return a context that removes a checkpoint whose writing fails; one of its step that was whole comes back."""
         try:
             yield
         except Exception:
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                # ranks that were not told yet may still write into it
+                discard(folder, stays_marked=self.may_wait)
+                put_back(folder)
             raise
 
     def _drop_older(self, folder: Path, limit: int | None, best: str | None) -> None:
-        if self.args.should_save and limit and limit > 0:
+        if not self.args.should_save:
+            return
+        discard(aside(folder))
+        if limit and limit > 0:
             drop_older(folder, limit, [best] if best is not None else [])
 
 
 def _begin(folder: Path) -> None:
     """Mark a checkpoint as being written, without what an earlier one of this step has left, maybe on other ranks."""
-    if any((folder / name).exists() for name in (RUN_FILE, INCOMPLETE_FILE)):
-        shutil.rmtree(folder)
+    is_left = (folder / INCOMPLETE_FILE).exists()
+    if not is_left and any((folder / name).exists() for name in (RUN_FILE, STATE_FILE)):
+        set_aside(folder)
+        is_left = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INCOMPLETE_FILE).write_text("It is being written, or its writing was cut short.\n", encoding="utf-8")
+    mark(folder, WRITTEN)
+    if is_left:
+        clear(folder)
 
 
 def _finish(folder: Path, run: Run) -> None:

@@ -17,13 +17,8 @@ from hf_hetero import HeteroError
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.data.training_steps import check_order
 from hf_hetero.errors import ConfigError
-from hf_hetero.trainer.checkpoints.checkpoint import (
-    INCOMPLETE_FILE,
-    RUN_FILE,
-    Run,
-    newest_whole,
-    problem_of,
-)
+from hf_hetero.trainer.checkpoints.checkpoint import Run, newest_whole, problem_of
+from hf_hetero.trainer.checkpoints.removing import INCOMPLETE_FILE, RUN_FILE
 from hf_hetero.trainer.checkpoints.resuming import chosen
 from hf_hetero.trainer.checkpoints.safekeeping import END_BYTES
 from hf_hetero.trainer.checkpoints.saving import Saving
@@ -234,7 +229,13 @@ def test_on_the_disk_before_older_ones_go(tmp_path: Path, monkeypatch: pytest.Mo
     marked = events.index(f"{folder / INCOMPLETE_FILE} goes")
     written = {str(path) for path in folder.rglob("*")} | {str(folder), str(tmp_path)}
     assert written <= set(events[:marked])
-    assert events[marked + 1 :] == [str(folder), f"{tmp_path / 'checkpoint-1'} goes"]
+    older = tmp_path / "checkpoint-1"
+    assert events[marked + 1 : marked + 4] == [str(folder), str(older / INCOMPLETE_FILE), str(older)]
+    # what goes is marked on the disk before, until all else is gone
+    gone = events[marked + 4 :]
+    assert all(event.startswith(str(older)) and event.endswith(" goes") for event in gone)
+    assert gone[-1] == f"{older / INCOMPLETE_FILE} goes"
+    assert not older.exists()
 
 
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:

@@ -16,38 +16,7 @@ import pytest
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.trainer.checkpoints import safekeeping
-from hf_hetero.trainer.checkpoints.safekeeping import LOCK_FILE, claim, drop_older, settle
-
-
-def checkpoints(folder: Path, *steps: int) -> dict[int, Path]:
-    found = {step: folder / f"checkpoint-{step}" for step in steps}
-    for step, path in found.items():
-        path.mkdir()
-        os.utime(path, (1e9 - step, 1e9 - step))  # by the clock, the newest are the oldest
-    return found
-
-
-@pytest.mark.parametrize(
-    ("there", "newest", "limit", "kept", "left"),
-    [
-        ((2, 4, 10), 10, 2, (), [4, 10]),
-        ((2, 4, 10), 10, 1, (), [10]),
-        ((2, 4, 10), 10, 5, (), [2, 4, 10]),
-        ((2, 4, 10), 10, 1, (2,), [2, 10]),
-        ((2, 4, 10), 10, 2, (2,), [2, 10]),
-        ((2, 4, 6, 8), 4, 2, (), [2, 4]),  # trained again from 2: 6 and 8 are of the run before
-        ((2, 100), 2, 1, (100,), [2, 100]),
-    ],
-)
-def test_the_newest_stay(
-    tmp_path: Path, there: tuple[int, ...], newest: int, limit: int, kept: tuple[int, ...], left: list[int]
-) -> None:
-    """Which checkpoints stay is a matter of steps, never of clocks; what was just written always stays."""
-    found = checkpoints(tmp_path, *there)
-    (tmp_path / "checkpoint-best").mkdir()
-    drop_older(found[newest], limit, [str(found[step]) for step in kept])
-    assert [step for step in there if found[step].exists()] == left
-    assert (tmp_path / "checkpoint-best").exists()  # no checkpoint of a step
+from hf_hetero.trainer.checkpoints.safekeeping import LOCK_FILE, claim, settle
 
 
 def test_settling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
