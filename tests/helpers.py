@@ -81,6 +81,16 @@ def often(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     return [case if case in chosen else pytest.param(*_tuple(case), marks=pytest.mark.slow) for case in cases]
 
 
+def every_pair(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
+    """Choices of one of each, such that any two choices stand together in one: a Latin square, with repeated rows."""
+    first, second, third = list(first), list(second), list(third)
+    size = max(map(len, (first, second, third)))
+    square = [(a, b, (a + b) % size) for a in range(size) for b in range(size)]
+    return list(
+        dict.fromkeys((first[a % len(first)], second[b % len(second)], third[c % len(third)]) for a, b, c in square)
+    )
+
+
 def _tuple(case: Any) -> tuple[Any, ...]:
     return case if isinstance(case, tuple) else (case,)
 
@@ -89,8 +99,11 @@ def _tuple(case: Any) -> tuple[Any, ...]:
 
 
 PRELOAD = [  # imported once, so that starting a rank takes a fork
-    "hf_hetero.trainer",
+    "hf_hetero.trainer.sft",
     "peft",
+    "pytest",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.utils.serialization.config",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
 ]
