@@ -8,7 +8,9 @@ import multiprocessing as mp
 import os
 import queue
 import random
+import runpy
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -109,6 +111,31 @@ PRELOAD = [  # imported once, so that starting a rank takes a fork
 ]
 
 
+def forked() -> Any:
+    """A context of multiprocessing whose processes are forked from one that has imported what ranks need."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def run_program(script: Path, *arguments: str) -> tuple[int, str]:
+    """Run a script as a program of its own, in a process that was forked; return its status, and all that it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = forked().Process(target=_program, args=(str(script), arguments, str(log)))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text(encoding="utf-8")
+
+
+def _program(script: str, arguments: tuple[str, ...], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
 def run_ranks(
     function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 240, expect_errors: bool = False
 ) -> list[Any]:
@@ -116,8 +143,7 @@ def run_ranks(
 
     With `expect_errors` a rank's exception is its result, and a rank that dies gives None.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forked()
     results: Any = context.Queue()
     ports: Any = context.Queue()
     processes = [

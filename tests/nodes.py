@@ -6,7 +6,6 @@ A node is a process group of its own, started from one that has imported what tr
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from helpers import PRELOAD
+from helpers import forked
 
 ENVIRONMENT = {
     # torch's store for the ranks is made once in the life of an agent, else: who comes back meets what was said before
@@ -85,10 +84,8 @@ class Nodes:
 
     def start(self, number: int) -> Node:
         """Start a node, or start it again."""
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         log = self.folder / f"node-{number}.log"
-        process = context.Process(target=_torchrun, args=(self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}))
+        process = forked().Process(target=_torchrun, args=(self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}))
         process.start()
         self.nodes[number] = Node(process, log)
         return self.nodes[number]
