@@ -14,6 +14,9 @@ OUT ?= outputs/gpu
 DEVICE ?= cuda
 STAGES ?=
 
+# Images of containers often ask for no bytecode: each of a test run's processes would compile the same files again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all check docs gpu install clean
 
 install: $(VENV)/installed

@@ -8,7 +8,9 @@ import multiprocessing as mp
 import os
 import queue
 import random
+import runpy
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -82,6 +84,16 @@ def often(cases: Iterable[Any], *chosen: Any) -> list[Any]:
     return [case if case in chosen else pytest.param(*_tuple(case), marks=pytest.mark.slow) for case in cases]
 
 
+def every_pair(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
+    """Choices of one of each, such that any two choices stand together in one: a Latin square, with repeated rows."""
+    first, second, third = list(first), list(second), list(third)
+    size = max(map(len, (first, second, third)))
+    square = [(a, b, (a + b) % size) for a in range(size) for b in range(size)]
+    return list(
+        dict.fromkeys((first[a % len(first)], second[b % len(second)], third[c % len(third)]) for a, b, c in square)
+    )
+
+
 def _tuple(case: Any) -> tuple[Any, ...]:
     return case if isinstance(case, tuple) else (case,)
 
@@ -90,11 +102,39 @@ def _tuple(case: Any) -> tuple[Any, ...]:
 
 
 PRELOAD = [  # imported once, so that starting a rank takes a fork
-    "hf_hetero.trainer",
+    "hf_hetero.trainer.sft",
     "peft",
+    "pytest",
+    "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.utils.serialization.config",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen3.modeling_qwen3",
 ]
+
+
+def forked() -> Any:
+    """A context of multiprocessing whose processes are forked from one that has imported what ranks need."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
+
+
+def run_program(script: Path, *arguments: str) -> tuple[int, str]:
+    """Run a script as a program of its own, in a process that was forked; return its status, and all that it wrote."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        process = forked().Process(target=_program, args=(str(script), arguments, str(log)))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text(encoding="utf-8")
+
+
+def _program(script: str, arguments: tuple[str, ...], log: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 def run_ranks(
@@ -104,8 +144,7 @@ def run_ranks(
 
     With `expect_errors` a rank's exception is its result, and a rank that dies gives None.
     """
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forked()
     results: Any = context.Queue()
     ports: Any = context.Queue()
     processes = [

@@ -6,7 +6,6 @@ A node is a process group of its own, started from one that has imported what tr
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from helpers import PRELOAD
+from helpers import forked
 
 ENVIRONMENT = {
     # torch's store for the ranks is made once in the life of an agent, else: who comes back meets what was said before
@@ -87,8 +86,7 @@ class Nodes:
 
     def start(self, *numbers: int) -> None:
         """Start nodes, or start them again: none is so late that the others begin without it."""
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forked()
         together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
         for number in numbers:
             log = self.folder / f"node-{number}.log"

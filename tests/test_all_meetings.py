@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers import often
 from transformers import TrainerState
 
 from hf_hetero.errors import CollectiveFailed, HeteroError
@@ -332,7 +333,7 @@ def test_two_faults(num_ranks: int) -> None:
             check(ended, frozenset([first, second]))
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", often([2, 3], 2))
 def test_killed_at_each_exchange(num_ranks: int) -> None:
     """A rank that dies before any exchange of a run: the others say that it has gone."""
     whole, _ = run(num_ranks, frozenset())

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from attention.dense_attention import Case, dense
-from helpers import often, run_ranks
+from helpers import every_pair, often, run_ranks
 
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.contract import Scores, Segments
@@ -100,6 +100,10 @@ def assembled(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
     return [*rows, torch.stack([part[5] for part in parts]).sum(0)]
 
 
+CHOICES = {"any two": every_pair, "any three": product}
+"""Which packs, heads and features are tried together."""
+
+
 def assert_equals_dense(num_ranks: int, cases: list[tuple[str, Case]], ulysses_degree: int) -> None:
     ranks = run_ranks(on_ranks, num_ranks, cases, ulysses_degree)
     expected = {case: dense(case) for _, case in cases}
@@ -111,10 +115,12 @@ def assert_equals_dense(num_ranks: int, cases: list[tuple[str, Case]], ulysses_d
             assert error < 1e-12, (method, case, name, error)
 
 
-@pytest.mark.parametrize("num_ranks", often([2, 4], 4))
-def test_equals_dense_attention(num_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "choices"), often([(2, "any three"), (4, "any two"), (4, "any three")], (4, "any two"))
+)
+def test_equals_dense_attention(num_ranks: int, choices: str) -> None:
     """Every kind of pack, of heads, and of features; ranks without tokens or heads included."""
-    cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in product(PACKS, HEADS, FEATURES)]
+    cases = [(m, case_of(*key)) for m in METHODS[num_ranks] for key in CHOICES[choices](PACKS, HEADS, FEATURES)]
     assert_equals_dense(num_ranks, cases, 2)
 
 
@@ -152,6 +158,18 @@ def test_equals_dense_attention_on_eight_ranks() -> None:
 
 def doubled_window(cases: list[tuple[str, Case]], ulysses_degree: int) -> list[list[torch.Tensor]]:
     return on_ranks([(method, replace(case, window=2 * (case.window or 1))) for method, case in cases], ulysses_degree)
+
+
+def test_any_two_choices_are_tried_together() -> None:
+    """In the cases of each run: every pack with every kind of heads, with every feature, and these with each other."""
+    cases = every_pair(PACKS, HEADS, FEATURES)
+    for found, expected in (
+        ({(pack, heads) for pack, heads, _ in cases}, product(PACKS, HEADS)),
+        ({(pack, features) for pack, _, features in cases}, product(PACKS, FEATURES)),
+        ({(heads, features) for _, heads, features in cases}, product(HEADS, FEATURES)),
+    ):
+        assert found == set(expected)
+    assert len(cases) < len(PACKS) * len(HEADS) * len(FEATURES) / 4
 
 
 def test_a_wrong_window_is_noticed() -> None:

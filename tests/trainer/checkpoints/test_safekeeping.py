@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers import forked
 
 from hf_hetero.errors import ConfigError
 from hf_hetero.trainer.checkpoints import safekeeping
@@ -34,21 +35,27 @@ def test_settling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         settle([tmp_path / "file"])
 
 
-OTHER = """
-import pathlib, sys, time
-from hf_hetero.trainer.checkpoints.safekeeping import claim
-mine = claim(pathlib.Path(sys.argv[1]), saves=sys.argv[2] == "saves")
-print("claimed" if mine is not None else "no", flush=True)
-time.sleep(60)
-"""
+def hold(folder: Path, saves: bool, tell: Any) -> None:
+    mine = claim(folder, saves=saves)
+    tell.send(mine is not None)
+    time.sleep(60)
 
 
-def other_run(folder: Path, saves: bool) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OTHER, str(folder), "saves" if saves else "looks"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "claimed\n"
-    return process
+@contextmanager
+def other_run(folder: Path, saves: bool) -> Iterator[Any]:
+    """Another process that has claimed the folder, until the block ends."""
+    context = forked()
+    told, tell = context.Pipe(duplex=False)
+    other = context.Process(target=hold, args=(folder, saves, tell))
+    other.start()
+    tell.close()
+    try:
+        with told:
+            assert told.recv()
+        yield other
+    finally:
+        other.kill()
+        other.join()
 
 
 def test_two_runs_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -58,7 +65,7 @@ def test_two_runs_in_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
             claim(tmp_path, saves=True)
         assert claim(tmp_path, saves=False) is None
         assert "Another run trains into" in caplog.text
-        other.send_signal(signal.SIGKILL)
+        other.kill()
     mine = claim(tmp_path, saves=True)
     assert mine is not None
     assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
@@ -77,10 +84,9 @@ def test_a_run_that_is_ending_is_waited_for(tmp_path: Path) -> None:
 
 def test_a_run_that_saves_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """It does no harm that a word would not do for."""
-    with other_run(tmp_path, saves=False) as other:
+    with other_run(tmp_path, saves=False):
         assert claim(tmp_path, saves=True) is None
         assert "Give each its own output_dir" in caplog.text
-        other.kill()
 
 
 def test_readers_hold_no_claim(tmp_path: Path) -> None:
