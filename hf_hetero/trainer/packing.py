@@ -17,8 +17,9 @@ from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
-from hf_hetero.images.families import mutual_of, sight_of, why_blind
+from hf_hetero.images.families import mutual_of, why_blind
 from hf_hetero.images.features import merging_part
+from hf_hetero.images.reading import sight_of
 from hf_hetero.images.sight import Sight
 from hf_hetero.images.towers import TextRates, Towers, towers_of
 from hf_hetero.manners.manner import Manner

@@ -57,6 +57,8 @@ MORE = (
     "aya-vision",
 )
 MORE += ("cohere2-vision", "idefics3", "lfm2-vl")
+MOST = ("llama4", "llava-onevision", "idefics2", "paddleocr-vl", "ovis2", "deepseek-vl", "deepseek-vl-hybrid")
+MOST += ("lighton-ocr", "exaone-4.5", "ernie-4.5-vl", "kimi-k2.5", "got-ocr2", "qianfan-ocr")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -150,6 +152,12 @@ def test_pictures_are_learnt_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", ["smolvlm", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
 def test_more_models_learn_the_same(name: str) -> None:
     """On two ranks: with experts, with tiles that are pictures of their own, with frames, with shapes."""
+    check(name, 2)
+
+
+@pytest.mark.parametrize("name", ["llama4", *(pytest.param(n, marks=pytest.mark.slow) for n in MOST[1:])])
+def test_most_models_learn_the_same(name: str) -> None:
+    """On two ranks: with a projector behind what is cut, with latents, with two sizes of a picture, with experts of images."""
     check(name, 2)
 
 

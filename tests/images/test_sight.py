@@ -9,23 +9,24 @@ from typing import Any
 import pytest
 import torch
 from seers import IMAGE, SEEING
-from sights import joined, rows_with_images, seeing_model
+from sights import OF_IMAGES, OF_TOKENS, features_of, joined, rows_with_images, seeing_model
 
 from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample
-from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.families import why_blind
 from hf_hetero.images.features import merging_part
+from hf_hetero.images.reading import sight_of
 from hf_hetero.images.sight import Sight
 
 FRAMES = ("pixel_values", "pixel_attention_mask")
-INPUTS = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "pixel_values_videos"})
-INPUTS |= {"image_position_ids", "token_type_ids", "pixel_attention_mask", "spatial_shapes"}
+INPUTS = frozenset({*OF_IMAGES, *OF_TOKENS, "pixel_values_videos"})
 
 
 def sight(name: str) -> Sight:
     model: Any = seeing_model(name)
-    has_positions, kind = name.startswith(("qwen", "glm")), type(merging_part(model))
+    kind = type(merging_part(model))
+    has_positions = hasattr(kind, "get_rope_index")
     found = sight_of(model, build(shrunk(model.config), "meta", kind) if has_positions else None)  # pyright: ignore
     assert found is not None
     return found
@@ -65,7 +66,7 @@ def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
     """By the real tower, from its config alone."""
     model, found = seeing_model(name), sight(name)
     images = {key: values for key, values in found.stand_in.items() if key in found.inputs}
-    model.model.get_image_features(**images, return_dict=True)
+    features_of(model, images)
 
 
 def test_images_are_told_apart() -> None:

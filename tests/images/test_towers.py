@@ -9,10 +9,11 @@ import pytest
 import torch
 from helpers import with_lora
 from seers import MOST_PATCHES, SEEING
-from sights import image_of, joined, rows_with_images, seeing_model
+from sights import features_of, image_of, joined, rows_with_images, seeing_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_hetero.images.families import side_of, sight_of
+from hf_hetero.images.families import side_of
+from hf_hetero.images.reading import sight_of
 from hf_hetero.images.towers import TextRates, towers_of
 
 TEXT = TextRates(forward=10.0, training=30.0, again=8.0)
@@ -29,7 +30,7 @@ def counted(model: Any, images: dict[str, torch.Tensor]) -> tuple[int, int]:
     """Operations of products with weights, and of those between patches, as torch counts them in a forward pass."""
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.model.get_image_features(**images, return_dict=True)
+        features_of(model, images)
     found = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     pairs = found.pop("aten.bmm", 0)
     return sum(found.values()), pairs
