@@ -24,6 +24,8 @@ MARKED = ("qwen2", "qwen3", "glm", "gemma4", "paddleocr_vl", "ernie4_5_vl_moe")
 OF_TOKENS = ("mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids")
 OF_IMAGES = ("pixel_values", "image_grid_thw", "image_sizes", "image_position_ids", "pixel_attention_mask")
 OF_IMAGES += ("spatial_shapes", "batch_num_images", "high_res_pixel_values")
+UNCAST = ("llama4", "deepseek-vl-hybrid", "kimi-k2.5")
+"""Whose towers take pixels in the type of their own weights only."""
 SIZES = [(20, 24), (16, 24), (4, 8), (24, 12), (12, 20)]
 """Heights and widths of images, in pixels."""
 LENGTHS = [40, 3, 17, 1, 9, 5, 28, 64, 2, 11, 7, 33, 21, 4, 13, 50, 6, 1, 19, 8, 5, 26, 3, 12]
@@ -179,6 +181,14 @@ def joined(images: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
             start += len(x)
         found[key] = whole
     return found
+
+
+def in_double_too(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with their pixels in fp64."""
+    return [
+        {key: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in row.items()}
+        for row in rows
+    ]
 
 
 def filled_up(values: torch.Tensor, height: int, width: int) -> torch.Tensor:

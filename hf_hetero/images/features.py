@@ -21,6 +21,8 @@ READY = "mm_encoder_outputs"
 """The keyword under which models of transformers take the features of images."""
 TOWERS: Mapping[str, str] = MappingProxyType({"llama4": "vision_model"})
 """Type of a model whose projector comes after what it takes ready -> its tower."""
+CASTING = ("got_ocr2",)
+"""Types whose models change the type of pixels before they encode them, not as they do."""
 DEEP = "deepstack_features"
 """Features that are added to later layers, as in Qwen3-VL (arXiv:2406.04334): one for each of these layers."""
 
@@ -75,6 +77,8 @@ class _CutLate:
     @torch.compiler.disable
     def enter(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._rows = kwargs.get(IMAGE_ROWS)
+        if self._rows is not None and not len(self._rows):
+            kwargs = _typed(kwargs, model)
         return args, {name: values for name, values in kwargs.items() if name != IMAGE_ROWS}
 
     @torch.compiler.disable
@@ -94,12 +98,25 @@ def _encode(part: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         for name, values in kwargs.items()
         if name in accepted and values is not None and isinstance(values, torch.Tensor)
     }
+    if not len(rows) or part.config.model_type in CASTING:
+        images = _typed(images, part)
     encoded = part.get_image_features(**images, return_dict=True)
     encoded.pooler_output = _of_rows(encoded.pooler_output, rows)
     if (deep := getattr(encoded, DEEP, None)) is not None:
         setattr(encoded, DEEP, [_of_rows(features, rows) for features in deep])
     others = {name: values for name, values in kwargs.items() if name not in images and name != IMAGE_ROWS}
     return args, {**others, READY: {"image": encoded}}
+
+
+def _typed(inputs: dict[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """Return inputs with fractions in the type of a model's first weight, as where a model itself sees to it.
+
+    Images that stand in have the type of no row, and some towers take none but their own.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return {
+        name: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in inputs.items()
+    }
 
 
 def _of_rows(features: torch.Tensor | Sequence[torch.Tensor], rows: torch.Tensor) -> Any:

@@ -23,7 +23,7 @@ from helpers import (
     with_lora,
 )
 from seers import IMAGE, LOOKS_AHEAD
-from sights import all_in_double, reference, rows_with_images, seeing_model
+from sights import UNCAST, all_in_double, in_double_too, reference, rows_with_images, seeing_model
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.context import AttentionContext
@@ -75,6 +75,7 @@ def train(name: str, lora: bool, changes: dict[str, Any]) -> dict[str, Any]:
     model, data = model_of(name, lora), rows_with_images(name)
     if "fsdp" in changes:
         shard_on_cpu()
+    data = in_double_too(data) if name in UNCAST else data
     with all_in_double(model):
         return trained(model, data, **changes)
 
