@@ -115,7 +115,7 @@ def image_of(model: Any, size: tuple[int, int], generator: torch.Generator) -> d
 def features_of(model: Any, images: dict[str, torch.Tensor]) -> Any:
     """What a tower makes of images."""
     if model.config.model_type == "llama4":
-        return model.get_image_features(**images, return_dict=True).last_hidden_state
+        return model.multi_modal_projector(model.get_image_features(**images, return_dict=True).last_hidden_state)
     return model.model.get_image_features(**images, return_dict=True).pooler_output
 
 

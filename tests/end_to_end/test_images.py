@@ -42,6 +42,9 @@ LAYERS = {  # accelerate does not find all that transformers names of these
     "glm-4.1v": {},
     "internvl": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "InternVLVisionLayer"]},
     "smolvlm": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "SmolVLMEncoderLayer"]},
+    "llama4": {"transformer_layer_cls_to_wrap": ["Llama4TextDecoderLayer", "Llama4VisionEncoderLayer"]},
+    "ernie-4.5-vl": {},
+    "ovis2": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "Ovis2VisionEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
@@ -169,14 +172,14 @@ def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD, *MOST])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm", "llama4", "ovis2"])
 def test_with_lora(name: str) -> None:
     """Adapters in the language model and in the tower."""
     check(name, 2, lora=True)
