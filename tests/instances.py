@@ -47,6 +47,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "step3p7": {"text_config": {"sliding_window": 512}},
+    **{name: {"image_token_index": 1} for name in ("blip-2", "instructblip", "instructblipvideo")},
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": 128}},
+    "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "udop": {"decoder_start_token_id": 0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -74,6 +77,8 @@ def config_of(model_type: str) -> Any:
                 setattr(part, name, 0.0)
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False
+        if hasattr(part, "encoder_hidden_size") and hasattr(config, "vision_config"):
+            part.encoder_hidden_size = config.vision_config.hidden_size  # which few heads have made narrower
         part._experts_implementation = "eager"  # torch's grouped product knows no fp64
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True

@@ -1,7 +1,7 @@
 """Which models of transformers are exact: `python benchmarks/checks/measure_models.py --results FILE [--types A B]`.
 
 Of every type that transformers loads as a causal language model, or as one of images and text, a tiny instance is
-trained two steps on text: by plain Trainer on one process, each sample alone; and by HeteroTrainer on two ranks, under
+trained two steps on text, or where it takes no text alone, on rows that have an image each: by plain Trainer on one process, each sample alone; and by HeteroTrainer on two ranks, under
 plans of mixed degrees that use each method. Both compute in fp64, whatever type a model asks for in between, and their
 weights are compared:
 
@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from instances import KINDS, model_of
 from models_page import WHOLE, table
+from row_images import IMAGES, num_before, with_image
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
@@ -76,7 +77,8 @@ class ScriptedTrainer(HeteroTrainer):
 
     def _plan_source(self) -> PlanSource:
         def plan(lengths: Sequence[int]) -> Plan:
-            step = steps_of(self.model).index(tuple(lengths))
+            before = num_before(getattr(self.model, "config"))  # noqa: B009
+            step = steps_of(self.model).index(tuple(length - before for length in lengths))
             groups = [[Group(ranks, samples, method or "ulysses") for ranks, samples, method in m] for m in PLANS[step]]
             return Plan(2, tuple(MicroBatch(tuple(m)) for m in groups), seconds=1.0, lower_bound_s=1.0)
 
@@ -103,7 +105,8 @@ def rows(model: Any, extras: Sequence[str]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for length in (length for step in steps_of(model) for length in step):
         ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
-        found.append({"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}})
+        row: dict[str, Any] = {"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}}
+        found.append(with_image(model, row, generator))
     return found
 
 
@@ -114,11 +117,17 @@ def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         tensors = [torch.tensor(example[name]) for example in examples]
         return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    batch = {name: padded(name, -100 if name == "labels" else 0) for name in examples[0]}
-    if len(examples) == 1:
+    batch = {name: padded(name, -100 if name == "labels" else 0) for name, x in examples[0].items() if is_text(x)}
+    batch |= {name: torch.cat([one[name] for one in examples]) for name in set(examples[0]) - set(batch)}
+    if len(examples) == 1 or "input_ids" not in batch:  # a mask would be of what an encoder is given
         return batch
     lengths = torch.tensor([len(example["labels"]) for example in examples])
     return {**batch, "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+
+
+def is_text(values: Any) -> bool:
+    """Return whether a row's values are of tokens; those of images are tensors."""
+    return isinstance(values, list)
 
 
 def trained(
@@ -160,10 +169,10 @@ def takes_divisor(model: Any) -> bool:
 
     Else plain Trainer adds up the means of its batches: then all samples of a step are one batch.
     """
-    ids = torch.tensor([rows(model, ())[0]["input_ids"]])
+    batch = as_batch(rows(model, ())[:1])
     try:
         with torch.no_grad(), InDouble():
-            mean, sum_ = (model(ids, labels=ids, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
+            mean, sum_ = (model(**batch, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
     except Exception:  # it knows no such keyword, or needs others than these
         return getattr(model, "accepts_loss_kwargs", True)
     return getattr(model, "accepts_loss_kwargs", True) and not torch.isclose(mean, sum_)
@@ -250,7 +259,7 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:
             [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)
-    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": ""}
+    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": "", "with_images": model_type in IMAGES}
     found |= {"result": "stock cannot", "why": stock_error}
     if plain is not None:
         with tempfile.TemporaryDirectory() as folder:
