@@ -28,6 +28,7 @@ QWEN4 = {
 }
 GLM = {"head_dim": 128, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
 BY_KIND = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+OPT = {"text_config": {"model_type": "opt", "word_embed_proj_dim": 256}}  # as wide as a few heads
 SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to be built, or to be small
     "blt": {"num_hidden_layers": 2},
     "cpmant": {"init_std": 0.02, "dim_ff": 48},  # by default so steep that two steps lose half of all digits
@@ -47,7 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "step3p7": {"text_config": {"sliding_window": 512}},
-    **{name: {"image_token_index": 1} for name in ("blip-2", "instructblip", "instructblipvideo")},
+    **{name: {**OPT, "image_token_index": 1} for name in ("blip-2", "instructblip")},
+    "instructblipvideo": {**OPT, "video_token_index": 1},
     "pp_formulanet": {"vision_config": {"decoder_hidden_size": 128}},
     "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "udop": {"decoder_start_token_id": 0},

@@ -66,7 +66,9 @@ IMAGES: dict[str, Callable[[Any, int, torch.Generator], dict[str, torch.Tensor]]
 
 def num_before(config: Any) -> int:
     """Return how many tokens an image takes the place of."""
-    return getattr(config, BEFORE[config.model_type]) if config.model_type in BEFORE else 0
+    if (kind := config.model_type) not in BEFORE:
+        return 0
+    return getattr(config, BEFORE[kind]) * (FRAMES if kind == "instructblipvideo" else 1)
 
 
 def with_image(model: Any, row: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:

@@ -40,6 +40,8 @@ MISSING: Mapping[str, str] = MappingProxyType(
     }
 )
 """Type of a model -> what is in the way of sharing out its images."""
+OWN_EXPERTS = frozenset({"ernie4_5_vl_moe"})
+"""Types with experts for tokens of images, which are not called where a rank has none of these tokens."""
 OF_TEXT = "token_type_ids"
 """What says of each token whether it is of an image (1), as Gemma 3's processor gives it, or of an answer (1), as
 PaliGemma's does."""
@@ -56,7 +58,8 @@ def why_blind(model: Any) -> str:
     if kind in MISSING:
         return f"nor images by a model of type {kind!r}: {MISSING[kind]}"
     if kind not in KINDS:
-        return f"{', '.join(sorted(KINDS))} can, and a model of type {kind!r} was not compared with plain training yet"
+        known = "hf_hetero/images/README.md lists those that were"
+        return f"a model of type {kind!r} was not compared with plain training yet; {known}"
     if getattr(model.config, "vision_config", None) is None:
         return "its config has no vision_config"
     if merging_part(model) is None and cut_late(model) is None:
