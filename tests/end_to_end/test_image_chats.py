@@ -13,55 +13,16 @@ import pytest
 import torch.distributed as dist
 from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, scripted, trainer_order
 from PIL import Image
+from processors import BEGIN, END, PROCESSORS, WORDS, processor
 from seers import IMAGE
-from sights import all_in_double, reference, seeing_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, Gemma3Processor, LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from sights import OF_IMAGES, OF_TOKENS, UNCAST, all_in_double, in_double_too, reference, seeing_model
 
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning import ImageChats, counted_chats
 from hf_hetero.fine_tuning.image_chats import with_images
 
-TEMPLATE = (
-    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<image>"
-    "{% elif m.role == 'assistant' %}{% generation %}{{ part.text }} </s>{% endgeneration %}"
-    "{% else %} {{ part.text }} {% endif %}{% endfor %}{% endfor %}"
-)
-BEGIN, END = 92, 93
-"""Tokens that Gemma 3's processor puts around those of an image."""
-WORDS = [f"w{n}" for n in range(3, 90)]
 NUM_ROWS = 16
-
-
-def processor(name: str = "llava") -> Any:
-    """One word a token, images of few pixels, as the tiny models of the tests have them."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: 3 + n for n, word in enumerate(WORDS)}, "<image>": IMAGE}
-    vocabulary |= {"<begin>": BEGIN, "<end>": END}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"},
-    )
-    if name == "gemma3":
-        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-        template = TEMPLATE.replace("<image>", "<begin>")
-        return Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
-    size = {"height": 4, "width": 4}
-    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=2,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
 
 
 def say(length: int, seed: int) -> str:
@@ -90,9 +51,8 @@ def rows_of(chats: list[dict[str, Any]], assistant_only: bool, name: str = "llav
     collate, rows = ImageChats(processor(name), assistant_only), []
     for chat in chats:
         batch = collate([chat])
-        of_tokens = ("input_ids", "labels", "token_type_ids")
-        lists = {key: batch[key][0].tolist() for key in of_tokens if key in batch}
-        rows.append({**lists, **{name: batch[name] for name in ("pixel_values",) if name in batch}})
+        lists = {key: batch[key][0].tolist() for key in ("input_ids", "labels", *OF_TOKENS) if key in batch}
+        rows.append({**lists, **{key: batch[key] for key in OF_IMAGES if key in batch}})
     return rows
 
 
@@ -192,7 +152,7 @@ def recipe_on_rank(folder: str, world: int, caches: str) -> dict[str, Any]:
     return run_recipe(folder, world)
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PROCESSORS if n != "llava")])
 def test_the_recipe_learns_from_a_folder(name: str, tmp_path: Path) -> None:
     """Two ranks, plans that cut images: gradients are those of each row alone, to fp32's rounding."""
     folder_of(tmp_path)
@@ -264,7 +224,7 @@ def train_under_trl(folder: str, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("name", PROCESSORS)
 def test_trl_learns_from_images(name: str, tmp_path: Path) -> None:
     """Its own collator makes tokens and inputs of the tower as rows are read; the loss is its own."""
     pytest.importorskip("trl")
