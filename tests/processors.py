@@ -19,7 +19,6 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.ovis2.image_processing_pil_ovis2 import Ovis2ImageProcessorPil
 from transformers.models.paddleocr_vl.image_processing_pil_paddleocr_vl import PaddleOCRVLImageProcessorPil
 from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.pixtral.processing_pixtral import PixtralProcessor
 
 TEMPLATE = (
     "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}PLACE"
@@ -74,12 +73,6 @@ def _gemma3() -> Any:
     return transformers.Gemma3Processor(images, words, chat_template=template("<begin>"), image_seq_length=16)
 
 
-def _mistral3() -> Any:
-    images = PixtralImageProcessorPil(size={"longest_edge": 12}, patch_size={"height": 2, "width": 2})
-    words = tokenizer("[IMG_BREAK]", "[IMG_END]", image_token="[IMG]")
-    return PixtralProcessor(images, words, 2, 2, chat_template=template("[IMG]"))
-
-
 def _lighton_ocr() -> Any:
     images = PixtralImageProcessorPil(size={"longest_edge": 12}, patch_size={"height": 2, "width": 2})
     words = tokenizer(image_break_token="<break>", image_end_token="<end>")
@@ -121,7 +114,6 @@ PROCESSORS: dict[str, Callable[[], Any]] = {
     "llava": _llava,
     "gemma3": _gemma3,
     "llava-next": _llava_next,
-    "mistral3": _mistral3,
     "lighton-ocr": _lighton_ocr,
     "deepseek-vl": _deepseek_vl,
     "deepseek-vl-hybrid": _deepseek_vl_hybrid,
