@@ -1,9 +1,9 @@
 """Which models of transformers are exact: `python benchmarks/checks/measure_models.py --results FILE [--types A B]`.
 
 Of every type that transformers loads as a causal language model, or as one of images and text, a tiny instance is
-trained two steps on text, or where it takes no text alone, on rows that have an image each: by plain Trainer on one process, each sample alone; and by HeteroTrainer on two ranks, under
-plans of mixed degrees that use each method. Both compute in fp64, whatever type a model asks for in between, and their
-weights are compared:
+trained two steps on text, or where it takes no text alone, on rows that have an image each: by plain Trainer on one
+process, each sample alone; and by HeteroTrainer on two ranks, under plans of mixed degrees that use each method. Both
+compute in fp64, whatever type a model asks for in between, and their weights are compared:
 
     exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or, under
                     1e-6, less than 10 times what plain Trainer differs from itself with torch's attention, all samples

@@ -10,7 +10,10 @@ from typing import Any
 
 import transformers
 
-TITLES = {"text": "Causal language models", "images": "Models of images and text, on text, or where they take none alone, with an image in every row"}
+TITLES = {
+    "text": "Causal language models",
+    "images": "Models of images and text, on text, or where they take none alone, with an image in every row",
+}
 WHOLE = "whole samples: "
 """How the words begin that say why ranks go over whole samples."""
 PREFACE = """# Which models are exact

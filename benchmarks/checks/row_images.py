@@ -81,7 +81,10 @@ def with_image(model: Any, row: dict[str, Any], generator: torch.Generator) -> d
     images = IMAGES[kind](config, len(row["input_ids"]), generator)
     if "input_ids" not in inspect.signature(model.forward).parameters:  # its text is what it is to say
         del row["input_ids"]
-    return {**row, **{name: values.double() if values.is_floating_point() else values for name, values in images.items()}}
+    return {
+        **row,
+        **{name: values.double() if values.is_floating_point() else values for name, values in images.items()},
+    }
 
 
 def _side(config: Any) -> int:

@@ -51,7 +51,6 @@ WITHOUT_CLASS = ("vipllava", "llama4")
 """Types of models that leave it out, whatever their config says."""
 
 
-
 def why_blind(model: Any) -> str:
     """Say in words why rows with images are refused; "" where they are not."""
     kind = model.config.model_type

@@ -76,7 +76,7 @@ def sizes_of(config: Any, kind: str) -> PixelSizes | TileSizes:
         side=side_of(vision.image_size),
         patches=side_of(vision.image_size) // side_of(vision.patch_size),
         pinpoints=pinpoints,
-        most=None if aspect is None else int(aspect.strip("anyres_max_")),
+        most=None if aspect is None else int(aspect.removeprefix("anyres_max_")),
     )
 
 

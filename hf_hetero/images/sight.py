@@ -115,7 +115,7 @@ class Sight:
         return self._by_places(images, name) if PLACES in images else self._by_patches(images, name)
 
     def _whole(self, images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
-        """Tell pictures apart, by what each becomes; those that are not cut into tiles because they are several stay."""
+        """Tell pictures apart, by what each becomes; but not those that are several, and so are not cut into tiles."""
         num = len(images[PIXELS])
         tensors = {key: values for key, values in images.items() if key != NUMBERS}
         if images[PIXELS].ndim < 4 or any(len(values) != num for values in tensors.values()):

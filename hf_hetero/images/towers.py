@@ -40,8 +40,10 @@ from hf_hetero.images.reading import sizes_of
 from hf_hetero.images.sight import GRID, PIXELS
 from hf_hetero.images.sizes import SIZES, TileSizes
 
-JOINING = ("merger", "downsample", "projector", "connector", "embed_vision", "aligner", "resampler_model")
-JOINING += ("vision_adapter", "vision_projection", "head_linear", "visual_embeddings_table")
+JOINING = (
+    *("merger", "downsample", "projector", "connector", "embed_vision", "aligner", "resampler_model"),
+    *("vision_adapter", "vision_projection", "head_linear", "visual_embeddings_table"),
+)
 """What weights are called that are multiplied with the tokens that images become; others of a tower meet patches."""
 LOOKED_UP = ("position", "cls_token", "mask_token", "pos_emb")
 """What weights are called that are added to patches, or stand among them."""

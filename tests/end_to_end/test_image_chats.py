@@ -15,7 +15,7 @@ from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, sc
 from PIL import Image
 from processors import BEGIN, END, PROCESSORS, WORDS, processor
 from seers import IMAGE
-from sights import OF_IMAGES, OF_TOKENS, UNCAST, all_in_double, in_double_too, reference, seeing_model
+from sights import OF_IMAGES, OF_TOKENS, all_in_double, reference, seeing_model
 
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import HeteroError
@@ -152,7 +152,9 @@ def recipe_on_rank(folder: str, world: int, caches: str) -> dict[str, Any]:
     return run_recipe(folder, world)
 
 
-@pytest.mark.parametrize("name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PROCESSORS if n != "llava")])
+@pytest.mark.parametrize(
+    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PROCESSORS if n != "llava")]
+)
 def test_the_recipe_learns_from_a_folder(name: str, tmp_path: Path) -> None:
     """Two ranks, plans that cut images: gradients are those of each row alone, to fp32's rounding."""
     folder_of(tmp_path)

@@ -29,7 +29,7 @@ from hf_hetero import HeteroTrainer
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import BadSample
-from hf_hetero.images import features
+from hf_hetero.images import features, pictures
 from hf_hetero.images.positions import RotaryPositions
 from hf_hetero.layout import layout_of
 
@@ -43,7 +43,6 @@ LAYERS = {  # accelerate does not find all that transformers names of these
     "internvl": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "InternVLVisionLayer"]},
     "smolvlm": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "SmolVLMEncoderLayer"]},
     "llama4": {"transformer_layer_cls_to_wrap": ["Llama4TextDecoderLayer", "Llama4VisionEncoderLayer"]},
-    "ernie-4.5-vl": {},
     "ovis2": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "Ovis2VisionEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
@@ -161,7 +160,7 @@ def test_more_models_learn_the_same(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama4", *(pytest.param(n, marks=pytest.mark.slow) for n in MOST[1:])])
 def test_most_models_learn_the_same(name: str) -> None:
-    """On two ranks: with a projector behind what is cut, with latents, with two sizes of a picture, with experts of images."""
+    """On two ranks: a projector behind what is cut, latents, two sizes of a picture, experts of images."""
     check(name, 2)
 
 
@@ -194,6 +193,14 @@ def test_sharded_towers(name: str, num_ranks: int) -> None:
 
 
 @pytest.mark.slow
+def test_experts_of_images_are_not_sharded() -> None:
+    """Ernie's are called where there are tokens of images: ranks without would leave the others waiting under FSDP2."""
+    changes = {"fsdp": True, "fsdp_config": SHARDED}
+    for error in run_ranks(train, 2, "ernie-4.5-vl", False, changes, expect_errors=True):
+        assert "its experts of images are called where there are any" in str(error)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3-vl", "gemma3"])
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_with_layers_computed_again(name: str, use_reentrant: bool) -> None:
@@ -210,6 +217,21 @@ def train_wrongly(mistake: str) -> dict[str, Any]:
         setattr(  # noqa: B010
             RotaryPositions, "of", lambda self, ids, *_: torch.arange(len(ids))[:, None].expand(-1, 3)
         )
+    elif mistake == "filling is looked at":
+        join = pictures._joined
+        pictures._joined = lambda name, tensors: (
+            torch.ones_like(join(name, tensors)) if name == pictures.MASK else join(name, tensors)
+        )
+        return train("idefics2", False, {})
+    elif mistake == "a tower counted twice":
+        cut = features._of_rows
+
+        def doubled(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            kept = cut(values, rows)
+            return 2 * kept - kept.detach()
+
+        features._of_rows = doubled
+        return train("llama4", False, {})
     elif mistake == "looking back only":
         AttentionContext.is_mutual = lambda self, window: False
         return train("gemma3", False, {})
@@ -230,6 +252,16 @@ def test_mistakes_are_seen(mistake: str) -> None:
     """Positions that count as those of text, and a tower whose gradients two ranks both count, are no rounding."""
     [found, _] = run_ranks(train_wrongly, 2, mistake)
     assert error_of(found, expected_of("qwen3-vl")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mistake"), [("idefics2", "filling is looked at"), ("llama4", "a tower counted twice")]
+)
+def test_mistakes_of_others_are_seen(name: str, mistake: str) -> None:
+    """Pictures that see what fills them up, and a tower before a projector whose gradients two ranks both count."""
+    [found, _] = run_ranks(train_wrongly, 2, mistake)
+    assert error_of(found, expected_of(name)) > 1e-3
 
 
 @pytest.mark.slow

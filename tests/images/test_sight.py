@@ -80,7 +80,7 @@ def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
 
 
 def test_images_are_told_apart() -> None:
-    """By their grids or sizes; those of LLaVA-OneVision that are not cut into tiles because they are two stay together."""
+    """By their grids or sizes; those of LLaVA-OneVision that are two, and so not cut into tiles, stay together."""
     nums = {}
     for name in ("qwen3-vl", "llava", "llava-next", "llava-onevision", "idefics2", "gemma4", "lfm2-vl", "smolvlm"):
         seen = packer(name).sample(rows_with_images(name)[2], "row 2").seen  # with two images
