@@ -1,13 +1,16 @@
-"""What a row has beside text, of types that can be trained only where every row has an image."""
+"""The samples that models are trained on: of text, with an image each where a type takes no text alone."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+LEFT = frozenset({"cpmant"})  # types that expect padding on the left: samples of one length need none
+STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
+"""Tokens of the samples of each step."""
 SIDE, FRAMES, PATCHES = 224, 4, 8
 BEFORE = {"blip-2": "num_query_tokens", "instructblip": "num_query_tokens", "instructblipvideo": "num_query_tokens"}
 BEFORE |= {"kosmos-2": "latent_query_num"}
@@ -91,3 +94,39 @@ def _side(config: Any) -> int:
     vision = getattr(config, "vision_config", None) or getattr(config, "encoder", config)
     side = getattr(vision, "image_size", None) or SIDE
     return side if isinstance(side, int) else side[0]
+
+
+def steps_of(model: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of the samples of each step."""
+    return tuple((max(step) - 9,) * len(step) for step in STEPS) if model.config.model_type in LEFT else STEPS
+
+
+def rows(model: Any, extras: Sequence[str]) -> list[dict[str, Any]]:
+    """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
+    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config(decoder=True).vocab_size
+    found: list[dict[str, Any]] = []
+    for length in (length for step in steps_of(model) for length in step):
+        ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
+        row: dict[str, Any] = {"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}}
+        found.append(with_image(model, row, generator))
+    return found
+
+
+def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Make a batch, padded on the right; of one sample, without a mask."""
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        tensors = [torch.tensor(example[name]) for example in examples]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+    batch = {name: padded(name, -100 if name == "labels" else 0) for name, x in examples[0].items() if is_text(x)}
+    batch |= {name: torch.cat([one[name] for one in examples]) for name in set(examples[0]) - set(batch)}
+    if len(examples) == 1 or "input_ids" not in batch:  # a mask would be of what an encoder is given
+        return batch
+    lengths = torch.tensor([len(example["labels"]) for example in examples])
+    return {**batch, "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
+
+
+def is_text(values: Any) -> bool:
+    """Return whether a row's values are of tokens; those of images are tensors."""
+    return isinstance(values, list)
