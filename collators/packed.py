@@ -23,7 +23,7 @@ from hf_hetero.model.loss import IGNORE_INDEX, num_targets
 from hf_hetero.samples.rows import PACKED_COLUMN
 from hf_hetero.step import RankMicroBatch, StepBatch, StepExamples
 
-MARKS_OF_TEXT = frozenset({KINDS})
+MARKS_OF_TEXT = frozenset({KINDS, f"moe_{KINDS}"})
 """Inputs that are 0 for a token of text, which some models that see images want in training."""
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ QWEN4 = {
 }
 GLM = {"head_dim": 128, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]}}
 BY_KIND = {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}
+OPT = {"text_config": {"model_type": "opt", "word_embed_proj_dim": 256}}  # as wide as a few heads
 SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to be built, or to be small
     "blt": {"num_hidden_layers": 2},
     "cpmant": {"init_std": 0.02, "dim_ff": 48},  # by default so steep that two steps lose half of all digits
@@ -47,6 +48,10 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what a type's default config lacks to
     "qwen4_exp": {"text_config": QWEN4},
     "qwen4_exp_text": QWEN4,
     "step3p7": {"text_config": {"sliding_window": 512}},
+    **{name: {**OPT, "image_token_index": 1} for name in ("blip-2", "instructblip")},
+    "instructblipvideo": {**OPT, "video_token_index": 1},
+    "pp_formulanet": {"vision_config": {"decoder_hidden_size": 128}},
+    "vision-encoder-decoder": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "udop": {"decoder_start_token_id": 0},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -74,6 +79,8 @@ def config_of(model_type: str) -> Any:
                 setattr(part, name, 0.0)
         if getattr(part, "output_router_logits", False):
             part.output_router_logits = False
+        if hasattr(part, "encoder_hidden_size") and hasattr(config, "vision_config"):
+            part.encoder_hidden_size = config.vision_config.hidden_size  # which few heads have made narrower
         part._experts_implementation = "eager"  # torch's grouped product knows no fp64
     if hasattr(config, "is_decoder") and not config.is_encoder_decoder:
         config.is_decoder = True

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from helpers import EXPERTS, MIXED_LAYERS, TINY
+from helpers import EXPERTS, MIXED_LAYERS, MLA, TINY
 from hybrids import DELTA, HALF
 from hybrids import MOE as DELTA_MOE
 
 IMAGE = 90
 """The token that features of images take the place of."""
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+ERNIE_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 PATCHED = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
 PATCHED |= {"patch_size": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
 PICTURED = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -32,6 +33,10 @@ MOST_PATCHES = 128
 """That images of Gemma 4 are filled up to."""
 IDS = {"image_token_id": IMAGE, "video_token_id": 91, "boi_token_id": 92, "eoi_token_id": 93, "audio_token_id": 94}
 IDS |= {"boa_token_id": 95, "eoa_token_index": 96}
+RESAMPLER = {"resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 8}
+RESAMPLER |= {"num_key_value_heads": 1}
+SAM = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 16, "output_channels": 8}
+SAM |= {"patch_size": 2, "image_size": 8, "window_size": 2, "global_attn_indexes": [1]}
 LOOKS_AHEAD = ("gemma3", "gemma4", "paligemma")
 """Of these, those whose tokens look at each other."""
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # text, tower, and what joins them
@@ -140,5 +145,76 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {**TINY, "model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
         {**PICTURED, "model_type": "siglip2_vision_model", "num_patches": 16, "vision_use_head": False},
         {"image_token_id": IMAGE, "projector_hidden_size": 16},
+    ),
+    "llama4": (
+        "Llama4",
+        {**TINY, "num_local_experts": 4, "attention_chunk_size": 8, "intermediate_size_mlp": 48, "head_dim": 8},
+        {**PICTURED, "image_size": 8, "intermediate_size": 64, "vision_output_dim": 32}
+        | {"projector_input_dim": 32, "projector_output_dim": 32},
+        {"image_token_index": IMAGE, "boi_token_index": 92, "eoi_token_index": 93},
+    ),
+    "llava-onevision": (
+        "LlavaOnevision",
+        {**TINY, "model_type": "qwen2"},
+        {**SIGLIP, "image_size": 4},
+        {"image_token_index": IMAGE, "image_grid_pinpoints": [[4, 8], [8, 4], [8, 8], [8, 16]]}
+        | {"vision_aspect_ratio": "anyres_max_2"},
+    ),
+    "idefics2": (
+        "Idefics2",
+        {**TINY, "model_type": "mistral"},
+        {**PICTURED, "image_size": 24},
+        {"image_token_id": IMAGE, "perceiver_config": {**RESAMPLER, "hidden_size": 32}},
+    ),
+    "paddleocr-vl": (
+        "PaddleOCRVL",
+        {**TINY, **MROPE, "head_dim": 8},
+        {**PICTURED, "image_size": 8, "spatial_merge_size": 2},
+        TOKENS,
+    ),
+    "ovis2": (
+        "Ovis2",
+        {**TINY, "model_type": "qwen2"},
+        {**PICTURED, "image_size": 8, "hidden_stride": 2, "vocab_size": 40, "num_visual_indicator_tokens": 2},
+        {"image_token_id": IMAGE, "visual_indicator_token_ids": [92, 93], "vocab_size": 97, "hidden_size": 32},
+    ),
+    "deepseek-vl": ("DeepseekVL", LLAMA, SIGLIP, {"image_token_id": IMAGE}),
+    "deepseek-vl-hybrid": (
+        "DeepseekVLHybrid",
+        LLAMA,
+        {**SIGLIP, "image_size": 4},
+        {"image_token_id": IMAGE, "high_res_vision_config": SAM},
+    ),
+    "lighton-ocr": (
+        "LightOnOcr",
+        {**TINY, "model_type": "qwen3"},
+        {**PICTURED, "model_type": "pixtral", "head_dim": 8, "image_size": 24},
+        {"image_token_id": IMAGE, "spatial_merge_size": 2},
+    ),
+    "exaone-4.5": (
+        "Exaone4_5_",
+        {**TINY, "model_type": "exaone4", "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+        {**PATCHED, "num_key_value_heads": 1, "fullatt_block_indexes": [1], "window_size": 8},
+        {"image_token_id": IMAGE, "video_token_id": 91},
+    ),
+    "ernie-4.5-vl": (
+        "Ernie4_5_VLMoe",
+        {**TINY, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16], "moe_num_shared_experts": 1}
+        | {"mlp_layer_types": ["dense", "sparse"], "rope_parameters": ERNIE_ROPE},
+        {key: number for key, number in PATCHED.items() if key != "temporal_patch_size"},
+        {**TOKENS, "image_start_token_id": 92, "image_end_token_id": 93},
+    ),
+    "kimi-k2.5": (
+        "Kimi_K25",
+        {**TINY, **MLA, **EXPERTS, "model_type": "deepseek_v3", "first_k_dense_replace": 1},
+        {**PICTURED, "pos_emb_height": 8, "pos_emb_width": 8, "pos_emb_time": 1},
+        {"image_token_id": IMAGE, "video_token_id": 91, "projection_hidden_size": 16},
+    ),
+    "got-ocr2": ("GotOcr2", {**TINY, "model_type": "qwen2"}, {**SAM, "image_size": 16}, {"image_token_index": IMAGE}),
+    "qianfan-ocr": (
+        "QianfanOCR",
+        {**TINY, "model_type": "qwen3"},
+        {**PICTURED, "image_size": [8, 8], "patch_size": [2, 2], "drop_path_rate": 0.0},
+        {"image_token_id": IMAGE},
     ),
 }

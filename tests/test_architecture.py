@@ -105,7 +105,7 @@ DOORS = {  # third-party package -> the only rooms that may import it
         "data.streams.loaders",
         "data.loader",
         "data.evaluation_loader",
-        "images.towers",
+        "images.sizes",
         "model.activations",
         "model.classes.labelled",
         "model.wrapped",

@@ -1,9 +1,9 @@
 """Which models of transformers are exact: `python benchmarks/checks/measure_models.py --results FILE [--types A B]`.
 
 Of every type that transformers loads as a causal language model, or as one of images and text, a tiny instance is
-trained two steps on text: by plain Trainer on one process, each sample alone; and by HeteroTrainer on two ranks, under
-plans of mixed degrees that use each method. Both compute in fp64, whatever type a model asks for in between, and their
-weights are compared:
+trained two steps on text, or where it takes no text alone, on rows that have an image each: by plain Trainer on one
+process, each sample alone; and by HeteroTrainer on two ranks, under plans of mixed degrees that use each method. Both
+compute in fp64, whatever type a model asks for in between, and their weights are compared:
 
     exact           they differ by rounding, relative to how far training has moved them: by less than 1e-9, or, under
                     1e-6, less than 10 times what plain Trainer differs from itself with torch's attention, all samples
@@ -46,16 +46,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from instances import KINDS, model_of
 from models_page import WHOLE, table
+from samples_to_train import IMAGES, STEPS, as_batch, num_before, rows, steps_of
 
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.checks.in_double import InDouble
 from hf_hetero.data.plan_ahead import PlanSource
 
-LEFT = frozenset({"cpmant"})  # types that expect padding on the left: samples of one length need none
 EXTRAS: dict[str, tuple[str, ...]] = {"paligemma": ("token_type_ids",)}
 """What a type's processor says of each token, and a plan needs; of text alone, that all look at each other."""
-STEPS = ((11, 1, 6, 23, 9, 14, 3, 30), (17, 2, 28, 5, 8, 21, 12, 4))
-"""Tokens of the samples of each step."""
 MOST_WAITING = 300
 """Seconds in which no process of a type computes, before it counts as one that hangs."""
 PLANS = (
@@ -76,7 +74,8 @@ class ScriptedTrainer(HeteroTrainer):
 
     def _plan_source(self) -> PlanSource:
         def plan(lengths: Sequence[int]) -> Plan:
-            step = steps_of(self.model).index(tuple(lengths))
+            before = num_before(getattr(self.model, "config"))  # noqa: B009
+            step = steps_of(self.model).index(tuple(length - before for length in lengths))
             groups = [[Group(ranks, samples, method or "ulysses") for ranks, samples, method in m] for m in PLANS[step]]
             return Plan(2, tuple(MicroBatch(tuple(m)) for m in groups), seconds=1.0, lower_bound_s=1.0)
 
@@ -90,35 +89,6 @@ class Scripted:
         self.plan = self.static = plan
         self.improve = lambda plan, _: plan
         self.close = lambda: None
-
-
-def steps_of(model: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the tokens of the samples of each step."""
-    return tuple((max(step) - 9,) * len(step) for step in STEPS) if model.config.model_type in LEFT else STEPS
-
-
-def rows(model: Any, extras: Sequence[str]) -> list[dict[str, Any]]:
-    """Make the samples, all of whose tokens are learned; with zeros for inputs that tell images from text."""
-    generator, vocab = torch.Generator().manual_seed(0), model.config.get_text_config(decoder=True).vocab_size
-    found: list[dict[str, Any]] = []
-    for length in (length for step in steps_of(model) for length in step):
-        ids = torch.randint(min(3, vocab - 1), vocab, (length,), generator=generator).tolist()
-        found.append({"input_ids": ids, "labels": ids, **{name: [0] * length for name in extras}})
-    return found
-
-
-def as_batch(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Make a batch, padded on the right; of one sample, without a mask."""
-
-    def padded(name: str, value: int) -> torch.Tensor:
-        tensors = [torch.tensor(example[name]) for example in examples]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-    batch = {name: padded(name, -100 if name == "labels" else 0) for name in examples[0]}
-    if len(examples) == 1:
-        return batch
-    lengths = torch.tensor([len(example["labels"]) for example in examples])
-    return {**batch, "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long()}
 
 
 def trained(
@@ -160,10 +130,10 @@ def takes_divisor(model: Any) -> bool:
 
     Else plain Trainer adds up the means of its batches: then all samples of a step are one batch.
     """
-    ids = torch.tensor([rows(model, ())[0]["input_ids"]])
+    batch = as_batch(rows(model, ())[:1])
     try:
         with torch.no_grad(), InDouble():
-            mean, sum_ = (model(ids, labels=ids, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
+            mean, sum_ = (model(**batch, num_items_in_batch=n).loss for n in (None, torch.tensor(1)))
     except Exception:  # it knows no such keyword, or needs others than these
         return getattr(model, "accepts_loss_kwargs", True)
     return getattr(model, "accepts_loss_kwargs", True) and not torch.isclose(mean, sum_)
@@ -250,7 +220,7 @@ def measured(model_type: str, kind: str, seconds: int) -> dict[str, Any]:
     for extra in ("mm_token_type_ids", "token_type_ids"):
         if plain is None and f"`{extra}`" in stock_error:
             [[plain, stock_error, _]] = called([(stock, model_type, kind, (extra,))], seconds)
-    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": ""}
+    found: dict[str, Any] = {"type": model_type, "kind": kind, "class": "", "with_images": model_type in IMAGES}
     found |= {"result": "stock cannot", "why": stock_error}
     if plain is not None:
         with tempfile.TemporaryDirectory() as folder:

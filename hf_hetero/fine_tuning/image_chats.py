@@ -40,10 +40,12 @@ class ImageChats:
         """Return a batch, padded on the right where rows differ in length.
 
         Raises:
-            HeteroError: a row has no messages, or other images than its messages have room for.
+            HeteroError: a row has no messages, or other images than its messages have room for; or the processor says
+                of tokens of images that the assistant says them.
         """
+        chats = [with_images(row.get("messages"), images_of(row)) for row in rows]
         batch = self.processor.apply_chat_template(
-            [with_images(row.get("messages"), images_of(row)) for row in rows],
+            chats,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
@@ -53,7 +55,8 @@ class ImageChats:
         labels = batch["input_ids"].clone()
         # Gemma 3's processor gives one name to the token that begins an image, and another to those of the image
         of_images = {self.processor.image_token_id, *getattr(self.processor, "image_token_ids", ())} - {None}
-        labels[torch.isin(labels, torch.tensor(sorted(of_images))) | (batch["attention_mask"] == 0)] = IGNORE_INDEX
+        is_image = torch.isin(labels, torch.tensor(sorted(of_images)))
+        labels[is_image | (batch["attention_mask"] == 0)] = IGNORE_INDEX
         if self.assistant_only:
             said = torch.as_tensor(batch.pop("assistant_masks"))
             if not said.any(dim=1).all():
@@ -61,8 +64,19 @@ class ImageChats:
                     "the chat template does not mark what the assistant says, so assistant_only_loss would learn "
                     "nothing. Put {% generation %} before it and {% endgeneration %} after it."
                 )
+            if (is_image & (said != 0)).any() and not any(map(_shows_images, chats)):
+                raise HeteroError(
+                    f"{type(self.processor).__name__} does not know where the assistant speaks: it marks tokens of "
+                    "images, so assistant_only_loss would learn others than are said. Set it to false."
+                )
             labels[said == 0] = IGNORE_INDEX
         return {**batch, "labels": labels}
+
+
+def _shows_images(chat: Sequence[Mapping[str, Any]]) -> bool:
+    """Return whether the assistant itself has images in a chat."""
+    said = (part for message in chat if message["role"] == "assistant" for part in message["content"])
+    return any(part["type"] == "image" for part in said)
 
 
 def images_of(row: Mapping[str, Any]) -> list[Any]:

@@ -36,10 +36,12 @@ class Picture:
     Args:
         inputs: of the tower; those of several pictures are joined along their first dim.
         num_tokens: whose place its features take.
+        fills: it may be filled up to the size of another, which its tower leaves out again.
     """
 
     inputs: Mapping[str, torch.Tensor]
     num_tokens: int
+    fills: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +100,11 @@ def joined_inputs(pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
     if len(names) > 1:
         one, other, *_ = sorted(names)
         raise BadSample(f"Some images have {sorted({*one} ^ {*other})}, others have not. Make them with one processor.")
-    if MASK in pictures[0].inputs and len(sizes := {picture.inputs[MASK].shape[2:] for picture in pictures}) > 1:
+    if (
+        MASK in pictures[0].inputs
+        and not pictures[0].fills
+        and len(sizes := {picture.inputs[MASK].shape[2:] for picture in pictures}) > 1
+    ):
         raise BadSample(
             f"Frames of images are of sizes {sorted(map(tuple, sizes))}, and models take one size at a time. Make them "
             "with one processor that cuts images into frames."

@@ -12,6 +12,7 @@ from hf_hetero.errors import BadSample
 from hf_hetero.images.mutual import MutualTokens
 from hf_hetero.images.pictures import MASK, NO_PLACE, PLACES, Picture, Seen, joined_inputs
 from hf_hetero.images.positions import RotaryPositions
+from hf_hetero.images.sizes import NUMBERS, SIZES, PixelSizes, TileSizes
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 SHAPES = "spatial_shapes"
@@ -28,10 +29,12 @@ class Sight:
         inputs: of the tower, all of which a row with images has.
         merged: patches of an image that become one token, where images are rows of patches, or pixels of a frame; None:
             where they are pictures of one size, or of several, of which the model knows how many tokens they become.
-        whole: tokens that a picture becomes, where all are of one size; None: it is not known.
+        whole: tokens that a picture becomes, where all become as many.
         stand_in: inputs of the tower that take the least time.
         positions: makes positions of samples with images; None: they count from 0, as those of text.
         mutual: which tokens look at each other; None: all look back.
+        sizes: tokens that pictures become by their sizes, where each has its own.
+        beside: tokens around those of images, which the model has features for, too, where there are images.
     """
 
     token: int
@@ -42,6 +45,8 @@ class Sight:
     positions: RotaryPositions | None = field(default=None, repr=False)
     mutual: MutualTokens | None = None
     whole: int | None = None
+    sizes: PixelSizes | TileSizes | None = None
+    beside: frozenset[int] = frozenset()
 
     @property
     def mutual_in_windows(self) -> bool:
@@ -70,6 +75,8 @@ class Sight:
                 found[key] = torch.as_tensor(values)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise BadSample(f"{name}: {key} is no tensor, and no lists of one shape. {REMEDY}") from error
+        if NUMBERS in self.inputs and NUMBERS not in found and SIZES in found:  # as models take it: each by itself
+            found[NUMBERS] = torch.ones(len(found[SIZES]), dtype=torch.int64)
         if found and (missing := [key for key in self.inputs if key not in found]):
             raise BadSample(f"{name} has {sorted(found)} and no {', '.join(missing)}. {REMEDY}")
         return found
@@ -90,6 +97,8 @@ class Sight:
         if not images:
             if num_tokens:
                 raise BadSample(f"{name} has {num_tokens} tokens of images ({self.token}) and no {PIXELS}. {REMEDY}")
+            if found := self.beside & set(input_ids.tolist()):
+                raise BadSample(f"{name} has tokens {sorted(found)}, which stand around images, and no image. {REMEDY}")
             return None
         pictures = self._pictures(images, num_tokens, name)
         if (expected := sum(picture.num_tokens for picture in pictures)) != num_tokens or not num_tokens:
@@ -99,11 +108,34 @@ class Sight:
         return Seen(pictures, is_image)
 
     def _pictures(self, images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
-        if self.merged is None:
-            return _whole(images, num_tokens, self.whole, name)
         if MASK in images:
             return self._by_shapes(images, name) if SHAPES in images else self._frames(images, name)
+        if self.merged is None:
+            return self._whole(images, num_tokens, name)
         return self._by_places(images, name) if PLACES in images else self._by_patches(images, name)
+
+    def _whole(self, images: Mapping[str, torch.Tensor], num_tokens: int, name: str) -> tuple[Picture, ...]:
+        """Tell pictures apart, by what each becomes; but not those that are several, and so are not cut into tiles."""
+        num = len(images[PIXELS])
+        tensors = {key: values for key, values in images.items() if key != NUMBERS}
+        if images[PIXELS].ndim < 4 or any(len(values) != num for values in tensors.values()):
+            shapes = {key: tuple(values.shape) for key, values in images.items()}
+            raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of images. {REMEDY}")
+        if self.sizes is None:
+            count = num_tokens // num if self.whole is None else self.whole
+            return tuple(Picture({key: values[n : n + 1] for key, values in images.items()}, count) for n in range(num))
+        numbers: list[int] = images[NUMBERS].flatten().tolist() if NUMBERS in images else [1] * num
+        if sum(numbers) != num:
+            raise BadSample(f"{name} has {num} images, and {NUMBERS} of {sum(numbers)}. {REMEDY}")
+        found, start, sides = list[Picture](), 0, images[SIZES].long().reshape(-1, 2).tolist()
+        for number in numbers:
+            part = {key: values[start : start + number] for key, values in tensors.items()}
+            if NUMBERS in images:
+                part[NUMBERS] = torch.tensor([number])
+            sizes: list[tuple[int, int]] = [(height, width) for height, width in sides[start : start + number]]
+            found.append(Picture(part, sum(self.sizes.tokens(sizes, alone=number == 1))))
+            start += number
+        return tuple(found)
 
     def _by_places(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
         """Tell images apart that are filled up to as many patches; those with a place are an image's own."""
@@ -133,8 +165,10 @@ class Sight:
         )
 
     def _frames(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
-        """Tell the frames of a sample's pictures apart, which all have one size; those of zeros only fill it up."""
-        assert self.merged is not None
+        """Tell the frames of a sample's pictures apart, which all have one size; those of zeros only fill it up.
+
+        Where frames are pictures that become as many tokens each, they may be filled up to another size.
+        """
         pixels, mask = images[PIXELS], images[MASK]
         if pixels.ndim == 4 and mask.ndim == 3:  # of one row of a batch
             pixels, mask = pixels[None], mask[None]
@@ -142,32 +176,21 @@ class Sight:
             shapes = {key: tuple(values.shape) for key, values in images.items()}
             raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of frames. {REMEDY}")
         pixels, mask = pixels.flatten(0, 1), mask.flatten(0, 1)
-        tokens = pixels.shape[2] * pixels.shape[3] // self.merged
-        parts = zip(pixels.split(1), mask.split(1), strict=True)
-        return tuple(Picture({PIXELS: part[None], MASK: own[None]}, tokens) for part, own in parts if part.any())
+        tokens = self.whole or pixels.shape[2] * pixels.shape[3] // (self.merged or 1)
+        parts, fills = zip(pixels.split(1), mask.split(1), strict=True), self.whole is not None
+        return tuple(Picture({PIXELS: part[None], MASK: own[None]}, tokens, fills) for part, own in parts if part.any())
 
     def _by_patches(self, images: Mapping[str, torch.Tensor], name: str) -> tuple[Picture, ...]:
         """Tell images apart whose patches stand one after the other; their grids say how many each has."""
         assert self.merged is not None
         grids, patches = images[GRID].long().reshape(-1, 3), images[PIXELS]
         counts: list[int] = grids.prod(-1).tolist()
-        if patches.ndim != 2 or sum(counts) != len(patches):
+        if patches.ndim != self.stand_in[PIXELS].ndim or sum(counts) != len(patches):
             raise BadSample(
                 f"{name} has {PIXELS} of shape {tuple(patches.shape)}, and {GRID} of {sum(counts)} patches. {REMEDY}"
             )
         parts = zip(patches.split(counts), grids.split(1), strict=True)
         return tuple(Picture({PIXELS: part, GRID: grid}, len(part) // self.merged) for part, grid in parts)
-
-
-def _whole(images: Mapping[str, torch.Tensor], num_tokens: int, whole: int | None, name: str) -> tuple[Picture, ...]:
-    """Tell pictures apart, where each becomes as many tokens; else leave those of a sample together."""
-    num = len(images[PIXELS])
-    if images[PIXELS].ndim < 4 or any(len(values) != num for values in images.values()):
-        shapes = {key: tuple(values.shape) for key, values in images.items()}
-        raise BadSample(f"{name} has images of shapes {shapes}; each begins with the number of images. {REMEDY}")
-    if len(images) > 1 or (whole is None and num_tokens % num):  # sizes of their own
-        return (Picture(images, num_tokens),)
-    return tuple(Picture({PIXELS: image}, whole or num_tokens // num) for image in images[PIXELS].split(1))
 
 
 def all_inputs(seen: Seen) -> dict[str, torch.Tensor]:

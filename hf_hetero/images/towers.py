@@ -29,7 +29,6 @@ from hf_hetero.images.families import (
     PATCHES,
     PLACED,
     SHAPED,
-    SIZES,
     TILES,
     merged_side,
     side_of,
@@ -37,12 +36,21 @@ from hf_hetero.images.families import (
     whole_tokens,
 )
 from hf_hetero.images.pictures import MASK, NO_PLACE, PLACES
+from hf_hetero.images.reading import sizes_of
 from hf_hetero.images.sight import GRID, PIXELS
+from hf_hetero.images.sizes import SIZES, TileSizes
 
-JOINING = ("merger", "downsample", "projector", "connector", "embed_vision")
+JOINING = (
+    *("merger", "downsample", "projector", "connector", "embed_vision", "aligner", "resampler_model"),
+    *("vision_adapter", "vision_projection", "head_linear", "visual_embeddings_table"),
+)
 """What weights are called that are multiplied with the tokens that images become; others of a tower meet patches."""
-LOOKED_UP = ("position", "cls_token", "mask_token")
+LOOKED_UP = ("position", "cls_token", "mask_token", "pos_emb")
 """What weights are called that are added to patches, or stand among them."""
+OF_TEXT = ("language_model", "vision_moe")
+"""What weights of the language model have in their names."""
+UNCOUNTED = ("idefics2", "deepseek_vl_hybrid", "got_ocr2")
+"""Types whose towers have parts that nobody counts: latents that look at patches, and relative places of patches."""
 
 
 class ImageSize(NamedTuple):
@@ -72,8 +80,7 @@ class ImageSizes:
         window: patches along a side of a window; 0: there are none.
         patch: pixels along a side of a patch.
         whole: of a picture, or a tile, where all have one size; None: each has its own.
-        tile: pixels along a side of a tile.
-        pinpoints: heights and widths that tiles may fill together.
+        tiles: that pictures are cut into; None: none.
     """
 
     kind: str
@@ -82,8 +89,7 @@ class ImageSizes:
     window: int = 0
     patch: int = 1
     whole: ImageSize | None = None
-    tile: int = 0
-    pinpoints: tuple[tuple[int, int], ...] = ()
+    tiles: TileSizes | None = None
 
     @property
     def told_by(self) -> str:
@@ -110,19 +116,22 @@ class ImageSizes:
                 patches = len(is_own)  # those that fill it up are computed, too
                 yield ImageSize(patches, int(is_own.sum()) // self.merged**2, patches**2)
         else:
-            for size in np.asarray(values).reshape(-1, 3 if self.kind == PATCHES else 2).tolist():
-                yield from self._of_size(size)
+            sizes = np.asarray(values).reshape(-1, 3 if self.kind == PATCHES else 2).tolist()
+            for size in sizes:
+                yield from self._of_size(size, alone=len(sizes) == 1)
 
     def pictures_of(self, input_ids: Any) -> range:
         """Return a stand-in for as many pictures of one size as a row's tokens say."""
         assert self.whole is not None
         return range(int((np.asarray(input_ids) == self.token).sum()) // self.whole.tokens)
 
-    def _of_size(self, size: list[int]) -> Iterator[ImageSize]:
+    def _of_size(self, size: list[int], alone: bool) -> Iterator[ImageSize]:
         """Give the sizes of an image by its frames, rows and columns of patches, or by its height and width."""
-        if self.kind == TILES:
+        if self.tiles is not None:
             assert self.whole is not None
-            yield from [self.whole] * self._num_tiles(size)
+            height, width = size
+            is_cut = alone or self.tiles.most is None
+            yield from [self.whole] * (self.tiles.num_tiles((height, width)) if is_cut else 1)
             return
         frames, rows, columns = size if self.kind == PATCHES else (1, *(pixels // self.patch for pixels in size))
         patches = frames * rows * columns
@@ -131,12 +140,6 @@ class ImageSizes:
         ]
         in_windows = frames * sum(a * b for a, b in product(*windows)) if self.window else 0
         yield ImageSize(patches, patches // self.merged**2, frames * (rows * columns) ** 2, in_windows)
-
-    def _num_tiles(self, size: list[int]) -> int:
-        """Count the tiles of a picture, itself as a whole included, as its model counts them."""
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        return image_size_to_num_patches(size, [list(pinpoint) for pinpoint in self.pinpoints], self.tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +226,12 @@ def towers_of(model: Any, text: TextRates) -> Towers:
     Args:
         model: of a type that `families.KINDS` has, on any device, with weights that are whole.
         text: operations of a token of text; whether layers are computed again, it says for those of the tower, too.
+
+    Raises:
+        ValueError: one whose towers are not counted.
     """
+    if (kind := model.config.model_type) in UNCOUNTED:
+        raise ValueError(f"towers of type {kind!r} are not counted")
     vision = model.config.vision_config
     num_all, num_in_windows = _num_layers(vision)
     weights = dict(_weights(model))
@@ -260,8 +268,8 @@ def _training(weights: Iterable[torch.Tensor], goes_back: bool) -> float:
 def _weights(model: Any) -> Iterator[tuple[torch.Tensor, bool]]:
     """Give the weights of towers, and whether tokens, not patches, are multiplied with them."""
     for name, module in model.named_modules():
-        is_seen = any(part in name for part in ("vis", "projector", "connector")) and "language_model" not in name
-        if not is_seen or isinstance(module, torch.nn.Embedding):
+        is_seen = any(part in name for part in ("vis", *JOINING)) and not any(part in name for part in OF_TEXT)
+        if not is_seen or (isinstance(module, torch.nn.Embedding) and not any(part in name for part in JOINING)):
             continue
         for own, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1 and not any(part in own for part in LOOKED_UP):
@@ -288,15 +296,13 @@ def _sizes(config: Any) -> ImageSizes:
     """Return how images of a model say their sizes."""
     vision, kind, token = config.vision_config, KINDS[config.model_type], config.image_token_id
     if kind == PATCHES:
-        window = (getattr(vision, "window_size", None) or 0) // vision.patch_size
-        in_window = window - window % vision.spatial_merge_size
-        return ImageSizes(kind, token, vision.spatial_merge_size, in_window)
+        window, merged = (getattr(vision, "window_size", None) or 0) // side_of(vision.patch_size), merged_side(config)
+        return ImageSizes(kind, token, merged, window - window % merged)
     if kind in (PLACED, SHAPED):
         return ImageSizes(kind, token, merged_side(config))
     if vision.model_type == "pixtral":
         return ImageSizes(kind, token, getattr(config, "spatial_merge_size", 1), patch=vision.patch_size)
-    size = side_of(vision.image_size)
-    pinpoints = tuple((height, width) for height, width in getattr(config, "image_grid_pinpoints", None) or ())
     patches = whole_patches(config)
     whole = ImageSize(patches, whole_tokens(config), patches**2)
-    return ImageSizes(kind, token, 1, whole=whole, tile=size, pinpoints=pinpoints)
+    tiles = sizes_of(config, kind) if kind == TILES else None
+    return ImageSizes(kind, token, 1, whole=whole, tiles=tiles if isinstance(tiles, TileSizes) else None)

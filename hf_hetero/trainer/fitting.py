@@ -191,11 +191,11 @@ def fit(trainer: Trainer, hetero: HeteroConfig, manner: Manner | None = None) ->
         interface.register()
         # Liger brings a loss of its own; a compiler sees through no lazy tensor
         has_lazy_logits = hetero.chunked_loss and not args.use_liger_kernel and not args.torch_compile
-        head = _fit(base, has_lazy_logits, manner, undone)
+        head = _fit(trainer.model, has_lazy_logits, manner, undone)
         if manner.outside_loss:
             undone.callback(OutsideLoss(trainer.model, base, manner.aligned).remove)  # pyright: ignore[reportArgumentType]
         frozen: Any = getattr(trainer, "ref_model", None)  # TRL's name
-        reference = None if frozen is None else _fit(base_model(frozen), has_lazy_logits, manner, undone)
+        reference = None if frozen is None else _fit(frozen, has_lazy_logits, manner, undone)
         if not manner.whole:
             logger.info("Attention %r with kernel %r.", interface.ATTENTION_NAME, kernel.name)
         own_loss.check_trainer(trainer, kernel)
@@ -244,14 +244,16 @@ def _router_loss(trainer: Trainer, base: Any, last_step: bool) -> RouterLoss:
     return RouterLoss(base, coefficient, last_step)
 
 
-def _fit(base: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) -> LeanHead | None:
+def _fit(wrapped: Any, has_lazy_logits: bool, manner: Manner, undone: ExitStack) -> LeanHead | None:
     """Set attention, rotary tables, loss and head of a model; return its head, if it can do without whole logits."""
+    base = base_model(wrapped)
     if not manner.whole:  # whole samples are computed as transformers does
         before = _attention_of(base)
         undone.callback(base.set_attn_implementation, before)
         name = interface.ATTENTION_NAME
         base.set_attn_implementation(dict.fromkeys(before, name) if isinstance(before, dict) else name)
-        for hooks in (HandedDown, TablesBySample, FeaturesOfSpans, CausalLayers, PositionsBySample):
+        undone.callback(FeaturesOfSpans(base, wrapped).remove)
+        for hooks in (HandedDown, TablesBySample, CausalLayers, PositionsBySample):
             undone.callback(hooks(base).remove)
     if getattr(base, "loss_function", None) is ForSequenceClassificationLoss:
         loss.install(base, ForSequenceClassificationLoss, loss.token_scores)

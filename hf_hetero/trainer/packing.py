@@ -17,8 +17,9 @@ from hf_hetero.collators.classes import Classes
 from hf_hetero.collators.limits import limits_of
 from hf_hetero.config import HeteroConfig
 from hf_hetero.errors import UnsupportedModel
-from hf_hetero.images.families import mutual_of, sight_of, why_blind
+from hf_hetero.images.families import OWN_EXPERTS, mutual_of, why_blind
 from hf_hetero.images.features import merging_part
+from hf_hetero.images.reading import sight_of
 from hf_hetero.images.sight import Sight
 from hf_hetero.images.towers import TextRates, Towers, towers_of
 from hf_hetero.manners.manner import Manner
@@ -67,6 +68,8 @@ def fitting_packer(
     base = base_model(trainer.model)
     masks_first = getattr(trainer, "padding_free", False)  # TRL's collator does
     blind = why_blind(base) or (manner.whole and "its samples go whole, which was not tried with images")
+    if not blind and fitted.sharding.is_sharded and base.config.model_type in OWN_EXPERTS:
+        blind = "its experts of images are called where there are any, and ranks that share weights wait for each other"
     if not blind and mutual_of(base.config) is not None and not fitted.kernel.has_lse:
         blind = NO_LSE.format(fitted.kernel.name).rstrip(".")
     sight, inputs = None if blind else _sight_of(base), signature

@@ -13,55 +13,18 @@ import pytest
 import torch.distributed as dist
 from helpers import Recorder, ScriptedPlanner, largest_difference, run_ranks, scripted, trainer_order
 from PIL import Image
+from processors import BEGIN, END, PROCESSORS, WORDS, processor
 from seers import IMAGE
-from sights import all_in_double, reference, seeing_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, Gemma3Processor, LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from sights import OF_IMAGES, OF_TOKENS, UNCAST, all_in_double, reference, seeing_model
 
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import HeteroError
 from hf_hetero.fine_tuning import ImageChats, counted_chats
 from hf_hetero.fine_tuning.image_chats import with_images
 
-TEMPLATE = (
-    "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' %}<image>"
-    "{% elif m.role == 'assistant' %}{% generation %}{{ part.text }} </s>{% endgeneration %}"
-    "{% else %} {{ part.text }} {% endif %}{% endfor %}{% endfor %}"
-)
-BEGIN, END = 92, 93
-"""Tokens that Gemma 3's processor puts around those of an image."""
-WORDS = [f"w{n}" for n in range(3, 90)]
+MISLED = ("idefics2",)
+"""Whose processors mark other tokens than the assistant says."""
 NUM_ROWS = 16
-
-
-def processor(name: str = "llava") -> Any:
-    """One word a token, images of few pixels, as the tiny models of the tests have them."""
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{word: 3 + n for n, word in enumerate(WORDS)}, "<image>": IMAGE}
-    vocabulary |= {"<begin>": BEGIN, "<end>": END}
-    plain = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        extra_special_tokens={"image_token": "<image>", "boi_token": "<begin>", "eoi_token": "<end>"},
-    )
-    if name == "gemma3":
-        images = Gemma3ImageProcessorPil(size={"height": 16, "width": 16})
-        template = TEMPLATE.replace("<image>", "<begin>")
-        return Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=16)
-    size = {"height": 4, "width": 4}
-    images = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False)
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=2,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    )
 
 
 def say(length: int, seed: int) -> str:
@@ -90,9 +53,8 @@ def rows_of(chats: list[dict[str, Any]], assistant_only: bool, name: str = "llav
     collate, rows = ImageChats(processor(name), assistant_only), []
     for chat in chats:
         batch = collate([chat])
-        of_tokens = ("input_ids", "labels", "token_type_ids")
-        lists = {key: batch[key][0].tolist() for key in of_tokens if key in batch}
-        rows.append({**lists, **{name: batch[name] for name in ("pixel_values",) if name in batch}})
+        lists = {key: batch[key][0].tolist() for key in ("input_ids", "labels", *OF_TOKENS) if key in batch}
+        rows.append({**lists, **{key: batch[key] for key in OF_IMAGES if key in batch}})
     return rows
 
 
@@ -107,6 +69,22 @@ def test_rows_are_what_the_template_says() -> None:
         hidden = len(row["input_ids"]) - said if assistant_only else 4
         assert row["labels"] == [-100] * hidden + row["input_ids"][hidden:]
         assert row["pixel_values"].shape == (1, 3, 4, 4)
+
+
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name not in MISLED])
+def test_processors_know_where_the_assistant_speaks(name: str) -> None:
+    """The last words of each chat, and no other, whatever its images have become."""
+    for chat, row in zip(chats(), rows_of(chats(), True, name), strict=True):
+        said = len(chat["messages"][1]["content"].split()) + 1
+        assert row["labels"] == [-100] * (len(row["labels"]) - said) + row["input_ids"][-said:]
+
+
+@pytest.mark.parametrize("name", MISLED)
+def test_a_processor_that_does_not_is_refused(name: str) -> None:
+    """Its marks are off by what its images have become: all words are learned, or nothing."""
+    with pytest.raises(HeteroError, match="does not know where the assistant speaks"):
+        rows_of(chats(), True, name)
+    assert len(rows_of(chats(), False, name)) == NUM_ROWS
 
 
 def test_rows_say_which_tokens_look_at_each_other() -> None:
@@ -149,7 +127,7 @@ def folder_of(folder: Path) -> Path:
     return folder / "chats.jsonl"
 
 
-def run_recipe(folder: str, world: int) -> dict[str, Any]:
+def run_recipe(folder: str, world: int, assistant_only: bool) -> dict[str, Any]:
     from test_recipes import load_script
 
     sft, recorder = load_script("sft"), Recorder()
@@ -165,7 +143,7 @@ def run_recipe(folder: str, world: int) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model": f"{folder}/model",
         "dataset": f"{folder}/chats.jsonl",
-        "assistant_only_loss": True,
+        "assistant_only_loss": assistant_only,
         "output_dir": f"{folder}/out",
         "per_device_train_batch_size": 8 // world,
         "max_steps": 2,
@@ -185,14 +163,16 @@ def run_recipe(folder: str, world: int) -> dict[str, Any]:
     return {"gradients": recorder.gradients}
 
 
-def recipe_on_rank(folder: str, world: int, caches: str) -> dict[str, Any]:
+def recipe_on_rank(folder: str, world: int, assistant_only: bool, caches: str) -> dict[str, Any]:
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = Path(caches)
-    return run_recipe(folder, world)
+    return run_recipe(folder, world, assistant_only)
 
 
-@pytest.mark.parametrize("name", ["llava", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["llava", *(pytest.param(n, marks=pytest.mark.slow) for n in PROCESSORS if n != "llava")]
+)
 def test_the_recipe_learns_from_a_folder(name: str, tmp_path: Path) -> None:
     """Two ranks, plans that cut images: gradients are those of each row alone, to fp32's rounding."""
     folder_of(tmp_path)
@@ -200,8 +180,9 @@ def test_the_recipe_learns_from_a_folder(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     processor(name).save_pretrained(tmp_path / "model")
     steps = trainer_order(NUM_ROWS, 8, 7, 2)
-    expected = reference(seeing_model(name), rows_of(chats(), assistant_only=True, name=name), steps)
-    for found in run_ranks(recipe_on_rank, 2, str(tmp_path), 2, str(tmp_path / "cache")):
+    only = name not in MISLED
+    expected = reference(seeing_model(name), rows_of(chats(), assistant_only=only, name=name), steps)
+    for found in run_ranks(recipe_on_rank, 2, str(tmp_path), 2, only, str(tmp_path / "cache")):
         for mine, theirs in zip(found["gradients"], expected["gradients"], strict=True):
             assert largest_difference(mine, theirs) < 1e-5
 
@@ -264,7 +245,7 @@ def train_under_trl(folder: str, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("name", [name for name in PROCESSORS if name not in (*MISLED, *UNCAST)])
 def test_trl_learns_from_images(name: str, tmp_path: Path) -> None:
     """Its own collator makes tokens and inputs of the tower as rows are read; the loss is its own."""
     pytest.importorskip("trl")

@@ -23,13 +23,13 @@ from helpers import (
     with_lora,
 )
 from seers import IMAGE, LOOKS_AHEAD
-from sights import all_in_double, reference, rows_with_images, seeing_model
+from sights import UNCAST, all_in_double, in_double_too, reference, rows_with_images, seeing_model
 
 from hf_hetero import HeteroTrainer
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.checks.in_double import in_double
 from hf_hetero.errors import BadSample
-from hf_hetero.images import features
+from hf_hetero.images import features, pictures
 from hf_hetero.images.positions import RotaryPositions
 from hf_hetero.layout import layout_of
 
@@ -42,6 +42,8 @@ LAYERS = {  # accelerate does not find all that transformers names of these
     "glm-4.1v": {},
     "internvl": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "InternVLVisionLayer"]},
     "smolvlm": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer", "SmolVLMEncoderLayer"]},
+    "llama4": {"transformer_layer_cls_to_wrap": ["Llama4TextDecoderLayer", "Llama4VisionEncoderLayer"]},
+    "ovis2": {"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer", "Ovis2VisionEncoderLayer"]},
 }
 RECOMPUTED = {"activation_checkpointing": True}
 SEEING = ("qwen2-vl", "qwen2.5-vl", "qwen3.5", "llava", "llava-pixtral", "llava-next", "mistral3", "gemma4-small")
@@ -57,6 +59,8 @@ MORE = (
     "aya-vision",
 )
 MORE += ("cohere2-vision", "idefics3", "lfm2-vl")
+MOST = ("llama4", "llava-onevision", "idefics2", "paddleocr-vl", "ovis2", "deepseek-vl", "deepseek-vl-hybrid")
+MOST += ("lighton-ocr", "exaone-4.5", "ernie-4.5-vl", "kimi-k2.5", "got-ocr2", "qianfan-ocr")
 
 
 def model_of(name: str, lora: bool) -> Any:
@@ -73,6 +77,7 @@ def train(name: str, lora: bool, changes: dict[str, Any]) -> dict[str, Any]:
     model, data = model_of(name, lora), rows_with_images(name)
     if "fsdp" in changes:
         shard_on_cpu()
+    data = in_double_too(data) if name in UNCAST else data
     with all_in_double(model):
         return trained(model, data, **changes)
 
@@ -153,6 +158,12 @@ def test_more_models_learn_the_same(name: str) -> None:
     check(name, 2)
 
 
+@pytest.mark.parametrize("name", ["llama4", *(pytest.param(n, marks=pytest.mark.slow) for n in MOST[1:])])
+def test_most_models_learn_the_same(name: str) -> None:
+    """On two ranks: a projector behind what is cut, latents, two sizes of a picture, experts of images."""
+    check(name, 2)
+
+
 @pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in LOOKS_AHEAD[1:])])
 def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
     """On two ranks: those of an image, in all layers or where there are windows, or of all that is asked."""
@@ -160,14 +171,14 @@ def test_tokens_that_look_at_each_other_are_learnt_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava-next", "glm-4.5v", "smolvlm", "lfm2-vl", *LOOKS_AHEAD, *MOST])
 def test_on_four_ranks(name: str) -> None:
     """Under all degrees and methods."""
     check(name, 4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "llava", "gemma3", "glm-4.1v", "smolvlm", "llama4", "ovis2"])
 def test_with_lora(name: str) -> None:
     """Adapters in the language model and in the tower."""
     check(name, 2, lora=True)
@@ -179,6 +190,14 @@ def test_with_lora(name: str) -> None:
 def test_sharded_towers(name: str, num_ranks: int) -> None:
     """Under FSDP2 a rank without an image calls the tower as often as the others, and none waits for another."""
     check(name, num_ranks, fsdp=True, fsdp_config={**SHARDED, **LAYERS[name]})
+
+
+@pytest.mark.slow
+def test_experts_of_images_are_not_sharded() -> None:
+    """Ernie's are called where there are tokens of images: ranks without would leave the others waiting under FSDP2."""
+    changes = {"fsdp": True, "fsdp_config": SHARDED}
+    for error in run_ranks(train, 2, "ernie-4.5-vl", False, changes, expect_errors=True):
+        assert "its experts of images are called where there are any" in str(error)
 
 
 @pytest.mark.slow
@@ -198,6 +217,21 @@ def train_wrongly(mistake: str) -> dict[str, Any]:
         setattr(  # noqa: B010
             RotaryPositions, "of", lambda self, ids, *_: torch.arange(len(ids))[:, None].expand(-1, 3)
         )
+    elif mistake == "filling is looked at":
+        join = pictures._joined
+        pictures._joined = lambda name, tensors: (
+            torch.ones_like(join(name, tensors)) if name == pictures.MASK else join(name, tensors)
+        )
+        return train("idefics2", False, {})
+    elif mistake == "a tower counted twice":
+        cut = features._of_rows
+
+        def doubled(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            kept = cut(values, rows)
+            return 2 * kept - kept.detach()
+
+        features._of_rows = doubled
+        return train("llama4", False, {})
     elif mistake == "looking back only":
         AttentionContext.is_mutual = lambda self, window: False
         return train("gemma3", False, {})
@@ -218,6 +252,16 @@ def test_mistakes_are_seen(mistake: str) -> None:
     """Positions that count as those of text, and a tower whose gradients two ranks both count, are no rounding."""
     [found, _] = run_ranks(train_wrongly, 2, mistake)
     assert error_of(found, expected_of("qwen3-vl")) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mistake"), [("idefics2", "filling is looked at"), ("llama4", "a tower counted twice")]
+)
+def test_mistakes_of_others_are_seen(name: str, mistake: str) -> None:
+    """Pictures that see what fills them up, and a tower before a projector whose gradients two ranks both count."""
+    [found, _] = run_ranks(train_wrongly, 2, mistake)
+    assert error_of(found, expected_of(name)) > 1e-3
 
 
 @pytest.mark.slow

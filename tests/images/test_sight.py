@@ -9,23 +9,34 @@ from typing import Any
 import pytest
 import torch
 from seers import IMAGE, SEEING
-from sights import joined, rows_with_images, seeing_model
+from sights import (
+    OF_IMAGES,
+    OF_TOKENS,
+    features_of,
+    image_of,
+    joined,
+    num_features,
+    rows_with_images,
+    seeing_model,
+)
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from hf_hetero.checks.tiny import build, shrunk
 from hf_hetero.collators import PackedCollator
 from hf_hetero.errors import BadSample
-from hf_hetero.images.families import sight_of, why_blind
+from hf_hetero.images.families import why_blind
 from hf_hetero.images.features import merging_part
+from hf_hetero.images.reading import sight_of
 from hf_hetero.images.sight import Sight
 
 FRAMES = ("pixel_values", "pixel_attention_mask")
-INPUTS = frozenset({"pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids", "pixel_values_videos"})
-INPUTS |= {"image_position_ids", "token_type_ids", "pixel_attention_mask", "spatial_shapes"}
+INPUTS = frozenset({*OF_IMAGES, *OF_TOKENS, "pixel_values_videos"})
 
 
 def sight(name: str) -> Sight:
     model: Any = seeing_model(name)
-    has_positions, kind = name.startswith(("qwen", "glm")), type(merging_part(model))
+    kind = type(merging_part(model))
+    has_positions = hasattr(kind, "get_rope_index")
     found = sight_of(model, build(shrunk(model.config), "meta", kind) if has_positions else None)  # pyright: ignore
     assert found is not None
     return found
@@ -65,20 +76,22 @@ def test_an_image_that_stands_in_can_be_encoded(name: str) -> None:
     """By the real tower, from its config alone."""
     model, found = seeing_model(name), sight(name)
     images = {key: values for key, values in found.stand_in.items() if key in found.inputs}
-    model.model.get_image_features(**images, return_dict=True)
+    features_of(model, images)
 
 
 def test_images_are_told_apart() -> None:
-    """By their grids, or where all are of one size; pictures of sizes of their own stay together."""
+    """By their grids or sizes; those of LLaVA-OneVision that are two, and so not cut into tiles, stay together."""
     nums = {}
-    for name in ("qwen3-vl", "llava", "llava-next", "gemma4", "lfm2-vl", "smolvlm"):
+    for name in ("qwen3-vl", "llava", "llava-next", "llava-onevision", "idefics2", "gemma4", "lfm2-vl", "smolvlm"):
         seen = packer(name).sample(rows_with_images(name)[2], "row 2").seen  # with two images
         assert seen is not None
         nums[name] = [picture.num_tokens for picture in seen.pictures]
     assert {name: len(found) for name, found in nums.items()} == {
         "qwen3-vl": 2,
         "llava": 2,
-        "llava-next": 1,
+        "llava-next": 2,
+        "llava-onevision": 1,
+        "idefics2": 2,
         "gemma4": 2,
         "lfm2-vl": 2,
         "smolvlm": 4,
@@ -120,13 +133,69 @@ def test_bad_frames_are_refused(case: str) -> None:
         packer("smolvlm").sample(change(rows_with_images("smolvlm")[2]), "row 2")
 
 
-@pytest.mark.parametrize("name", ["llava", "vip-llava", "internvl", "aya-vision", "cohere2-vision", "gemma3"])
+@pytest.mark.parametrize("name", SEEING)
 def test_a_picture_that_is_one_too_many_is_refused(name: str) -> None:
     """As by the model itself, which has features left over, also where tokens could be shared out evenly."""
     row, found = rows_with_images(name)[0], packer(name)
     assert found.sample(row, "row 0").seen is not None
+    dim = 1 if "pixel_attention_mask" in row and row["pixel_values"].ndim == 5 else 0
+    images = {key: torch.cat([row[key]] * 2, dim=dim) for key in OF_IMAGES if key in row}
     with pytest.raises(BadSample, match="and images that become"):
-        found.sample({**row, "pixel_values": torch.cat([row["pixel_values"]] * 2)}, "row 0")
+        found.sample({**row, **images}, "row 0")
+
+
+@pytest.mark.parametrize("name", [name for name in SEEING if "image_sizes" in sight(name).inputs])
+def test_tokens_by_sizes_are_the_models_own(name: str) -> None:
+    """For pictures of each form, wider and higher than any tile or pinpoint, too, alone and beside another."""
+    model, found = seeing_model(name), sight(name)
+    assert found.sizes is not None
+    generator, alone, both = torch.Generator().manual_seed(0), set[int](), set[int]()
+    for height in (4, 7, 8, 11, 20, 24):
+        for width in (4, 6, 9, 13, 24, 60):
+            image = sized(model, (height, width), generator)
+            [tokens] = found.sizes.tokens([(height, width)])
+            if tokens == 1:  # some models squeeze away the dim of one
+                continue
+            assert tokens == num_features(model, image), (height, width)
+            alone.add(tokens)
+            if "batch_num_images" in image:
+                [one, other] = found.sizes.tokens([(height, width)] * 2, alone=False)
+                two = {**image, **{key: torch.cat([image[key]] * 2) for key in ("pixel_values", "image_sizes")}}
+                assert one + other == num_features(model, {**two, "batch_num_images": torch.tensor([2])})
+                both.add(one)
+    assert len(alone) > 4
+    assert not both or both == {(model.config.vision_config.image_size // 2) ** 2 + 1}
+
+
+def sized(model: Any, size: tuple[int, int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """A picture of any size, with as many tiles as its model wants, where it is cut into tiles."""
+    image = image_of(model, size, generator)
+    if (pinpoints := getattr(model.config, "image_grid_pinpoints", None)) is None:
+        return image
+    side = model.config.vision_config.image_size
+    num = image_size_to_num_patches(list(size), pinpoints, side)
+    pixels = torch.randn(1, num, 3, side, side, generator=generator)
+    return {**image, "pixel_values": pixels, "image_sizes": torch.tensor([size])}
+
+
+def test_a_row_whose_numbers_of_pictures_do_not_add_up_is_refused() -> None:
+    """LLaVA-OneVision's, which decide how pictures are cut; where a row has none, each counts as alone."""
+    found, rows = packer("llava-onevision"), rows_with_images("llava-onevision")
+    with pytest.raises(BadSample, match="row 0 has 1 images, and batch_num_images of 2"):
+        found.sample({**rows[0], "batch_num_images": torch.tensor([2])}, "row 0")
+    without_number = found.sample(without(rows[0], "batch_num_images"), "row 0")
+    assert without_number.fingerprint() == found.sample(rows[0], "row 0").fingerprint()
+    with pytest.raises(BadSample, match="and images that become"):
+        found.sample(without(rows[2], "batch_num_images"), "row 2")
+
+
+def test_tokens_around_images_that_are_not_there_are_refused() -> None:
+    """Ovis 2's have features of their own where a pack has images, and are text where it has none."""
+    found, row = packer("ovis2"), rows_with_images("ovis2")[1]
+    assert found.sample(row, "row 1").seen is None
+    ids = [92, *row["input_ids"][1:]]
+    with pytest.raises(BadSample, match=r"row 1 has tokens \[92\], which stand around images, and no image"):
+        found.sample({**row, "input_ids": ids}, "row 1")
 
 
 def test_bad_shapes_are_refused() -> None:
@@ -217,8 +286,8 @@ def test_why_others_are_blind() -> None:
     model = seeing_model("llava")
     model.config = SimpleNamespace(model_type="another")
     assert "'another' was not compared" in why_blind(model)
-    model.config = SimpleNamespace(model_type="llama4")
-    assert "that its projector has not seen yet" in why_blind(model)
+    model.config = SimpleNamespace(model_type="mllama")
+    assert "which take the place of no tokens" in why_blind(model)
 
 
 def test_the_rows_of_the_tests_are_as_a_processor_joins_them() -> None:
