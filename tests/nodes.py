@@ -89,10 +89,11 @@ class Nodes:
         """Start nodes, or start them again: none is so late that the others begin without it."""
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
+        # kept: it goes with what has made it, though those to whom it was given have not taken it up yet
+        self.together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
         for number in numbers:
             log = self.folder / f"node-{number}.log"
-            args = self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}, together
+            args = self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}, self.together
             process = context.Process(target=_torchrun, args=args)
             process.start()
             self.nodes[number] = Node(process, log)
