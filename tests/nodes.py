@@ -87,10 +87,11 @@ class Nodes:
     def start(self, *numbers: int) -> None:
         """Start nodes, or start them again: none is so late that the others begin without it."""
         context = forked()
-        together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
+        # kept: it goes with what has made it, though those to whom it was given have not taken it up yet
+        self.together = context.Barrier(len(numbers)) if len(numbers) > 1 else None
         for number in numbers:
             log = self.folder / f"node-{number}.log"
-            args = self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}, together
+            args = self.line, str(log), {**ENVIRONMENT, "NODE": str(number)}, self.together
             process = context.Process(target=_torchrun, args=args)
             process.start()
             self.nodes[number] = Node(process, log)
