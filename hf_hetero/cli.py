@@ -16,6 +16,7 @@ SOURCE: a text file with a length a line, a dataset, or a synthetic mix; COST: a
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -35,13 +36,13 @@ from hf_hetero.forecast.arguments import add_setting
 from hf_hetero.plan import METHODS
 from hf_hetero.planner import Planner
 from hf_hetero.profile.command import add_profile
-from hf_hetero.report.drawing import picture_format
-from hf_hetero.report.tables import check_table, costs_table, estimate_table, plan_table, simulation_table
 from hf_hetero.terminal.show import show, show_error
 from hf_hetero.what_if.arguments import add_source, source_of
 from hf_hetero.what_if.mixes import MIXES
-from hf_hetero.what_if.simulate import simulate
 from hf_hetero.what_if.sources import Source, global_batches
+
+MANY_OBJECTS = 200_000
+"""After so many new objects garbage is looked for; importing transformers leaves half a million, nearly all in use."""
 
 STEPS = 20  # of a simulation, unless the user says otherwise or the source has fewer
 
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     with suppress(AttributeError):  # a name may hold what the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
+    thresholds = gc.get_threshold()
+    gc.set_threshold(MANY_OBJECTS, *thresholds[1:])
     try:
         status = args.run(args) or 0
         sys.stdout.flush()
@@ -64,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         show_error(f"hf-hetero: Cannot write the output: {error.strerror or error}.")
+    finally:
+        gc.set_threshold(*thresholds)
     return 1
 
 
@@ -72,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(args: argparse.Namespace) -> None:
     """Plan one global batch and print it."""
+    from hf_hetero.report.tables import plan_table  # with pictures and pages, which nobody needs who asks for help
+
     planner = _planner(args)
     if args.batch_size is None and args.source in MIXES:
         raise ConfigError(f"The mix {args.source!r} has no end: say how many samples to plan (--batch-size).")
@@ -95,6 +102,8 @@ def _plan(args: argparse.Namespace) -> None:
 def _simulate(args: argparse.Namespace) -> None:
     """Compare ways to share many batches and print what they come to."""
     from hf_hetero.progress import each  # tqdm, which the other verbs do without
+    from hf_hetero.report.tables import simulation_table
+    from hf_hetero.what_if.simulate import simulate
 
     planner = _planner(args)
     asked = STEPS if args.steps is None else args.steps
@@ -123,6 +132,8 @@ def _simulate(args: argparse.Namespace) -> None:
 
 def _costs(args: argparse.Namespace) -> None:
     """List the shipped cost models, or print one."""
+    from hf_hetero.report.tables import costs_table
+
     if args.name is None:
         show(*costs_table())
     else:
@@ -132,6 +143,7 @@ def _costs(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     """Check a model and print the verdict; 1 where it cannot be trained."""
     from hf_hetero.checks.check import check  # torch and transformers, which planning does without
+    from hf_hetero.report.tables import check_table
 
     result = check(args.model, args.max_degree, args.ranks, args.memory_gib * 2**30).to_dict()
     about = f"{args.memory_gib:g} GiB, weights sharded over {args.ranks} ranks"
@@ -146,6 +158,7 @@ def _estimate(args: argparse.Namespace) -> None:
     """Estimate a run's cost model; print it in words, and write it where the user says."""
     from hf_hetero.forecast.forecast import forecast  # torch and transformers, which planning does without
     from hf_hetero.forecast.setting import setting_of
+    from hf_hetero.report.tables import estimate_table
 
     found = forecast(args.model, args.gpus, setting_of(args))
     show(*estimate_table(found.cost, found.machines.num_ranks, found.trained, found.machines.name))
@@ -190,6 +203,8 @@ def _planner(args: argparse.Namespace) -> Planner:
 def _source(args: argparse.Namespace, num_samples: int | None) -> Source:
     """Read the lengths; refuse first what could not be drawn."""
     if args.plot:
+        from hf_hetero.report.drawing import picture_format
+
         picture_format(args.plot)  # a wrong name is said now, not after the planning
     return source_of(args, num_samples or 0)
 

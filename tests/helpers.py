@@ -199,6 +199,13 @@ def store_of(rank: int, num_ranks: int, ports: Any) -> dist.TCPStore:
     return store
 
 
+def wait_for_all(store: dist.TCPStore, num_ranks: int, most_s: float = 30) -> None:
+    """Keep the store, which ends with its rank, until all have joined: one may be done before another begins."""
+    end = time.monotonic() + most_s
+    while store.add("begun", 0) < num_ranks and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any, ...], results: Any) -> None:
     gc.freeze()  # what was imported before: no rank needs to look at it each time that a trainer collects garbage
     torch.set_num_threads(1)
@@ -211,10 +218,12 @@ def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any,
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
     }
+    store = None
     try:
         store = store_of(rank, num_ranks, ports)
         os.environ["MASTER_PORT"] = str(store.port)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=num_ranks, timeout=timedelta(seconds=120))
+        store.add("begun", 1)
         value, ok = function(*args), True
     except BaseException as error:
         # exceptions of other packages need not survive pickling
@@ -225,6 +234,8 @@ def _rank(function: Any, rank: int, num_ranks: int, ports: Any, args: tuple[Any,
     results.put((rank, ok, buffer.getvalue()))
     results.close()
     results.join_thread()
+    if store is not None and rank == 0:
+        wait_for_all(store, num_ranks)
     os._exit(0 if ok else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import subprocess
@@ -300,6 +301,42 @@ def test_no_torch(verb: str, files: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("verb", [[], ["plan"], ["simulate"], ["advise"], ["check"], ["recipes"]])
+def test_help_imports_little(verb: list[str]) -> None:
+    """Help for any verb needs neither large packages nor what draws, plans in other ways, checks or trains."""
+    packages = (
+        "torch",
+        "transformers",
+        "datasets",
+        "accelerate",
+        "peft",
+        "matplotlib",
+        "rich",
+        "mip",
+        "highsbox",
+        "tqdm",
+    )
+    rooms = "report", "what_if.simulate", "forecast.forecast", "advice.advise", "checks", "estimate", "trainer"
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('imported', *sys.modules)); "
+        f"from hf_hetero.cli import main; main({[*verb, '--help']!r})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    imported = done.stdout.splitlines()[-1].split()
+    assert {"imported", "hf_hetero.cli"} <= set(imported)
+    assert not {*packages, *(f"hf_hetero.{room}" for room in rooms)} & set(imported)
+
+
+def test_garbage_is_looked_for_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+    """While a verb runs it is looked for less often; what called `main` finds the collector as it was, error or not."""
+    before = gc.get_threshold()
+    assert main(["costs"]) == 0
+    assert main(["costs", "none such"]) == 1
+    assert gc.get_threshold() == before
+    capsys.readouterr()
 
 
 def test_a_report_lies_beside_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
