@@ -156,7 +156,7 @@ def faults(stage: Stage) -> None:
             stage.note(f"No time left for the fault {name!r}.")
             continue
         job = Job(2, [name], stage.device)
-        found, codes, took_s = job.wait(min(FAULT_S, stage.left_s - 5))
+        found, codes, took_s = job.wait(min(stage.pick(FAULT_S, JOB_S), stage.left_s - 5))
         ends = [one.get(name, {}).get("ended", f"exit code {code}") for one, code in zip(found, codes, strict=True)]
         stage.row("Faults over NCCL", fault=name, expected=expected, seconds=round(took_s, 1),
                   **{f"rank {rank}": end for rank, end in enumerate(ends)})  # fmt: skip
