@@ -47,12 +47,13 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     log = (tmp_path / "gpu.log").read_text()
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-3000:]}"
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert [found["state"] for found in stages.values()] == ["done"] * 7
+    assert [found["state"] for found in stages.values()] == ["done"] * 8
     assert all(found["facts"] or found["tables"] for found in stages.values())
     assert not [note for found in stages.values() for note in found["notes"] if " failed: " in note]
     exactness = next(rows for title, rows in stages["ranks"]["tables"].items() if title.startswith("Error"))
     assert len(exactness) == 3 * len(METHODS)
     assert {row["equal"] for row in exactness} == {"yes"}
+    assert {row["equal"] for row in stages["jobs"]["tables"]["Learning over NCCL"][1:]} == {"yes"}
     page = (tmp_path / "gpu.md").read_text()
     assert "not measured yet" not in page
     assert len(list(tmp_path.iterdir())) == 3

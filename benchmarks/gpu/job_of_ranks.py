@@ -1,7 +1,11 @@
-"""One rank of a job that `measure_jobs.py` has started: it trains case after case, and writes what came of each."""
+"""One rank of a job that `measure_jobs.py` has started: it trains case after case, and writes what came of each.
+
+`python benchmarks/gpu/job_of_ranks.py DEVICE FOLDER CASE ...`, with RANK, WORLD_SIZE and the like in the environment.
+"""
 
 from __future__ import annotations
 
+import argparse
 import faulthandler
 import json
 import os
@@ -174,7 +178,12 @@ def fail(name: str, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     """All cases; what is found of each is written at once."""
-    device, folder, cases = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=("cuda", "cpu"))
+    parser.add_argument("folder", type=Path, help="where results go")
+    parser.add_argument("cases", nargs="+", help="a dtype and a method, as fp32-gather, or the name of a fault")
+    options = parser.parse_args()
+    device, folder, cases = options.device, options.folder, options.cases
     place = torch.device("cuda", 0) if device == "cuda" else torch.device("cpu")
     rank, found = os.environ["RANK"], {}
     for case in cases:

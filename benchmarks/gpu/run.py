@@ -57,13 +57,13 @@ STAGES = {
     "machine": Kind("measure_machine.py", "Machine, kernels, tests", 150),
     "kernels": Kind("measure_kernels.py", "Attention: the whole call against the raw kernel", 100),
     "ranks": Kind("measure_ranks.py", "Virtual ranks: exactness, and what small shards cost", 140),
-    "jobs": Kind("measure_jobs.py", "Jobs of several ranks over NCCL, which share the GPU", 300, 400),
+    "jobs": Kind("measure_jobs.py", "Jobs of several ranks over NCCL, which share the GPU", 300),
     "predicted": Kind("measure_predictions.py", "Predicted against measured steps", 170),
     "steps": Kind("measure_steps.py", "Whole steps beside Trainer's", 270),
     "memory": Kind("measure_memory.py", "Memory: loss and MLPs in chunks, recompute, offload", 110),
     "compiled": Kind("measure_compiling.py", "torch.compile over steps of changing lengths", 190),
 }
-"""In the order of the page. On a GPU they take 1,130 s at most; the first four, and the last three, fit 10 minutes."""
+"""In the order of the page. On a GPU they take 1,430 s at most; the first four took seven minutes on an H100."""
 
 
 def main() -> int:
