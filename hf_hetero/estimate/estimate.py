@@ -102,6 +102,8 @@ def estimate_cost_model(
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
     """
     assert topology.memory_bytes is not None
+    if shards is not None:  # gathered in 16 bits: norms and hidden states are, too
+        shape = replace(shape, autocasts=False)
     asked = shape.reference_passes
     exchanges = (4 + 2 * asked) * shape.num_layers  # two all-to-alls forward, two backward; two for a reference
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
