@@ -139,7 +139,7 @@ def tokens_in_chunk(shape: ModelShape) -> float:
 
 
 def chunked_logits_bytes(shape: ModelShape) -> float:
-    """Count the bytes of a token's logits in a chunk: in fp32 once, under autocast twice; in the training type twice."""
+    """Count the bytes of a token's logits in a chunk: twice in the training type, once in fp32 or, under autocast, twice."""
     return shape.vocab * (FP32_BYTES * (1 + shape.autocasts) + 2 * shape.element_bytes)
 
 
@@ -164,18 +164,19 @@ def moments(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple
     are counted with each token; an MLP that never fills a chunk is as if it had none.
     """
     waiting = waiting_bytes(shape)
-    # autocast holds its copies until forward ends; then only layers that keep everything hold theirs on
+    # autocast holds copies of trained weights until forward ends; then only layers that keep everything hold theirs on
+    held = 1 if shape.checkpointing else shape.num_layers
+    cast = held if shape.has_adapters else shape.num_layers
     head = shape.head_params * shape.element_bytes if shape.autocasts else 0
     token, fixed = (
         waiting + logits_bytes(shape),
-        state_bytes + loss_bytes(shape) + head + cast_bytes(shape, shape.num_layers),
+        state_bytes + loss_bytes(shape) + head + cast_bytes(shape, cast),
     )
     if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
         fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
         token += chunked_logits_bytes(shape)
     if _in_chunks(shape) and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
         shape = replace(shape, chunked_mlp=False)
-    held = 1 if shape.checkpointing else shape.num_layers
     return (
         (waiting + working_bytes(shape), state_bytes + mlp_bytes(shape) + cast_bytes(shape, held)),
         (token, fixed),

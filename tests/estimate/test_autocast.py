@@ -57,7 +57,7 @@ def test_a_layer_under_autocast_against_torch(family: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("way", "changes"), enumerate(WAYS.values()), ids=list(WAYS))
+@pytest.mark.parametrize(("way", "changes"), list(enumerate(WAYS.values())), ids=list(WAYS))
 def test_peaks_against_a_gpu(name: str, way: int, changes: dict[str, bool]) -> None:
     """The most bytes of a step are at most 2 % below what was measured, and at most 5 % above it."""
     shape = replace(SHAPES[name], **changes)
