@@ -139,7 +139,7 @@ def tokens_in_chunk(shape: ModelShape) -> float:
 
 
 def chunked_logits_bytes(shape: ModelShape) -> float:
-    """Count the bytes of a token's logits in a chunk: twice in the training type, once in fp32 or, under autocast, twice."""
+    """Count the bytes of a token's logits in a chunk: in fp32 once, or twice under autocast; and twice in 16 bits."""
     return shape.vocab * (FP32_BYTES * (1 + shape.autocasts) + 2 * shape.element_bytes)
 
 
