@@ -78,12 +78,19 @@ def hetero_attention(
     hetero.reached.add(layer)
     # a pack is one row. Norms may have raised q and k to fp32 under autocast; the values tell the type to compute in
     query = chunks.at_own_positions(module, query, hetero)
-    q, k, v = (x[0].transpose(0, 1)[: hetero.num_tokens].to(value.dtype) for x in (query, key, value))
+    missing = query.shape[2] - hetero.num_tokens
+    q, k, v = (_rows(x, hetero.num_tokens).to(value.dtype) for x in (query, key, value))
     out = attend(q, k, v, scores, chunks.place_of(module, hetero, layer))
     # a rank without tokens runs the model on one that stands in, so that it takes part in every exchange; the output
     # of that token is zeros, and nothing flows back from it
-    out = F.pad(out, (0, 0, 0, 0, 0, query.shape[2] - hetero.num_tokens))
+    out = F.pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
     return out.unsqueeze(0), None
+
+
+def _rows(x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return a pack's first rows, (t, H, D) of (1, H, n, D): a slice, even of all, copies a whole gradient."""
+    rows = x.squeeze(0).transpose(0, 1)
+    return rows if rows.shape[0] == num_tokens else rows[:num_tokens]
 
 
 def _without_plan(

@@ -102,6 +102,7 @@ def estimate_cost_model(
         policies: what groups may do to hold more tokens, of `plan.ACTIVATIONS`.
     """
     assert topology.memory_bytes is not None
+    shape = shape if shards is None else replace(shape, autocasts=False)  # gathered in 16 bits, norms as well
     asked = shape.reference_passes
     exchanges = (4 + 2 * asked) * shape.num_layers  # two all-to-alls forward, two backward; two for a reference
     bandwidth = {d: exchange_bytes_per_s(shape, device, topology, d) for d in degrees if d > 1}
@@ -123,8 +124,7 @@ def estimate_cost_model(
             f"{device.name} at {device.flops / 1e12:.3g} TFLOP/s in products, "
             f"{(device.attention_flops or device.flops) / 1e12:.3g} in attention, "
             f"{device.link_bytes_per_s / 1e9:.3g} GB/s in a node, {device.network_bytes_per_s / 1e9:.3g} GB/s across; "
-            f"{token_bytes / 2**20:.3g} MiB a token, "
-            f"{topology.memory_bytes / 2**30:.3g} GiB a rank"
+            f"{token_bytes / 2**20:.3g} MiB a token, {topology.memory_bytes / 2**30:.3g} GiB a rank"
         ),
         ranks_per_node=topology.ranks_per_node,
         kv_bytes_per_token=kv_bytes(shape),

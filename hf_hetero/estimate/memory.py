@@ -24,6 +24,7 @@ LEVERS: dict[str, dict[str, bool]] = {
 """Ways to hold more tokens, each added to those before it, and what it changes in a `ModelShape`."""
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 """Variables that torch's allocator reads: the name of now, and the one before torch 2.9."""
+FP32_BYTES = 4
 COMMUNICATOR_BYTES = 0.5e9  # of NCCL, on A100: 0.5 to 0.7 GB were reported (NVIDIA/nccl issues 864 and 964)
 
 
@@ -48,7 +49,19 @@ def waiting_bytes(shape: ModelShape) -> float:
 
 
 def layer_bytes(shape: ModelShape) -> float:
-    """Count what a layer saves of a token; of its MLP only input and output if that goes in chunks."""
+    """Count what a layer saves of a token; of its MLP only input and output if that goes in chunks.
+
+    Under autocast each norm keeps its input and its result in fp32, and each of the five products that read a norm
+    keeps a 16-bit copy of its own; norms of queries and keys keep their input in fp32 and their result. The kernel's
+    output is counted twice, as the output product's copy of it: so an H100 showed it (`tests/estimate/test_autocast`).
+    """
+    if shape.autocasts:
+        heads = (shape.heads + shape.kv_heads) * shape.head_dim
+        kept_by_norms = (
+            2 * 2 * FP32_BYTES * shape.hidden + (FP32_BYTES + shape.element_bytes) * heads * shape.norms_heads
+        )
+        inputs = (5 * shape.hidden + 2 * heads + shape.heads * shape.head_dim) * shape.element_bytes
+        return kept_by_norms + inputs + (0 if _in_chunks(shape) else 4 * shape.intermediate * shape.element_bytes)
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden
     kept_by_mlp = (0 if _in_chunks(shape) else 4 * shape.intermediate) + shape.hidden
@@ -61,8 +74,8 @@ def working_bytes(shape: ModelShape) -> float:
     That is the gradients of its MLP's three inner tensors and of two hidden states, and with recompute all that the
     layer saves.
     """
-    gradients = (0 if _in_chunks(shape) else 3 * shape.intermediate) + 2 * shape.hidden
-    return gradients * shape.element_bytes + (layer_bytes(shape) if shape.checkpointing else 0)
+    gradients = 0 if _in_chunks(shape) else 3 * shape.intermediate * shape.element_bytes
+    return gradients + 2 * shape.hidden * _stream_bytes(shape) + (layer_bytes(shape) if shape.checkpointing else 0)
 
 
 def logits_bytes(shape: ModelShape) -> float:
@@ -72,8 +85,12 @@ def logits_bytes(shape: ModelShape) -> float:
     keeps the head's input and its gradient instead.
     """
     if shape.chunked_loss:
-        return 2 * shape.hidden * shape.element_bytes
-    return 3 * max(4, shape.element_bytes) * shape.vocab
+        # autocast's last norm keeps its input and result in fp32; offloading puts three of these four tensors away
+        stays = 2 if not shape.autocasts else 1 if shape.offloads else 4
+        copy = shape.hidden * shape.element_bytes if shape.autocasts else 0
+        return stays * shape.hidden * _stream_bytes(shape) + copy
+    norm = (2 * FP32_BYTES + shape.element_bytes) * shape.hidden if shape.autocasts else 0
+    return 3 * max(4, shape.element_bytes) * shape.vocab + norm
 
 
 def _in_chunks(shape: ModelShape) -> bool:
@@ -84,7 +101,19 @@ def _in_chunks(shape: ModelShape) -> bool:
 def boundary_bytes(shape: ModelShape) -> float:
     """Count what a layer that is recomputed keeps of a token: its input, and what it exchanged if that is kept."""
     exchanged = 2 * (shape.heads + shape.kv_heads) * shape.head_dim if shape.keeps_exchanged else 0
-    return (shape.hidden + exchanged) * shape.element_bytes
+    return shape.hidden * _stream_bytes(shape) + exchanged * shape.element_bytes
+
+
+def _stream_bytes(shape: ModelShape) -> int:
+    """Return the bytes of a number of the hidden states that layers hand on."""
+    return FP32_BYTES if shape.autocasts else shape.element_bytes
+
+
+def cast_bytes(shape: ModelShape, num_layers: int) -> float:
+    """Count the 16-bit copies that autocast makes of some layers' weights; 0 without autocast."""
+    if not shape.autocasts:
+        return 0.0
+    return (shape.num_params - shape.outside_params) / shape.num_layers * num_layers * shape.element_bytes
 
 
 def mlp_bytes(shape: ModelShape) -> float:
@@ -110,8 +139,8 @@ def tokens_in_chunk(shape: ModelShape) -> float:
 
 
 def chunked_logits_bytes(shape: ModelShape) -> float:
-    """Count the bytes of a token's logits in a chunk: once in fp32, twice in the training type."""
-    return shape.vocab * (4 + 2 * shape.element_bytes)
+    """Count the bytes of a token's logits in a chunk: in fp32 once, or twice under autocast; and twice in 16 bits."""
+    return shape.vocab * (FP32_BYTES * (1 + shape.autocasts) + 2 * shape.element_bytes)
 
 
 def memory_of(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple[float, float]:
@@ -135,13 +164,23 @@ def moments(shape: ModelShape, state_bytes: float, memory_bytes: float) -> tuple
     are counted with each token; an MLP that never fills a chunk is as if it had none.
     """
     waiting = waiting_bytes(shape)
-    token, fixed = waiting + logits_bytes(shape), state_bytes + loss_bytes(shape)
+    # autocast holds copies of trained weights until forward ends; then only layers that keep everything hold theirs on
+    held = 1 if shape.checkpointing else shape.num_layers
+    cast = held if shape.has_adapters else shape.num_layers
+    head = shape.head_params * shape.element_bytes if shape.autocasts else 0
+    token, fixed = (
+        waiting + logits_bytes(shape),
+        state_bytes + loss_bytes(shape) + head + cast_bytes(shape, cast),
+    )
     if shape.chunked_loss and fixed + token * tokens_in_chunk(shape) > memory_bytes:
         fixed -= tokens_in_chunk(shape) * chunked_logits_bytes(shape)
         token += chunked_logits_bytes(shape)
     if _in_chunks(shape) and state_bytes + 2 * mlp_bytes(shape) > memory_bytes:
         shape = replace(shape, chunked_mlp=False)
-    return (waiting + working_bytes(shape), state_bytes + mlp_bytes(shape)), (token, fixed)
+    return (
+        (waiting + working_bytes(shape), state_bytes + mlp_bytes(shape) + cast_bytes(shape, held)),
+        (token, fixed),
+    )
 
 
 def model_state_bytes(shape: ModelShape) -> float:
@@ -237,6 +276,7 @@ def tokens_by_lever(shape: ModelShape, num_ranks: int, card_bytes: float) -> dic
     memory_bytes = usable_bytes(card_bytes, num_ranks)
     tokens: dict[str, int] = {}
     shape = replace(shape, checkpointing=False, keeps_exchanged=True, chunked_loss=False, chunked_mlp=False)
+    shape = replace(shape, autocasts=False)  # shards are gathered in 16 bits
     for lever, change in LEVERS.items():
         shape = replace(shape, **change)
         token_bytes, fixed_bytes = memory_of(shape, sharded_bytes(shape, num_ranks, Shards()), memory_bytes)

@@ -28,6 +28,8 @@ class ModelShape:
         offloads: whether what recompute needs waits in the host's memory.
         reference_passes: of each token through a reference, forward only: its adapters off, or a frozen model.
         reference_bytes: weights of a frozen model that is the reference.
+        autocasts: whether weights are in fp32 and products in 16 bits, so that hidden states and norms are in fp32.
+        norms_heads: whether queries and keys have norms of their own.
     """
 
     num_layers: int
@@ -49,6 +51,8 @@ class ModelShape:
     offloads: bool = False
     reference_passes: int = 0
     reference_bytes: int = 0
+    autocasts: bool = False
+    norms_heads: bool = False
 
     @property
     def has_adapters(self) -> bool:
@@ -111,6 +115,8 @@ def shape_of(
         keeps_exchanged=keeps_exchanged,
         chunked_loss=chunked_loss,
         chunked_mlp=chunked_mlp,
+        autocasts=element_bytes == 2 and all(p.dtype == torch.float32 for p in params),
+        norms_heads=any(name.rpartition(".")[2] == "q_norm" for name, _ in model.named_modules()),
     )
 
 

@@ -72,7 +72,7 @@ def test_what_fits_is_what_the_peak_leaves(chunked_loss: bool, checkpointing: bo
 
     It is not always the same moment that decides.
     """
-    model = tiny_model(hidden_size=64, vocab_size=4000)
+    model = tiny_model(hidden_size=64, vocab_size=4000, dtype=torch.bfloat16)
     tiny = shape_of(model, model.config, 2, checkpointing, True, chunked_loss, True)
     for gib in (8, 64):
         memory_bytes = gib * 2.0**30

@@ -210,7 +210,7 @@ class Kernel:
         keys_ahead = (None, None) if ahead is None else (ahead.k, ahead.v)
         call = self, segments, scores.without_sinks(), ahead
         out: Any = _Attend.apply(q, k, v, scores.sinks, *keys_ahead, *call)
-        return out[..., :value_dim]
+        return out if out.shape[-1] == value_dim else out[..., :value_dim]
 
     def require(self, features: frozenset[str]) -> None:
         """Refuse, by name, what this kernel cannot do.
