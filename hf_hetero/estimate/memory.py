@@ -52,15 +52,14 @@ def layer_bytes(shape: ModelShape) -> float:
     """Count what a layer saves of a token; of its MLP only input and output if that goes in chunks.
 
     Under autocast each norm keeps its input and its result in fp32, and each of the five products that read a norm
-    keeps a 16-bit copy of its own; norms of queries and keys keep their input in fp32 and their result. The kernel's
-    output is counted twice, as the output product's copy of it: so an H100 showed it (`tests/estimate/test_autocast`).
+    keeps a 16-bit copy of its own; norms of queries and keys keep their input in fp32 and their result.
     """
     if shape.autocasts:
         heads = (shape.heads + shape.kv_heads) * shape.head_dim
         kept_by_norms = (
             2 * 2 * FP32_BYTES * shape.hidden + (FP32_BYTES + shape.element_bytes) * heads * shape.norms_heads
         )
-        inputs = (5 * shape.hidden + 2 * heads + shape.heads * shape.head_dim) * shape.element_bytes
+        inputs = (5 * shape.hidden + 2 * heads) * shape.element_bytes
         return kept_by_norms + inputs + (0 if _in_chunks(shape) else 4 * shape.intermediate * shape.element_bytes)
     kept_by_norms = 4 * shape.hidden * 2  # two norms, input and fp32 copy
     kept_by_attention = 2 * (shape.heads + shape.kv_heads) * shape.head_dim + shape.hidden

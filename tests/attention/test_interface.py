@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_hetero.attention import interface
 from hf_hetero.attention.context import AttentionContext, planned_mask
@@ -100,6 +101,36 @@ def test_rank_without_tokens() -> None:
     out = model(**inputs, attention_mask=planned_mask(0, 1), hetero=context_of([]), use_cache=False)
     (0 * out.logits).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+class Counted(TorchDispatchMode):
+    """Counts what copies, or fills, as much as an input of attention has."""
+
+    def __init__(self, num_elements: int) -> None:
+        super().__init__()
+        self.num_elements, self.found = num_elements, list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        is_whole = isinstance(result, torch.Tensor) and result.numel() >= self.num_elements
+        if is_whole and name in {"constant_pad_nd", "slice_backward", "select_backward", "clone", "zeros", "copy_"}:
+            self.found.append(name)
+        return result
+
+
+@pytest.mark.parametrize("lengths", [[4, 8], []])
+def test_a_whole_pack_is_not_copied(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what attention gives, nor gradients on their way out of it: a slice of all, or padding by none, would."""
+    context, num_tokens = context_of(lengths), max(sum(lengths), 1)
+    x = torch.randn(1, num_tokens, 2, 4, requires_grad=True)  # as a layer's products leave it
+    monkeypatch.setattr(interface, "attend", lambda q, k, v, *_: q + k + v)
+    with Counted(x.numel()) as counted:
+        heads = x.transpose(1, 2)
+        out, _ = interface.hetero_attention(torch.nn.Identity(), heads, heads, heads, None, hetero=context)
+        out.backward(torch.ones_like(out))
+    assert out.shape == (1, num_tokens, 2, 4)
+    assert bool(counted.found) is (not lengths)  # where a token stands in there is something to pad
 
 
 def test_attention_in_both_directions() -> None:
