@@ -78,9 +78,13 @@ def watched_here() -> Iterator[None]:
 
     Its watchdog for NCCL kills a process in which an exchange has failed, or waited too long, a minute after that. So
     no step could be repeated after another rank has left it, and no error would say why the process ends. NCCL reads
-    these variables when a group is made. Whoever has set them himself, has it his way.
+    these variables when a group is made. Whoever has set them himself, has it his way; and so has a torch that could
+    not be asked what its watchdog has seen (`failure_of`).
     """
+    nccl = getattr(dist, "ProcessGroupNCCL", None)  # not there in a torch without NCCL, which reads none of them
     ours = {name: value for name, value in LEFT_TO_US.items() if name not in os.environ}
+    if nccl is not None and not hasattr(nccl, "get_error"):
+        ours = {}
     os.environ |= ours
     try:
         yield

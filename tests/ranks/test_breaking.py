@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from helpers import run_ranks
 
+from hf_hetero.ranks import breaking
 from hf_hetero.ranks.agreement import gather
 from hf_hetero.ranks.breaking import Alarm, break_off, connections, opened_since
 from hf_hetero.ranks.groups import GroupPool
@@ -121,6 +123,20 @@ def test_an_alarm_of_ranks_before_is_not_heard() -> None:
         assert left == ["mine", "theirs", "mine", "theirs", "mine"]
         mine.close()
         theirs.close()
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_watchdog_that_cannot_be_asked_is_left_alone(tells: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its kill, and without its word, nothing would ever end."""
+    kind = type("ProcessGroupNCCL", (), {"get_error": lambda self: None} if tells else {})
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", kind, raising=False)
+    for name in breaking.LEFT_TO_US:
+        monkeypatch.delenv(name, raising=False)
+    with breaking.watched_here():
+        assert {name: os.environ[name] for name in breaking.LEFT_TO_US if name in os.environ} == (
+            breaking.LEFT_TO_US if tells else {}
+        )
+    assert not any(name in os.environ for name in breaking.LEFT_TO_US)
 
 
 def test_what_fails_on_a_device_is_broken_off_once() -> None:
