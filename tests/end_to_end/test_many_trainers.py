@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ DATA = samples(LENGTHS)
 
 def num_open() -> tuple[int, int, int]:
     """File descriptors, threads and children of this process."""
-    own = Path("/proc/self")
-    children = sum(len((thread / "children").read_text().split()) for thread in (own / "task").iterdir())
+    own, children = Path("/proc/self"), 0
+    for thread in (own / "task").iterdir():
+        with suppress(OSError):  # it has ended just now
+            children += len((thread / "children").read_text().split())
     return len(list((own / "fd").iterdir())), len(list((own / "task").iterdir())), children
 
 
