@@ -5,6 +5,7 @@ Words that came from data, files or models are never read as markup, nor by the 
 
 from __future__ import annotations
 
+import os
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +43,8 @@ def draw(blocks: Iterable[Block], file: TextIO, width: int | None = None) -> Non
         width=UNBOUNDED,
         force_terminal=True,
         force_jupyter=False,
+        # rich asks the variables that were there when it was imported, which need not be those of now
+        no_color=os.environ.get("NO_COLOR", "") != "",
         legacy_windows=False,
         markup=False,
         emoji=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Sequence
 
@@ -139,6 +140,7 @@ def test_colours_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     news = [Fact("wrong", "it is", tone="bad"), Fact("verdict", "it is not", tone="good")]
     assert "\x1b[31m" in drawn(news, 80)
     assert "\x1b[32m" in drawn(news, 80)
+    monkeypatch.setattr("rich.console.Console._environ", dict(os.environ))  # as rich was imported
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.findall(r"\x1b\[(?:\d;)*3\d", drawn([*news, *TOLD["plan"]], 80))
     assert screen(drawn(news, 80), 80)[:2] == ["wrong     it is", "verdict   it is not"]
