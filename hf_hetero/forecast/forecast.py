@@ -128,7 +128,8 @@ def forecast_of(model: Model, machines: Machines, setting: Setting) -> Forecast:
         adapted = None
         if setting.lora_r is None:  # adapters of rank 16 are less than a hundredth of any model's weights
             frozen_bytes = DTYPES[setting.dtype].itemsize * shape.num_params
-            adapted = replace(shape, trainable_params=shape.num_params // 100, param_bytes=frozen_bytes)
+            num_trained = shape.num_params // 100
+            adapted = replace(shape, trainable_params=num_trained, param_bytes=frozen_bytes, autocasts=False)
         raise ConfigError(what_would_fit(model.name, shape, machines, shards, estimated, adapted)) from None
     how = "all trained" if setting.lora_r is None else f"{shape.trainable_params / 1e6:.1f}M of them trained (LoRA)"
     where = _where(machines, shards) + (", each sample on one" if model.whole and machines.num_ranks > 1 else "")
@@ -166,8 +167,10 @@ def trained_shape(outline: Any, config: Any, setting: Setting) -> tuple[ModelSha
         trained = setting.lora_r * sum(linear.in_features + linear.out_features for linear in linears)
         shape = replace(shape, num_params=shape.num_params + trained, active_params=shape.active_params + trained)
     param_bytes = frozen_bytes + TRAINED_BYTES * trained
+    # whatever type the outline is in: what is trained is in fp32, and what is frozen in the type of products
+    autocasts = setting.lora_r is None and dtype.itemsize < TRAINED_BYTES
     return (
-        replace(shape, trainable_params=trained, param_bytes=param_bytes),
+        replace(shape, trainable_params=trained, param_bytes=param_bytes, autocasts=autocasts),
         tuple(policy for policy in activations.policies if policy in allowed),
     )
 

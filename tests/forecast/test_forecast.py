@@ -90,6 +90,13 @@ def test_adapters_are_those_of_peft(tmp_path: Path) -> None:
     assert trained_shape(outline_of(config), config, Setting(offload=True))[1] == ("recompute", "offload")
 
 
+@pytest.mark.parametrize(("setting", "casts"), [({}, True), ({"lora_r": 4}, False), ({"dtype": "float32"}, False)])
+def test_what_is_frozen_is_not_cast(setting: dict[str, Any], casts: bool, tmp_path: Path) -> None:
+    """Autocast casts weights that are trained; frozen ones are in the type of products already, as with LoRA."""
+    config = config_of(saved(tmp_path))
+    assert trained_shape(outline_of(config), config, Setting(**setting))[0].autocasts is casts
+
+
 NAMED = {
     "H100": (1, 1, "H100", "1xH100"),
     "8xh100": (1, 8, "H100", "8xH100"),
