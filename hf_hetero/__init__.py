@@ -5,6 +5,8 @@ Names are imported when first used, so that planning and the command line need n
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,13 @@ try:
     __version__ = version("hf-hetero")
 except PackageNotFoundError:  # sources that were never installed
     __version__ = "0+unknown"
+
+# Torch reads this where the first process group is made, which is before any trainer. Left at torch's own value, a step
+# that was repeated ends the process minutes later (`hf_hetero.ranks.breaking`). A script's own value stands; and where
+# there is a group, it is too late.
+_distributed = sys.modules.get("torch.distributed")
+if _distributed is None or not (_distributed.is_available() and _distributed.is_initialized()):
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
 
 if TYPE_CHECKING:
     from hf_hetero.config import HeteroConfig

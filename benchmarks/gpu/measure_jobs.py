@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from job_of_ranks import FAULTS, FSDP, SAVING
+from job_of_ranks import FAULTS, FSDP, PATIENCE_S, REPEATED, SAVING
 from stage import Stage, begin
 
 from hf_hetero.plan import METHODS
@@ -47,6 +47,8 @@ class Job:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
+        if REPEATED in cases:
+            common["TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"] = str(PATIENCE_S)
         common |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "NCCL_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
         self._logs = [Path(self._folder.name) / f"{rank}.log" for rank in range(num_ranks)]
         self._ranks: list[subprocess.Popen[bytes]] = []
@@ -96,14 +98,14 @@ class Job:
         self._folder.cleanup()
 
 
-def learning(stage: Stage) -> None:
-    """Weights after some steps of groups that share samples, against those of one rank."""
+def learning(stage: Stage) -> torch.Tensor | None:
+    """Weights after some steps of groups that share samples, against those of one rank, which are returned."""
     single = Job(1, ["fp32-ulysses", "bf16-ulysses"], stage.device)
     found, codes, _ = single.wait(JOB_S)
     exact, rounded = single.weights("fp32-ulysses"), single.weights("bf16-ulysses")
     if exact is None or rounded is None:
         stage.note(f"One rank failed with exit code {codes[0]}: {single.last_words()}")
-        return
+        return None
     stage.row("Learning over NCCL", ranks=1, case="bf16-ulysses", loss=found[0]["bf16-ulysses"]["loss"],
               **{"weights differ by": f"{apart(rounded, exact):.1e}"})  # fmt: skip
     sharded = FSDP if stage.device.type == "cuda" else ()  # accelerate shards nothing on a CPU
@@ -114,6 +116,7 @@ def learning(stage: Stage) -> None:
         cases = [f"{dtype}-{method}" for dtype in dtypes for method in methods] + ["fp32-mixed", SAVING, *sharded]
         compare(stage, Job(degree, cases, stage.device), degree, cases, exact)
     single.close()
+    return exact
 
 
 def compare(stage: Stage, job: Job, degree: int, cases: list[str], exact: torch.Tensor) -> None:
@@ -147,8 +150,8 @@ def apart(moved: torch.Tensor, exact: torch.Tensor) -> float:
     return float((moved - exact).norm() / exact.norm())
 
 
-def faults(stage: Stage) -> None:
-    """How ranks end, and when, where one of them fails."""
+def faults(stage: Stage, exact: torch.Tensor | None) -> None:
+    """How ranks end, and when, where one of them fails; and what a step that is repeated comes to."""
     for name, expected in FAULTS.items():
         if stage.is_miniature and "killed" not in name:
             continue  # minutes of waiting, which tests of faults have, too
@@ -160,6 +163,12 @@ def faults(stage: Stage) -> None:
         ends = [one.get(name, {}).get("ended", f"exit code {code}") for one, code in zip(found, codes, strict=True)]
         stage.row("Faults over NCCL", fault=name, expected=expected, seconds=round(took_s, 1),
                   **{f"rank {rank}": end for rank, end in enumerate(ends)})  # fmt: skip
+        moved = job.weights(name)
+        if moved is not None and exact is not None:
+            far = apart(moved, exact)
+            equal = "yes" if far <= EQUAL["bf16"] else "NO"
+            case = "bf16-ring, memory ended in a step"
+            stage.row("Learning over NCCL", ranks=2, case=case, **{"weights differ by": f"{far:.1e}"}, equal=equal)
         print(job.last_words())
         job.close()
 
@@ -167,9 +176,9 @@ def faults(stage: Stage) -> None:
 def main() -> None:
     """Measure, and write as it comes."""
     stage = begin(__doc__)
-    learning(stage)
+    exact = learning(stage)
     with stage.alone("Faults"):
-        faults(stage)
+        faults(stage, exact)
     stage.done()
 
 

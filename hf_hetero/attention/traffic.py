@@ -7,6 +7,7 @@ checkpointing, the context keeps what arrived, and the recompute repeats no exch
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,27 @@ class Leg:
     tag: int
 
 
+def _begun(ops: list[dist.P2POp]) -> list[Any]:
+    """Return what can be waited for of messages that begin as one batch."""
+    try:
+        return dist.batch_isend_irecv(ops)
+    except BaseException:
+        _close_batch(ops[0])
+        raise
+
+
+def _close_batch(op: dist.P2POp) -> None:
+    """Close a batch that was broken off before it began.
+
+    Torch leaves it open, and NCCL takes what the thread calls later for a part of it: nothing of that would be sent.
+    """
+    opened, group = dist.distributed_c10d._world.pg_coalesce_state, op.group  # pyright: ignore[reportPrivateUsage]
+    assert group is not None
+    if opened.pop(group, None) is not None:
+        with suppress(Exception):  # its group has failed
+            group._end_coalescing(op.tensor.device)  # pyright: ignore[reportPrivateUsage]
+
+
 class Messages:
     """`Messages` are point-to-point and under way at once, in one batch. One computes until `wait`.
 
@@ -126,7 +148,7 @@ class Messages:
                 ops.append(dist.P2POp(dist.irecv, leg.incoming, peers.ranks[leg.receive_from], peers.group, leg.tag))
         # as one batch: alone, a send that waits for its receiver could hold up the receive behind it
         with named(*self._name):
-            self._works: list[Any] = dist.batch_isend_irecv(ops) if ops else []
+            self._works = _begun(ops) if ops else []
 
     def wait(self) -> list[torch.Tensor | None]:
         """Return what arrived by each leg, once all is there.

@@ -13,6 +13,11 @@ group. On a GPU a rank may also stand in a wait for its device, which raises not
 That thread also looks whether an exchange on a device has failed, or waits for too long, which no host waits for. By
 itself torch would then let a minute pass, and kill the process (`watched_here`); here what is waited for is broken off,
 so that the host goes on, to where it raises an error in words (`GroupPool.check`).
+
+What is broken off on one rank is a failure on another, whose watchdog may see it before the rank has left. By itself
+torch then tells every rank so, and the monitor of each one's first group ends its process eight minutes later, however
+well training goes by then. That group is made before there is a trainer, so importing this package switches it off
+(`DUMP`).
 """
 
 from __future__ import annotations
@@ -30,9 +35,13 @@ import torch.distributed as dist
 Connections = Mapping[int, int]
 """File descriptor of a socket -> its inode, for a number may be another file's later."""
 
+DUMP = "TORCH_NCCL_DUMP_ON_TIMEOUT"
+"""Whether a process writes down what it does, and ends, once torch has seen an exchange fail on any rank."""
 LEFT_TO_US = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",  # kill no process
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",  # tell no other rank to write down what it does, and wait a minute for that
+    # what a watchdog sleeps after a failure, which the end of its group waits for, is four times this: a second, where
+    # it would be a minute
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "250",
 }
 LOOK_S = 1.0
 """How often a rank looks for an alarm while it computes."""
@@ -100,6 +109,16 @@ def failure_of(group: dist.ProcessGroup) -> str | None:
         if hasattr(backend, "get_error") and (error := backend.get_error().name) != "SUCCESS":
             return str(error)
     return None
+
+
+def ends_later(group: dist.ProcessGroup) -> bool:
+    """Return whether torch ends this process some minutes after an exchange has failed, as far as can be known.
+
+    Args:
+        group: the first that the process has made.
+    """
+    on_nccl = any(group._get_backend(device).name() == "nccl" for device in group._device_types)  # pyright: ignore[reportPrivateUsage]
+    return on_nccl and os.environ.get(DUMP, "1").lower() not in ("0", "n", "no", "f", "false")
 
 
 def forsake(group: Any) -> None:

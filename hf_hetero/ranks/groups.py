@@ -13,10 +13,12 @@ import torch.distributed as dist
 
 from hf_hetero.errors import CollectiveFailed
 from hf_hetero.ranks.breaking import (
+    DUMP,
     Alarm,
     Connections,
     break_off,
     connections,
+    ends_later,
     failure_of,
     forsake,
     opened_since,
@@ -167,6 +169,13 @@ class GroupPool:
         self.relax()
         if self.alarm is None:
             return
+        if ends_later(_default_group()):
+            logger.warning(
+                "Rank %d: torch may end this process some minutes from now, because an exchange was broken off. Import "
+                "hf_hetero before the process group is made, and do not set %s.",
+                dist.get_rank(),
+                DUMP,
+            )
         with self.alarm.over():
             self._break_off()  # on ranks that did not wait for anybody
             for group in (*self._groups.values(), *self.carried.values()):

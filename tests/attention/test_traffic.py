@@ -7,6 +7,8 @@ import logging
 import os
 import threading
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from helpers import come_late, give_up, often, run_ranks
 from torch.distributed import _functional_collectives as collectives
 from torch.utils.checkpoint import checkpoint
 
+from hf_hetero.attention import traffic
 from hf_hetero.attention.kernels.contract import Scores
 from hf_hetero.attention.methods import attend
 from hf_hetero.errors import CollectiveFailed
@@ -158,3 +161,47 @@ def test_a_long_wait_says_so(method: str) -> None:
         assert "of step 7, micro-batch 1, layer 5, ranks [0, 1, 2, 3], and waits on, as long as" in said
         assert "HeteroConfig.group_timeout_s" in said
     assert any(word in heard[0] for word in ("all-to-all", "ring in backward, round"))
+
+
+class Batching:
+    """As a group on NCCL, whose messages torch begins between two calls; its backend may have been broken off."""
+
+    def __init__(self, broken: str | None = None) -> None:
+        self.broken, self.num_open = broken, 0
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self.num_open += 1
+
+    def _end_coalescing(self, device: torch.device) -> None:
+        self.num_open -= 1
+        if self.broken == "the end":
+            raise RuntimeError("NCCL communicator was aborted")
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        """One message of the batch."""
+        if self.broken == "a message":
+            raise RuntimeError("NCCL communicator was aborted")
+
+
+@pytest.mark.parametrize("broken", [None, "a message", "the end"])
+def test_no_batch_is_left_open(broken: str | None) -> None:
+    """What a thread calls within an open batch is never sent, in any step; torch's own call leaves it open."""
+    group: Any = Batching(broken)
+    op: Any = SimpleNamespace(group=group, tensor=torch.zeros(1))
+
+    def torchs_own(ops: list[Any]) -> list[Any]:
+        with dist.distributed_c10d._coalescing_manager(group, torch.device("cpu"), async_ops=True):
+            group.begin()
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", torchs_own)
+        for begun in (torchs_own, traffic._begun):
+            with nullcontext() if broken is None else pytest.raises(RuntimeError, match="was aborted"):
+                begun([op])
+            if begun is torchs_own and broken == "a message":
+                assert group.num_open == 1
+                dist.distributed_c10d._world.pg_coalesce_state.pop(group)
+                group.num_open = 0
+            assert group.num_open == 0
+            assert group not in dist.distributed_c10d._world.pg_coalesce_state

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 from helpers import run_ranks
 
-from hf_hetero.ranks import breaking
+from hf_hetero.ranks import breaking, groups
 from hf_hetero.ranks.agreement import gather
 from hf_hetero.ranks.breaking import Alarm, break_off, connections, opened_since
 from hf_hetero.ranks.groups import GroupPool
@@ -137,6 +140,68 @@ def test_a_watchdog_that_cannot_be_asked_is_left_alone(tells: bool, monkeypatch:
             breaking.LEFT_TO_US if tells else {}
         )
     assert not any(name in os.environ for name in breaking.LEFT_TO_US)
+
+
+def group_on(backend: str) -> Any:
+    """As torch's group of a process that was started on this backend."""
+    own = SimpleNamespace(name=lambda: backend)
+    return SimpleNamespace(_device_types=["cuda"], _get_backend=lambda _: own)
+
+
+@pytest.mark.parametrize(
+    ("backend", "value", "ends"),
+    [("nccl", "0", False), ("nccl", "n", False), ("nccl", "1", True), ("nccl", None, True), ("gloo", None, False)],
+)
+def test_a_process_that_torch_would_end_is_known(
+    backend: str, value: str | None, ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch reads it; the monitor is NCCL's."""
+    monkeypatch.delenv(breaking.DUMP, raising=False)
+    if value is not None:
+        monkeypatch.setenv(breaking.DUMP, value)
+    assert breaking.ends_later(group_on(backend)) is ends
+
+
+STARTS = {
+    "imported first": ("import hf_hetero", "0"),
+    "imported after torch": ("import torch.distributed, hf_hetero", "0"),
+    "asked for otherwise": ("import os; os.environ[{name!r}] = '1'; import hf_hetero", "1"),
+    "too late": (
+        "import torch.distributed as dist; store = dist.HashStore()\n"
+        "dist.init_process_group('gloo', store=store, rank=0, world_size=1); import hf_hetero",
+        "None",
+    ),
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_torch_ends_no_process_for_a_step_that_was_repeated(start: str) -> None:
+    """The process group of a job is made before any trainer, so importing the package has to be enough."""
+    script, expected = STARTS[start]
+    script = f"{script.format(name=breaking.DUMP)}\nimport os; print(os.environ.get({breaking.DUMP!r}))"
+    environment = {name: value for name, value in os.environ.items() if name != breaking.DUMP}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert ended.stdout.split() == [expected]
+
+
+def warnings_of_mending(ends: bool) -> list[str]:
+    """What a rank says as it makes its groups anew."""
+    pool, said = GroupPool((2,), timeout_s=20, control_timeout_s=20), list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "ends_later", lambda _: ends)
+        patch.setattr(groups.logger, "warning", lambda text, *args: said.append(text % args))
+        pool.mend()
+    pool.close()
+    return said
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_may_be_ended_later_is_told(ends: bool) -> None:
+    """A process that dies minutes after all went well again must have said why."""
+    for said in run_ranks(warnings_of_mending, 2, ends):
+        assert ["Import hf_hetero before" in text for text in said] == ([True] if ends else [])
 
 
 def test_what_fails_on_a_device_is_broken_off_once() -> None:

@@ -50,7 +50,7 @@ def test_groups_of_others_cost_no_look() -> None:
     assert run_ranks(looks_at_sockets, 4, (1, 2)) == [2] * 4
 
 
-HANDLING, DUMP = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT"
+HANDLING, SLEEP = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC"
 
 
 def variables_of_groups(own: str | None) -> list[tuple[str | None, str | None]]:
@@ -60,7 +60,7 @@ def variables_of_groups(own: str | None) -> list[tuple[str | None, str | None]]:
     before, found, new_group = os.environ.copy(), list[tuple[str | None, str | None]](), dist.new_group
 
     def making(*args: Any, **kwargs: Any) -> Any:
-        found.append((os.environ.get(HANDLING), os.environ.get(DUMP)))
+        found.append((os.environ.get(HANDLING), os.environ.get(SLEEP)))
         return new_group(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -75,7 +75,7 @@ def variables_of_groups(own: str | None) -> list[tuple[str | None, str | None]]:
 @pytest.mark.parametrize("own", [None, "3"])
 def test_torch_kills_no_process_for_what_steps_exchange(own: str | None) -> None:
     """Its watchdog would, where a step could be repeated, or end in words; whoever asks for it gets it."""
-    ours = ("0" if own is None else own, "0")
+    ours = ("0" if own is None else own, "250")
     for found in run_ranks(variables_of_groups, 2, own):
         assert found == [(own, None), ours, ours]
 
