@@ -106,7 +106,7 @@ def profiled(stage: Stage, shape: Shape, folder: Path, most: int) -> str | None:
     if done.returncode or not made.exists():
         stage.note(f"`hf-hetero profile` made no file: {' '.join(done.stderr.split())[-400:]}")
         return None
-    stage.fact("profile", CostModel.load(str(made)).source)
+    stage.fact("profile", CostModel.load(str(made)).source.replace(f"{folder}/", ""))
     return str(made)
 
 
