@@ -43,6 +43,7 @@ def ran(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_trains_without_what_is_optional(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A list of examples trains to the same loss without these packages, and a word says what is missing."""
     bare = ran(TRAINS, tmp_path)

@@ -74,7 +74,7 @@ CHECKPOINTING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpointing", often(CHECKPOINTING, "none", "fsdp", "reentrant"))
+@pytest.mark.parametrize("checkpointing", often(CHECKPOINTING, "none", "fsdp"))
 def test_gradients_equal_the_reference(checkpointing: str) -> None:
     """Whoever recomputes layers, gradients of each step and weights after four are the reference's."""
     check_case({"dtype": torch.float64, "args": CHECKPOINTING[checkpointing]})
@@ -88,6 +88,7 @@ def test_gradients_of_a_compiled_model(checkpointing: str) -> None:
     check_case({"dtype": torch.float64, "args": compiled})
 
 
+@pytest.mark.slow
 def test_gradients_of_adapters() -> None:
     """LoRA, whose frozen and trainable weights are sharded side by side."""
     check_case({"dtype": torch.float64, "lora": True})
