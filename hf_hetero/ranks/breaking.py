@@ -170,7 +170,8 @@ class Alarm:
 
     def sound(self) -> None:
         """Give the alarm, and leave."""
-        self._store.set(self._key, "1")
+        with suppress(Exception):  # where the store has gone, so has a rank, and what others wait in fails by itself
+            self._store.set(self._key, "1")
         with self._lock:
             self._leave()
 

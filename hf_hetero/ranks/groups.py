@@ -25,7 +25,7 @@ from hf_hetero.ranks.breaking import (
     watched_here,
 )
 from hf_hetero.ranks.last_words import job_store, why_gone
-from hf_hetero.ranks.naming import GROUP_LIMIT, JOB_LIMIT, named
+from hf_hetero.ranks.naming import GROUP_LIMIT, JOB_LIMIT, all_ranks, named
 from hf_hetero.ranks.waits import WORD_AFTER_S, Waits
 from hf_hetero.topology import aligned_blocks
 
@@ -95,24 +95,30 @@ class GroupPool:
         if self.control is not None or not dist.is_initialized():
             return
         # gloo carries control messages: they live on the host and must not wait for a GPU stream
-        self.control = _new_group(None, self._control_timeout_s, backend="gloo")
+        self.control = _new_group(None, self._control_timeout_s, JOB_LIMIT, backend="gloo")
         self.alarm = Alarm(self.control.group_name, job_store(), self._break_off, self._failing)
         if self._degrees:
             self.waits = Waits(dist.get_rank(), GROUP_LIMIT, WORD_AFTER_S)
         # every rank makes every group, also those that it is not in: torch numbers groups by the order of their making
         for degree in self._degrees:
             for ranks in aligned_blocks(dist.get_world_size(), degree):
-                self._groups[ranks] = self._made(ranks, self._timeout_s)
+                self._groups[ranks] = self._made(ranks, self._timeout_s, GROUP_LIMIT)
 
-    def _made(self, ranks: tuple[int, ...], timeout_s: float) -> dist.ProcessGroup:
-        """Make a group of some ranks for what they exchange within steps. A collective of all ranks."""
+    def _made(self, ranks: tuple[int, ...], timeout_s: float, limit: str) -> dist.ProcessGroup:
+        """Make a group of some ranks for what they exchange within steps. A collective of all ranks.
+
+        Args:
+            ranks: of the group.
+            timeout_s: seconds that its operations may wait.
+            limit: the setting that says so.
+        """
         # whoever is not in it opens nothing, and looks for nothing: most groups of many ranks are others'
         is_own = dist.get_rank() in ranks
         before = connections() if is_own else {}
         with watched_here():
-            group = _new_group(list(ranks), timeout_s)
+            group = _new_group(list(ranks), timeout_s, limit)
         if is_own:
-            with named("The first exchange of a group", f"ranks {list(ranks)}"):
+            with named("The first exchange of a group", f"ranks {list(ranks)}", limit):
                 dist.all_reduce(torch.zeros(1, device=self._device), group=group)
             self._connections[group] = opened_since(before)
         return group
@@ -127,7 +133,7 @@ class GroupPool:
             return {}
         for ranks in wanted:
             if ranks not in self.carried:
-                self.carried[ranks] = self._made(ranks, self._control_timeout_s)
+                self.carried[ranks] = self._made(ranks, self._control_timeout_s, JOB_LIMIT)
         return self.carried
 
     def beside_training(self) -> dist.ProcessGroup | None:
@@ -136,7 +142,7 @@ class GroupPool:
         Nothing that goes on in steps is in its way, or broken off with it. Ranks may wait in it as long as for saving.
         """
         if self._beside is None and self.control is not None:
-            self._beside = _new_group(None, self._control_timeout_s, backend="gloo")
+            self._beside = _new_group(None, self._control_timeout_s, JOB_LIMIT, backend="gloo")
         return self._beside
 
     def _break_off(self) -> None:
@@ -181,8 +187,8 @@ class GroupPool:
             for group in (*self._groups.values(), *self.carried.values()):
                 forsake(group)
             self._connections.clear()
-            self._groups = {ranks: self._made(ranks, self._timeout_s) for ranks in self._groups}
-            self.carried = {ranks: self._made(ranks, self._control_timeout_s) for ranks in self.carried}
+            self._groups = {ranks: self._made(ranks, self._timeout_s, GROUP_LIMIT) for ranks in self._groups}
+            self.carried = {ranks: self._made(ranks, self._control_timeout_s, JOB_LIMIT) for ranks in self.carried}
 
     def get(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
         """Return the process group of these ranks; None for a single rank, which needs none.
@@ -253,9 +259,15 @@ class GroupPool:
                 dist.destroy_process_group(group)
 
 
-def _new_group(ranks: list[int] | None, timeout_s: float, backend: str | None = None) -> dist.ProcessGroup:
-    """Make a process group of some ranks; None: of all. A collective of all ranks, whether they are in it or not."""
-    group: Any = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend)
+def _new_group(ranks: list[int] | None, timeout_s: float, limit: str, backend: str | None = None) -> dist.ProcessGroup:
+    """Make a process group of some ranks; None: of all. A collective of all ranks, whether they are in it or not.
+
+    Raises:
+        CollectiveFailed: a rank has gone, or is late; its address is not in the job's store, or the store has gone.
+    """
+    where = all_ranks() if ranks is None else f"ranks {ranks}"
+    with named("The making of a group", where, limit):
+        group: Any = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend=backend)
     return group  # for a rank outside, torch's placeholder
 
 

@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ from hf_hetero import errors
 from hf_hetero.errors import CollectiveFailed, HeteroError
 from hf_hetero.ranks.agreement import broadcast, gather, gather_objects, in_words
 from hf_hetero.ranks.last_words import job_store, tell
-from hf_hetero.ranks.naming import JOB_LIMIT, is_of_ranks
+from hf_hetero.ranks.naming import JOB_LIMIT, all_ranks, named
 from hf_hetero.ranks.waits import WORD_AFTER_S
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def made_together(init: Callable[Concatenate[T, P], None]) -> Callable[Concatena
             return
         setattr(self, UNDERWAY, True)
         try:
-            init(self, *args, **kwargs)
+            with _missing_named():
+                init(self, *args, **kwargs)
         except BaseException as error:
             if (meeting := Meeting.of_this_rank()) is not None:
                 meeting.refuse(error)
@@ -70,28 +71,38 @@ def made_together(init: Callable[Concatenate[T, P], None]) -> Callable[Concatena
     return wrapped
 
 
+@contextmanager
+def _missing_named() -> Iterator[None]:
+    """Give what fails because another rank has gone its name; there may be no others, and no job yet.
+
+    Raises:
+        CollectiveFailed: a rank that was waited for has gone, or is late.
+    """
+    try:
+        yield
+    except RuntimeError:
+        if not _has_others():
+            raise
+        with named("The making of a trainer", all_ranks, JOB_LIMIT):
+            raise
+
+
 class Meeting:
     """A `Meeting` is where the ranks of a job tell each other, in its store, that they have made their next trainer.
 
     Args:
         store: of the job.
-        number: how many trainers this rank has made, or failed to, with this one.
     """
 
-    def __init__(self, store: Any, number: int) -> None:
+    def __init__(self, store: Any) -> None:
         self._store, self._rank, self._num_ranks = store, dist.get_rank(), dist.get_world_size()
-        self._place, self._number = f"hf_hetero/trainer-{number}", number
+        self._number, self._place = 0, ""  # until this rank has come
 
     @classmethod
     def of_this_rank(cls) -> Meeting | None:
-        """Return the next meeting of this rank; None where there are no others."""
-        if not dist.is_initialized() or dist.get_world_size() == 1:
-            return None
-        store: Any = None
-        with suppress(Exception):  # it lives on a rank that may have gone
-            store = job_store()
-            return cls(store, store.add(_count(dist.get_rank()), 1))
-        return None
+        """Return the next meeting of this rank; None where there are no others, or no store to meet in."""
+        store = job_store() if _has_others() else None
+        return None if store is None else cls(store)
 
     def refuse(self, error: BaseException) -> None:
         """Say that this rank has not made its trainer, and why; unless it is another rank's error that it met.
@@ -99,8 +110,11 @@ class Meeting:
         Raises:
             HeteroError: it is, and this is what the other had left word of.
         """
-        met = isinstance(error, CollectiveFailed) or (isinstance(error, RuntimeError) and is_of_ranks(error))
-        if met and (why := self._why()) is not None:
+        why: HeteroError | None = None
+        with suppress(Exception):  # the store lives on a rank that may have gone
+            self._come()
+            why = self._why() if isinstance(error, CollectiveFailed) else None
+        if why is not None:
             raise why from error
         with suppress(Exception):
             kind, text = in_words(error) if isinstance(error, Exception) else (HeteroError.__name__, repr(error))
@@ -116,6 +130,7 @@ class Meeting:
             CollectiveFailed: some have not come within `timeout_s` seconds, or the job's store has gone.
         """
         try:
+            self._come()
             if self._store.add(f"{self._place}/made", 1) == self._num_ranks:
                 self._store.set(f"{self._place}/outcome", "")
                 with suppress(Exception):  # some stores keep all
@@ -131,6 +146,11 @@ class Meeting:
         self._linger()  # also where all is well: a script may end here, on rank 0 first
         if why is not None:
             raise why
+
+    def _come(self) -> None:
+        """Count the trainers that this rank has made, or failed to, with this one: its number is the place to meet."""
+        self._number = self._store.add(_count(self._rank), 1)
+        self._place = f"hf_hetero/trainer-{self._number}"
 
     def _wait(self, timeout_s: float) -> None:
         start, look_s, word_s = time.monotonic(), LOOKS_S[0], WORD_AFTER_S
@@ -171,6 +191,11 @@ class Meeting:
             while self._rank == 0 and heard < self._num_ranks and time.monotonic() < until:
                 time.sleep(LOOKS_S[0])
                 heard = self._store.add(f"{self._place}/heard", 0)
+
+
+def _has_others() -> bool:
+    """Return whether this process is one of several ranks."""
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def confirm_weights(model: torch.nn.Module, control: dist.ProcessGroup | None) -> None:

@@ -18,7 +18,7 @@ from hf_hetero.errors import CollectiveFailed
 from hf_hetero.ranks.agreement import any_of
 from hf_hetero.ranks.groups import limit_of
 from hf_hetero.ranks.last_words import forget_errors, tell
-from hf_hetero.ranks.naming import named
+from hf_hetero.ranks.naming import all_ranks, named
 
 logger = logging.getLogger(__name__)
 
@@ -136,9 +136,17 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
 
 @contextmanager
 def evaluating_in_words() -> Iterator[None]:
-    """Say what can be done where memory runs out in an evaluation, which is not repeated."""
+    """Say what ended an evaluation where a rank has gone, and what can be done where memory ran out in it.
+
+    It is not repeated.
+
+    Raises:
+        CollectiveFailed: a rank that was waited for has gone, or is late.
+    """
     try:
-        yield
+        # Trainer's own collectives, and those of metrics
+        with named("Evaluation", all_ranks, limit=limit_of):
+            yield
     except Exception as error:
         if is_out_of_memory(error) and EVALUATION not in str(error):
             _say_remedy(error, EVALUATION)

@@ -225,12 +225,20 @@ class HeteroTrainerMixin(SavesWhole, RestoresWeights, CountsByStep, LearnsClasse
             self._decision.join(self.control)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate as `Trainer.evaluate` does; several datasets share the groups."""
+        """Evaluate as `Trainer.evaluate` does; several datasets share the groups.
+
+        Raises:
+            CollectiveFailed: a rank that was waited for has gone, or is late.
+        """
         with self._between_runs.running(), evaluating_in_words():
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Predict as `Trainer.predict` does."""
+        """Predict as `Trainer.predict` does.
+
+        Raises:
+            CollectiveFailed: as `evaluate`.
+        """
         with self._between_runs.running(), evaluating_in_words():
             return super().predict(*args, **kwargs)
 

@@ -13,6 +13,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_hetero.config import HeteroConfig
+from hf_hetero.ranks.groups import limit_of
+from hf_hetero.ranks.naming import all_ranks, named
 from hf_hetero.trainer import reporting
 from hf_hetero.trainer.checkpoints.checkpoint import Run
 from hf_hetero.trainer.checkpoints.kept_cost_model import keep_cost_model
@@ -158,10 +160,15 @@ class SavesWhole(Trainer):
         self.control.should_save = self.control.should_save or is_due
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others."""
+        """Save as Trainer does. In a checkpoint all ranks know how it went, before Trainer has them wait for others.
+
+        Raises:
+            CollectiveFailed: a rank that was waited for has gone, or is late.
+        """
         saving = self._saving
         if saving is None or output_dir is None:
-            super().save_model(output_dir, _internal_call)
+            with named("Saving the model", all_ranks, limit=limit_of):  # sharded weights are gathered
+                super().save_model(output_dir, _internal_call)
             return
         folder, taken = Path(output_dir), saving.taken
 

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 from hf_hetero.errors import HeteroError
 from hf_hetero.ranks.agreement import raise_together
+from hf_hetero.ranks.groups import limit_of
+from hf_hetero.ranks.naming import named
 from hf_hetero.trainer.checkpoints.checkpoint import Run
 from hf_hetero.trainer.checkpoints.removing import (
     INCOMPLETE_FILE,
@@ -112,7 +114,9 @@ class Saving:
         """
         error: Exception | None = None
         try:
-            act()
+            # a rank that misses another does not leave word as if it were the first to end
+            with named("Saving", str(folder), limit=limit_of):
+                act()
         except HeteroError as raised:  # in its own words, and maybe on all ranks already
             if raised.is_known_to_all or self.may_wait:
                 raise

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from hf_hetero import HeteroError
 from hf_hetero.data.streams.reading import Position
 from hf_hetero.data.training_steps import check_order
-from hf_hetero.errors import ConfigError
+from hf_hetero.errors import CollectiveFailed, ConfigError
 from hf_hetero.trainer.checkpoints.checkpoint import Run, newest_whole, problem_of
 from hf_hetero.trainer.checkpoints.removing import INCOMPLETE_FILE, RUN_FILE
 from hf_hetero.trainer.checkpoints.resuming import chosen
@@ -253,6 +254,16 @@ def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
     assert not folder.exists()
     assert problem_of(older) is None
     assert args.save_total_limit == 1
+
+
+def test_a_rank_that_is_missed_while_saving(tmp_path: Path) -> None:
+    """Who waits for another while it saves says that it has gone, not that its own writing failed."""
+
+    def save() -> None:
+        raise DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed.")
+
+    with pytest.raises(CollectiveFailed, match=r"^Saving failed .*checkpoint-2: Failed to recv.* A rank has gone"):
+        Saving(arguments_of(), None, may_wait=True).write(save, tmp_path / "checkpoint-2", RUN, lambda: None)
 
 
 def test_older_ones_go_last(tmp_path: Path) -> None:
