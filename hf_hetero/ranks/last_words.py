@@ -1,10 +1,18 @@
-"""A rank that ends leaves word of why in the job's store, where those that will miss it look."""
+"""A rank that ends leaves word of why in the job's store, where those that will miss it look.
+
+The store lies on a rank, too, or beside one. Where that has gone, questions to it fail, in torch; where it stands still
+(a frozen process, a node that hangs), they would wait for good, so here they are asked from a thread (`JobStore`).
+"""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -15,6 +23,8 @@ PATIENCE_S = 2.0
 LOOK_S = 0.05
 """How often."""
 MOST_WORDS = 2000
+ANSWER_S = 10.0
+"""How long an answer of the store may take, which is a matter of milliseconds."""
 NUM_TOLD = "hf_hetero/why-ranks-ended"
 """The key under which ranks that leave word are counted."""
 
@@ -53,9 +63,90 @@ def why_gone() -> str:
     return "A rank has gone: look for its first error, or for what killed it (out of host memory, for one)."
 
 
+T = TypeVar("T")
+
+
+class JobStore:
+    """A `JobStore` is the store in which the ranks of a job have found each other; no question to it waits for long.
+
+    Torch's limit is for keys that are not there yet. For an answer itself torch waits as long as the connection stands.
+    One question is open at a time, as in torch, which puts those of several threads in a row.
+
+    Args:
+        store: torch's.
+
+    Raises:
+        DistStoreError: by each method, if there is no answer within `ANSWER_S` seconds.
+        DistNetworkError: by each method, if the store has gone.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self._free, self._open_since_s = threading.Lock(), math.inf
+
+    def check(self, keys: list[str]) -> bool:
+        """Return whether all keys are there."""
+        return self._asked(lambda: self.store.check(keys))
+
+    def get(self, key: str) -> bytes:
+        """Return the value of a key that is there."""
+        return self._asked(lambda: self.store.get(key))
+
+    def set(self, key: str, value: str) -> None:
+        """Write a value."""
+        self._asked(lambda: self.store.set(key, value))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a count, and return what it is then."""
+        return self._asked(lambda: self.store.add(key, amount))
+
+    def delete_key(self, key: str) -> bool:
+        """Remove a key; return whether it was there."""
+        return self._asked(lambda: self.store.delete_key(key))
+
+    def _asked(self, question: Callable[[], T]) -> T:
+        # behind a question that has been open for too long nobody waits as long again
+        now_s = time.monotonic()
+        if not self._free.acquire(timeout=max(0.0, min(self._open_since_s, now_s) + ANSWER_S - now_s)):
+            raise _silent()
+        self._open_since_s, answer = time.monotonic(), Future[T]()
+
+        def ask() -> None:
+            try:
+                answer.set_result(question())
+            except BaseException as error:
+                answer.set_exception(error)
+            finally:
+                self._open_since_s = math.inf
+                self._free.release()
+
+        threading.Thread(target=ask, name="job store", daemon=True).start()
+        try:
+            error = answer.exception(ANSWER_S)
+        except TimeoutError:
+            raise _silent() from None
+        if error is not None:
+            raise error
+        return answer.result()
+
+
+def _silent() -> dist.DistStoreError:
+    text = f"The store of the job has not answered for {ANSWER_S:g} s: the process that holds it stands still."
+    return dist.DistStoreError(text)
+
+
+_known = list[JobStore]()
+"""The one of this process: what is open in it must be known to all who ask."""
+
+
 def job_store() -> Any:
-    """Return the store in which the ranks of a job have found each other."""
-    return dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    """Return the `JobStore` of this process; None where its ranks have found each other without one (MPI)."""
+    store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
+    if store is None:
+        return None
+    if not _known or _known[0].store is not store:
+        _known[:] = [JobStore(store)]
+    return _known[0]
 
 
 def _turn(number: int) -> str:

@@ -34,6 +34,7 @@ from transformers import TrainerCallback
 from hf_hetero import Group, HeteroConfig, HeteroError, HeteroTrainer, MicroBatch, Plan
 from hf_hetero.data.plan_ahead import PlanSource
 from hf_hetero.errors import CollectiveFailed, ConfigError
+from hf_hetero.ranks import last_words
 from hf_hetero.trainer.checkpoints.checkpoint import problem_of
 from hf_hetero.trainer.checkpoints.removing import INCOMPLETE_FILE, RUN_FILE
 from hf_hetero.trainer.checkpoints.safekeeping import LOCK_FILE, claim
@@ -124,13 +125,13 @@ def test_killed(tmp_path: Path, kind: str, rank: int) -> None:
 
 
 class Freezes(TrainerCallback):
-    """Rank 1 stands still (SIGSTOP): half through the model of step 3, or before it."""
+    """A rank stands still (SIGSTOP): half through the model of step 3, or before it."""
 
-    def __init__(self, is_in_model: bool) -> None:
-        self.is_in_model = is_in_model
+    def __init__(self, rank: int, is_in_model: bool) -> None:
+        self.rank, self.is_in_model = rank, is_in_model
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.process_index != 1 or state.global_step != 2:
+        if args.process_index != self.rank or state.global_step != 2:
             return
         if not self.is_in_model:
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -146,24 +147,31 @@ class AloneTrainer(HeteroTrainer):
         return scripted(SimpleNamespace(plan=lambda _: Plan(2, (MicroBatch(groups),), 1.0, 1.0)))
 
 
-def frozen_run(folder: str, is_in_model: bool) -> str:
+def frozen_run(folder: str, rank: int, is_in_model: bool) -> str:
     pids = [torch.zeros(1, dtype=torch.int64) for _ in range(2)]
     dist.all_gather(pids, torch.tensor([os.getpid()]))
     options = {"output_dir": folder, "max_steps": NUM_STEPS, "per_device_train_batch_size": 4}
     hetero = HeteroConfig(group_timeout_s=4, plan_ahead_steps=0)
+    callbacks = [Freezes(rank, is_in_model)]
+    last_words.ANSWER_S = 2.0
     try:
-        trained(tiny_model(), samples(LENGTHS), AloneTrainer, hetero, callbacks=[Freezes(is_in_model)], **options)
+        trained(tiny_model(), samples(LENGTHS), AloneTrainer, hetero, callbacks=callbacks, **options)
     finally:
-        os.kill(int(pids[1]), signal.SIGKILL)
+        os.kill(int(pids[rank]), signal.SIGKILL)
     return "never"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("is_in_model", "words"), [(True, "The exchange of gradients"), (False, "step 3: .*exchange|exchange.* at step 3")]
 )
-def test_frozen(tmp_path: Path, is_in_model: bool, words: str) -> None:
-    """A rank that stands still ends the other within group_timeout_s, wherever it waits, with step and limit."""
-    error = run_ranks(frozen_run, 2, str(tmp_path), is_in_model, expect_errors=True, timeout_s=100)[0]
+def test_frozen(tmp_path: Path, rank: int, is_in_model: bool, words: str) -> None:
+    """A rank that stands still ends the other within group_timeout_s, wherever it waits, with step and limit.
+
+    Also where it holds the store of the job, which then answers nobody.
+    """
+    ended = run_ranks(frozen_run, 2, str(tmp_path), rank, is_in_model, expect_errors=True, timeout_s=100)
+    error = ended[1 - rank]
     assert isinstance(error, CollectiveFailed)
     assert re.search(words, str(error), re.IGNORECASE), error
     assert re.search(r"[Ss]tep 3\b", str(error))

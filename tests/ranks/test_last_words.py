@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch.distributed as dist
 
@@ -77,3 +83,67 @@ def test_the_store_is_asked_little(store: Store) -> None:
     """A look does not ask for each rank: all that are left look at the same time."""
     assert last_words.why_gone().startswith("A rank has gone")
     assert 1 <= store.num_asked <= 2 * (0.2 / last_words.LOOK_S + 2)
+
+
+class Silent(Store):
+    """A store that answers no question until it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_answer, self.num_begun = threading.Event(), 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.num_begun += 1
+        self.may_answer.wait(60)
+        return super().check(keys)
+
+
+def test_a_store_that_answers_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks is told so within the limit, the next one at once; once it answers, all is as before."""
+    monkeypatch.setattr(last_words, "ANSWER_S", 0.5)
+    silent = Silent()
+    store = last_words.JobStore(silent)
+    assert store.add("count", 2) == 2
+    for _ in range(3):
+        with pytest.raises(dist.DistStoreError, match=r"has not answered for 0\.5 s"):
+            store.check(["count"])
+    assert silent.num_begun == 1, "behind an open question there are no more"
+    silent.may_answer.set()
+    until = time.monotonic() + 30
+    while store._open_since_s < math.inf and time.monotonic() < until:
+        time.sleep(0.01)
+    assert store.check(["count"])
+    assert store.get("count") == b"2"
+    assert store.delete_key("count")
+    assert not store.check(["count"])
+
+
+def test_a_store_is_asked_by_several_at_once() -> None:
+    """No one of them takes the others' questions for silence."""
+    silent = Silent()
+    silent.may_answer.set()
+    store = last_words.JobStore(silent)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: store.add("count", 1), range(400)))
+    assert sorted(found) == list(range(1, 401))
+
+
+def test_what_a_store_says_is_passed_on() -> None:
+    """Errors are torch's own, whoever asks."""
+    store = last_words.JobStore(Store())
+    with pytest.raises(KeyError, match="missing"):
+        store.get("missing")
+    assert not store.check(["missing"])
+
+
+def test_all_who_ask_know_of_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is one of them in a process, for each store; and none where ranks have met without one."""
+    first, second = Store(), Store()
+    found: list[Any] = []
+    for store in (first, first, second, None):
+        monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda store=store: store)
+        found.append(last_words.job_store())
+    assert found[0] is found[1]
+    assert found[2] is not found[0]
+    assert found[2].store is second
+    assert found[3] is None

@@ -63,7 +63,7 @@ def test_the_same_words_of_others(error: Exception) -> None:
 def outlive_the_store() -> None:
     """Wait on rank 1 until rank 0, which ends here, has gone, and its store with it."""
     if dist.get_rank() == 0:
-        job_store().wait(["watched"])
+        job_store().store.wait(["watched"])
         os._exit(1)
     # by a connection of its own: the first who asks by the usual one is told what later ones are not
     watch, until = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"])), time.monotonic() + 60
