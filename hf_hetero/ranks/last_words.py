@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -111,16 +112,23 @@ class JobStore:
             raise _silent()
         self._open_since_s, answer = time.monotonic(), Future[T]()
 
+        def close() -> None:
+            self._open_since_s = math.inf
+            self._free.release()
+
         def ask() -> None:
             try:
                 answer.set_result(question())
             except BaseException as error:
                 answer.set_exception(error)
             finally:
-                self._open_since_s = math.inf
-                self._free.release()
+                close()
 
-        threading.Thread(target=ask, name="job store", daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="job store", daemon=True).start()
+        except RuntimeError:  # the process ends, or may have no more threads
+            close()
+            raise
         try:
             error = answer.exception(ANSWER_S)
         except TimeoutError:
@@ -135,18 +143,16 @@ def _silent() -> dist.DistStoreError:
     return dist.DistStoreError(text)
 
 
-_known = list[JobStore]()
-"""The one of this process: what is open in it must be known to all who ask."""
+@lru_cache(maxsize=1)
+def _asked_by_all(store: Any) -> JobStore:
+    """Return the one `JobStore` of this process: what is open in it must be known to all who ask."""
+    return JobStore(store)
 
 
 def job_store() -> Any:
     """Return the `JobStore` of this process; None where its ranks have found each other without one (MPI)."""
     store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-    if store is None:
-        return None
-    if not _known or _known[0].store is not store:
-        _known[:] = [JobStore(store)]
-    return _known[0]
+    return None if store is None else _asked_by_all(store)
 
 
 def _turn(number: int) -> str:

@@ -128,6 +128,21 @@ def test_a_store_is_asked_by_several_at_once() -> None:
     assert sorted(found) == list(range(1, 401))
 
 
+def test_a_process_that_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told so, and asks again once it may."""
+    store = last_words.JobStore(Store())
+    with monkeypatch.context() as patch:
+
+        def start(thread: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch.setattr(threading.Thread, "start", start)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="can't start"):
+                store.check(["count"])
+    assert not store.check(["count"])
+
+
 def test_what_a_store_says_is_passed_on() -> None:
     """Errors are torch's own, whoever asks."""
     store = last_words.JobStore(Store())
