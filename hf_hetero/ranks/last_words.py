@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -71,7 +70,7 @@ class JobStore:
     """A `JobStore` is the store in which the ranks of a job have found each other; no question to it waits for long.
 
     Torch's limit is for keys that are not there yet. For an answer itself torch waits as long as the connection stands.
-    One question is open at a time, as in torch, which puts those of several threads in a row.
+    One question of each `JobStore` is open at a time; torch puts those of several threads in a row in any case.
 
     Args:
         store: torch's.
@@ -143,16 +142,10 @@ def _silent() -> dist.DistStoreError:
     return dist.DistStoreError(text)
 
 
-@lru_cache(maxsize=1)
-def _asked_by_all(store: Any) -> JobStore:
-    """Return the one `JobStore` of this process: what is open in it must be known to all who ask."""
-    return JobStore(store)
-
-
 def job_store() -> Any:
-    """Return the `JobStore` of this process; None where its ranks have found each other without one (MPI)."""
+    """Return the store of this job, as a `JobStore`; None where its ranks have found each other without one (MPI)."""
     store: Any = dist.distributed_c10d._get_default_store()  # pyright: ignore[reportPrivateUsage]
-    return None if store is None else _asked_by_all(store)
+    return None if store is None else JobStore(store)
 
 
 def _turn(number: int) -> str:

@@ -105,7 +105,7 @@ def another_pool(pool: GroupPool) -> None:
 @pytest.mark.parametrize("ask", [carry, mend, beside_training, another_pool])
 def test_a_group_that_cannot_be_made(ask: Callable[[GroupPool], object]) -> None:
     """Groups find their ranks in the store, so none can be made once it has gone."""
-    said = run_ranks(asked_in_vain, 2, ask, expect_errors=True, timeout_s=60)[1]
+    said = run_ranks(asked_in_vain, 2, ask, expect_errors=True, timeout_s=150)[1]
     assert str(said).startswith("The making of a group failed or waited too long at "), said
     assert GONE in said
 
@@ -125,7 +125,7 @@ def late_for_a_group(is_of_a_plan: bool) -> str:
 @pytest.mark.parametrize(("is_of_a_plan", "limit"), [(True, GROUP_LIMIT), (False, JOB_LIMIT)])
 def test_a_rank_that_is_late_for_a_group(is_of_a_plan: bool, limit: str) -> None:
     """The limit of the group counts where it is made, too, and its setting is named."""
-    said = run_ranks(late_for_a_group, 2, is_of_a_plan, expect_errors=True, timeout_s=60)[0]
+    said = run_ranks(late_for_a_group, 2, is_of_a_plan, expect_errors=True, timeout_s=150)[0]
     assert re.match(
         r"(The making of a group|The first exchange of a group) failed or waited too long at ", str(said)
     ), said
@@ -141,7 +141,7 @@ def torch_asked_in_vain() -> str:
 
 def test_torch_itself_does_not_name_it() -> None:
     """What the tests here provoke is torch's raw error, for whoever asks torch."""
-    assert run_ranks(torch_asked_in_vain, 2, expect_errors=True, timeout_s=60)[1] == "DistNetworkError"
+    assert run_ranks(torch_asked_in_vain, 2, expect_errors=True, timeout_s=150)[1] == "DistNetworkError"
 
 
 def alarmed() -> str:
@@ -161,7 +161,7 @@ def alarmed() -> str:
 
 def test_an_alarm_that_nobody_can_hear() -> None:
     """The rank itself leaves the step all the same; what its memory ran out of is not lost behind a store's error."""
-    assert run_ranks(alarmed, 2, expect_errors=True, timeout_s=60)[1] == "has left"
+    assert run_ranks(alarmed, 2, expect_errors=True, timeout_s=150)[1] == "has left"
 
 
 class Made:
@@ -184,7 +184,7 @@ def make(asks: bool) -> str:
 @pytest.mark.parametrize("asks", [False, True])
 def test_a_trainer_that_is_made_without_the_others(asks: bool) -> None:
     """Whether its own constructor misses them, or is through without."""
-    said = run_ranks(make, 2, asks, expect_errors=True, timeout_s=60)[1]
+    said = run_ranks(make, 2, asks, expect_errors=True, timeout_s=150)[1]
     assert "the first error" in str(said) or GONE in str(said), said
 
 
