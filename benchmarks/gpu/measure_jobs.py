@@ -27,6 +27,8 @@ from hf_hetero.plan import METHODS
 RANK = Path(__file__).with_name("job_of_ranks.py")
 DEGREES = (2, 4)
 JOB_S, FAULT_S = 120, 60
+MINIATURE_S = 240
+"""Of a job on a CPU, where each rank takes the cores that others want, from its first import on."""
 EQUAL = {"fp32": 2e-5, "bf16": 2e-2}
 """How far weights may have moved apart, as a share of how far they have moved."""
 
@@ -101,7 +103,7 @@ class Job:
 def learning(stage: Stage) -> torch.Tensor | None:
     """Weights after some steps of groups that share samples, against those of one rank, which are returned."""
     single = Job(1, ["fp32-ulysses", "bf16-ulysses"], stage.device)
-    found, codes, _ = single.wait(JOB_S)
+    found, codes, _ = single.wait(stage.pick(JOB_S, MINIATURE_S))
     exact, rounded = single.weights("fp32-ulysses"), single.weights("bf16-ulysses")
     if exact is None or rounded is None:
         stage.note(f"One rank failed with exit code {codes[0]}: {single.last_words()}")
@@ -121,7 +123,7 @@ def learning(stage: Stage) -> torch.Tensor | None:
 
 def compare(stage: Stage, job: Job, degree: int, cases: list[str], exact: torch.Tensor) -> None:
     """One job's rows."""
-    found, codes, took_s = job.wait(max(1.0, min(JOB_S, stage.left_s - 5)))
+    found, codes, took_s = job.wait(max(1.0, min(stage.pick(JOB_S, MINIATURE_S), stage.left_s - 5)))
     for case in cases:
         moved, said = job.weights(case), (found[0] or {}).get(case, {})
         if moved is None:
@@ -159,7 +161,7 @@ def faults(stage: Stage, exact: torch.Tensor | None) -> None:
             stage.note(f"No time left for the fault {name!r}.")
             continue
         job = Job(2, [name], stage.device)
-        found, codes, took_s = job.wait(min(stage.pick(FAULT_S, JOB_S), stage.left_s - 5))
+        found, codes, took_s = job.wait(min(stage.pick(FAULT_S, MINIATURE_S), stage.left_s - 5))
         ends = [one.get(name, {}).get("ended", f"exit code {code}") for one, code in zip(found, codes, strict=True)]
         stage.row("Faults over NCCL", fault=name, expected=expected, seconds=round(took_s, 1),
                   **{f"rank {rank}": end for rank, end in enumerate(ends)})  # fmt: skip

@@ -50,7 +50,7 @@ class Kind:
     script: str
     title: str
     gpu_s: int
-    cpu_s: int = 240
+    cpu_s: int = 480
 
 
 STAGES = {
