@@ -61,9 +61,10 @@ STAGES = {
     "predicted": Kind("measure_predictions.py", "Predicted against measured steps", 170),
     "steps": Kind("measure_steps.py", "Whole steps beside Trainer's", 270),
     "memory": Kind("measure_memory.py", "Memory: loss and MLPs in chunks, recompute, offload", 110),
+    "state_layers": Kind("measure_state_layers.py", "State layers over a pack", 150),
     "compiled": Kind("measure_compiling.py", "torch.compile over steps of changing lengths", 190),
 }
-"""In the order of the page. On a GPU they take 1,430 s at most; the first four took seven minutes on an H100."""
+"""In the order of the page. On a GPU they take 1,580 s at most; the first four took seven minutes on an H100."""
 
 
 def main() -> int:
