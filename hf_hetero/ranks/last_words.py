@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from _thread import start_new_thread
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,6 +26,8 @@ LOOK_S = 0.05
 MOST_WORDS = 2000
 ANSWER_S = 10.0
 """How long an answer of the store may take, which is a matter of milliseconds."""
+BEGIN_S = 1.0
+"""How long a thread that asks may take to begin."""
 NUM_TOLD = "hf_hetero/why-ranks-ended"
 """The key under which ranks that leave word are counted."""
 
@@ -109,27 +112,28 @@ class JobStore:
         now_s = time.monotonic()
         if not self._free.acquire(timeout=max(0.0, min(self._open_since_s, now_s) + ANSWER_S - now_s)):
             raise _silent()
-        self._open_since_s, answer = time.monotonic(), Future[T]()
-
-        def close() -> None:
-            self._open_since_s = math.inf
-            self._free.release()
+        self._open_since_s, answer, whose = time.monotonic(), Future[T](), threading.Lock()
 
         def ask() -> None:
+            if not whose.acquire(blocking=False):
+                return
             try:
                 answer.set_result(question())
             except BaseException as error:
                 answer.set_exception(error)
             finally:
-                close()
+                self._open_since_s = math.inf
+                self._free.release()
 
+        # where a thread has no memory left for its first line, nobody hears of it, and `threading.Thread.start` would
+        # wait for it for good; what cannot be asked from a thread is asked here
+        with suppress(RuntimeError, MemoryError):
+            start_new_thread(ask, ())
+            with suppress(TimeoutError):
+                answer.exception(BEGIN_S)
+        ask()
         try:
-            threading.Thread(target=ask, name="job store", daemon=True).start()
-        except RuntimeError:  # the process ends, or may have no more threads
-            close()
-            raise
-        try:
-            error = answer.exception(ANSWER_S)
+            error = answer.exception(max(0.0, ANSWER_S - BEGIN_S))
         except TimeoutError:
             raise _silent() from None
         if error is not None:

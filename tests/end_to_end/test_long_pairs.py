@@ -49,9 +49,11 @@ class Limit(TrainerCallback):
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
             resource.setrlimit(resource.RLIMIT_DATA, (held + self.limit_bytes, hard))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+def lift() -> None:
+    """Let this process have what it had before."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 class Reports(StepReportCallback):
@@ -101,7 +103,10 @@ def train(folder: str, tokens: int, limit_bytes: int | None, planned: bool) -> d
         hetero=hetero,
     )
     limit.trainer = trainer
-    trainer.train()
+    try:
+        trainer.train()
+    finally:  # what says how it went needs memory, too
+        lift()
     last = reports.found[-1]
     longest = (
         next(group for group in last.plan.groups if any(last.lengths[s] > 500 for s in group.samples))

@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -127,19 +128,39 @@ def test_a_store_is_asked_by_several_at_once() -> None:
     assert sorted(found) == list(range(1, 401))
 
 
-def test_a_process_that_may_have_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is told so, and asks again once it may."""
+def raises(*args: Any) -> int:
+    raise RuntimeError("can't start new thread")
+
+
+def dies(*args: Any) -> int:
+    """A thread that began, and found no memory for its first line."""
+    return 1
+
+
+@pytest.mark.parametrize("start", [raises, dies])
+def test_where_no_thread_can_begin(monkeypatch: pytest.MonkeyPatch, start: Any) -> None:
+    """A process that has no memory left, or may have no more threads, asks by itself, each question once."""
+    monkeypatch.setattr(last_words, "BEGIN_S", 0.1)
     store = last_words.JobStore(Store())
     with monkeypatch.context() as patch:
+        for module, name in ((threading, "_start_new_thread"), (last_words, "start_new_thread")):
+            patch.setattr(module, name, start)
+        assert [store.add("count", 1) for _ in range(3)] == [1, 2, 3]
+        with pytest.raises(KeyError, match="missing"):
+            store.get("missing")
+    assert store.add("count", 1) == 4
 
-        def start(thread: threading.Thread) -> None:
-            raise RuntimeError("can't start new thread")
 
-        patch.setattr(threading.Thread, "start", start)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="can't start"):
-                store.check(["count"])
-    assert not store.check(["count"])
+def test_a_thread_that_begins_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds its question asked, and leaves it."""
+    monkeypatch.setattr(last_words, "BEGIN_S", 0.1)
+    late: list[Any] = []
+    monkeypatch.setattr(last_words, "start_new_thread", lambda ask, _: late.append(ask))
+    store = last_words.JobStore(Store())
+    assert store.add("count", 1) == 1
+    for ask in late:
+        ask()
+    assert store.add("count", 1) == 2
 
 
 def test_what_a_store_says_is_passed_on() -> None:
