@@ -47,7 +47,7 @@ def test_all_of_it_in_miniature(tmp_path: Path) -> None:
     log = (tmp_path / "gpu.log").read_text()
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{log[-3000:]}"
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert [found["state"] for found in stages.values()] == ["done"] * 8
+    assert [found["state"] for found in stages.values()] == ["done"] * 9
     assert all(found["facts"] or found["tables"] for found in stages.values())
     assert not [note for found in stages.values() for note in found["notes"] if " failed: " in note]
     exactness = next(rows for title, rows in stages["ranks"]["tables"].items() if title.startswith("Error"))
