@@ -29,7 +29,7 @@ from hf_hetero.attention.kernels import choose_kernel
 from hf_hetero.layout import contiguous
 from hf_hetero.model.loss import token_loss
 from hf_hetero.state_layers.families import mixers_of
-from hf_hetero.state_layers.packs import Packs, keeps_apart
+from hf_hetero.state_layers.packs import Packs, gap_of
 from hf_hetero.state_layers.planned import StateLayers
 
 WHOLE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
@@ -63,7 +63,11 @@ class OneByOne(Packs):
     """`OneByOne` never goes over a pack at once."""
 
     def computed(
-        self, kind: type, at_once: Callable[[], torch.Tensor], each: Callable[[], torch.Tensor]
+        self,
+        mixer: torch.nn.Module,
+        kind: type,
+        at_once: Callable[[int], torch.Tensor],
+        each: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """Compute each sample by itself."""
         return each()
@@ -147,8 +151,8 @@ def measure(stage: Stage, name: str, shape: Shape) -> None:
     stock = make_model(shape, stage.device, "sdpa").train()
     stock.load_state_dict(model.state_dict())
     model.loss_function = token_loss
-    mixer = type(next(mixers_of(model)))
-    stage.fact(f"{name}: kernels that take borders", keeps_apart(mixer))
+    mixer = next(mixers_of(model))
+    stage.fact(f"{name}: rows between samples", gap_of(mixer, type(mixer)))
     planned, one_by_one = StateLayers(model), StateLayers(model)
     one_by_one._packs = OneByOne()
     ways: dict[str, tuple[Any, Callable[[Pack], Any]]] = {
@@ -158,7 +162,7 @@ def measure(stage: Stage, name: str, shape: Shape) -> None:
         "no borders (must differ)": (model, lambda pack: pack.step(None)),
     }
     pack = Pack(stage, model, small)
-    with without_packages(mixer):
+    with without_packages(type(mixer)):
         expected = gradients(stock, lambda: pack.each(stock, nullcontext()))
     for way, (subject, call) in ways.items():
         away = float((gradients(subject, partial(call, pack)) - expected).norm() / expected.norm())

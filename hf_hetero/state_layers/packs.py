@@ -1,9 +1,10 @@
-"""A mixer goes over all samples of a pack at once, where it computes by kernels that are told where samples begin.
+"""A mixer goes over all samples of a pack at once, where what it computes by keeps them apart.
 
 transformers' mixers call module-level functions that are a package's kernels where it is installed (causal-conv1d,
 flash-linear-attention, mamba-ssm), and else their own, which know no borders. What each of them is, and whether it
-takes borders, is read from these functions. The first pack of each kind of mixer is computed both ways, and unless
-both agree, the kind stays with one sample at a time.
+takes borders, is read from these functions. A convolution needs none: it sees a few tokens back, so as many rows of
+zeros after each sample are to the next one what lies before a sample that is alone. The first pack of each kind of
+mixer is computed both ways, and unless both agree, the kind stays with one sample at a time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate
 from types import CodeType
 from typing import Any
@@ -24,7 +26,9 @@ ONE_TOKEN = ("_update", "recurrent")
 BORDERS = frozenset({"seq_idx", "cu_seqlens"})
 """What kernels call the borders of samples."""
 OF_MODELS = "cu_seq_lens_q"
-"""What some mixers call `cu_seqlens`."""
+"""What some mixers call `cu_seqlens`, and hand on to no other function."""
+CONVOLUTION = "causal_conv1d_fn"
+"""The function that is a causal convolution, of the package or transformers' own."""
 CLOSE = 0.05
 """Relative to the largest value: kernels in half precision differ by less, samples that see each other by more."""
 
@@ -33,32 +37,84 @@ class Packs:
     """`Packs` know which kinds of mixers go over a pack at once."""
 
     def __init__(self) -> None:
-        self._proved: dict[type, bool] = {}
+        self._gaps: dict[type, int | None] = {}
 
     def computed(
-        self, kind: type, at_once: Callable[[], torch.Tensor], each: Callable[[], torch.Tensor]
+        self,
+        mixer: torch.nn.Module,
+        kind: type,
+        at_once: Callable[[int], torch.Tensor],
+        each: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """Compute a pack at once, where that is known to keep samples apart, else each sample by itself.
 
         Args:
-            kind: of the mixer.
-            at_once, each: compute it, shape (n, hidden).
+            mixer: that computes it.
+            kind: of the mixer, as the model has it.
+            at_once: computes it with a gap of so many rows after each sample, shape (n, hidden) without gaps.
+            each: computes it sample by sample, shape (n, hidden).
         """
-        if kind not in self._proved:
-            self._proved[kind] = keeps_apart(kind) and _agree(kind, at_once, each)
-        return at_once() if self._proved[kind] else each()
+        if kind not in self._gaps:
+            gap = gap_of(mixer, kind)
+            self._gaps[kind] = gap if gap is not None and _agree(kind, partial(at_once, gap), each) else None
+        gap = self._gaps[kind]
+        return each() if gap is None else at_once(gap)
 
 
-def keeps_apart(kind: type) -> bool:
-    """Return whether all functions by which a kind of mixer sees other tokens are kernels that take borders."""
-    kernels = list(_functions_of(kind))
-    return bool(kernels) and all(
-        closure["is_new_implementation"] and BORDERS & set(closure["applicable_params"]) for closure in kernels
-    )
+def gap_of(mixer: torch.nn.Module, kind: type) -> int | None:
+    """Return the rows of zeros after each sample that keep the samples of a pack apart.
+
+    Args:
+        mixer: one of the kind.
+        kind: of the mixer, as the model has it.
+
+    Returns:
+        0 where all functions by which the mixer sees other tokens are kernels that take borders. Where one is
+        transformers' own convolution, as many rows as that sees back. None where nothing keeps samples apart.
+    """
+    functions = dict(_functions_of(kind))
+    untold = {name for name, closure in functions.items() if not _takes_borders(closure)}
+    if not functions or untold - {CONVOLUTION}:
+        return None
+    if not untold:
+        return 0
+    # this function refuses borders, so the others must have theirs under another name
+    if functions.keys() != untold and not _has_name_of_models(kind):
+        return None
+    modules = list(mixer.modules())
+    # rows of zeros stay zeros up to the convolution only where nothing is added to them
+    if any(isinstance(module, torch.nn.Linear) and getattr(module, "bias", None) is not None for module in modules):
+        return None
+    widths = [module.kernel_size[0] for module in modules if isinstance(module, torch.nn.Conv1d)]
+    return max(widths) - 1 if widths else None
 
 
-def _functions_of(kind: Any) -> Iterator[dict[str, Any]]:
-    """Yield what the functions of a mixer's module that may be kernels, and that training calls, know of themselves."""
+def spread_of(lengths: Sequence[int], gap: int, device: torch.device) -> torch.Tensor:
+    """Return where each row lies once there is a gap after each sample, shape (n,).
+
+    Args:
+        lengths: tokens of each sample.
+        gap: rows.
+        device: where it goes.
+    """
+    numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return (torch.arange(sum(lengths)) + gap * numbers).to(device)
+
+
+def _takes_borders(closure: dict[str, Any]) -> bool:
+    return closure["is_new_implementation"] and bool(BORDERS & set(closure["applicable_params"]))
+
+
+def _has_name_of_models(kind: Any) -> bool:
+    code: CodeType = inspect.unwrap(kind.forward).__code__
+    return OF_MODELS in code.co_consts
+
+
+def _functions_of(kind: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the functions of a mixer's module that may be kernels, and that training calls, by name.
+
+    With what each knows of itself.
+    """
     forward = inspect.unwrap(kind.forward)
     for name in forward.__code__.co_names:
         function = forward.__globals__.get(name)
@@ -66,25 +122,27 @@ def _functions_of(kind: Any) -> Iterator[dict[str, Any]]:
             continue
         closure = dict(inspect.getclosurevars(function).nonlocals)
         if {"is_new_implementation", "applicable_params"} <= closure.keys():
-            yield closure
+            yield name, closure
 
 
-def borders_of(kind: Any, lengths: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+def borders_of(kind: Any, lengths: Sequence[int], gap: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Return the keywords that tell a mixer where samples begin, in each form that a kernel may ask for.
 
     Args:
         kind: of the mixer.
-        lengths: tokens of each sample.
+        lengths: rows of each sample, with the gap after it.
+        gap: rows; where there is one, a function that refuses borders is called, which must not be told.
         device: where they go.
 
     Returns:
-        The number of each token's sample, int32, shape (1, n); where samples begin, and the last ends, int32.
+        The number of each row's sample, int32, shape (1, n); where samples begin, and the last ends, int32.
     """
     counts = torch.tensor(lengths)
     numbers = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(counts).unsqueeze(0)
     starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    code: CodeType = inspect.unwrap(kind.forward).__code__
-    name = OF_MODELS if OF_MODELS in code.co_consts else "cu_seqlens"
+    if gap:
+        return {OF_MODELS: starts.to(device)} if _has_name_of_models(kind) else {}
+    name = OF_MODELS if _has_name_of_models(kind) else "cu_seqlens"
     return {"seq_idx": numbers.to(device), name: starts.to(device)}
 
 

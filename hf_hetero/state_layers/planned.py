@@ -29,7 +29,7 @@ from hf_hetero.model.activations import set_until
 from hf_hetero.state_layers.by_heads import HeadRuns, NormOverRanks, head_runs_of, mixed_by_heads
 from hf_hetero.state_layers.cuts import cut_of, has_one_group, part_of
 from hf_hetero.state_layers.families import mixers_of, window_of
-from hf_hetero.state_layers.packs import BORDERS, OF_MODELS, Packs, borders_of
+from hf_hetero.state_layers.packs import BORDERS, OF_MODELS, Packs, borders_of, spread_of
 from hf_hetero.state_layers.runs import Runs, runs_of
 
 Over = Callable[..., torch.Tensor]
@@ -76,8 +76,10 @@ class PlannedMixer(torch.nn.Module):
 
         kind = type(self).__bases__[1]
 
-        def called(forward: Callable[..., Any], rows: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:
-            keywords = _borders(kind, lengths, context) if len(lengths) > 1 else {}
+        def called(
+            forward: Callable[..., Any], rows: torch.Tensor, lengths: tuple[int, ...], gap: int = 0
+        ) -> torch.Tensor:
+            keywords = _borders(kind, lengths, gap, context) if len(lengths) > 1 else {}
             _call_for(call, name, rows.unsqueeze(0), lengths, keywords)
             output = forward(*call.args, **call.kwargs)
             first, *rest = output if isinstance(output, tuple) else (output,)
@@ -90,10 +92,17 @@ class PlannedMixer(torch.nn.Module):
             def each() -> torch.Tensor:
                 return torch.cat([called(forward, sample, (len(sample),)) for sample in rows.split(list(lengths))])
 
-            # all ranks of a group must exchange as often, and a rank finds out by itself whether a kernel keeps apart
+            def at_once(gap: int) -> torch.Tensor:
+                if gap == 0:
+                    return called(forward, rows, tuple(lengths))
+                places = _spread(tuple(lengths), gap, context)
+                spread = rows.new_zeros(len(rows) + gap * len(lengths), rows.shape[1]).index_copy(0, places, rows)
+                return called(forward, spread, tuple(length + gap for length in lengths), gap)[places]
+
+            # all ranks of a group must exchange as often, and a rank finds out by itself what keeps samples apart
             if len(lengths) == 1 or exchanges:
                 return each()
-            return self.hetero_packs.computed(kind, lambda: called(forward, rows, tuple(lengths)), each)
+            return self.hetero_packs.computed(self, kind, at_once, each)
 
         out = self._mixed(hidden[0], stand_ins, context.at(layer or 0), over).unsqueeze(0)
         return (out, *others[0]) if others[0] else out
@@ -147,9 +156,14 @@ def _fetched(hidden: torch.Tensor, runs: Runs, place: Place) -> torch.Tensor:
     return torch.cat([hidden[:num], arrived, hidden[num:]])
 
 
-def _borders(kind: type, lengths: tuple[int, ...], context: AttentionContext) -> dict[str, torch.Tensor]:
+def _borders(kind: type, lengths: tuple[int, ...], gap: int, context: AttentionContext) -> dict[str, torch.Tensor]:
     """Return the keywords that say where samples begin; layers of one kind share them."""
-    return context.shared(("borders", kind, lengths), lambda: borders_of(kind, lengths, context.device))
+    return context.shared(("borders", kind, lengths, gap), lambda: borders_of(kind, lengths, gap, context.device))
+
+
+def _spread(lengths: tuple[int, ...], gap: int, context: AttentionContext) -> torch.Tensor:
+    """Return where each row lies once there is a gap after each sample; layers share it."""
+    return context.shared(("gaps", lengths, gap), lambda: spread_of(lengths, gap, context.device))
 
 
 def _call_for(

@@ -21,13 +21,16 @@ from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_
 from hf_hetero.attention.context import AttentionContext
 from hf_hetero.attention.kernels.cpu import CPU
 from hf_hetero.layout import contiguous
+from hf_hetero.state_layers import packs
 from hf_hetero.state_layers.families import mixers_of
-from hf_hetero.state_layers.packs import borders_of, keeps_apart
+from hf_hetero.state_layers.packs import borders_of, gap_of, spread_of
 from hf_hetero.state_layers.planned import StateLayers
 
 LENGTHS = [3, 1, 12, 2, 9]
 PACKED = ("qwen3_5", "qwen3_next", "kimi_linear", "bamba", "lfm2")
 """Families that pack, one of each kind of kernel."""
+GAPPED = ("qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "lfm2")
+"""Families that pack without causal-conv1d."""
 
 
 class Seen:
@@ -191,7 +194,7 @@ def test_a_pack_at_once(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     [gradient] = torch.autograd.grad(expected.square().sum(), leaf)
     seen = Seen()
     install(monkeypatch, mixer, seen)
-    assert keeps_apart(type(mixer))
+    assert gap_of(mixer, type(mixer)) == 0
     first, second = planned(model, mixer, leaf, times=2)
     [found] = torch.autograd.grad(second.square().sum(), leaf)
     for out in (first, second):
@@ -245,7 +248,7 @@ def test_kernels_that_refuse_a_pack_are_not_used(
         return refusing(*args, **kwargs)
 
     monkeypatch.setattr(module, "causal_conv1d_fn", stands_for)
-    assert keeps_apart(type(mixer))
+    assert gap_of(mixer, type(mixer)) == 0
     [out] = planned(model, mixer, hidden_states())
     assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert "no packs on this device" in caplog.text
@@ -257,17 +260,73 @@ def test_one_kernel_is_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone(mixer, hidden_states())
     seen = Seen()
     install(monkeypatch, mixer, seen, but="torch_chunk_gated_delta_rule")
-    assert not keeps_apart(type(mixer))
+    assert gap_of(mixer, type(mixer)) is None
     [out] = planned(model, mixer, hidden_states())
     assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert [lengths for _, lengths in seen.calls] == [[n] for n in LENGTHS]
 
 
 @pytest.mark.parametrize("family", list(HYBRIDS))
-def test_without_packages_no_mixer_packs(family: str) -> None:
+def test_without_packages_only_convolutions_pack(family: str) -> None:
     """Transformers' own functions are told from a package's; this environment has none of the packages."""
     _, mixer = mixer_of(family)
-    assert not keeps_apart(type(mixer))
+    assert gap_of(mixer, type(mixer)) == (2 if family == "lfm2" else None)
+
+
+def gapped(monkeypatch: pytest.MonkeyPatch, mixer: Any, seen: Seen) -> None:
+    """Install all packages but the one of the convolution, which stays transformers' own."""
+    install(monkeypatch, mixer, seen, but="causal_conv1d_fn")
+
+
+@pytest.mark.parametrize("family", GAPPED)
+def test_a_pack_with_gaps(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """Beside transformers' own convolution, outputs and all gradients are those of each sample alone."""
+    model, mixer = mixer_of(family)
+    leaf = hidden_states().requires_grad_()
+    leaves = [leaf, *mixer.parameters()]
+    expected = alone(mixer, leaf)
+    gradients = torch.autograd.grad(expected.square().sum(), leaves)
+    seen = Seen()
+    gapped(monkeypatch, mixer, seen)
+    _, out = planned(model, mixer, leaf, times=2)
+    assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
+    for found, gradient in zip(torch.autograd.grad(out.square().sum(), leaves), gradients, strict=True):
+        assert (found - gradient).abs().max() <= 1e-12 * gradient.abs().max()
+    calls = [lengths for name, lengths in seen.calls if name == "rule"]
+    width = gap_of(mixer, type(mixer))
+    with_gaps = [length + width for length in LENGTHS]
+    assert calls == ([] if family == "lfm2" else [*([n] for n in LENGTHS), with_gaps, with_gaps, with_gaps])
+
+
+@pytest.mark.parametrize("family", GAPPED)
+def test_a_gap_that_is_too_narrow_is_seen(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    """One row less, and samples see each other: the comparison above can fail, and a first pack finds it out."""
+    model, mixer = mixer_of(family)
+    expected = alone(mixer, hidden_states())
+    gapped(monkeypatch, mixer, Seen())
+    narrow = gap_of(mixer, type(mixer)) - 1
+    monkeypatch.setattr(packs, "gap_of", lambda *_: narrow)
+    [out] = planned(model, mixer, hidden_states())
+    assert (out - expected).abs().max() <= 1e-12 * expected.abs().max()
+    monkeypatch.setattr(packs, "_agree", lambda *_: True)
+    [out] = planned(model, mixer, hidden_states())
+    assert (out - expected).abs().max() > 0.01 * expected.abs().max()
+
+
+def test_where_no_gap_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias fills rows of zeros; a mixer that hands one name on to all functions cannot tell some and not others."""
+    _, mixer = mixer_of("lfm2")
+    mixer.in_proj.bias = torch.nn.Parameter(torch.zeros(mixer.in_proj.out_features))
+    assert gap_of(mixer, type(mixer)) is None
+    for family in ("kimi_linear", "bamba"):
+        _, mixer = mixer_of(family)
+        gapped(monkeypatch, mixer, Seen())
+        assert gap_of(mixer, type(mixer)) is None
+
+
+def test_spread() -> None:
+    """Where rows lie with two rows after each sample."""
+    assert spread_of((2, 1, 3), 2, torch.device("cpu")).tolist() == [0, 1, 4, 7, 8, 9]
 
 
 def test_mamba_1_has_no_borders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,14 +343,23 @@ def test_mamba_1_has_no_borders(monkeypatch: pytest.MonkeyPatch) -> None:
     decorate = use_kernel_func_from_hub_with_fallback("function", "stands_for_a_package")
     install(monkeypatch, mixer, Seen())
     monkeypatch.setattr(module, "mamba_inner_fn", decorate(module.mamba_inner_fn.__wrapped__))
-    assert not keeps_apart(type(mixer))
+    assert gap_of(mixer, type(mixer)) is None
 
 
 def test_borders() -> None:
     """The sample of each token, and where samples begin, under the name that the mixer takes."""
     _, mixer = mixer_of("qwen3_5")
-    borders = borders_of(type(mixer), (2, 1, 3), torch.device("cpu"))
+    borders = borders_of(type(mixer), (2, 1, 3), 0, torch.device("cpu"))
     assert borders["seq_idx"].tolist() == [[0, 0, 1, 2, 2, 2]]
     assert borders["cu_seq_lens_q"].tolist() == [0, 2, 3, 6]
     _, mixer = mixer_of("kimi_linear")
-    assert borders_of(type(mixer), (2, 1, 3), torch.device("cpu"))["cu_seqlens"].tolist() == [0, 2, 3, 6]
+    assert borders_of(type(mixer), (2, 1, 3), 0, torch.device("cpu"))["cu_seqlens"].tolist() == [0, 2, 3, 6]
+
+
+def test_borders_beside_a_function_that_refuses_them() -> None:
+    """Only under the name that this function is not handed, and not at all where no other is called."""
+    _, mixer = mixer_of("qwen3_5")
+    borders = borders_of(type(mixer), (5, 4, 6), 3, torch.device("cpu"))
+    assert {name: x.tolist() for name, x in borders.items()} == {"cu_seq_lens_q": [0, 5, 9, 15]}
+    _, mixer = mixer_of("lfm2")
+    assert borders_of(type(mixer), (5, 4, 6), 3, torch.device("cpu")) == {}
