@@ -136,20 +136,22 @@ def ending_in_words(step: Callable[[], int]) -> Iterator[None]:
 
 @contextmanager
 def evaluating_in_words() -> Iterator[None]:
-    """Say what ended an evaluation where a rank has gone, and what can be done where memory ran out in it.
+    """Say what ended an evaluation, here and to the ranks that will miss this one; it is not repeated.
 
-    It is not repeated.
+    Where memory ran out in it, with what can be done.
 
     Raises:
         CollectiveFailed: a rank that was waited for has gone, or is late.
     """
+    forget_errors()
     try:
         # Trainer's own collectives, and those of metrics
         with named("Evaluation", all_ranks, limit=limit_of):
             yield
-    except Exception as error:
+    except BaseException as error:
         if is_out_of_memory(error) and EVALUATION not in str(error):
             _say_remedy(error, EVALUATION)
+        tell(error)
         raise
 
 

@@ -30,6 +30,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_hetero import HeteroConfig, HeteroError, HeteroTrainer
+from hf_hetero.errors import CollectiveFailed
 from hf_hetero.trainer.evaluation.predictions import Piece, assemble, pad_rows
 
 DATA = samples(LENGTHS, seed=3)
@@ -78,6 +79,25 @@ def predict(options: dict[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         found = trainer_of(folder, **options).predict(DATA)
     return found.predictions, found.label_ids, found.metrics
+
+
+def no_metrics(_: Any) -> dict[str, float]:
+    return {}
+
+
+def fails_on_rank_1(logits: Any, labels: Any) -> Any:
+    if world_size() > 1 and torch.distributed.get_rank() == 1:
+        raise ValueError("no such metric")
+    return logits
+
+
+@pytest.mark.parametrize("act", [evaluate, predict])
+def test_a_rank_that_ends_in_an_evaluation(act: Any) -> None:
+    """Outside of training, too, it leaves word of why, which the others say."""
+    options = {"preprocess_logits_for_metrics": fails_on_rank_1, "compute_metrics": no_metrics}
+    error = run_ranks(act, 2, options, expect_errors=True)[0]
+    assert isinstance(error, CollectiveFailed)
+    assert "Rank 1 had ended with ValueError: no such metric" in str(error)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
