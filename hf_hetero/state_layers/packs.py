@@ -81,12 +81,12 @@ def gap_of(mixer: torch.nn.Module, kind: type) -> int | None:
     # this function refuses borders, so the others must have theirs under another name
     if functions.keys() != untold and not _has_name_of_models(kind):
         return None
-    modules = list(mixer.modules())
+    convolutions = [module for module in mixer.modules() if isinstance(module, torch.nn.Conv1d)]
+    others = [module for module in mixer.modules() if not isinstance(module, torch.nn.Conv1d)]
     # rows of zeros stay zeros up to the convolution only where nothing is added to them
-    if any(isinstance(module, torch.nn.Linear) and getattr(module, "bias", None) is not None for module in modules):
+    if not convolutions or any(isinstance(getattr(module, "bias", None), torch.Tensor) for module in others):
         return None
-    widths = [module.kernel_size[0] for module in modules if isinstance(module, torch.nn.Conv1d)]
-    return max(widths) - 1 if widths else None
+    return max(convolution.kernel_size[0] for convolution in convolutions) - 1
 
 
 def spread_of(lengths: Sequence[int], gap: int, device: torch.device) -> torch.Tensor:
