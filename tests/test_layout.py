@@ -112,13 +112,12 @@ def test_needed_is_what_queries_see(lengths: list[int], degree: int, window: int
 def test_asking_is_who_meets_a_key(lengths: list[int], degree: int, cut: bool) -> None:
     """Token by token: a query goes to another rank if and only if a key of its sample before it is there."""
     layout = (zigzag if cut else contiguous)(lengths, degree)
-    held = [{(s.sample, t) for s in spans for t in range(s.start, s.end)} for spans in layout.spans]
+    held = [[(s.sample, t) for s in spans for t in range(s.start, s.end)] for spans in layout.spans]
+    first = [dict(sorted(tokens, reverse=True)) for tokens in held]
     for asker in range(degree):
         for holder in set(range(degree)) - {asker}:
             asked = [(s.sample, t) for s in asking(layout, asker, holder) for t in range(s.start, s.end)]
-            first = {sample: min(t for n, t in held[holder] if n == sample) for sample, _ in held[holder]}
-            mine = [(s.sample, t) for s in layout.spans[asker] for t in range(s.start, s.end)]
-            assert asked == [(n, t) for n, t in mine if n in first and first[n] < t]
+            assert asked == [(n, t) for n, t in held[asker] if n in first[holder] and first[holder][n] < t]
 
 
 def test_each_method_has_its_layout() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import arguments, tiny_model
+from helpers import arguments, run_program, tiny_model
 from screens import on_a_terminal, screen
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
@@ -117,13 +116,15 @@ def test_the_end_of_a_run_stays_on_the_screen(screens: dict[str, list[str]]) -> 
     assert seen[bar + 1].startswith(f"{NUM_STEPS} steps, {3 * NUM_STEPS} samples, ")
 
 
-def test_without_a_terminal_there_are_lines_only() -> None:
+def test_without_a_terminal_there_are_lines_only(tmp_path: Path) -> None:
     """In a file or a pipe nothing is redrawn; logs are as `ProgressCallback` writes them; a line may say how far."""
-    command = [sys.executable, "-c", f"{CODE}run({NUM_STEPS}); run({NUM_STEPS}, every_s=0)"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
-    assert "\r" not in done.stdout + done.stderr
-    assert "%|" not in done.stdout + done.stderr
-    for lines, num_far in zip(parts(done.stdout.splitlines()), (0, NUM_STEPS), strict=True):
+    script = tmp_path / "runs.py"
+    script.write_text(f"{CODE}run({NUM_STEPS}); run({NUM_STEPS}, every_s=0)", encoding="utf-8")
+    status, written = run_program(script)
+    assert status == 0, written
+    assert "\r" not in written
+    assert "%|" not in written
+    for lines, num_far in zip(parts(written.splitlines()), (0, NUM_STEPS), strict=True):
         assert sum(line.startswith("step  ") for line in lines) == NUM_STEPS
         log = "{'loss': '1.25', 'learning_rate': '2e-05', 'hetero/tokens_per_s': '500', 'epoch': '0.5'}"
         assert lines.count(log) == 2

@@ -92,7 +92,7 @@ def seeded(worker: int) -> None:
     raise RuntimeError(f"asked of worker {worker}")
 
 
-@pytest.mark.parametrize("context", often(["fork", "spawn", "forkserver"], "spawn"))
+@pytest.mark.parametrize("context", often(["fork", "spawn", "forkserver"], "fork"))
 def test_workers_do_what_they_were_asked_to(context: str) -> None:
     """Once, however often a loader is told, and however its workers are started."""
     loader = DataLoader([1, 2, 3], num_workers=1, multiprocessing_context=context, collate_fn=list)  # type: ignore[arg-type]

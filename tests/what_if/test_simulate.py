@@ -132,6 +132,7 @@ def test_a_context_that_cannot_be() -> None:
         simulated(BATCHES, context_tokens=300)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared real lengths")
 def test_flexsp_on_wikipedia() -> None:
     """The published setting (7B, 64 A100, 192K, 512 samples): 20 steps, real lengths, its authors' constants.

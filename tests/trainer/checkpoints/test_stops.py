@@ -200,7 +200,7 @@ def check_each_stop(tmp_path: Path, case: str) -> int:
     return number
 
 
-FAST = ("the first", "the next", "beside training", "again after a cut", "again", "again on a full disk")
+FAST = ("the first", "the next", "again after a cut", "again on a full disk")
 
 
 @pytest.mark.parametrize("case", often(CASES, *FAST))
