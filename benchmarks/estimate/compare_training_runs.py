@@ -97,6 +97,7 @@ def shape_of_run(row: Mapping[str, str]) -> tuple[ModelShape, bool]:
         shape = replace(base, num_params=whole, active_params=int(active), trainable_params=trained)
     shape = replace(
         shape,
+        compiled=True,
         param_bytes=4 * shape.num_params,
         checkpointing=row["ac"] != "None",
         offloads=row["ac"] == "Offload",

@@ -30,6 +30,7 @@ class ModelShape:
         reference_bytes: weights of a frozen model that is the reference.
         autocasts: whether weights are in fp32 and products in 16 bits, so that hidden states and norms are in fp32.
         norms_heads: whether queries and keys have norms of their own.
+        compiled: whether a compiler fuses what is between products.
     """
 
     num_layers: int
@@ -53,6 +54,7 @@ class ModelShape:
     reference_bytes: int = 0
     autocasts: bool = False
     norms_heads: bool = False
+    compiled: bool = False
 
     @property
     def has_adapters(self) -> bool:
@@ -87,6 +89,7 @@ def shape_of(
     keeps_exchanged: bool = False,
     chunked_loss: bool = False,
     chunked_mlp: bool = False,
+    compiled: bool = False,
 ) -> ModelShape:
     """Read a model's shape from its config and its weights; what differs by layer is averaged over them."""
     params = list(model.parameters())
@@ -117,6 +120,7 @@ def shape_of(
         chunked_mlp=chunked_mlp,
         autocasts=element_bytes == 2 and all(p.dtype == torch.float32 for p in params),
         norms_heads=any(name.rpartition(".")[2] == "q_norm" for name, _ in model.named_modules()),
+        compiled=compiled,
     )
 
 

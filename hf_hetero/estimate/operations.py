@@ -6,8 +6,14 @@ from hf_hetero.estimate.model_shape import ModelShape
 
 UNFUSED = 4.0
 """How often tensors between products pass through memory, by how often they would if each layer's were read and
-written once. Fitted (`shares`); the count of transformers' own operations for a Llama layer, which has its norms and
-rotary embeddings in several steps, is 4 to 5."""
+written once. Fitted (`shares`) to runs that were compiled; what transformers' own operations move in a Llama layer in
+16 bits, which has its norms and rotary embeddings in several steps, is within 5 % of it."""
+HEAD_NORM_BYTES, CAST_HEAD_NORM_BYTES = 132, 36
+"""What a norm of heads moves of each element of queries and keys, forward and backward, in steps of their own in fp32;
+and what it moves more under autocast. Counted, as are the next."""
+CAST_HIDDEN_BYTES, CAST_HEAD_BYTES = 92, 44
+"""What autocast moves more of each element of hidden states, which stay in fp32, with 16-bit copies for products; and
+of queries and keys, whose rotary embeddings are in fp32."""
 LOGIT_BYTES = 40
 """Read and written for a logit: fp32 copy, softmax, its gradient, back in the training type; counted, not fitted."""
 ADAPTER_OUTPUTS = 4
@@ -39,7 +45,8 @@ def traffic_bytes(shape: ModelShape) -> float:
 
     In a pass of a layer, hidden states are read or written six times by two norms and two sums, queries, keys, values
     and outputs twice, inner tensors of the MLP three times; `UNFUSED` times that. Backward counts as two passes.
-    Adapters (LoRA on all linear layers) read each product's input and touch its output.
+    Adapters (LoRA on all linear layers) read each product's input and touch its output. What is not compiled moves more
+    for norms of heads, and under autocast.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     elements = UNFUSED * (6 * shape.hidden + 2 * (queries + 2 * keys) + 3 * shape.intermediate)
@@ -48,7 +55,17 @@ def traffic_bytes(shape: ModelShape) -> float:
         outputs = queries + 2 * keys + 2 * shape.hidden + 2 * shape.intermediate
         elements += inputs + ADAPTER_OUTPUTS * outputs
     passes = (4 if shape.checkpointing else 3) + shape.reference_passes
-    return passes * shape.num_layers * elements * shape.element_bytes + LOGIT_BYTES * shape.vocab
+    layer = elements * shape.element_bytes + _in_steps_bytes(shape) / 3
+    return passes * shape.num_layers * layer + LOGIT_BYTES * shape.vocab
+
+
+def _in_steps_bytes(shape: ModelShape) -> int:
+    """Count what a layer moves more in its three passes because its operations are steps of their own."""
+    if shape.compiled:
+        return 0
+    heads = (shape.heads + shape.kv_heads) * shape.head_dim
+    norms = (HEAD_NORM_BYTES + CAST_HEAD_NORM_BYTES * shape.autocasts) * heads * shape.norms_heads
+    return norms + (CAST_HIDDEN_BYTES * shape.hidden + CAST_HEAD_BYTES * heads) * shape.autocasts
 
 
 def optimizer_bytes(shape: ModelShape, num_shards: int) -> float:

@@ -176,6 +176,7 @@ def _shape(
         keeps_exchanged=hetero.keep_exchanged,
         chunked_loss=args.use_liger_kernel or head is None or isinstance(head, LeanHead),
         chunked_mlp=activations.chunked_mlps,
+        compiled=args.torch_compile,
     )
 
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import tiny_model, with_lora
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_hetero.costs.volume import Heads, volume
@@ -104,6 +107,53 @@ def test_kept_exchanges_cost_memory_and_save_traffic() -> None:
     whole = shape_of(model, model.config, 4, False, True)  # nothing is recomputed
     assert exchange_bytes(whole) == exchange_bytes(shape_of(model, model.config, 4, False, False))
     assert activation_bytes(whole) == activation_bytes(shape_of(model, model.config, 4, False, False))
+
+
+class BetweenProducts(TorchDispatchMode):
+    """Counts the bytes that operations read and write, without products, attention and what copies nothing."""
+
+    OTHERS = ("mm.", "bmm.", "addmm.", "_scaled_dot", "view.", "reshape.", "t.", "transpose.", "expand.", "detach.")
+    OTHERS += ("unsqueeze.", "squeeze.", "slice.", "alias.", "split.", "select.", "permute.", "as_strided.", "empty")
+    OTHERS += ("_unsafe_view.", "unbind.", "zeros", "ones")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not func.__name__.startswith(self.OTHERS):
+            tensors = [x for x in tree_leaves((args, kwargs or {}, out)) if isinstance(x, torch.Tensor)]
+            self.num_bytes += sum(x.numel() * x.element_size() for x in tensors)
+        return out
+
+
+def bytes_moved(kind: str, autocasts: bool, layers: int, tokens: int) -> tuple[int, ModelShape]:
+    """Forward and backward between the products of a model's layers, and the model's shape."""
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"head_dim": 32, "vocab_size": 64, "num_hidden_layers": layers, "use_cache": False}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    dtype = torch.float32 if autocasts else torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    x = torch.randn(1, tokens, 128, dtype=dtype, requires_grad=True)
+    with BetweenProducts() as counter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            out = model.model(inputs_embeds=x).last_hidden_state
+        out.sum().backward()
+    return counter.num_bytes, shape_of(model, config, 2, checkpointing=False)
+
+
+@pytest.mark.parametrize("autocasts", [False, True], ids=["16 bits", "autocast"])
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_traffic_is_what_operations_move(kind: str, autocasts: bool) -> None:
+    """A layer's bytes of a token, by transformers' own operations; those of weights do not grow with tokens."""
+    (small, _), (large, one) = (bytes_moved(kind, autocasts, 1, tokens) for tokens in (16, 32))
+    (smaller, _), (larger, two) = (bytes_moved(kind, autocasts, 2, tokens) for tokens in (16, 32))
+    counted = ((larger - large) - (smaller - small)) / 16
+    assert (one.autocasts, one.norms_heads) == (autocasts, kind == "Qwen3")
+    assert traffic_bytes(two) - traffic_bytes(one) == pytest.approx(counted, rel=0.05)
+    fused = traffic_bytes(replace(two, compiled=True)) - traffic_bytes(replace(one, compiled=True))
+    assert (fused == traffic_bytes(two) - traffic_bytes(one)) == (kind == "Llama" and not autocasts)
 
 
 def test_checkpointing_saves_memory_and_costs_time() -> None:

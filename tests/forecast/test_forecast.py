@@ -61,7 +61,12 @@ def test_it_is_what_a_trainer_starts_from(tmp_path: Path, checkpointing: bool, m
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
     lm_head.install(model)
     args: Any = SimpleNamespace(
-        world_size=1, process_index=0, device=torch.device("cuda"), use_liger_kernel=False, ddp_timeout=60
+        world_size=1,
+        process_index=0,
+        device=torch.device("cuda"),
+        use_liger_kernel=False,
+        torch_compile=False,
+        ddp_timeout=60,
     )
     found = machine.set_up(
         model,
