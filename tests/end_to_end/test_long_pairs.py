@@ -24,19 +24,43 @@ from preference_pairs import config, model_of  # noqa: E402
 
 DEEP = {"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 256, "head_dim": 16}
 DEEP |= {"num_key_value_heads": 4, "max_position_embeddings": 65536}
-M_MMAP_THRESHOLD = -3
-"""Of glibc's `mallopt`: bytes from which memory is the kernel's own."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+"""Of glibc's `mallopt`: free bytes from which a heap shrinks, bytes from which memory is the kernel's own, heaps."""
+MAPPED_BYTES, SPARE_BYTES = 1 << 15, 8 << 20
+"""What is larger has memory of its own; how much room there is for all that is smaller."""
 LIMIT_BYTES = 44 << 20
 """What a rank may allocate beyond what it had after a step of short pairs."""
 TOO_LONG = 480
 """Tokens of a pair that a rank does not hold under this limit, if it keeps all that backward needs; of 200 it does."""
 
 
+def map_tensors() -> Any:
+    """Let a tensor that is freed go back to the kernel, which counts: none waits in a heap with others around it."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((M_MMAP_THRESHOLD, MAPPED_BYTES), (M_TRIM_THRESHOLD, 1 << 30), (M_ARENA_MAX, 1)):
+        assert libc.mallopt(option, value)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    return libc
+
+
+def room_for_the_small() -> list[bytes]:
+    """Have free room in the heaps of C and of Python, for who cannot have what is no tensor may abort the process.
+
+    Python's lasts as long as what is returned.
+    """
+    libc = map_tensors()
+    blocks = [libc.malloc(MAPPED_BYTES // 2) for _ in range(2 * SPARE_BYTES // MAPPED_BYTES)]
+    for block in blocks:
+        libc.free(block)
+    objects = [bytes(400) for _ in range(SPARE_BYTES // 400)]
+    return objects[::500]
+
+
 class Limit(TrainerCallback):
     """After the first step, lets this process have so many bytes of data more, and no others: the kernel sees to it."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes, self.trainer = limit_bytes, None
+        self.limit_bytes, self.trainer, self.room = limit_bytes, None, list[bytes]()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 1:
@@ -44,6 +68,7 @@ class Limit(TrainerCallback):
             every = tuple(range(trainer.args.world_size))
             if len(every) > 1:  # the stacks of its threads, 8 MiB each, are no activations
                 dist.all_reduce(torch.zeros(1), group=trainer._run.groups.get(every))
+            self.room = room_for_the_small()
             lines = Path("/proc/self/status").read_text().splitlines()
             held = next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
             _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -83,8 +108,7 @@ def train(folder: str, tokens: int, limit_bytes: int | None, planned: bool) -> d
     """A step of four short pairs, then one that has a pair of so many tokens; what was learned, and how it was held."""
     import datasets
 
-    # a tensor that is freed goes back to the kernel, which counts: none waits in a heap with others around it
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 15)
+    map_tensors()
     half = tokens // 2
     long = {"prompt": say(half - 60, 3), "chosen": " " + say(60, 1), "rejected": " " + say(60, 2)}
     short = {"prompt": say(5, 1), "chosen": " " + say(4, 2), "rejected": " " + say(3, 3)}
