@@ -1,8 +1,8 @@
 """Layers that carry state, over a pack at once: `python benchmarks/gpu/measure_state_layers.py --device cpu`.
 
 Models whose layers are linear attention, Mamba 2 or short convolutions beside attention, with the packages' kernels
-that are installed here. Packs of real lengths, forward and backward: all samples at once where kernels are told where
-samples begin, sample by sample, and each sample in a call of its own. Gradients of a small pack in bf16 are held
+that are installed here. Packs of real lengths, forward and backward: all samples at once where something keeps them
+apart, else sample by sample, and each sample in a call of its own. Gradients of a small pack in bf16 are held
 against those of each sample in a call of its own in fp32, by transformers' own code, and what a pack without borders
 gives shows that the comparison can fail; seconds are those of a larger one.
 """
